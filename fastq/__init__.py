@@ -1,0 +1,73 @@
+"""int8 inference for PyTorch on the CPU: exact integer arithmetic, in Python.
+
+`fastq.quantize`, `fastq.linear`, `fastq.conv2d` and friends work on NumPy arrays and need no torch;
+`fastq.QLinear`, `fastq.quantize_model`, `fastq.save` load torch at their first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fastq.ops import (
+    conv2d,
+    conv2d_float,
+    dequantize,
+    dynamic_qparams,
+    get_num_threads,
+    linear,
+    linear_float,
+    quantize,
+    requantize,
+    set_num_threads,
+)
+from fastq.qparams import Dequant, QParams, Requant, choose_qparams, quantize_weight
+from fastq.weights import Conv2dWeight, LinearWeight
+
+if TYPE_CHECKING:
+    from fastq.convert import quantize_model
+    from fastq.nn import QConv2d, QLinear
+    from fastq.serialize import load, save
+
+__version__ = "0.1.0"
+
+_NEEDS_TORCH = {
+    "QConv2d": "fastq.nn",
+    "QLinear": "fastq.nn",
+    "load": "fastq.serialize",
+    "quantize_model": "fastq.convert",
+    "save": "fastq.serialize",
+}
+
+__all__ = [
+    "Conv2dWeight",
+    "Dequant",
+    "LinearWeight",
+    "QConv2d",
+    "QLinear",
+    "QParams",
+    "Requant",
+    "choose_qparams",
+    "conv2d",
+    "conv2d_float",
+    "dequantize",
+    "dynamic_qparams",
+    "get_num_threads",
+    "linear",
+    "linear_float",
+    "load",
+    "quantize",
+    "quantize_model",
+    "quantize_weight",
+    "requantize",
+    "save",
+    "set_num_threads",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEEDS_TORCH:
+        return getattr(import_module(_NEEDS_TORCH[name]), name)
+    raise AttributeError(f"module 'fastq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

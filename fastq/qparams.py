@@ -1,0 +1,239 @@
+"""What a quantized number means: scales, zero points, and how an accumulator becomes an output.
+
+    real = scale * (q - zero_point)
+
+Activations are uint8 and affine; weights are int8, symmetric, one scale per output channel.
+This room is plain NumPy; every other room imports it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
+
+QUANTIZED_DTYPES = tuple(np.dtype(t) for t in (np.uint8, np.int8, np.int32))
+FLT_MIN = float(np.finfo(np.float32).tiny)  # smallest normal float32, the floor of every scale
+FLT_MAX = float(np.finfo(np.float32).max)
+
+# |x - zero_point| <= 255 and |w| <= 128: beyond this K an int32 accumulator could overflow.
+MAX_K = (2**31 - 1) // (255 * 128)
+
+
+def quantized_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    """The dtype as a NumPy dtype; ValueError unless it is uint8, int8 or int32."""
+    result = np.dtype(dtype)
+    if result not in QUANTIZED_DTYPES:
+        raise ValueError(f"dtype: got {result}, wanted uint8, int8 or int32")
+    return result
+
+
+def check_scale(name: str, scale: ArrayLike) -> Float32:
+    """`scale` as float32; ValueError unless every element is finite and positive as float32."""
+    given = np.asarray(scale)
+    if given.dtype.kind not in "fiu":
+        raise TypeError(f"{name}: got dtype {given.dtype}, wanted real numbers")
+    with np.errstate(over="ignore"):
+        array = np.asarray(given, dtype=np.float32)
+    if array.size and not (np.isfinite(array).all() and (array > 0).all()):
+        raise ValueError(
+            f"{name}: wanted finite values greater than 0 in float32, got values from "
+            f"{given.min()} to {given.max()}; an empty range has scale 1.0"
+        )
+    return array
+
+
+def check_zero_point(name: str, zero_point: ArrayLike, dtype: DTypeLike) -> Int32:
+    """`zero_point` as int32; ValueError unless integral and within the range of `dtype`."""
+    info = np.iinfo(quantized_dtype(dtype))
+    array = np.asarray(zero_point)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: got dtype {array.dtype}, wanted integers")
+    if array.size and (int(array.min()) < info.min or int(array.max()) > info.max):
+        raise ValueError(
+            f"{name}: got values from {array.min()} to {array.max()}, "
+            f"wanted {info.min} to {info.max} for {info.dtype}"
+        )
+    return array.astype(np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class QParams:
+    """How to read one quantized array: real = scale * (q - zero_point).
+
+    scale       float32, a scalar (per tensor) or shape (n,) along `axis`; finite, > 0.
+    zero_point  int32, same shape as scale, within the range of dtype.
+    dtype       uint8, int8 or int32.
+    axis        the axis that scale and zero_point run along, or None for per tensor.
+    """
+
+    scale: Float32
+    zero_point: Int32 = field(default_factory=lambda: np.zeros((), np.int32))
+    dtype: np.dtype[Any] = np.dtype(np.uint8)
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        dtype = quantized_dtype(self.dtype)
+        scale = check_scale("QParams: scale", self.scale)
+        zero_point = check_zero_point("QParams: zero_point", self.zero_point, dtype)
+        if self.axis is None and (scale.ndim or zero_point.ndim):
+            raise ValueError(
+                f"QParams: scale {scale.shape} and zero_point {zero_point.shape} "
+                "without an axis; wanted scalars, or axis="
+            )
+        if self.axis is not None and scale.ndim != 1:
+            raise ValueError(f"QParams: scale {scale.shape} with axis={self.axis}; wanted (n,)")
+        zero_point = np.broadcast_to(zero_point, scale.shape).astype(np.int32)
+        object.__setattr__(self, "dtype", dtype)
+        object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "zero_point", zero_point)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, QParams):
+            return NotImplemented
+        return (
+            self.dtype == other.dtype
+            and self.axis == other.axis
+            and np.array_equal(self.scale, other.scale)
+            and np.array_equal(self.zero_point, other.zero_point)
+        )
+
+
+def choose_qparams(
+    minimum: ArrayLike,
+    maximum: ArrayLike,
+    dtype: DTypeLike = np.uint8,
+    symmetric: bool = False,
+    axis: int | None = None,
+) -> QParams:
+    """The QParams that cover [minimum, maximum] and represent 0 exactly.
+
+    minimum, maximum  scalars, or (n,) along `axis`. The range is widened to include 0.
+    symmetric         zero_point 0 and scale = max|x| / qmax (weights); else affine.
+
+    Affine, in float32 throughout: scale = (max - min) / (qmax - qmin),
+    zero_point = clip(rint(qmin - min / scale)). Source: ONNX DynamicQuantizeLinear.
+    A range of zero width has scale 1.0. Raises ValueError for NaN, infinities or min > max.
+    """
+    dtype = quantized_dtype(dtype)
+    lo, hi = np.asarray(minimum, np.float32), np.asarray(maximum, np.float32)
+    if not (np.isfinite(lo).all() and np.isfinite(hi).all() and (lo <= hi).all()):
+        raise ValueError(
+            f"choose_qparams: wanted finite minimum <= maximum, got {minimum} and {maximum}"
+        )
+    info = np.iinfo(dtype)
+    lo, hi = np.minimum(lo, np.float32(0)), np.maximum(hi, np.float32(0))
+    if symmetric:
+        scale = _safe_scale(np.maximum(-lo, hi), info.max)
+        return QParams(scale, np.zeros(scale.shape, np.int32), dtype, axis)
+    if dtype.itemsize > 1:
+        raise ValueError("choose_qparams: affine int32 is not supported; use symmetric=True")
+    with np.errstate(over="ignore"):
+        scale = _safe_scale(hi - lo, info.max - info.min)
+    zero_point = np.clip(np.rint(np.float32(info.min) - lo / scale), info.min, info.max)
+    return QParams(scale, zero_point.astype(np.int32), dtype, axis)
+
+
+def _safe_scale(width: NDArray[Any], steps: int) -> Float32:
+    """width / steps in float32, never 0, never infinite; 1.0 where the width is 0."""
+    scale = np.minimum(width, np.float32(FLT_MAX)) / np.float32(steps)
+    scale = np.maximum(scale, np.float32(FLT_MIN))
+    return np.asarray(np.where(width == 0, np.float32(1), scale), np.float32)
+
+
+def quantize_weight(weight: ArrayLike, axis: int = 0) -> tuple[NDArray[np.int8], Float32]:
+    """A float32 weight as (int8 data, float32 scale per slice along `axis`), symmetric.
+
+    scale = max|w| / 127 per output channel; data = clip(rint(w / scale), -127, 127).
+    Raises ValueError for non-finite weights.
+    """
+    w = np.asarray(weight, np.float32)
+    if not np.isfinite(w).all():
+        raise ValueError("quantize_weight: the weight has NaN or infinite values")
+    rows = np.moveaxis(w, axis, 0).reshape(w.shape[axis], -1)
+    peak = np.abs(rows).max(axis=1, initial=0)
+    scale = choose_qparams(-peak, peak, np.int8, symmetric=True, axis=0).scale
+    shape = [1] * w.ndim
+    shape[axis] = -1
+    data = np.clip(np.rint(w / scale.reshape(shape)), -127, 127).astype(np.int8)
+    return data, scale
+
+
+@dataclass(frozen=True, eq=False)
+class Requant:
+    """int32 accumulator -> quantized output, the ONNX QLinearMatMul / QLinearConv rule.
+
+    y = clip(rint(float32(acc + bias) * multiplier) + zero_point, qmin, qmax), ties to even.
+
+    multiplier  float32, scalar or (N,): x_scale * weight_scale / y_scale; finite, > 0.
+    zero_point  int of the output, within [0, 255].
+    bias        int32 (N,) or None: rint(bias / (x_scale * weight_scale)).
+    qmin, qmax  the clamp, 0 <= qmin <= qmax <= 255. ReLU is qmin = zero_point.
+    """
+
+    multiplier: Float32
+    zero_point: int = 0
+    bias: Int32 | None = None
+    qmin: int = 0
+    qmax: int = 255
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "multiplier", check_scale("Requant: multiplier", self.multiplier))
+        object.__setattr__(self, "bias", _check_bias("Requant", self.bias, np.int32))
+        zero_point = check_zero_point("Requant: zero_point", self.zero_point, np.uint8)
+        if zero_point.ndim:
+            raise ValueError(f"Requant: zero_point {zero_point.shape}; wanted one integer")
+        object.__setattr__(self, "zero_point", int(zero_point))
+        if not 0 <= self.qmin <= self.qmax <= 255:
+            raise ValueError(
+                f"Requant: qmin={self.qmin}, qmax={self.qmax}; wanted 0 <= qmin <= qmax <= 255"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Dequant:
+    """int32 accumulator -> float32 output.
+
+    y = clip(float32(acc) * (x_scale * scale) + bias, fmin, fmax), each operation in float32.
+
+    scale    float32, scalar or (N,): the weight's scale; finite, > 0.
+    x_scale  float32, scalar or one value per row (M,): the activation's scale.
+    bias     float32 (N,) or None.
+    fmin, fmax  the clamp; ReLU is fmin = 0.
+    """
+
+    scale: Float32
+    x_scale: Float32 = field(default_factory=lambda: np.ones((), np.float32))
+    bias: Float32 | None = None
+    fmin: float = float("-inf")
+    fmax: float = float("inf")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", check_scale("Dequant: scale", self.scale))
+        object.__setattr__(self, "x_scale", check_scale("Dequant: x_scale", self.x_scale))
+        object.__setattr__(self, "bias", _check_bias("Dequant", self.bias, np.float32))
+        if not self.fmin <= self.fmax:
+            raise ValueError(f"Dequant: fmin={self.fmin}, fmax={self.fmax}; wanted fmin <= fmax")
+
+
+Epilogue = Requant | Dequant | None
+Dtype = Literal["uint8", "int8", "int32"]
+
+
+def _check_bias(where: str, bias: Any, dtype: Any) -> Any:
+    if bias is None:
+        return None
+    array = np.asarray(bias)
+    if array.ndim != 1 or (dtype is np.int32 and array.dtype != np.int32):
+        raise ValueError(
+            f"{where}: bias {array.shape} {array.dtype}; wanted (N,) {np.dtype(dtype)}"
+        )
+    array = array.astype(dtype)
+    if dtype is np.float32 and not np.isfinite(array).all():
+        raise ValueError(f"{where}: bias has NaN or infinite values")
+    return array

@@ -1,0 +1,171 @@
+"""Canonical int8 weights and the geometry of a convolution. Panels packed for a machine are a
+derived cache on these objects: built at the first use, never pickled, never saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastq.qparams import MAX_K
+
+Pair = int | tuple[int, int]
+Padding = int | str | tuple[int, int] | tuple[tuple[int, int], tuple[int, int]]
+
+
+def _weight(where: str, data: Any, ndim: int, layout: str) -> NDArray[np.int8]:
+    array = np.asarray(data)
+    if array.dtype != np.int8 or array.ndim != ndim:
+        raise TypeError(
+            f"{where}: weight {array.shape} {array.dtype}; wanted int8 {layout}. "
+            "quantize_weight(w) turns a float32 weight into int8 data and scales"
+        )
+    return np.ascontiguousarray(array)
+
+
+def _check_k(where: str, k: int) -> None:
+    if k > MAX_K:
+        raise ValueError(
+            f"{where}: K={k} products are summed into int32, which is exact up to K={MAX_K}; "
+            "split the layer along its inputs and add the float outputs"
+        )
+
+
+class _Panels:
+    """What is shared by both weights: the cache of packed panels, left out of pickles."""
+
+    panels: dict[Any, Any]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "panels": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearWeight(_Panels):
+    """int8 weight of a linear layer, (N, K) as in torch.nn.Linear: N outputs, K inputs.
+
+    Raises TypeError unless int8 (N, K), ValueError if K is beyond the int32 bound (65,793).
+    """
+
+    data: NDArray[np.int8]
+    panels: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", _weight("LinearWeight", self.data, 2, "(N, K)"))
+        _check_k("LinearWeight", self.k)
+
+    @property
+    def n(self) -> int:
+        return self.data.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.data.shape[1]
+
+
+def pair(name: str, value: Pair, least: int) -> tuple[int, int]:
+    """An int or a pair of ints as a pair, each at least `least`."""
+    both = (value, value) if isinstance(value, int | np.integer) else tuple(value)
+    if len(both) != 2 or not all(isinstance(v, int | np.integer) and v >= least for v in both):
+        raise ValueError(f"{name}: got {value!r}, wanted an int or two ints, at least {least}")
+    return int(both[0]), int(both[1])
+
+
+def explicit_padding(
+    padding: Padding, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Any accepted padding as ((top, bottom), (left, right))."""
+    if isinstance(padding, str):
+        if padding == "valid":
+            return (0, 0), (0, 0)
+        if padding != "same":
+            raise ValueError(f"padding: got {padding!r}, wanted 'same', 'valid' or numbers")
+        if stride != (1, 1):
+            raise ValueError(f"padding='same' wants stride 1, got {stride}")
+        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        # torch puts the odd one at the end
+        return (total[0] // 2, total[0] - total[0] // 2), (total[1] // 2, total[1] - total[1] // 2)
+    if isinstance(padding, tuple | list) and any(isinstance(p, tuple | list) for p in padding):
+        rows, cols = padding
+        return pair("padding", rows, 0), pair("padding", cols, 0)  # type: ignore[arg-type]
+    ph, pw = pair("padding", padding, 0)  # type: ignore[arg-type]
+    return (ph, ph), (pw, pw)
+
+
+@dataclass(frozen=True, eq=False)
+class Conv2dWeight(_Panels):
+    """int8 weight of a convolution and its geometry; the weight as in torch.nn.Conv2d.
+
+    data      int8 (N, C / groups, KH, KW).
+    stride    int or (sh, sw), at least 1.       dilation  int or (dh, dw), at least 1.
+    padding   int, (ph, pw), ((top, bottom), (left, right)), 'same' or 'valid'; kept as the third.
+    groups    divides C and N.
+
+    Raises TypeError unless int8 with four axes, ValueError for an impossible geometry or
+    for C / groups * KH * KW beyond the int32 bound (65,793).
+    """
+
+    data: NDArray[np.int8]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    panels: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def __init__(
+        self,
+        data: Any,
+        stride: Pair = 1,
+        padding: Padding = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+    ) -> None:
+        array = _weight("Conv2dWeight", data, 4, "(N, C/groups, KH, KW)")
+        n, c_group, kh, kw = array.shape
+        if groups < 1 or n % groups or min(kh, kw) < 1:
+            raise ValueError(
+                f"Conv2dWeight: weight {array.shape} with groups={groups}; "
+                "wanted groups >= 1 that divides N, and KH, KW >= 1"
+            )
+        _check_k("Conv2dWeight", c_group * kh * kw)
+        put = object.__setattr__
+        put(self, "data", array)
+        put(self, "stride", pair("Conv2dWeight: stride", stride, 1))
+        put(self, "dilation", pair("Conv2dWeight: dilation", dilation, 1))
+        put(self, "groups", int(groups))
+        put(
+            self, "padding", explicit_padding(padding, self.kernel_size, self.stride, self.dilation)
+        )
+        put(self, "panels", {})
+
+    @property
+    def n(self) -> int:
+        return self.data.shape[0]
+
+    @property
+    def c(self) -> int:
+        return self.data.shape[1] * self.groups
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        return self.data.shape[2], self.data.shape[3]
+
+    def output_size(self, h: int, w: int) -> tuple[int, int]:
+        """(OH, OW) for an input of h x w pixels; ValueError where the kernel does not fit."""
+        size = []
+        for extent, k, s, d, (before, after) in zip(
+            (h, w), self.kernel_size, self.stride, self.dilation, self.padding, strict=True
+        ):
+            room = extent + before + after - d * (k - 1) - 1
+            if room < 0:
+                raise ValueError(
+                    f"conv2d: input {h}x{w} with padding {self.padding} is smaller than the "
+                    f"kernel {self.kernel_size} with dilation {self.dilation}"
+                )
+            size.append(room // s + 1)
+        return size[0], size[1]
