@@ -1,5 +1,541 @@
-"""TEMPORARY: the reference, until the kernels are in."""
-from fastq.reference import *  # noqa
-from fastq.reference import conv2d, conv2d_float, dequantize, dynamic_qparams, linear, linear_float, quantize, requantize
-def set_num_threads(n): ...
-def get_num_threads(): return 1
+"""The integer operations on NumPy arrays: the functions of `reference`, checked and fast.
+
+Arguments are checked here, once; the kernels trust them. Results have the same bits on every
+instruction set and for every number of threads. No function needs torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from fastq.kernels import isa
+from fastq.kernels import elementwise as ew
+from fastq.kernels.executor import get_num_threads, set_num_threads
+from fastq.kernels.layers import BoundConv2d, BoundLinear, Call, Calls, Source, range_call
+from fastq.qparams import (
+    Dequant,
+    Epilogue,
+    QParams,
+    Requant,
+    check_scale,
+    check_zero_point,
+    quantized_dtype,
+)
+from fastq.weights import Conv2dWeight, LinearWeight
+
+__all__ = [
+    "conv2d",
+    "conv2d_float",
+    "dequantize",
+    "dynamic_qparams",
+    "get_num_threads",
+    "linear",
+    "linear_float",
+    "quantize",
+    "requantize",
+    "set_num_threads",
+]
+
+_KIND = {
+    np.dtype(np.float32): "f32",
+    np.dtype(np.uint8): "u8",
+    np.dtype(np.int8): "s8",
+    np.dtype(np.int32): "s32",
+}
+_BOUND_LAYERS = 8  # that a weight keeps: pairs of epilogue and input parameters
+
+
+def quantize(
+    x: ArrayLike,
+    quantize_factor: float | None = None,
+    *,
+    scale: ArrayLike | None = None,
+    zero_point: ArrayLike = 0,
+    axis: int | None = None,
+    dtype: DTypeLike | None = None,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """float32 -> uint8 / int8 / int32, rounding half to even, saturating.
+
+    quantize(x, scale=s, zero_point=z)  clip(rint(x / s) + z); dtype uint8 unless given.
+    quantize(x, factor)                 the textbook form clip(rint(x * factor)); dtype int8
+                                        unless given, no zero point.
+
+    x           real numbers of any shape, taken as float32; a NumPy array or a torch tensor on
+                the CPU (the result is of the same kind), or nested lists.
+    scale       finite, > 0: a scalar, or (n,) along `axis`.
+    zero_point  integer in the range of dtype: a scalar, or (n,) along `axis`.
+    out         written and returned if given: shape of x, the dtype, C-contiguous.
+
+    NaN becomes zero_point (real 0); infinities saturate. Raises TypeError and ValueError for
+    arguments outside of this. Source: ONNX QuantizeLinear.
+    """
+    if (quantize_factor is None) == (scale is None):
+        raise TypeError(
+            "quantize: wanted a quantize_factor (x * factor) or scale= (x / scale + zero_point), "
+            f"got {'neither' if scale is None else 'both'}"
+        )
+    if _is_tensor(x):
+        return _through_numpy(quantize, x, quantize_factor, out, scale=scale,
+                              zero_point=zero_point, axis=axis, dtype=dtype)  # fmt: skip
+    real = _real("quantize: x", x)
+    if scale is not None:
+        operation, steps = "divide", check_scale("quantize: scale", scale)
+        kind = quantized_dtype(np.uint8 if dtype is None else dtype)
+    else:
+        operation, steps = "multiply", check_scale("quantize: quantize_factor", quantize_factor)  # type: ignore[arg-type]
+        kind = quantized_dtype(np.int8 if dtype is None else dtype)
+        if np.any(zero_point):
+            raise ValueError(
+                "quantize: a quantize_factor has no zero_point; "
+                "scale=1/quantize_factor with zero_point= is the affine form"
+            )
+    limits = np.iinfo(kind)
+    zeros = check_zero_point("quantize: zero_point", zero_point, kind)
+    return _elementwise("quantize", operation, real, kind, steps, zeros, axis,
+                        int(limits.min), int(limits.max), out)  # fmt: skip
+
+
+def dequantize(
+    q: NDArray[Any],
+    scale: ArrayLike,
+    zero_point: ArrayLike = 0,
+    *,
+    axis: int | None = None,
+    out: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
+    """uint8 / int8 / int32 -> float32: float32(q - zero_point) * scale.
+
+    q may be a NumPy array or a torch tensor on the CPU; scale and zero_point as in `quantize`.
+    Raises TypeError and ValueError for other dtypes, shapes or values.
+    Source: ONNX DequantizeLinear.
+    """
+    if _is_tensor(q):
+        return _through_numpy(dequantize, q, scale, out, zero_point=zero_point, axis=axis)
+    integers = np.asarray(q)
+    kind = _integer("dequantize: q", integers)
+    steps = check_scale("dequantize: scale", scale)
+    zeros = check_zero_point("dequantize: zero_point", zero_point, kind)
+    return _elementwise("dequantize", "dequantize", integers, np.dtype(np.float32), steps, zeros,
+                        axis, 0, 0, out)  # fmt: skip
+
+
+def requantize(
+    acc: NDArray[np.int32],
+    multiplier: ArrayLike,
+    zero_point: int = 0,
+    *,
+    axis: int | None = None,
+    dtype: DTypeLike = np.uint8,
+    qmin: int | None = None,
+    qmax: int | None = None,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """int32 -> uint8 / int8 / int32: clip(rint(float32(acc) * multiplier) + zero_point, qmin, qmax).
+
+    acc         int32, any shape.
+    multiplier  finite, > 0: a scalar, or (n,) along `axis`: x_scale * weight_scale / y_scale.
+    qmin, qmax  the clamp, within the range of dtype, which is the default.
+
+    Raises TypeError and ValueError for arguments outside of this.
+    Source: ONNX QLinearMatMul and QLinearConv.
+    """
+    integers = np.asarray(acc)
+    if integers.dtype != np.int32:
+        raise TypeError(f"requantize: acc {integers.shape} {integers.dtype}; wanted int32")
+    kind = quantized_dtype(dtype)
+    limits = np.iinfo(kind)
+    low = limits.min if qmin is None else qmin
+    high = limits.max if qmax is None else qmax
+    if not limits.min <= low <= high <= limits.max:
+        raise ValueError(
+            f"requantize: qmin={qmin}, qmax={qmax}; wanted {limits.min} <= qmin <= qmax "
+            f"<= {limits.max} for {kind}"
+        )
+    steps = check_scale("requantize: multiplier", multiplier)
+    zeros = check_zero_point("requantize: zero_point", zero_point, kind)
+    return _elementwise("requantize", "multiply", integers, kind, steps, zeros, axis,
+                        int(low), int(high), out)  # fmt: skip
+
+
+_ELEMENTWISE_BLOCK = 16 * 1024  # values per task
+_elementwise_calls = Calls()
+
+
+def _elementwise(
+    name: str,
+    operation: str,
+    x: NDArray[Any],
+    dtype: np.dtype[Any],
+    scale: NDArray[np.float32],
+    zero_point: NDArray[np.int32],
+    axis: int | None,
+    qmin: int,
+    qmax: int,
+    out: NDArray[Any] | None,
+) -> NDArray[Any]:
+    layout, rows, columns, params = "tensor", 1, x.size, 1
+    if axis is None:
+        if scale.ndim or zero_point.ndim:
+            raise ValueError(
+                f"{name}: scale {scale.shape}, zero_point {zero_point.shape} without axis=; "
+                "wanted scalars, or the axis that they run along"
+            )
+    else:
+        if not -x.ndim <= axis < x.ndim:
+            raise ValueError(f"{name}: axis={axis} for an array of shape {x.shape}")
+        axis %= x.ndim
+        params = x.shape[axis]
+        if any(p.ndim and p.shape != (params,) for p in (scale, zero_point)):
+            raise ValueError(
+                f"{name}: scale {scale.shape}, zero_point {zero_point.shape} along axis {axis} "
+                f"of {x.shape}; wanted ({params},) or scalars"
+            )
+        columns = int(np.prod(x.shape[axis + 1 :]))
+        layout = "row"
+        if columns == 1:
+            layout, columns = "column", params
+        rows = x.size // max(columns, 1)
+    result = _output(name, out, x.shape, dtype, x)
+    if x.size == 0:
+        return result
+    source = np.require(x, requirements=["C", "A"])
+    scales = np.ascontiguousarray(np.broadcast_to(scale, (params,)))
+    zeros = np.ascontiguousarray(np.broadcast_to(zero_point, (params,)), dtype=np.int32)
+    key = (operation, source.dtype, dtype, layout, rows, columns, params, qmin, qmax)
+
+    def make() -> Call:
+        call = Call()
+        call.operations = x.size * 4
+        kinds = _KIND[source.dtype], _KIND[dtype]
+        call.row(
+            ew.elementwise_kernel(operation, *kinds, layout),
+            ew.A_FIELDS,
+            rows * -(-columns // _ELEMENTWISE_BLOCK),
+            {
+                ew.A_COLUMNS: columns,
+                ew.A_BLOCK: _ELEMENTWISE_BLOCK,
+                ew.A_PARAMS: params,
+                ew.A_QMIN: qmin,
+                ew.A_QMAX: qmax,
+            },
+            {ew.A_X: "x", ew.A_OUT: "out", ew.A_SCALE: "scale", ew.A_ZERO_POINT: "zero_point"},
+        )
+        return call
+
+    _elementwise_calls.run(key, make, x=source, out=result, scale=scales, zero_point=zeros)
+    return result
+
+
+def dynamic_qparams(x: NDArray[np.float32], *, per_row: bool = True) -> tuple[Any, Any]:
+    """The uint8 (scale, zero_point) of x's own range, one per row of x (M, ...) or one for all.
+
+    float32 scale and int32 zero_point, each (M,), or scalars with per_row=False. The range is
+    widened to include 0; NaN and infinities do not count; a range of zero width has scale 1.
+    Source: ONNX DynamicQuantizeLinear.
+    """
+    real = _real("dynamic_qparams: x", x)
+    if per_row and real.ndim == 0:
+        raise ValueError("dynamic_qparams: a scalar has no rows; per_row=False takes it whole")
+    rows = len(real) if per_row else 1
+    source = np.require(real, requirements=["C", "A"]).reshape(rows, real.size // max(rows, 1))
+    scale, zero_point = np.ones(rows, np.float32), np.zeros(rows, np.int32)
+    if source.size:
+        range_call(*source.shape).run({"x": source, "scale": scale, "zero_point": zero_point})
+    return (scale, zero_point) if per_row else (scale[0], zero_point[0])
+
+
+def linear(
+    x: NDArray[np.uint8],
+    weight: LinearWeight,
+    epilogue: Epilogue = None,
+    *,
+    x_zero_point: ArrayLike = 0,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """acc[m, n] = sum_k (x[m, k] - x_zero_point[m]) * weight[n, k], exact, then the epilogue.
+
+    x             uint8 (M, K), any strides.
+    weight        LinearWeight (N, K); its panels are packed at the first call.
+    epilogue      None: int32. Requant: uint8. Dequant: float32. Re-use the object between calls.
+    x_zero_point  0 to 255: a scalar, or (M,) where the epilogue is not a Requant.
+    out           written and returned if given: (M, N) of the epilogue's dtype, C-contiguous.
+
+    Raises TypeError and ValueError for other dtypes, shapes or values.
+    Source: ONNX MatMulInteger and QLinearMatMul.
+    """
+    x = _array("linear: x", x, np.uint8, 2)
+    _check_weight("linear", weight, LinearWeight, epilogue)
+    m, k = x.shape
+    if k != weight.k:
+        raise ValueError(
+            f"linear: x has {k} features, weight wants {weight.k}; "
+            f"x {x.shape} u8, weight {weight.data.shape} s8"
+        )
+    zeros: Any = _zero_point("linear", x_zero_point)
+    if np.ndim(zeros):
+        if zeros.shape != (m,):
+            raise ValueError(f"linear: x_zero_point {zeros.shape} for {m} rows; wanted ({m},)")
+        if isinstance(epilogue, Requant):
+            raise ValueError("linear: x_zero_point per row with a Requant; wanted one integer")
+    if isinstance(epilogue, Dequant) and epilogue.x_scale.ndim:
+        if epilogue.x_scale.shape != (m,):
+            raise ValueError(
+                f"linear: Dequant.x_scale {epilogue.x_scale.shape} for {m} rows; wanted ({m},)"
+            )
+    result = _output("linear", out, (m, weight.n), _out_dtype(epilogue), x)
+    if result.size == 0:
+        return result
+    if x.strides[1] != 1:
+        x = np.ascontiguousarray(x)
+    _bound(BoundLinear, weight, epilogue, "u8", None, zeros)(x, result, zeros)
+    return result
+
+
+def conv2d(
+    x: NDArray[np.uint8],
+    weight: Conv2dWeight,
+    epilogue: Epilogue = None,
+    *,
+    x_zero_point: int = 0,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """2-D cross-correlation of x (B, H, W, C) uint8, exact in int32, then the epilogue.
+
+    acc[b, i, j, n] = sum over (kh, kw, c) of w[n, c, kh, kw]
+                      * (x[b, i*sh + kh*dh - top, j*sw + kw*dw - left, c] - x_zero_point)
+
+    x             uint8 NHWC, any strides.
+    weight        Conv2dWeight (N, C/groups, KH, KW) with its stride, padding, dilation, groups.
+    epilogue      None: int32. Requant: uint8. Dequant (one x_scale): float32.
+    x_zero_point  0 to 255; padding has this value, which stands for real 0.
+    out           written and returned if given: (B, OH, OW, N), C-contiguous.
+
+    Raises TypeError and ValueError for other dtypes, shapes or values.
+    Source: ONNX ConvInteger and QLinearConv.
+    """
+    x = _array("conv2d: x", x, np.uint8, 4)
+    _check_weight("conv2d", weight, Conv2dWeight, epilogue)
+    zero_point: Any = _zero_point("conv2d", x_zero_point)
+    if np.ndim(zero_point):
+        raise ValueError(f"conv2d: x_zero_point {zero_point.shape}; wanted one integer")
+    if isinstance(epilogue, Dequant) and epilogue.x_scale.ndim:
+        raise ValueError(f"conv2d: Dequant.x_scale {epilogue.x_scale.shape}; wanted a scalar")
+    result = _conv_output("conv2d", x, weight, _out_dtype(epilogue), out)
+    if result.size:
+        _bound(BoundConv2d, weight, epilogue, "u8", None, zero_point)(x, result, zero_point)
+    return result
+
+
+def linear_float(
+    x: NDArray[np.float32],
+    weight: LinearWeight,
+    epilogue: Dequant,
+    *,
+    x_qparams: QParams | None = None,
+    out: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
+    """float32 (M, K) -> float32 (M, N): quantize x, multiply in integers, dequantize.
+
+    x_qparams  uint8, per tensor; None quantizes dynamically, each row of x by its own range.
+    epilogue   a Dequant, whose x_scale is replaced by the scale of x.
+
+    NaN in x counts as 0, infinities saturate. Re-use weight, epilogue and x_qparams between
+    calls: what is derived from them is kept with the weight. Errors as in `linear`.
+    """
+    x = _array("linear_float: x", x, np.float32, 2)
+    m, k = x.shape
+    _check_float("linear_float", weight, LinearWeight, epilogue, x_qparams)
+    if k != weight.k:
+        raise ValueError(
+            f"linear_float: x has {k} features, weight wants {weight.k}; "
+            f"x {x.shape} f32, weight {weight.data.shape} s8"
+        )
+    result = _output("linear_float", out, (m, weight.n), _FLOAT32, x)
+    if result.size == 0:
+        return result
+    if x.strides[1] != 4 or not x.flags.aligned:
+        x = np.array(x, order="C")
+    source: Source = "dynamic" if x_qparams is None else "static"
+    _bound(BoundLinear, weight, epilogue, source, x_qparams, 0)(x, result)
+    return result
+
+
+def conv2d_float(
+    x: NDArray[np.float32],
+    weight: Conv2dWeight,
+    epilogue: Dequant,
+    *,
+    x_qparams: QParams | None = None,
+    out: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
+    """float32 (B, H, W, C) -> float32 (B, OH, OW, N): quantize x, convolve in integers, dequantize.
+
+    x may have any strides: an NCHW array seen as NHWC is read as it lies. x_qparams None
+    quantizes dynamically, all of x by its range. Otherwise as `linear_float` and `conv2d`.
+    """
+    x = _array("conv2d_float: x", x, np.float32, 4)
+    _check_float("conv2d_float", weight, Conv2dWeight, epilogue, x_qparams)
+    result = _conv_output("conv2d_float", x, weight, _FLOAT32, out)
+    if result.size == 0:
+        return result
+    # a range is searched in memory order: x must fill its memory, in any order of the axes
+    if not x.flags.aligned or (x_qparams is None and not _fills_its_memory(x)):
+        x = np.array(x, order="C")
+    source: Source = "dynamic" if x_qparams is None else "static"
+    _bound(BoundConv2d, weight, epilogue, source, x_qparams, 0)(x, result)
+    return result
+
+
+_FLOAT32 = np.dtype(np.float32)
+
+
+def _out_dtype(epilogue: Epilogue) -> np.dtype[Any]:
+    if epilogue is None:
+        return np.dtype(np.int32)
+    return np.dtype(np.uint8) if isinstance(epilogue, Requant) else _FLOAT32
+
+
+def _bound(
+    kind: Any,
+    weight: Any,
+    epilogue: Epilogue,
+    source: Source,
+    x_qparams: QParams | None,
+    zero_point: Any,
+) -> Any:
+    """The layer bound to these, kept with the weight; it holds them, so their ids stay theirs."""
+    folded = int(zero_point) if isinstance(epilogue, Requant) else 0
+    key = (source, isa.current(), id(epilogue), id(x_qparams), folded)
+    layer = weight.panels.get(key)
+    if layer is None:
+        layer = kind(weight, epilogue, source, x_qparams, folded, isa.current())
+        bound = [k for k, v in list(weight.panels.items()) if isinstance(v, kind)]
+        if len(bound) >= _BOUND_LAYERS:
+            weight.panels.pop(bound[0], None)
+        weight.panels[key] = layer
+    return layer
+
+
+def _is_tensor(x: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def _through_numpy(function: Any, x: Any, parameter: Any, out: Any, **named: Any) -> Any:
+    """Calls function on a torch tensor's memory; scale and zero_point may be tensors as well."""
+    torch = sys.modules["torch"]
+    if x.requires_grad:
+        raise ValueError(f"{function.__name__}: x requires grad; x.detach() has no gradient")
+
+    def array(value: Any) -> Any:
+        return value.numpy(force=True) if _is_tensor(value) else value
+
+    named = {key: array(value) for key, value in named.items()}
+    result = function(array(x), array(parameter), out=array(out), **named)
+    return out if out is not None else torch.from_numpy(result)
+
+
+def _real(what: str, x: ArrayLike) -> NDArray[np.float32]:
+    array = np.asarray(x)
+    if array.dtype.kind != "f":
+        if isinstance(x, np.ndarray) or array.dtype.kind not in "iu":
+            raise TypeError(f"{what} {array.shape} {array.dtype}; wanted float32")
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32, copy=False)
+
+
+def _integer(what: str, x: NDArray[Any]) -> np.dtype[Any]:
+    if x.dtype not in _KIND or x.dtype == np.float32:
+        raise TypeError(f"{what} {x.shape} {x.dtype}; wanted uint8, int8 or int32")
+    return x.dtype
+
+
+def _array(what: str, x: Any, dtype: Any, ndim: int) -> NDArray[Any]:
+    if not isinstance(x, np.ndarray):
+        raise TypeError(
+            f"{what} is a {type(x).__name__}; wanted a NumPy array (tensor.numpy() shares memory)"
+        )
+    if x.dtype != dtype or x.ndim != ndim:
+        axes = {2: "(M, K)", 4: "(B, H, W, C)"}[ndim]
+        raise (TypeError if x.dtype != dtype else ValueError)(
+            f"{what} {x.shape} {x.dtype}; wanted {axes} {np.dtype(dtype)}"
+        )
+    return x
+
+
+def _output(
+    name: str, out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], x: NDArray[Any]
+) -> NDArray[Any]:
+    """The array to write: `out` if it fits, else a new one."""
+    if out is None:
+        return np.empty(shape, dtype)
+    if not isinstance(out, np.ndarray) or out.shape != shape or out.dtype != dtype:
+        given = f"{out.shape} {out.dtype}" if isinstance(out, np.ndarray) else type(out).__name__
+        raise ValueError(f"{name}: out is {given}; wanted {shape} {dtype}")
+    flags = out.flags
+    if not (flags.c_contiguous and flags.writeable and flags.aligned):
+        raise ValueError(f"{name}: out must be C-contiguous, writeable and aligned")
+    if np.may_share_memory(out, x):
+        raise ValueError(f"{name}: out overlaps x; wanted memory of its own")
+    return out
+
+
+def _zero_point(name: str, value: ArrayLike) -> Any:
+    """A Python int, or an int32 array with one value per row."""
+    if type(value) is int and 0 <= value <= 255:
+        return value
+    zeros = check_zero_point(f"{name}: x_zero_point", value, np.uint8)
+    return zeros if zeros.ndim else int(zeros)
+
+
+def _check_weight(name: str, weight: Any, kind: type, epilogue: Any) -> None:
+    if not isinstance(weight, kind):
+        raise TypeError(
+            f"{name}: weight is a {type(weight).__name__}; wanted a {kind.__name__}, made once "
+            f"from the int8 array: {kind.__name__}(array)"
+        )
+    if not isinstance(epilogue, Requant | Dequant | None):
+        raise TypeError(
+            f"{name}: epilogue is a {type(epilogue).__name__}; wanted None, Requant or Dequant"
+        )
+
+
+def _check_float(
+    name: str, weight: Any, kind: type, epilogue: Any, x_qparams: QParams | None
+) -> None:
+    if not isinstance(epilogue, Dequant):
+        raise TypeError(f"{name}: epilogue is a {type(epilogue).__name__}; wanted a Dequant")
+    _check_weight(name, weight, kind, epilogue)
+    if x_qparams is not None and (x_qparams.dtype != np.uint8 or x_qparams.axis is not None):
+        raise ValueError(
+            f"{name}: x_qparams are {x_qparams.dtype}, axis {x_qparams.axis}; "
+            "wanted uint8 per tensor (axis None)"
+        )
+
+
+def _conv_output(
+    name: str, x: NDArray[Any], weight: Conv2dWeight, dtype: np.dtype[Any], out: Any
+) -> NDArray[Any]:
+    batch, h, w, c = x.shape
+    if c != weight.c:
+        raise ValueError(
+            f"{name}: x has {c} channels, weight wants {weight.c}; x {x.shape} (B, H, W, C), "
+            f"weight {weight.data.shape} with groups={weight.groups}"
+        )
+    return _output(name, out, (batch, *weight.output_size(h, w), weight.n), dtype, x)
+
+
+def _fills_its_memory(x: NDArray[Any]) -> bool:
+    """Whether x is contiguous after reordering its axes."""
+    step = x.itemsize
+    for stride, extent in sorted(zip(x.strides, x.shape, strict=True)):
+        if extent > 1:
+            if stride != step:
+                return False
+            step *= extent
+    return True

@@ -1,0 +1,96 @@
+"""The inner loop of depthwise convolutions: one filter per channel.
+
+There is no sum over channels, so a lane is a channel and the taps take the place of K: the
+same dot product as in gemm.py, with its activations interleaved instead of broadcast.
+
+    tap 0   | a0 b0 c0 ... |                  | a0 a1 a2 a3 | b0 b1 b2 b3 | ...   activations
+    tap 1   | a1 b1 c1 ... |   interleave ->
+    tap 2 3 | ...          |                  | w0 w1 w2 w3 | w0 w1 w2 w3 | ...   weights
+
+    a       uint8, NHWC, all channels of a pixel side by side
+    weights (panels, tap groups, vectors, lanes, taps_at_once), int8 (vpdpbusd) or int16 (vpmaddwd),
+            lanes in the order that `interleave` leaves; missing taps have weight 0 and offset 0
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastq.kernels.pack import aligned_empty
+from fastq.kernels.simd import address, const, emitter, i64, load, shuffle
+
+
+def emit_tap_loop(
+    b: Any, isa: str, a_rows: list[Any], weights: Any, taps: Any, n_taps: Any
+) -> list[list[Any]]:
+    """Emits the loop over groups of taps; returns accumulators in channel order, [row][vector].
+
+    n_taps counts the entries of `taps`, a multiple of taps_at_once.
+    """
+    simd = emitter(isa)
+    group = simd.taps_at_once
+    kind = simd.words if group == 2 else simd.bytes
+    vector_bytes = kind.count * kind.element.width // 8
+    vectors = len(simd.interleaved_channels())
+
+    entry = b.block
+    loop, done = b.append_basic_block("taps"), b.append_basic_block("taps.done")
+    b.branch(loop)
+    b.position_at_end(loop)
+    tap = b.phi(i64)
+    accs = [[b.phi(simd.acc) for _ in range(vectors)] for _ in a_rows]
+    offsets = [load(b, i64, taps, b.mul(b.add(tap, i64(t)), i64(8))) for t in range(group)]
+    start = address(b, weights, b.mul(tap, i64(vectors * vector_bytes // group)))
+    w = [load(b, kind, start, v * vector_bytes) for v in range(vectors)]
+    summed = []
+    for row, row_accs in zip(a_rows, accs, strict=True):
+        channels = [simd.load_channels(b, address(b, row, offset)) for offset in offsets]
+        a = simd.interleave(b, channels)
+        summed.append([simd.dot(b, row_accs[v], a[v], w[v]) for v in range(vectors)])
+    following = b.add(tap, i64(group))
+    b.cbranch(b.icmp_signed("<", following, n_taps), loop, done)
+    tap.add_incoming(i64(0), entry)
+    tap.add_incoming(following, loop)
+    for row_accs, row_sums in zip(accs, summed, strict=True):
+        for acc, total in zip(row_accs, row_sums, strict=True):
+            acc.add_incoming(const(simd.acc, 0), entry)
+            acc.add_incoming(total, loop)
+    b.position_at_end(done)
+    return [_channel_order(b, simd, row) for row in summed]
+
+
+def _channel_order(b: Any, simd: Any, accs: list[Any]) -> list[Any]:
+    """Undoes the order that `interleave` left."""
+    order = [channel for lanes in simd.interleaved_channels() for channel in lanes]
+    where = np.argsort(order)
+    lanes = simd.acc.count
+    joined = list(accs)
+    while len(joined) > 1:  # LLVM turns the joins and the slices into a few permutes
+        joined = [
+            shuffle(b, x, y, range(2 * x.type.count))
+            for x, y in zip(joined[::2], joined[1::2], strict=True)
+        ]
+    return [
+        shuffle(b, joined[0], joined[0], [int(i) for i in where[v * lanes : (v + 1) * lanes]])
+        for v in range(len(accs))
+    ]
+
+
+def pack_depthwise(weight: NDArray[np.int8], isa: str) -> NDArray[Any]:
+    """(C, taps) int8 as depthwise panels (P, tap groups, vectors, lanes, taps_at_once)."""
+    simd = emitter(isa)
+    group = simd.taps_at_once
+    order = np.array(simd.interleaved_channels())  # (vectors, lanes)
+    c, taps = weight.shape
+    panels, groups = -(-c // order.size), -(-taps // group)
+    padded = np.zeros((panels * order.size, groups * group), np.int8)
+    padded[:c, :taps] = weight
+    by_tap = padded.reshape(panels, order.size, groups, group).swapaxes(1, 2)
+    packed = aligned_empty(
+        (panels, groups, *order.shape, group), np.int8 if group == 4 else np.int16
+    )
+    packed[:] = by_tap[:, :, order]
+    return packed

@@ -1,0 +1,81 @@
+"""quantize, dequantize, requantize of whole arrays: plain loops over blocks.
+
+An array is seen as (rows, columns). The parameters are one for all ("tensor"), one per row,
+repeating after `A_PARAMS` rows ("row"), or one per column ("column").
+
+A task is one block of `A_BLOCK` columns of one row. Dequantizing reads, and quantizing writes,
+uint8, int8 or int32.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from numba import cfunc, float32, float64, int64
+
+from fastq.kernels.scalar import (
+    divide,
+    float_difference,
+    multiply_step,
+    pointer,
+    quantize_step,
+    rint_f64,
+)
+from fastq.kernels.signature import SIGNATURE, sources_digest
+
+(
+    A_X, A_OUT, A_ROWS, A_COLUMNS, A_BLOCK, A_PARAMS, A_SCALE, A_ZERO_POINT, A_QMIN, A_QMAX,
+    A_FIELDS,
+) = range(11)  # fmt: skip
+
+
+@functools.cache
+def elementwise_kernel(operation: str, source: str, target: str, layout: str) -> Any:
+    """operation "divide" (quantize), "multiply" (quantize by a factor, requantize), "dequantize".
+
+    source and target are keys of scalar.KINDS; layout "tensor", "row" or "column".
+    """
+    config = (operation, source, target, layout, sources_digest())
+
+    @cfunc(SIGNATURE, cache=True)
+    def kernel(args, begin, end):  # type: ignore[no-untyped-def]
+        columns = args[A_COLUMNS]
+        blocks = (columns + args[A_BLOCK] - 1) // args[A_BLOCK]
+        x, out = pointer(args[A_X], config[1]), pointer(args[A_OUT], config[2])
+        scale, zero_point = pointer(args[A_SCALE], "f32"), pointer(args[A_ZERO_POINT], "s32")
+        qmin, qmax = args[A_QMIN], args[A_QMAX]
+        for task in range(begin, end):
+            row = task // blocks
+            first = task % blocks * args[A_BLOCK]
+            last = min(first + args[A_BLOCK], columns)
+            at = row * columns
+            p = 0
+            if config[3] == "row":
+                p = row % args[A_PARAMS]
+            step, zp = scale[p], zero_point[p]
+            lo, hi = float_difference(qmin, zp), float_difference(qmax, zp)
+            for i in range(first, last):
+                if config[3] == "column":
+                    step, zp = scale[i], zero_point[i]
+                    lo, hi = float_difference(qmin, zp), float_difference(qmax, zp)
+                if config[0] == "dequantize":
+                    if config[1] == "s32":
+                        out[at + i] = float32(int64(x[at + i]) - zp) * step
+                    else:
+                        out[at + i] = float_difference(x[at + i], zp) * step
+                elif config[2] == "s32":  # beyond float32's integers: round in float64
+                    if config[0] == "divide":
+                        real = float64(divide(x[at + i], step))
+                    else:
+                        real = float64(float32(x[at + i]) * step)
+                    if not real == real:
+                        real = 0.0
+                    real = rint_f64(real)
+                    out[at + i] = int64(max(min(real, float64(qmax - zp)), float64(qmin - zp))) + zp
+                elif config[0] == "divide":
+                    out[at + i] = quantize_step(x[at + i], step, lo, hi) + zp
+                else:
+                    out[at + i] = multiply_step(float32(x[at + i]), step, lo, hi) + zp
+
+    return kernel

@@ -1,0 +1,146 @@
+"""The executor: runs a table of kernels. The package's one parallel loop is here.
+
+A row of the table is (address of a kernel, address of its argument block, number of tasks). Rows
+run one after the other; the tasks of a row are shared among the threads in equal ranges.
+
+Threads come from Numba's pool. With TBB a call from several Python threads, after a fork, or
+inside another parallel region is safe. Numba's other pools end the process in some of these
+cases, so with them a call that could meet one runs on its own thread alone: same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import functools
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+KERNEL, ARGS, TASKS = range(3)
+
+
+@intrinsic
+def _call(typingctx: Any, kernel: Any, args: Any, begin: Any, end: Any) -> Any:
+    signature = types.void(types.int64, types.int64, types.int64, types.int64)
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        i64 = ir.IntType(64)
+        kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), i64, i64])
+        function = builder.inttoptr(values[0], kind.as_pointer())
+        pointer = builder.inttoptr(values[1], ir.PointerType())
+        builder.call(function, [pointer, values[2], values[3]])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@njit("void(int64[:, ::1])", nogil=True, cache=True)
+def _run_serial(table: Any) -> None:
+    for row in range(table.shape[0]):
+        _call(table[row, KERNEL], table[row, ARGS], 0, table[row, TASKS])
+
+
+@functools.cache
+def _run_parallel() -> Any:
+    # compiled (or read from the cache) at the first parallel call: it starts Numba's pool
+    @njit("void(int64[:, ::1], int64)", nogil=True, parallel=True, cache=True)
+    def run(table: Any, threads: Any) -> None:
+        for row in range(table.shape[0]):
+            tasks = table[row, TASKS]
+            parts = min(threads, tasks)
+            if parts <= 1:
+                _call(table[row, KERNEL], table[row, ARGS], 0, tasks)
+            else:
+                for part in prange(parts):
+                    begin = tasks * part // parts
+                    end = tasks * (part + 1) // parts
+                    _call(table[row, KERNEL], table[row, ARGS], begin, end)
+
+    return run
+
+
+def _load_tbb() -> None:
+    """Makes the `tbb` package's library visible to Numba, which looks on the loader's path only."""
+    names = {"linux": "libtbb.so.12", "darwin": "libtbb.12.dylib"}
+    if sys.platform == "win32":
+        path = Path(sys.prefix) / "Library" / "bin"
+        if path.is_dir():
+            os.add_dll_directory(str(path))
+        return
+    path = Path(sys.prefix) / "lib" / names.get(sys.platform, "")
+    if path.is_file():
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
+class _Pool:
+    """State of the parallel path: how many threads, and whether it may be entered now."""
+
+    def __init__(self) -> None:
+        self.threads = 0
+        self.owner = 0
+        self.layer = ""
+        self.busy = threading.Lock()
+        self.starting = threading.Lock()
+
+    def start(self) -> None:
+        """Starts Numba's pool, once, and learns which layer it got."""
+        with self.starting:
+            if not self.layer:
+                _load_tbb()
+                _run_parallel()(np.zeros((0, 3), np.int64), 1)
+                self.owner = os.getpid()
+                self.layer = numba.threading_layer()
+
+    def run(self, table: NDArray[np.int64], threads: int) -> None:
+        if not self.layer:
+            self.start()
+        if self.layer == "tbb":
+            _run_parallel()(table, threads)
+        elif os.getpid() == self.owner and self.busy.acquire(blocking=False):
+            try:
+                _run_parallel()(table, threads)
+            finally:
+                self.busy.release()
+        else:
+            _run_serial(table)
+
+
+_pool = _Pool()
+
+
+def set_num_threads(threads: int) -> None:
+    """Sets how many threads a call may use, from 1 to Numba's maximum (NUMBA_NUM_THREADS).
+
+    Raises ValueError beyond these. The result of a call does not depend on it.
+    """
+    most = numba.config.NUMBA_NUM_THREADS
+    if not isinstance(threads, int | np.integer) or not 1 <= threads <= most:
+        raise ValueError(f"set_num_threads: got {threads!r}, wanted an int from 1 to {most}")
+    _pool.threads = int(threads)
+
+
+def get_num_threads() -> int:
+    """How many threads a call may use: Numba's default until `set_num_threads` is called."""
+    return _pool.threads or int(numba.config.NUMBA_NUM_THREADS)
+
+
+# Entering the pool costs a few microseconds; below about this many operations one thread is faster.
+SERIAL_OPERATIONS = 400_000
+
+
+def run(table: NDArray[np.int64], operations: int) -> None:
+    """Runs a table (rows, 3) int64. `operations` is its cost in multiply-adds or bytes touched."""
+    if operations < SERIAL_OPERATIONS or (_pool.threads or get_num_threads()) == 1:
+        _run_serial(table)
+    else:
+        _pool.run(table, get_num_threads())

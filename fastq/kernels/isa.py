@@ -1,0 +1,87 @@
+"""Instruction sets: which tiers there are, which of them may run here, which one is used.
+
+FASTQ_ISA=<name> forces a tier. An "-emulated" tier has the tile shapes and the data layout of
+the real one, with its dot product written in portable LLVM IR: it runs on every CPU and gives the
+same bits, slowly. It is there to test a tier on a machine that lacks it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Isa:
+    """One tier: its name, and the LLVM features that its code needs."""
+
+    name: str
+    features: tuple[str, ...]
+
+
+# fastest first
+ISAS = (
+    Isa("avx512_vnni", ("avx512f", "avx512bw", "avx512vl", "avx512vnni")),
+    Isa("avx_vnni", ("avx2", "avxvnni")),
+    Isa("avx2", ("avx2",)),
+    Isa("generic", ()),
+    Isa("avx512_vnni-emulated", ()),
+    Isa("avx_vnni-emulated", ()),
+)
+BY_NAME = {isa.name: isa for isa in ISAS}
+
+
+@functools.cache
+def target_features() -> frozenset[str]:
+    """Features that Numba compiles for (not the CPU's: IR for one it leaves out ends the process)."""
+    from numba.core.registry import cpu_target
+
+    text = cpu_target.target_context.codegen()._tm_features
+    return frozenset(f[1:] for f in text.split(",") if f.startswith("+"))
+
+
+def missing(isa: Isa) -> list[str]:
+    """What the tier needs and Numba's target lacks."""
+    return [f for f in isa.features if f not in target_features()]
+
+
+def runnable() -> list[str]:
+    """Names of the tiers that can run here, the fastest first, the emulated ones last."""
+    return [isa.name for isa in ISAS if not missing(isa)]
+
+
+_current: str | None = None
+
+
+def current() -> str:
+    """The tier in use: FASTQ_ISA, or the fastest that runs here."""
+    global _current
+    if _current is None:
+        forced = os.environ.get("FASTQ_ISA")
+        _current = _checked(forced) if forced else runnable()[0]
+    return _current
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Uses another tier inside a `with` block, in all threads: for tests and benchmarks."""
+    global _current
+    before, _current = current(), _checked(name)
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def _checked(name: str) -> str:
+    if name not in BY_NAME:
+        raise ValueError(f"FASTQ_ISA={name!r}: wanted one of {', '.join(BY_NAME)}")
+    if lacking := missing(BY_NAME[name]):
+        raise RuntimeError(
+            f"FASTQ_ISA={name}: this CPU lacks {', '.join(lacking)} (or NUMBA_CPU_FEATURES "
+            f"hides it); runnable here: {', '.join(runnable())}"
+        )
+    return name

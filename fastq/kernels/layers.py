@@ -1,0 +1,529 @@
+"""A linear layer or a convolution as rows of the executor's table.
+
+A layer is bound once to its weight, its epilogue and its kind of input: panels are packed, the
+per-column operands padded. For each input shape it makes a `Call`: a table with its argument
+blocks, filled but for the addresses of x, of the output and of the thread's workspace. A call
+that runs belongs to its thread; idle ones wait in a list, so threads share a layer.
+
+    float32 input   [range_parts, range_qparams]  stage  gemm      (the first two: dynamic conv)
+    uint8 input     [stage]  gemm                                  (stage: where the tile needs it)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastq.kernels import executor, gemm, stage
+from fastq.kernels.depthwise import pack_depthwise
+from fastq.kernels.gemm import Tile
+from fastq.kernels.pack import aligned_empty, pack_panels, pad_columns
+from fastq.kernels.simd import KR, emitter
+from fastq.kernels.tiles import choose_nr, choose_tile, tiles_of
+from fastq.qparams import Dequant, Epilogue, QParams, Requant
+from fastq.weights import Conv2dWeight, LinearWeight
+
+A_BLOCK_BYTES = 128 * 1024  # of activations that a block of MC rows works on, to stay in L2
+RANGE_BLOCK = 32 * 1024  # values per task when a range is searched
+MAX_SHAPES = 16  # input shapes whose calls a layer keeps
+
+Source = Literal["u8", "static", "dynamic"]
+# Where an operand lies: a kept array, an argument of the call by name, an offset in the workspace.
+Place = NDArray[Any] | str | int
+
+
+def address_of(array: NDArray[Any]) -> int:
+    """Address of an array's first element (three times faster than array.ctypes.data)."""
+    return array.__array_interface__["data"][0]  # type: ignore[no-any-return]
+
+
+class _Workspace(threading.local):
+    """Scratch memory of one thread, grown to what its largest call needs."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def reserve(self, size: int) -> int:
+        if size > self.size:
+            self.buffer = aligned_empty((size,), np.uint8)
+            self.address, self.size = address_of(self.buffer), size
+        return self.address
+
+
+_workspace = _Workspace()
+
+
+class Call:
+    """A table for one input shape, and the fields that wait for an address."""
+
+    def __init__(self) -> None:
+        self.table = np.empty((0, 3), np.int64)
+        self.operations = 0  # multiply-adds, or bytes touched, whichever is more
+        self._kept: list[Any] = []  # what the table and the blocks point to
+        self._waiting: dict[str, list[tuple[NDArray[np.int64], int]]] = {}
+        self._scratch: list[tuple[NDArray[np.int64], int, int]] = []
+        self._scratch_bytes = 0
+
+    def scratch(self, size: int) -> int:
+        """The workspace offset of `size` fresh bytes, 64-byte aligned."""
+        offset = self._scratch_bytes
+        self._scratch_bytes += -(-size // 64) * 64
+        return offset
+
+    def row(
+        self, kernel: Any, fields: int, tasks: int, values: dict[int, int], places: dict[int, Place]
+    ) -> None:
+        """Appends a kernel with its argument block."""
+        block = np.zeros(fields, np.int64)
+        for field, value in values.items():
+            block[field] = value
+        for field, place in places.items():
+            if isinstance(place, int):
+                self._scratch.append((block, field, place))
+            elif isinstance(place, str):
+                self._waiting.setdefault(place, []).append((block, field))
+            else:
+                block[field] = address_of(place)
+                self._kept.append(place)
+        self._kept += [kernel, block]
+        self.table = np.append(
+            self.table, np.array([[kernel.address, address_of(block), tasks]], np.int64), axis=0
+        )
+
+    def run(self, arguments: dict[str, NDArray[Any]]) -> None:
+        for name, waiting in self._waiting.items():
+            address = address_of(arguments[name])
+            for block, field in waiting:
+                block[field] = address
+        if self._scratch:
+            base = _workspace.reserve(self._scratch_bytes)
+            for block, field, offset in self._scratch:
+                block[field] = base + offset
+        executor.run(self.table, self.operations)
+
+
+class Calls:
+    """Idle calls by key (what their tables were built for); several threads may share it."""
+
+    def __init__(self) -> None:
+        self._idle: dict[Any, list[Call]] = {}
+
+    def run(self, key: Any, make: Callable[[], Call], **arguments: NDArray[Any]) -> None:
+        """Runs an idle call of this key, or a new one from `make`."""
+        idle = self._idle.get(key)
+        if idle is None:
+            if len(self._idle) >= MAX_SHAPES:
+                self._idle.pop(next(iter(self._idle)), None)
+            idle = self._idle.setdefault(key, [])
+        try:
+            call = idle.pop()
+        except IndexError:
+            call = make()
+        call.run(arguments)
+        idle.append(call)
+
+
+class _Layer:
+    """The operands of an epilogue, and the calls by input shape."""
+
+    def __init__(
+        self,
+        weight: NDArray[np.int8],
+        epilogue: Epilogue,
+        source: Source,
+        x_qparams: QParams | None,
+        x_zero_point: int,
+    ) -> None:
+        self.epilogue, self.source, self.x_qparams = epilogue, source, x_qparams
+        self.x_zero_point = x_zero_point  # folded into the bias of a Requant
+        self.kind = {Requant: "u8", Dequant: "f32", type(None): "s32"}[type(epilogue)]
+        filters = weight.reshape(len(weight), -1)
+        self.col_sums = filters.sum(axis=1, dtype=np.int64)
+        if isinstance(epilogue, Requant) and epilogue.bias is not None:
+            self._check_bias(filters, epilogue.bias)
+        self.calls = Calls()
+
+    def _check_bias(self, filters: NDArray[np.int8], bias: NDArray[np.int32]) -> None:
+        """ValueError if some input could take accumulator + bias out of int32."""
+        positive = np.maximum(filters, 0).sum(axis=1, dtype=np.int64)
+        negative = self.col_sums - positive
+        zp, top = self.x_zero_point, 255 - self.x_zero_point
+        highest = bias + positive * top - negative * zp
+        lowest = bias + negative * top - positive * zp
+        wrong = (highest >= 2**31) | (lowest < -(2**31))
+        if wrong.any():
+            n = int(np.argmax(wrong))
+            raise ValueError(
+                f"Requant: bias[{n}] = {bias[n]} can take the accumulator out of int32; "
+                "a larger weight scale for this output makes its bias smaller"
+            )
+
+    def pad_operands(self, groups: int, nr: int) -> None:
+        """The per-column operands, padded to whole panels."""
+        n = len(self.col_sums)
+        scale: Any = np.float32(1)
+        bias: NDArray[Any] = np.zeros(n, np.int32)
+        clamp, zero_point = (0.0, 0.0), 0
+        match self.epilogue:
+            case Requant(multiplier, zero_point, given, qmin, qmax):
+                scale = multiplier
+                folded = (0 if given is None else given) - self.x_zero_point * self.col_sums
+                bias = folded.astype(np.int32)  # modulo 2**32: its sum with acc is in range
+                clamp = (qmin - zero_point, qmax - zero_point)
+            case Dequant(scale, _, given, fmin, fmax):
+                # without a bias -0.0 is added: y + -0.0 is y, and -0.0 for y = -0.0
+                bias = np.full(n, -0.0, np.float32) if given is None else given
+                clamp = (fmin, fmax)
+        if np.ndim(scale) and len(scale) != n or len(bias) != n:
+            raise ValueError(
+                f"epilogue: scale {np.shape(scale)} and bias {bias.shape} for {n} outputs; "
+                f"wanted ({n},) each, or a scalar scale"
+            )
+        full_scale = np.broadcast_to(scale, (n,)).astype(np.float32)
+        self.operands: dict[int, Place] = {
+            gemm.COL_SUMS: pad_columns(self.col_sums.astype(np.int32), groups, nr),
+            gemm.SCALE: pad_columns(full_scale, groups, nr),
+            gemm.BIAS: pad_columns(bias, groups, nr),
+            gemm.CLAMP: np.array(clamp, np.float32),
+            gemm.OUT_ZERO_POINT: np.array([zero_point], np.int32),
+        }
+
+    def x_operands(self, call: Call, rows: int, zero_point: Any) -> tuple[Place, Place]:
+        """The places of the input's scale and zero point: one each, or one per row."""
+        if self.source == "dynamic":
+            return call.scratch(4 * rows), call.scratch(4 * rows)
+        scale: Any = 1.0
+        if self.x_qparams is not None:
+            scale, zero_point = self.x_qparams.scale, self.x_qparams.zero_point
+        elif isinstance(self.epilogue, Dequant):
+            scale = self.epilogue.x_scale
+        return (
+            np.broadcast_to(np.asarray(scale, np.float32), (rows,)).copy(),
+            np.broadcast_to(np.asarray(zero_point, np.int32), (rows,)).copy(),
+        )
+
+
+def _block_rows(tile: Tile, m: int, row_bytes: int, other_tasks: int, threads: int) -> int:
+    """MC: rows that share a panel while it is in L1, and their activations in L2."""
+    mc = max(A_BLOCK_BYTES // max(row_bytes, 1), 8 * tile.mr)
+    if threads > 1:  # four tasks or more a thread, so that they end together
+        wanted = -(-4 * threads // max(other_tasks, 1))
+        mc = min(mc, max(-(-m // wanted), 2 * tile.mr))
+    return max(-(-min(mc, m) // tile.mr) * tile.mr, 1)
+
+
+class BoundLinear(_Layer):
+    """(M, K) -> (M, N)."""
+
+    def __init__(
+        self,
+        weight: LinearWeight,
+        epilogue: Epilogue,
+        source: Source,
+        x_qparams: QParams | None,
+        x_zero_point: int,
+        isa: str,
+    ) -> None:
+        super().__init__(weight.data, epilogue, source, x_qparams, x_zero_point)
+        self.isa, self.n, self.k = isa, weight.n, weight.k
+        self.nr = choose_nr(isa, weight.n)
+        self.run_length = max(weight.k, KR)
+        self.panels = cached_panels(weight, ("linear", self.nr), lambda: self._pack(weight))
+        self.pad_operands(1, self.nr)
+
+    def _pack(self, weight: LinearWeight) -> NDArray[Any]:
+        data = np.zeros((self.n, 1, self.run_length), np.int8)
+        data[:, 0, : self.k] = weight.data
+        return pack_panels(data, self.nr)
+
+    def __call__(self, x: NDArray[Any], out: NDArray[Any], zero_point: Any = 0) -> None:
+        """x (M, K) with unit stride along K; out (M, N) contiguous; zero_point scalar or (M,)."""
+        m = len(x)
+        if self.source == "u8" and np.ndim(zero_point):
+            call = self._make(m, x.strides[0], zero_point, executor.get_num_threads())
+            call.run({"x": x, "out": out})
+            return
+        threads = executor.get_num_threads()
+        key = (m, x.strides[0], threads, zero_point)
+        make = partial(self._make, m, x.strides[0], zero_point, threads)
+        self.calls.run(key, make, x=x, out=out)
+
+    def _make(self, m: int, row_stride: int, zero_point: Any, threads: int) -> Call:
+        tile = choose_tile(self.isa, self.nr, m)
+        call = Call()
+        call.operations = m * max(self.n, 8) * max(self.k, 1)
+        x_scales = getattr(self.epilogue, "x_scale", np.ones(()))
+        per_row = self.source == "dynamic" or bool(np.ndim(zero_point) or np.ndim(x_scales))
+        scale, zero = self.x_operands(call, m if per_row else 1, zero_point)
+        place: Place = "x"
+        a_row = row_stride
+        if self.source != "u8" or tile.a_bytes != 1 or self.k < KR:
+            a_row = self.run_length * tile.a_bytes
+            place = call.scratch(m * a_row)
+            call.row(
+                stage.stage_rows_kernel(self.source, "s16" if tile.a_bytes == 2 else "u8"),
+                stage.R_FIELDS,
+                m,
+                {
+                    stage.R_ROW: row_stride,
+                    stage.R_M: m,
+                    stage.R_K: self.k,
+                    stage.R_OUT_K: self.run_length,
+                },
+                {
+                    stage.R_X: "x",
+                    stage.R_OUT: place,
+                    stage.R_SCALE: scale,
+                    stage.R_ZERO_POINT: zero,
+                },
+            )
+        panels = len(self.panels)
+        mc = _block_rows(tile, m, a_row, panels, threads)
+        call.row(
+            gemm.gemm_kernel(tile, self.kind, "affine"),
+            gemm.FIELDS,
+            panels * -(-m // mc),
+            {
+                gemm.A_ROW: a_row,
+                gemm.N_TAPS: 1,
+                gemm.RUN: self.run_length,
+                gemm.B_PANEL: self.panels[:1].nbytes,
+                gemm.OUT_ROW: self.n * gemm.OUT_BYTES[self.kind],
+                gemm.IMAGES: 1,
+                gemm.GROUPS: 1,
+                gemm.M: m,
+                gemm.MC: mc,
+                gemm.N: self.n,
+                gemm.ROW_STEP: int(per_row),
+            },
+            {
+                gemm.A: place,
+                gemm.TAPS: np.zeros(1, np.int64),
+                gemm.B: self.panels,
+                gemm.OUT: "out",
+                gemm.ROW_SCALE: scale,
+                gemm.ROW_ZERO_POINT: zero,
+                **self.operands,
+            },
+        )
+        return call
+
+
+class BoundConv2d(_Layer):
+    """(B, H, W, C) -> (B, OH, OW, N)."""
+
+    def __init__(
+        self,
+        weight: Conv2dWeight,
+        epilogue: Epilogue,
+        source: Source,
+        x_qparams: QParams | None,
+        x_zero_point: int,
+        isa: str,
+    ) -> None:
+        super().__init__(weight.data, epilogue, source, x_qparams, x_zero_point)
+        self.weight, self.isa = weight, isa
+        n, c_group = weight.data.shape[:2]
+        self.depthwise = weight.groups > 1 and c_group == 1 and n == weight.groups
+        if self.depthwise:
+            (self.tile,) = tiles_of(isa, depthwise=True)
+            self.nr, self.groups, self.channels = self.tile.nr, 1, n
+            kind = ("depthwise", isa)
+            self.panels = cached_panels(weight, kind, lambda: self._pack_depthwise())
+        else:
+            self.groups = _merged_groups(weight, min(t.nr for t in tiles_of(isa)))
+            self.nr = choose_nr(isa, n // self.groups)
+            row = weight.kernel_size[1] if self._taps_are_rows() else 1
+            self.channels = weight.c if row * weight.c // self.groups >= KR else KR
+            self.panels = cached_panels(weight, ("conv2d", self.nr), lambda: self._pack())
+        self.pad_operands(self.groups, self.nr)
+
+    def _taps_are_rows(self) -> bool:
+        """Whether a kernel row is one run of KW * C contiguous activations."""
+        return self.groups == 1 and self.weight.dilation[1] == 1
+
+    def _pack(self) -> NDArray[Any]:
+        data, groups = self.weight.data, self.groups
+        n, c_group, kh, kw = data.shape
+        merged = self.weight.groups // groups
+        c = self.channels // groups
+        # groups merged into one hold zeros where they do not meet
+        dense = np.zeros((groups, merged, n // self.weight.groups, c, kh, kw), np.int8)
+        split = data.reshape(groups, merged, -1, c_group, kh, kw)
+        for i in range(merged):
+            dense[:, i, :, i * c_group : (i + 1) * c_group] = split[:, i]
+        filters = dense.reshape(n, c, kh, kw).transpose(0, 2, 3, 1)
+        shape = (n, kh, kw * c) if self._taps_are_rows() else (n, kh * kw, c)
+        filters = np.ascontiguousarray(filters).reshape(shape)
+        return np.concatenate([pack_panels(part, self.nr) for part in np.split(filters, groups)])
+
+    def _pack_depthwise(self) -> NDArray[Any]:
+        return pack_depthwise(self.weight.data.reshape(self.channels, -1), self.isa)
+
+    def __call__(self, x: NDArray[Any], out: NDArray[Any], zero_point: int = 0) -> None:
+        """x (B, H, W, C) with any strides; out (B, OH, OW, N) contiguous."""
+        threads = executor.get_num_threads()
+        key = (x.shape, x.strides, threads, zero_point)
+        shape, strides = x.shape, x.strides
+        make = partial(self._make, shape, strides, zero_point, threads)
+        self.calls.run(key, make, x=x, out=out)
+
+    def _make(
+        self, shape: tuple[int, ...], strides: tuple[int, ...], zero_point: int, threads: int
+    ) -> Call:
+        weight = self.weight
+        batch, h, w, c = shape
+        (oh, ow), n = weight.output_size(h, w), weight.n
+        (kh, kw), (sh, sw), (dh, dw) = weight.kernel_size, weight.stride, weight.dilation
+        (top, bottom), (left, right) = weight.padding
+        hp, wp, cp = h + top + bottom, w + left + right, self.channels
+        m = oh * ow
+        tile = self.tile if self.depthwise else choose_tile(self.isa, self.nr, m)
+        call = Call()
+        call.operations = batch * m * n * max(weight.data[0].size, 1)
+        scale, zero = self.x_operands(call, 1, zero_point)
+        if self.source == "dynamic":
+            _range_rows(call, 1, batch * h * w * c, scale, zero)
+
+        place: Place = "x"
+        over_read = self.depthwise and cp % self.nr > 0
+        dense = strides == _dense_strides(shape)
+        if (
+            self.source != "u8" or tile.a_bytes != 1 or cp != c
+            or over_read or not dense or (hp, wp) != (h, w)
+        ):  # fmt: skip
+            place = call.scratch(batch * hp * wp * cp * tile.a_bytes + self.nr)
+            call.row(
+                stage.stage_image_kernel(
+                    "u8" if self.source == "u8" else "f32", "s16" if tile.a_bytes == 2 else "u8"
+                ),
+                stage.I_FIELDS,
+                batch * hp,
+                {
+                    stage.I_XB: strides[0],
+                    stage.I_XH: strides[1],
+                    stage.I_XW: strides[2],
+                    stage.I_XC: strides[3],
+                    stage.I_H: h,
+                    stage.I_W: w,
+                    stage.I_C: c,
+                    stage.I_TOP: top,
+                    stage.I_LEFT: left,
+                    stage.I_HP: hp,
+                    stage.I_WP: wp,
+                    stage.I_CP: cp,
+                },
+                {
+                    stage.I_X: "x",
+                    stage.I_OUT: place,
+                    stage.I_SCALE: scale,
+                    stage.I_ZERO_POINT: zero,
+                },
+            )
+
+        pixel = cp * tile.a_bytes
+        images, image = batch, hp * wp * pixel
+        lines, step = sh * wp * pixel, sw * pixel
+        affine = oh == 1 or ow == 1 or lines == ow * step
+        a_row = lines if ow == 1 else step
+        if affine and image == m * a_row:  # pointwise: all images are one
+            images, m = 1, batch * m
+        rows = np.arange(oh)[:, None] * lines + np.arange(ow) * step
+        if not self.depthwise and self._taps_are_rows():
+            taps, run = np.arange(kh) * (dh * wp * pixel), kw * cp
+        else:
+            grid = np.arange(kh)[:, None] * (dh * wp) + np.arange(kw) * dw
+            taps, run = grid.reshape(-1) * pixel, cp // self.groups
+        if self.depthwise:  # missing taps of the last group have weight 0
+            taps = np.append(taps, np.zeros(-len(taps) % emitter(self.isa).taps_at_once, np.int64))
+        out_bytes = gemm.OUT_BYTES[self.kind]
+        panels = len(self.panels) // self.groups
+        mc = _block_rows(tile, m, sh * step, images * self.groups * panels, threads)
+        places: dict[int, Place] = {
+            gemm.A: place,
+            gemm.TAPS: taps.astype(np.int64),
+            gemm.B: self.panels,
+            gemm.OUT: "out",
+            gemm.ROW_SCALE: scale,
+            gemm.ROW_ZERO_POINT: zero,
+            **self.operands,
+        }
+        if not affine:
+            places[gemm.ROW_TABLE] = rows.reshape(-1).astype(np.int64)
+        call.row(
+            gemm.gemm_kernel(tile, self.kind, "affine" if affine else "table"),
+            gemm.FIELDS,
+            images * -(-m // mc) * self.groups * panels,
+            {
+                gemm.A_ROW: a_row,
+                gemm.A_IMAGE: image,
+                gemm.A_GROUP: run * tile.a_bytes if self.groups > 1 else 0,
+                gemm.N_TAPS: len(taps),
+                gemm.RUN: run,
+                gemm.B_PANEL: self.panels[:1].nbytes,
+                gemm.OUT_ROW: n * out_bytes,
+                gemm.OUT_IMAGE: m * n * out_bytes,
+                gemm.OUT_GROUP: n // self.groups * out_bytes,
+                gemm.IMAGES: images,
+                gemm.GROUPS: self.groups,
+                gemm.M: m,
+                gemm.MC: mc,
+                gemm.N: n // self.groups,
+            },
+            places,
+        )
+        return call
+
+
+def range_call(rows: int, columns: int) -> Call:
+    """A call that finds scale and zero point, (rows,) each, of x (rows, columns) float32."""
+    call = Call()
+    call.operations = rows * columns
+    _range_rows(call, rows, columns, "scale", "zero_point")
+    return call
+
+
+def _range_rows(call: Call, rows: int, columns: int, scale: Place, zero: Place) -> None:
+    parts = -(-columns // RANGE_BLOCK)
+    found = call.scratch(8 * rows * parts)
+    values = {
+        stage.P_COLUMNS: columns,
+        stage.P_BLOCK: RANGE_BLOCK,
+        stage.P_PARTS_A_ROW: parts,
+    }
+    places: dict[int, Place] = {stage.P_X: "x", stage.P_PARTS: found}
+    call.row(stage.range_parts_kernel(), stage.P_FIELDS, rows * parts, values, places)
+    places = {stage.P_PARTS: found, stage.P_SCALE: scale, stage.P_ZERO_POINT: zero}
+    call.row(stage.range_qparams_kernel(), stage.P_FIELDS, rows, values, places)
+
+
+def cached_panels(weight: Any, key: Any, pack: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+    """The weight's packed panels under this key, packed at the first use."""
+    panels = weight.panels.get(key)
+    if panels is None:
+        panels = weight.panels[key] = pack()
+    return panels
+
+
+def _dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a C-contiguous uint8 array."""
+    return tuple(int(np.prod(shape[i + 1 :])) for i in range(len(shape)))
+
+
+def _merged_groups(weight: Conv2dWeight, narrowest: int) -> int:
+    """Into how many groups a grouped convolution is computed.
+
+    Few channels a group would leave most of a panel empty, and a run of under 4 activations
+    cannot be read: neighbouring groups are merged into one that holds zeros between them.
+    """
+    n, c_group = weight.data.shape[:2]
+    for groups in range(weight.groups, 1, -1):
+        merged, rest = divmod(weight.groups, groups)
+        if not rest and c_group * merged >= KR and n // groups >= narrowest:
+            return groups
+    return 1

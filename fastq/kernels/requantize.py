@@ -1,0 +1,75 @@
+"""From int32 accumulators to the output: the one place that rounds and clamps them.
+
+    s32   acc - row_zero_point * col_sum
+    f32   clamp(float32(that) * (row_scale * scale) + bias, lo, hi)
+    u8    int32(rint(clamp(float32(acc + bias) * scale, lo, hi))) + out_zero_point
+
+For u8, bias already holds -x_zero_point * col_sum, and (lo, hi) = (qmin, qmax) - out_zero_point:
+clamping between integers before rounding equals clamping after it, and keeps the conversion
+in range. No operation may be contracted or reordered: the bits are part of the contract.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastq.kernels.simd import address, clamp, f32, i8, i32, i64, load, ptr, rint, splat, store, vec
+
+
+def emit_epilogue(
+    b: Any,
+    epilogue: str,
+    accs: list[list[Any]],
+    targets: list[Any],
+    panel: Any,
+    rows: list[Any],
+    nr: int,
+    field: Any,
+) -> None:
+    """Stores accs[i] (vectors that cover NR columns in order) at targets[i].
+
+    panel is the index into the per-column arrays in units of NR, rows[i] the index into the
+    per-row arrays; field(index, kind) reads the argument block of gemm.py or depthwise.py.
+    """
+    from fastq.kernels import gemm
+
+    lanes = accs[0][0].type.count
+    ints, floats = vec(i32, lanes), vec(f32, lanes)
+    first = b.mul(panel, i64(4 * nr))
+
+    def columns(index: int, kind: Any) -> list[Any]:
+        base = address(b, field(index, ptr), first)
+        return [load(b, kind, base, 4 * lanes * j) for j in range(len(accs[0]))]
+
+    def scalar(index: int, kind: Any, element: int = 0) -> Any:
+        return splat(b, load(b, kind, field(index, ptr), 4 * element), lanes)
+
+    def per_row(index: int, kind: Any, row: Any) -> Any:
+        offset = b.mul(b.mul(row, field(gemm.ROW_STEP)), i64(4))
+        return splat(b, load(b, kind, field(index, ptr), offset), lanes)
+
+    if epilogue == "u8":
+        bias, scale = columns(gemm.BIAS, ints), columns(gemm.SCALE, floats)
+        lo, hi = scalar(gemm.CLAMP, f32), scalar(gemm.CLAMP, f32, 1)
+        zero_point = scalar(gemm.OUT_ZERO_POINT, i32)
+        for acc_row, target in zip(accs, targets, strict=True):
+            for j, acc in enumerate(acc_row):
+                value = b.fmul(b.sitofp(b.add(acc, bias[j]), floats), scale[j])
+                q = b.add(rint(b, clamp(b, value, lo, hi)), zero_point)
+                store(b, b.trunc(q, vec(i8, lanes)), target, lanes * j)
+        return
+
+    col_sums = columns(gemm.COL_SUMS, ints)
+    if epilogue == "f32":
+        bias, scale = columns(gemm.BIAS, floats), columns(gemm.SCALE, floats)
+        lo, hi = scalar(gemm.CLAMP, f32), scalar(gemm.CLAMP, f32, 1)
+    for acc_row, target, row in zip(accs, targets, rows, strict=True):
+        zero_point = per_row(gemm.ROW_ZERO_POINT, i32, row)
+        if epilogue == "f32":
+            row_scale = per_row(gemm.ROW_SCALE, f32, row)
+        for j, acc in enumerate(acc_row):
+            value = b.sub(acc, b.mul(zero_point, col_sums[j]))
+            if epilogue == "f32":
+                real = b.fmul(b.sitofp(value, floats), b.fmul(row_scale, scale[j]))
+                value = clamp(b, b.fadd(real, bias[j]), lo, hi)
+            store(b, value, target, 4 * lanes * j)

@@ -1,0 +1,265 @@
+"""One class per kind of dot product: the only file with names of LLVM intrinsics.
+
+A dot product takes KR = 4 K-steps at once: four activations of one row, broadcast, times the
+panel's `cols` columns x 4 bytes, added into an int32 accumulator. All of it is exact.
+
+    panel row (one K-step of 4)    | c0: k0 k1 k2 k3 | c1: k0 k1 k2 k3 | c2 ...   int8
+    activations                    | a0 a1 a2 a3     | a0 a1 a2 a3     | ...      uint8 or int16
+
+The functions emit LLVM IR through an llvmlite builder and know nothing of Numba.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from llvmlite import binding, ir
+
+KR = 4
+
+i1, i8, i16, i32, i64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+f32 = ir.FloatType()
+ptr = ir.PointerType()
+
+
+def vec(element: Any, count: int) -> Any:
+    return ir.VectorType(element, count)
+
+
+def const(kind: Any, value: Any) -> Any:
+    """A constant; for a vector type every element is `value`."""
+    if isinstance(kind, ir.VectorType):
+        return ir.Constant(kind, [value] * kind.count)
+    return ir.Constant(kind, value)
+
+
+def address(b: Any, base: Any, offset: Any) -> Any:
+    """base + offset bytes; offset is an int or an i64 value."""
+    offset = i64(offset) if isinstance(offset, int) else offset
+    return b.gep(base, [offset], source_etype=i8)
+
+
+def load(b: Any, kind: Any, base: Any, offset: Any = 0, align: int = 1) -> Any:
+    value = b.load(address(b, base, offset), typ=kind)
+    value.align = align
+    return value
+
+
+def store(b: Any, value: Any, base: Any, offset: Any = 0) -> None:
+    b.store(value, address(b, base, offset)).align = 1
+
+
+def splat(b: Any, scalar: Any, count: int) -> Any:
+    """A vector with `count` copies of a scalar."""
+    kind = vec(scalar.type, count)
+    one = b.insert_element(ir.Constant(kind, ir.Undefined), scalar, i32(0))
+    return shuffle(b, one, one, [0] * count)
+
+
+def shuffle(b: Any, x: Any, y: Any, lanes: Sequence[int]) -> Any:
+    return b.shuffle_vector(x, y, ir.Constant(vec(i32, len(lanes)), list(lanes)))
+
+
+def call(b: Any, name: str, result: Any, args: Sequence[Any]) -> Any:
+    kind = ir.FunctionType(result, [a.type for a in args])
+    function = b.module.globals.get(name) or ir.Function(b.module, kind, name)
+    return b.call(function, args)
+
+
+def rint(b: Any, x: Any) -> Any:
+    """A float32 vector to int32, ties to even; values must fit."""
+    n = x.type.count
+    return call(b, f"llvm.lrint.v{n}i32.v{n}f32", vec(i32, n), [x])
+
+
+def clamp(b: Any, x: Any, lo: Any, hi: Any) -> Any:
+    """max(min(x, hi), lo) of float vectors; a NaN stays."""
+    x = b.select(b.fcmp_ordered(">", x, hi), hi, x)
+    return b.select(b.fcmp_ordered("<", x, lo), lo, x)
+
+
+class Vnni:
+    """uint8 x int8 products, four at a time into int32: x86 `vpdpbusd` (VPDPBUSD, not ...DS).
+
+    One accumulator lane is one column.
+    """
+
+    a_bytes = 1
+    taps_at_once = 4
+
+    def __init__(self, bits: int, emulated: bool) -> None:
+        self.lanes = self.cols = bits // 32
+        self.acc = vec(i32, self.lanes)
+        self.bytes = vec(i8, self.lanes * KR)
+        self.name = f"llvm.x86.avx512.vpdpbusd.{bits}"
+        self.emulated = emulated
+
+    def load_a(self, b: Any, base: Any, offset: Any) -> Any:
+        return b.bitcast(splat(b, load(b, i32, base, offset), self.lanes), self.bytes)
+
+    def load_b(self, b: Any, base: Any, offset: Any) -> Any:
+        return load(b, self.bytes, base, offset)
+
+    def dot(self, b: Any, acc: Any, a: Any, w: Any) -> Any:
+        if not self.emulated:
+            operands = vnni_operand(self.lanes)
+            return call(
+                b, self.name, self.acc, [acc, b.bitcast(a, operands), b.bitcast(w, operands)]
+            )
+        wide = vec(i32, self.lanes * KR)
+        products = b.mul(b.zext(a, wide), b.sext(w, wide))
+        for k in range(KR):
+            lanes = range(k, self.lanes * KR, KR)
+            acc = b.add(acc, shuffle(b, products, products, lanes))
+        return acc
+
+    def columns(self, b: Any, accs: list[Any]) -> list[Any]:
+        """The accumulators as int32 vectors, one lane a column, in order."""
+        return accs
+
+    def load_channels(self, b: Any, base: Any) -> Any:
+        return load(b, self.bytes, base)
+
+    def interleave(self, b: Any, taps: list[Any]) -> list[Any]:
+        """Four taps of 4 * lanes channels -> 4 vectors with the four taps of a channel together.
+
+        In-lane unpacks, so the channels are in the order `interleaved_channels`.
+        """
+        x, y = unpack(b, taps[0], taps[1]), unpack(b, taps[2], taps[3])
+        half = vec(i16, self.bytes.count // 2)
+        pairs = [
+            unpack(b, b.bitcast(p, half), b.bitcast(q, half)) for p, q in zip(x, y, strict=True)
+        ]
+        return [b.bitcast(v, self.bytes) for pair in pairs for v in pair]
+
+    def interleaved_channels(self) -> list[list[int]]:
+        """The channel in each accumulator lane after `interleave`, [vector][lane]."""
+        lo, hi = unpack_lanes(self.bytes.count, 16)
+        first = [lo[::2], hi[::2]]  # channel pairs, as i16 elements
+        half_lo, half_hi = unpack_lanes(self.bytes.count // 2, 8)
+        return [
+            [channels[i] for i in lanes[::2]] for channels in first for lanes in (half_lo, half_hi)
+        ]
+
+
+class Madd:
+    """int16 x int16 products, added in pairs into int32: x86 `vpmaddwd`, exact for all operands.
+
+    The activations arrive as int16; the panel is sign-extended as it is loaded. One column takes
+    two accumulator lanes (k0 k1 | k2 k3), which `columns` adds once, after the K loop.
+    """
+
+    a_bytes = 2
+    taps_at_once = 2
+
+    def __init__(self, bits: int, intrinsic: str | None) -> None:
+        self.lanes = bits // 32
+        self.cols = self.lanes // 2
+        self.acc = vec(i32, self.lanes)
+        self.words = vec(i16, self.lanes * 2)
+        self.intrinsic = intrinsic
+
+    def load_a(self, b: Any, base: Any, offset: Any) -> Any:
+        four = load(b, i64, base, offset)
+        return b.bitcast(splat(b, four, self.lanes // 2), self.words)
+
+    def load_b(self, b: Any, base: Any, offset: Any) -> Any:
+        return b.sext(load(b, vec(i8, self.lanes * 2), base, offset), self.words)
+
+    def dot(self, b: Any, acc: Any, a: Any, w: Any) -> Any:
+        return b.add(acc, madd(b, a, w, self.intrinsic))
+
+    def columns(self, b: Any, accs: list[Any]) -> list[Any]:
+        n = self.lanes
+        pairs = [
+            accs[j : j + 2] if j + 1 < len(accs) else accs[j:] * 2 for j in range(0, len(accs), 2)
+        ]
+        sums = [
+            b.add(shuffle(b, x, y, range(0, 2 * n, 2)), shuffle(b, x, y, range(1, 2 * n, 2)))
+            for x, y in pairs
+        ]
+        if len(accs) % 2:  # a lone accumulator fills half of a vector
+            sums[-1] = shuffle(b, sums[-1], sums[-1], range(n // 2))
+        return sums
+
+    def load_channels(self, b: Any, base: Any) -> Any:
+        return b.zext(load(b, vec(i8, self.words.count), base), self.words)
+
+    def interleave(self, b: Any, taps: list[Any]) -> list[Any]:
+        """Two taps of 2 * lanes channels -> 2 vectors with the two taps of a channel together."""
+        return unpack(b, taps[0], taps[1])
+
+    def interleaved_channels(self) -> list[list[int]]:
+        return [lanes[::2] for lanes in unpack_lanes(self.words.count, 8)]
+
+
+def unpack_lanes(count: int, per_lane: int) -> tuple[list[int], list[int]]:
+    """Shuffle indices of x86's in-lane unpack (low, high) of two vectors of `count` elements."""
+    low, high = [], []
+    for lane in range(0, count, per_lane):
+        for i in range(lane, lane + per_lane // 2):
+            low += [i, i + count]
+            high += [i + per_lane // 2, i + per_lane // 2 + count]
+    return low, high
+
+
+def unpack(b: Any, x: Any, y: Any) -> list[Any]:
+    """Elements of x and y alternating, within each 128-bit lane: [low halves, high halves]."""
+    per_lane = 128 // x.type.element.width
+    return [shuffle(b, x, y, lanes) for lanes in unpack_lanes(x.type.count, per_lane)]
+
+
+def madd(b: Any, x: Any, y: Any, intrinsic: str | None) -> Any:
+    """x[2i] * y[2i] + x[2i+1] * y[2i+1] in int32 of int16 vectors."""
+    half = vec(i32, x.type.count // 2)
+    if intrinsic:
+        return call(b, intrinsic, half, [x, y])
+    wide = vec(i32, x.type.count)
+    products = b.mul(b.sext(x, wide), b.sext(y, wide))
+    even, odd = range(0, wide.count, 2), range(1, wide.count, 2)
+    return b.add(shuffle(b, products, products, even), shuffle(b, products, products, odd))
+
+
+@functools.cache
+def vnni_operand(lanes: int) -> Any:
+    """The type of vpdpbusd's byte operands in this LLVM: <n x i8> since LLVM 22, <n x i32> before.
+
+    Found by asking LLVM's verifier; LLVMs that take both get the older one upgraded.
+    """
+    bits = lanes * 32
+    for operand in (f"<{lanes * 4} x i8>", f"<{lanes} x i32>"):
+        acc = f"<{lanes} x i32>"
+        name = f"@llvm.x86.avx512.vpdpbusd.{bits}"
+        text = f"""
+            declare {acc} {name}({acc}, {operand}, {operand})
+            define {acc} @probe({acc} %c, {operand} %a, {operand} %b) {{
+              %r = call {acc} {name}({acc} %c, {operand} %a, {operand} %b)
+              ret {acc} %r
+            }}"""
+        try:
+            binding.parse_assembly(text).verify()
+        except RuntimeError:
+            continue
+        return vec(i8, lanes * 4) if "i8" in operand else vec(i32, lanes)
+    return None
+
+
+Simd = Vnni | Madd
+
+
+@functools.cache
+def emitter(isa: str) -> Simd:
+    """The emitter of a tier by its name in `isa.ISAS`."""
+    name, _, emulated = isa.partition("-")
+    match name:
+        case "avx512_vnni":
+            return Vnni(512, bool(emulated) or vnni_operand(16) is None)
+        case "avx_vnni":
+            return Vnni(256, bool(emulated) or vnni_operand(8) is None)
+        case "avx2":
+            return Madd(256, "llvm.x86.avx2.pmadd.wd")
+        case "generic":
+            return Madd(128, None)
+    raise ValueError(f"no tier {isa!r}")

@@ -1,0 +1,36 @@
+"""Which tile serves which shape."""
+
+from __future__ import annotations
+
+import functools
+
+from fastq.kernels.gemm import TILES, Tile
+
+# Share of the peak that a tile with this many accumulator registers can reach: few rows or columns
+# leave loads, not dot products, as the limit.
+_EFFICIENCY = {64: 1.0, 32: 0.97, 16: 0.9, 8: 0.9, 4: 0.8}
+
+
+@functools.cache
+def tiles_of(isa: str, depthwise: bool = False) -> tuple[Tile, ...]:
+    """The tiles of a tier, in the order of the table."""
+    return tuple(t for t in TILES if t.isa == isa and t.depthwise == depthwise)
+
+
+@functools.cache
+def choose_nr(isa: str, n: int) -> int:
+    """The panel width for n columns: the least time over whole panels."""
+    widths = {t.nr for t in tiles_of(isa)}
+    return min(widths, key=lambda nr: (-(-n // nr) * nr / _EFFICIENCY[nr], nr))
+
+
+@functools.cache
+def choose_tile(isa: str, nr: int, m: int) -> Tile:
+    """The tile for m rows of panels NR wide: the least rows computed, then the tallest."""
+    tiles = [t for t in tiles_of(isa) if t.nr == nr]
+    return min(tiles, key=lambda t: (_row_cost(t, m), -t.mr))
+
+
+def _row_cost(tile: Tile, m: int) -> float:
+    # loading a panel row costs about as much as two rows of dot products
+    return -(-m // tile.mr) * (tile.mr + 2.0)
