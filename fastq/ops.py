@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastq.kernels import isa
 from fastq.kernels import elementwise as ew
+from fastq.kernels import isa
 from fastq.kernels.executor import get_num_threads, set_num_threads
 from fastq.kernels.layers import BoundConv2d, BoundLinear, Call, Calls, Source, range_call
 from fastq.qparams import (
@@ -135,7 +135,9 @@ def requantize(
     qmax: int | None = None,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """int32 -> uint8 / int8 / int32: clip(rint(float32(acc) * multiplier) + zero_point, qmin, qmax).
+    """int32 -> uint8 / int8 / int32.
+
+    y = clip(rint(float32(acc) * multiplier) + zero_point, qmin, qmax), ties to even.
 
     acc         int32, any shape.
     multiplier  finite, > 0: a scalar, or (n,) along `axis`: x_scale * weight_scale / y_scale.
@@ -282,11 +284,9 @@ def linear(
             raise ValueError(f"linear: x_zero_point {zeros.shape} for {m} rows; wanted ({m},)")
         if isinstance(epilogue, Requant):
             raise ValueError("linear: x_zero_point per row with a Requant; wanted one integer")
-    if isinstance(epilogue, Dequant) and epilogue.x_scale.ndim:
-        if epilogue.x_scale.shape != (m,):
-            raise ValueError(
-                f"linear: Dequant.x_scale {epilogue.x_scale.shape} for {m} rows; wanted ({m},)"
-            )
+    x_scale = epilogue.x_scale if isinstance(epilogue, Dequant) else np.ones(())
+    if x_scale.shape not in ((), (m,)):
+        raise ValueError(f"linear: Dequant.x_scale {x_scale.shape} for {m} rows; wanted ({m},)")
     result = _output("linear", out, (m, weight.n), _out_dtype(epilogue), x)
     if result.size == 0:
         return result
@@ -442,9 +442,8 @@ def _through_numpy(function: Any, x: Any, parameter: Any, out: Any, **named: Any
 
 def _real(what: str, x: ArrayLike) -> NDArray[np.float32]:
     array = np.asarray(x)
-    if array.dtype.kind != "f":
-        if isinstance(x, np.ndarray) or array.dtype.kind not in "iu":
-            raise TypeError(f"{what} {array.shape} {array.dtype}; wanted float32")
+    if array.dtype.kind != "f" and (isinstance(x, np.ndarray) or array.dtype.kind not in "iu"):
+        raise TypeError(f"{what} {array.shape} {array.dtype}; wanted float32")
     with np.errstate(over="ignore"):
         return array.astype(np.float32, copy=False)
 

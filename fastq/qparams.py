@@ -124,7 +124,7 @@ def choose_qparams(
     lo, hi = np.asarray(minimum, np.float32), np.asarray(maximum, np.float32)
     if not (np.isfinite(lo).all() and np.isfinite(hi).all() and (lo <= hi).all()):
         raise ValueError(
-            f"choose_qparams: wanted finite minimum <= maximum, got {minimum} and {maximum}"
+            f"choose_qparams: wanted finite minimum <= maximum, got {minimum!r} and {maximum!r}"
         )
     info = np.iinfo(dtype)
     lo, hi = np.minimum(lo, np.float32(0)), np.maximum(hi, np.float32(0))

@@ -32,7 +32,7 @@ def emit_tap_loop(
     """
     simd = emitter(isa)
     group = simd.taps_at_once
-    kind = simd.words if group == 2 else simd.bytes
+    kind = simd.operand
     vector_bytes = kind.count * kind.element.width // 8
     vectors = len(simd.interleaved_channels())
 

@@ -69,7 +69,7 @@ def elementwise_kernel(operation: str, source: str, target: str, layout: str) ->
                         real = float64(divide(x[at + i], step))
                     else:
                         real = float64(float32(x[at + i]) * step)
-                    if not real == real:
+                    if real != real:
                         real = 0.0
                     real = rint_f64(real)
                     out[at + i] = int64(max(min(real, float64(qmax - zp)), float64(qmin - zp))) + zp

@@ -69,7 +69,8 @@ class Tile:
 
     def __str__(self) -> str:
         kind = "depthwise" if self.depthwise else "gemm"
-        return f"u8s8s32_{kind}_{self.mr}x{self.nr}c{emitter(self.isa).taps_at_once if self.depthwise else KR}__{self.isa}"
+        kr = emitter(self.isa).taps_at_once if self.depthwise else KR
+        return f"u8s8s32_{kind}_{self.mr}x{self.nr}c{kr}__{self.isa}"
 
 
 # Of one instruction set and NR, packed panels are shared: MR is chosen at the call.
@@ -102,7 +103,7 @@ TILES = (
 
 
 def emit_tile(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: Any) -> None:
-    """Emits one tile. `args` is the block's address, `place` (image, group, panel, m, mr) as i64."""
+    """Emits one tile. `args` is the block's address, `place` is (image, group, panel, m, mr)."""
     image, group, panel, m, mr = place
     block = b.inttoptr(args, ptr)
 
@@ -114,7 +115,8 @@ def emit_tile(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: An
 
     # rows of the tile: their index in the image, their address in a
     a_base = at(A, b.add(b.mul(image, field(A_IMAGE)), b.mul(group, field(A_GROUP))))
-    row_index, a_rows = [], []
+    row_index: list[Any] = []
+    a_rows: list[Any] = []
     for i in range(tile.mr):
         index = b.add(m, i64(i))
         if i:

@@ -36,7 +36,7 @@ BY_NAME = {isa.name: isa for isa in ISAS}
 
 @functools.cache
 def target_features() -> frozenset[str]:
-    """Features that Numba compiles for (not the CPU's: IR for one it leaves out ends the process)."""
+    """What Numba compiles for, not what the CPU has: other IR would end the process."""
     from numba.core.registry import cpu_target
 
     text = cpu_target.target_context.codegen()._tm_features

@@ -179,7 +179,7 @@ class _Layer:
                 # without a bias -0.0 is added: y + -0.0 is y, and -0.0 for y = -0.0
                 bias = np.full(n, -0.0, np.float32) if given is None else given
                 clamp = (fmin, fmax)
-        if np.ndim(scale) and len(scale) != n or len(bias) != n:
+        if (np.ndim(scale) and len(scale) != n) or len(bias) != n:
             raise ValueError(
                 f"epilogue: scale {np.shape(scale)} and bias {bias.shape} for {n} outputs; "
                 f"wanted ({n},) each, or a scalar scale"

@@ -92,15 +92,15 @@ class Vnni:
     def __init__(self, bits: int, emulated: bool) -> None:
         self.lanes = self.cols = bits // 32
         self.acc = vec(i32, self.lanes)
-        self.bytes = vec(i8, self.lanes * KR)
+        self.operand = vec(i8, self.lanes * KR)
         self.name = f"llvm.x86.avx512.vpdpbusd.{bits}"
         self.emulated = emulated
 
     def load_a(self, b: Any, base: Any, offset: Any) -> Any:
-        return b.bitcast(splat(b, load(b, i32, base, offset), self.lanes), self.bytes)
+        return b.bitcast(splat(b, load(b, i32, base, offset), self.lanes), self.operand)
 
     def load_b(self, b: Any, base: Any, offset: Any) -> Any:
-        return load(b, self.bytes, base, offset)
+        return load(b, self.operand, base, offset)
 
     def dot(self, b: Any, acc: Any, a: Any, w: Any) -> Any:
         if not self.emulated:
@@ -120,7 +120,7 @@ class Vnni:
         return accs
 
     def load_channels(self, b: Any, base: Any) -> Any:
-        return load(b, self.bytes, base)
+        return load(b, self.operand, base)
 
     def interleave(self, b: Any, taps: list[Any]) -> list[Any]:
         """Four taps of 4 * lanes channels -> 4 vectors with the four taps of a channel together.
@@ -128,17 +128,17 @@ class Vnni:
         In-lane unpacks, so the channels are in the order `interleaved_channels`.
         """
         x, y = unpack(b, taps[0], taps[1]), unpack(b, taps[2], taps[3])
-        half = vec(i16, self.bytes.count // 2)
+        half = vec(i16, self.operand.count // 2)
         pairs = [
             unpack(b, b.bitcast(p, half), b.bitcast(q, half)) for p, q in zip(x, y, strict=True)
         ]
-        return [b.bitcast(v, self.bytes) for pair in pairs for v in pair]
+        return [b.bitcast(v, self.operand) for pair in pairs for v in pair]
 
     def interleaved_channels(self) -> list[list[int]]:
         """The channel in each accumulator lane after `interleave`, [vector][lane]."""
-        lo, hi = unpack_lanes(self.bytes.count, 16)
+        lo, hi = unpack_lanes(self.operand.count, 16)
         first = [lo[::2], hi[::2]]  # channel pairs, as i16 elements
-        half_lo, half_hi = unpack_lanes(self.bytes.count // 2, 8)
+        half_lo, half_hi = unpack_lanes(self.operand.count // 2, 8)
         return [
             [channels[i] for i in lanes[::2]] for channels in first for lanes in (half_lo, half_hi)
         ]
@@ -158,15 +158,15 @@ class Madd:
         self.lanes = bits // 32
         self.cols = self.lanes // 2
         self.acc = vec(i32, self.lanes)
-        self.words = vec(i16, self.lanes * 2)
+        self.operand = vec(i16, self.lanes * 2)
         self.intrinsic = intrinsic
 
     def load_a(self, b: Any, base: Any, offset: Any) -> Any:
         four = load(b, i64, base, offset)
-        return b.bitcast(splat(b, four, self.lanes // 2), self.words)
+        return b.bitcast(splat(b, four, self.lanes // 2), self.operand)
 
     def load_b(self, b: Any, base: Any, offset: Any) -> Any:
-        return b.sext(load(b, vec(i8, self.lanes * 2), base, offset), self.words)
+        return b.sext(load(b, vec(i8, self.lanes * 2), base, offset), self.operand)
 
     def dot(self, b: Any, acc: Any, a: Any, w: Any) -> Any:
         return b.add(acc, madd(b, a, w, self.intrinsic))
@@ -185,14 +185,14 @@ class Madd:
         return sums
 
     def load_channels(self, b: Any, base: Any) -> Any:
-        return b.zext(load(b, vec(i8, self.words.count), base), self.words)
+        return b.zext(load(b, vec(i8, self.operand.count), base), self.operand)
 
     def interleave(self, b: Any, taps: list[Any]) -> list[Any]:
         """Two taps of 2 * lanes channels -> 2 vectors with the two taps of a channel together."""
         return unpack(b, taps[0], taps[1])
 
     def interleaved_channels(self) -> list[list[int]]:
-        return [lanes[::2] for lanes in unpack_lanes(self.words.count, 8)]
+        return [lanes[::2] for lanes in unpack_lanes(self.operand.count, 8)]
 
 
 def unpack_lanes(count: int, per_lane: int) -> tuple[list[int], list[int]]:
