@@ -1,0 +1,1 @@
+"""Speed of fastq beside its peers; from the root: `python -m benchmarks.run --help`."""

@@ -1,0 +1,232 @@
+"""The physical limits of this machine, measured: dot products on registers, and reading memory.
+
+A loop of volatile inline assembly: LLVM may not fold, hoist or strength-reduce it, so the
+instructions counted are the instructions executed. 1 MAC = 2 operations.
+
+The limit that a fastq kernel is held to is the best *exact* row: `vpdpbusd` where the CPU has it,
+else `vpmaddwd` + `vpaddd` on values widened to int16. `vpmaddubsw` saturates at int16; it is
+what the peers use without VNNI, and is measured beside.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from fastq.kernels.isa import target_features
+
+binding.initialize_native_asmparser()  # without it, LLVM ends the process at inline assembly
+
+SECONDS = 0.03  # of one measurement; the best of REPEATS is the limit
+REPEATS = 7
+
+
+class Dot(NamedTuple):
+    """One way to multiply and accumulate. In `asm` (AT&T order) $0 is the accumulator, $1 a
+    scratch register, $2 the operand. `accumulators` hide the latency and fit the registers."""
+
+    name: str
+    feature: str
+    element: str
+    bits: int
+    macs: int
+    accumulators: int
+    exact: bool
+    asm: str
+
+
+DOTS = (
+    Dot("vpdpbusd zmm", "avx512vnni", "i32", 512, 64, 24, True, "vpdpbusd $2, $2, $0"),
+    Dot("vpdpbusd ymm", "avxvnni", "i32", 256, 32, 12, True, "{vex} vpdpbusd $2, $2, $0"),
+    Dot(
+        "vpmaddwd + vpaddd ymm", "avx2", "i32", 256, 16, 12, True,
+        "vpmaddwd $2, $2, $1; vpaddd $1, $0, $0",
+    ),
+    Dot(
+        "vpmaddubsw + vpmaddwd + vpaddd ymm", "avx2", "i32", 256, 32, 12, False,
+        "vpmaddubsw $2, $2, $1; vpmaddwd $2, $1, $1; vpaddd $1, $0, $0",
+    ),
+    Dot("float32 fma zmm", "avx512f", "f32", 512, 16, 24, False, "vfmadd231ps $2, $2, $0"),
+    Dot("float32 fma ymm", "fma", "f32", 256, 8, 12, False, "vfmadd231ps $2, $2, $0"),
+)  # fmt: skip
+
+
+def available() -> list[Dot]:
+    """The rows that Numba's target can assemble; any other would end the process."""
+    return [dot for dot in DOTS if dot.feature in target_features()]
+
+
+def _loop(builder: ir.IRBuilder, n: ir.Value, state: list[ir.Value], body: Any) -> list[ir.Value]:
+    """Do `state = body(i, state)` for i in range(max(n, 1)); the last state."""
+    before = builder.block
+    loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    i = builder.phi(n.type)
+    phis = [builder.phi(value.type) for value in state]
+    new = body(i, phis)
+    following = builder.add(i, n.type(1))
+    builder.cbranch(builder.icmp_signed("<", following, n), loop, done)
+    for phi, first, last in zip([i, *phis], [n.type(0), *state], [following, *new], strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(last, loop)
+    builder.position_at_end(done)
+    return new
+
+
+@intrinsic(prefer_literal=True)
+def _dots(typingctx: Any, row: Any, n: Any) -> Any:
+    """n rounds of row `row` of DOTS on each of its accumulators."""
+    dot = DOTS[row.literal_value]
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        element = ir.FloatType() if dot.element == "f32" else ir.IntType(32)
+        vector = ir.VectorType(element, dot.bits // 32)
+        zero = ir.Constant(vector, [0] * vector.count)
+        # not zero: a multiplier that idles lets the clock rise
+        operand = ir.Constant(vector, [0.5 if dot.element == "f32" else 0x03050307] * vector.count)
+        # v: any of the 32 AVX-512 registers; the scratch $1 must not share the operand's register
+        register = "v" if dot.bits == 512 else "x"
+        both = ir.LiteralStructType([vector, vector])
+        asm = ir.InlineAsm(
+            ir.FunctionType(both, [vector, vector]),
+            dot.asm,
+            f"={register},=&{register},{register},0",
+            side_effect=True,
+        )
+
+        def body(i: ir.Value, accumulators: list[ir.Value]) -> list[ir.Value]:
+            return [
+                builder.extract_value(builder.call(asm, [operand, acc]), 0) for acc in accumulators
+            ]
+
+        _loop(builder, args[1], [zero] * dot.accumulators, body)
+        return context.get_dummy_value()
+
+    return types.void(row, types.int64), codegen
+
+
+@functools.cache
+def _dots_kernel(row: int) -> Any:
+    @njit(types.void(types.int64), nogil=True)
+    def kernel(n: int) -> None:
+        _dots(row, n)  # type: ignore[call-arg]  # Numba adds the typing context
+
+    return kernel
+
+
+def _fastest(work: Any, threads: int) -> float:
+    """Seconds that one unit of work(n) takes when `threads` threads do n units each, at best."""
+    n = 1
+    while True:
+        start = time.perf_counter()
+        work(0, n)
+        seconds = time.perf_counter() - start
+        if seconds > SECONDS / 4:
+            break
+        n *= 2
+    n = max(1, int(n * SECONDS / seconds))
+    best = float("inf")
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            list(pool.map(work, range(threads), [n] * threads))
+            best = min(best, time.perf_counter() - start)
+    return best / n
+
+
+@functools.cache
+def gops(dot: Dot, threads: int) -> float:
+    """10^9 operations per second of one row, all threads together."""
+    kernel = _dots_kernel(DOTS.index(dot))
+    seconds = _fastest(lambda _, n: kernel(n), threads)
+    return 2 * dot.macs * dot.accumulators * threads / seconds / 1e9
+
+
+def compute_peak(threads: int) -> float:
+    """GOP/s of the best exact integer row; NaN where no row is known for this CPU."""
+    rows = [gops(dot, threads) for dot in available() if dot.exact]
+    return max(rows, default=float("nan"))
+
+
+@intrinsic
+def _read(typingctx: Any, address: Any, blocks: Any) -> Any:
+    """Load blocks * 256 bytes from `address` into registers."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        pointer = ir.IntType(64)
+        asm = ir.InlineAsm(
+            ir.FunctionType(ir.VoidType(), [pointer]),
+            "; ".join(f"vmovdqu {32 * j}($0), %ymm{j}" for j in range(8)),
+            "r," + ",".join(f"~{{ymm{j}}}" for j in range(8)) + ",~{memory}",
+            side_effect=True,
+        )
+
+        def body(i: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
+            builder.call(asm, [builder.add(args[0], builder.mul(i, pointer(256)))])
+            return []
+
+        _loop(builder, args[1], [], body)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@functools.cache
+def _read_kernel() -> Any:
+    @njit(types.void(types.int64, types.int64, types.int64), nogil=True)
+    def kernel(address: int, blocks: int, n: int) -> None:
+        for _ in range(n):
+            _read(address, blocks)  # type: ignore[call-arg]
+
+    return kernel
+
+
+@functools.cache
+def _bandwidth(size: int, threads: int) -> float:
+    if "avx" not in target_features():
+        return float("nan")
+    data = np.ones(size, np.uint8)  # written, so that its pages are its own
+    blocks = max(1, size // threads // 256)
+    kernel, start, part = _read_kernel(), data.ctypes.data, size // threads
+    seconds = _fastest(lambda t, n: kernel(start + t * part, blocks, n), threads)
+    return blocks * 256 * threads / seconds / 1e9
+
+
+def read_bandwidth(size: int, threads: int) -> float:
+    """GB/s of reading `size` bytes again and again, shared by the threads.
+
+    Small sizes stay in a cache, which is what a warm kernel of that size reads from. Measured at
+    powers of two from 16 KiB to 512 MiB; `size` takes the nearest.
+    """
+    power = min(max(round(np.log2(max(size, 1))), 14), 29)
+    return _bandwidth(1 << power, threads)
+
+
+def limit_seconds(macs: int, size: int, threads: int) -> float:
+    """The roofline: no kernel that does `macs` and touches `size` bytes can be faster."""
+    compute = 2 * macs / compute_peak(threads) / 1e9
+    return max(compute, size / read_bandwidth(size, threads) / 1e9)
+
+
+def report(threads: int) -> str:
+    """What was measured, a line each."""
+    lines = [f"{gops(dot, threads):8.0f} GOP/s  {dot.name}" for dot in available()]
+    for power in (15, 18, 22, 29):
+        size = f"{1 << power - 10} KiB" if power < 20 else f"{1 << power - 20} MiB"
+        lines.append(f"{read_bandwidth(1 << power, threads):8.1f} GB/s   read {size}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    import sys
+
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+    print(f"{count} thread(s)\n{report(count)}")

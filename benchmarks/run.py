@@ -1,0 +1,126 @@
+"""`python -m benchmarks.run`: fastq beside its peers, on other people's shapes."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from benchmarks import shapes
+
+if TYPE_CHECKING:
+    from benchmarks.measure import Row
+
+SUITES: dict[str, tuple[shapes.Shape, ...]] = {
+    "issue2": (*shapes.ISSUE2_GEMM, *shapes.NETWORKS["resnet50"], *shapes.MODULES),
+    "gemm": shapes.GEMM,
+    "conv": shapes.CONV,
+    "depthwise": shapes.DEPTHWISE,
+    "elementwise": shapes.ELEMENTWISE,
+    "modules": shapes.MODULES,
+    # every layer of a network, with the counts that the sums need
+    **shapes.WHOLE,
+}
+
+
+@click.command()
+@click.option(
+    "--suite", type=click.Choice(list(SUITES)), default="issue2", show_default=True,
+    help="Which shapes. The name of a network runs its layers and sums them.",
+)  # fmt: skip
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--filter", "pattern", default="", help="Regular expression on the shape's name.")
+@click.option("--peer", "peer_pattern", default="", help="Regular expression on the peer's name.")
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=0.3, show_default=True,
+              help="Of timing, per shape and peer.")  # fmt: skip
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write the rows here.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write a picture here.")
+def bench(
+    suite: str,
+    threads: int,
+    pattern: str,
+    peer_pattern: str,
+    seconds: float,
+    csv_path: Path | None,
+    plot: Path | None,
+) -> None:
+    """Time fastq's kernels beside torch, ONNX Runtime and OpenVINO, each answer checked first.
+
+    Exits with 1 if an answer of fastq was wrong.
+    """
+    chosen = [s for s in SUITES[suite] if re.search(pattern, s.name)]
+    if not chosen:
+        raise click.BadParameter(f"no shape of {suite} matches {pattern!r}", param_hint="--filter")
+    # OpenMP and MKL read these when torch is imported, so all other imports come after
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    from benchmarks import goals, peak
+    from benchmarks.measure import machine, measure, use_threads, write_csv
+
+    click.echo("\n".join(f"{key:9} {value}" for key, value in machine().items()))
+    click.echo(f"threads   {threads}\n{peak.report(threads)}")
+    rows: list[Row] = []
+    with use_threads(threads):
+        for shape in chosen:
+            new = measure(
+                shape, suite, threads, seconds, lambda name: bool(re.search(peer_pattern, name))
+            )
+            _print_shape(new)
+            rows += new
+            if csv_path:
+                write_csv(rows, csv_path)  # after each shape: a long run that stops keeps its rows
+        _print_summary(rows)
+        if suite == "issue2" and not (pattern or peer_pattern):
+            click.echo()
+            for goal in goals.kernel_goals(rows) + goals.call_goals(seconds):
+                click.echo(goal)
+    if suite == "issue2" and not (pattern or peer_pattern):
+        for goal in goals.process_goals():
+            click.echo(goal)
+    if plot:
+        from benchmarks.plot import draw
+
+        draw(rows, plot)
+    if any(row.ours and row.failed for row in rows):
+        raise click.ClickException("an answer of fastq was wrong, or missing: see above")
+
+
+def _print_shape(rows: list[Row]) -> None:
+    first = rows[0]
+    limit = f"{first.macs / 1e6:.2f} MMAC, limit {first.limit:.1f} us"
+    click.echo(f"\n{first.shape}  x{first.count}  {limit}")
+    for row in sorted(rows, key=lambda r: (r.failed, r.median)):
+        if row.failed:
+            click.secho(f"  {row.peer:28} {row.check}", fg="red" if row.ours else "yellow")
+            continue
+        rate = f"{row.gops:8.1f} GOP/s" if row.macs else f"{row.gbps:8.1f} GB/s "
+        line = (
+            f"  {row.peer:28} {row.median:10.1f} us (min {row.best:10.1f}) {rate} "
+            f"{100 * row.share:5.0f} % {row.ratio:6.2f}x  {row.check}"
+        )
+        click.secho(line, bold=row.ours)
+
+
+def _print_summary(rows: list[Row]) -> None:
+    """Ratios to the best peer over all shapes, and the sums over each network."""
+    ours = [r for r in rows if r.peer == "fastq" and r.ratio == r.ratio]
+    if len(ours) > 1:
+        mean = math.exp(sum(math.log(r.ratio) for r in ours) / len(ours))
+        slower = sum(r.ratio < 1 for r in ours)
+        click.echo(f"\nfastq over the best peer of each shape: geometric mean {mean:.2f}x,")
+        click.echo(f"{slower} of {len(ours)} shapes slower; the five lowest:")
+        for row in sorted(ours, key=lambda r: r.ratio)[:5]:
+            click.echo(f"  {row.ratio:5.2f}x  {100 * row.share:4.0f} %  {row.shape}")
+    from benchmarks.measure import network_sums
+
+    for network, sums in network_sums(rows).items():
+        click.echo(f"\n{network}, sum over its layers")
+        for peer, (milliseconds, gops) in sorted(sums.items(), key=lambda item: item[1]):
+            click.echo(f"  {peer:28} {milliseconds:9.2f} ms {gops:8.1f} GOP/s")
+
+
+if __name__ == "__main__":
+    bench()
