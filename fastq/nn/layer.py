@@ -1,0 +1,295 @@
+"""What QLinear and QConv2d share: their state, and the operands derived from it.
+
+The state is five plain tensors. What `fastq.ops` wants (weight object, epilogue, qparams) is
+derived from them once and kept: ops packs panels for those very objects, so new objects would
+mean packing again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fastq.qparams import Dequant, QParams, quantize_weight
+
+STATE = {
+    "weight": torch.int8,
+    "weight_scale": torch.float32,
+    "bias": torch.float32,
+    "input_scale": torch.float32,
+    "input_zero_point": torch.int32,
+}
+
+# the tensors of STATE, in its order
+State = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+# (LinearWeight | Conv2dWeight, epilogue, x_qparams)
+Operands = tuple[Any, Dequant, QParams | None]
+
+
+class QLayer(nn.Module):
+    """The state of a quantized layer.
+
+    weight            int8, the shape of the float layer's weight; symmetric, full range.
+    weight_scale      float32 (N,), finite, > 0.
+    bias              float32 (N,), finite, or None.
+    input_scale       float32 (), finite, > 0; None, and absent from state_dict, when dynamic.
+    input_zero_point  int32 (), within [0, 255]; None with input_scale.
+
+    The state stays as it is, on the CPU: `.half()`, `.double()` and `.to(dtype)` leave it alone,
+    `.cuda()` is refused. Any change that torch counts (load_state_dict, in-place operations,
+    assignment) is seen by the next call; a write through `.data` or a NumPy view is not.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+
+    def __init__(self, weight_shape: tuple[int, ...], bias: bool, device: Any, dtype: Any) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if device is not None and torch.device(device).type != "cpu":
+            raise ValueError(
+                f"{name}: got device {device}, wanted None or 'cpu'; the int8 kernels run there"
+            )
+        if dtype is not None and dtype is not torch.float32:
+            raise ValueError(
+                f"{name}: got dtype {dtype}, wanted None or torch.float32, the dtype of "
+                "its input and output; the weight is always int8"
+            )
+        n = weight_shape[0]
+        self._ready: tuple[Any, Operands] | None = None
+        self.register_buffer("weight", torch.zeros(weight_shape, dtype=torch.int8, device="cpu"))
+        self.register_buffer("weight_scale", torch.ones(n, dtype=torch.float32, device="cpu"))
+        zeros = torch.zeros(n, dtype=torch.float32, device="cpu") if bias else None
+        self.register_buffer("bias", zeros)
+        self.register_buffer("input_scale", None)
+        self.register_buffer("input_zero_point", None)
+
+    def _as_weight(self, data: Any) -> Any:
+        """`data`, int8, as the weight object that ops wants."""
+        raise NotImplementedError
+
+    def _quantize(self, module: nn.Linear | nn.Conv2d, input_qparams: QParams | None) -> Self:
+        """Take over the weight, bias and mode of a float module of the same shape."""
+        data, scale = quantize_weight(module.weight.detach().to("cpu", torch.float32).numpy())
+        with torch.no_grad():
+            self.weight.copy_(torch.from_numpy(data))
+            self.weight_scale.copy_(torch.from_numpy(scale))
+            if self.bias is not None and module.bias is not None:
+                self.bias.copy_(module.bias)
+        self.set_input_qparams(input_qparams)
+        self._prepare()  # a bias that is not finite is refused here, not at the first call
+        return self.train(module.training)
+
+    def _dequantize(self, module: nn.Linear | nn.Conv2d) -> None:
+        """Give the weight, bias and mode to a float module of the same shape."""
+        scale = self.weight_scale.reshape(-1, *[1] * (self.weight.dim() - 1))
+        with torch.no_grad():
+            module.weight.copy_(self.weight * scale)
+            if self.bias is not None and module.bias is not None:
+                module.bias.copy_(self.bias)
+        module.train(self.training)
+
+    @property
+    def input_qparams(self) -> QParams | None:
+        """The uint8 QParams of the input, or None when it is quantized dynamically."""
+        return self._operands()[2]
+
+    def set_input_qparams(self, qparams: QParams | None) -> None:
+        """Quantize the input with these parameters (static), or by its own range (None).
+
+        qparams  uint8, per tensor. TypeError for anything but QParams or None, ValueError for
+                 another dtype or an axis.
+        """
+        name = type(self).__name__
+        if qparams is None:
+            self.input_scale = self.input_zero_point = None
+            return
+        if not isinstance(qparams, QParams):
+            raise TypeError(
+                f"{name}: input_qparams is a {type(qparams).__name__}, wanted fastq.QParams "
+                "(fastq.choose_qparams(minimum, maximum) makes them) or None"
+            )
+        if qparams.dtype != np.uint8 or qparams.axis is not None:
+            raise ValueError(
+                f"{name}: input_qparams are {qparams.dtype} with axis={qparams.axis}, "
+                "wanted uint8 per tensor (axis=None)"
+            )
+        self.input_scale = torch.tensor(qparams.scale.item(), dtype=torch.float32, device="cpu")
+        self.input_zero_point = torch.tensor(
+            qparams.zero_point.item(), dtype=torch.int32, device="cpu"
+        )
+
+    def _operands(self) -> Operands:
+        """What ops wants, derived anew only if a tensor of the state was changed or replaced."""
+        ready = self._ready
+        if ready is not None:
+            buffers = self._buffers
+            for name, tensor, version, pointer in ready[0]:
+                if buffers[name] is not tensor or (
+                    tensor is not None
+                    and (tensor._version != version or tensor.data_ptr() != pointer)
+                ):
+                    break
+            else:
+                return ready[1]
+        return self._prepare()
+
+    def _prepare(self) -> Operands:
+        buffers = self._buffers
+        for name in STATE:
+            tensor = buffers[name]
+            if tensor is not None and tensor.is_inference():  # these have no version to watch
+                with torch.inference_mode(False):
+                    buffers[name] = tensor.clone()
+        tensors: Any = tuple(buffers[name] for name in STATE)
+        seen = tuple(
+            (name, t, 0, 0) if t is None else (name, t, t._version, t.data_ptr())
+            for name, t in zip(STATE, tensors, strict=True)
+        )
+        operands = _derive(self._as_weight, tensors)
+        self._ready = (seen, operands)
+        return operands
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ready": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if result.device.type != "cpu":
+                raise RuntimeError(
+                    f"{type(self).__name__}: cannot move to {result.device}, the int8 kernels run "
+                    "on the CPU; keep this module there, or move its to_float()"
+                )
+            return result if result.dtype == tensor.dtype else tensor
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        given = {name: state_dict[prefix + name] for name in STATE if prefix + name in state_dict}
+        static = "input_scale" in given
+        problems = [
+            f"{prefix}{name}: {problem}"
+            for name, value in given.items()
+            if isinstance(value, Tensor) and (problem := _problem(name, value))
+        ]
+        if static != ("input_zero_point" in given):
+            problems.append(
+                f"{prefix}input_scale and {prefix}input_zero_point come together or not"
+            )
+        if problems:
+            error_msgs.extend(problems)
+            return
+        if static and self.input_scale is None:
+            self.set_input_qparams(QParams(np.ones((), np.float32)))  # room for what is loaded
+        elif not static and "weight" in given:
+            self.set_input_qparams(None)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _repr_quantization(self, dynamic: str) -> str:
+        if self.input_scale is None or self.input_zero_point is None:
+            given = f"dynamic {dynamic}"
+        else:
+            scale, zero_point = self.input_scale.item(), self.input_zero_point.item()
+            given = f"uint8 scale={scale:.4g} zero_point={zero_point}"
+        return f"weight=int8 per channel, input={given}"
+
+
+def _problem(name: str, value: Tensor) -> str | None:
+    """Why this tensor cannot be the state called `name`, or None. Shapes are left to torch."""
+    if value.dtype != STATE[name]:
+        message = f"got {value.dtype} from the checkpoint, wanted {STATE[name]}"
+        if name == "weight":
+            message += "; from_float(module) quantizes a float layer"
+        return message
+    if value.device.type != "cpu":
+        return f"is on {value.device}, wanted the CPU; torch.load(..., map_location='cpu')"
+    if name.endswith("scale") and not bool((value.isfinite() & (value > 0)).all()):
+        return "has values that are not finite or not greater than 0"
+    if name == "bias" and not bool(value.isfinite().all()):
+        return "has NaN or infinite values"
+    if name == "input_zero_point" and not bool(((value >= 0) & (value <= 255)).all()):
+        return f"got {value.tolist()}, wanted 0 to 255"
+    return None
+
+
+def _derive(as_weight: Callable[[Any], Any], state: State) -> Operands:
+    weight, weight_scale, bias, input_scale, input_zero_point = state
+    if (input_scale is None) != (input_zero_point is None):
+        raise ValueError(
+            "input_scale and input_zero_point: got one without the other; "
+            "set_input_qparams sets both"
+        )
+    x_qparams = None
+    if input_scale is not None and input_zero_point is not None:
+        x_qparams = QParams(_copy(input_scale), _copy(input_zero_point))
+    epilogue = Dequant(scale=_copy(weight_scale), bias=None if bias is None else _copy(bias))
+    # detach: the array then holds the memory, but not the tensor that _derived has as its key
+    return as_weight(weight.detach().numpy()), epilogue, x_qparams
+
+
+def _copy(tensor: Tensor) -> Any:
+    return tensor.detach().numpy().copy()
+
+
+# weight -> {geometry: (stamps, state, operands)}, for the custom operators, which see no module
+_derived = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
+
+
+def operands_of(as_weight: Callable[[Any], Any], geometry: Hashable, state: State) -> Operands:
+    """The operands of a custom operator's tensors; kept as long as the weight tensor lives."""
+    stamps = [
+        (id(t), -1 if t.is_inference() else t._version, t.data_ptr())
+        for t in state
+        if t is not None
+    ]
+    entries = _derived.setdefault(state[0], {})  # type: ignore[no-untyped-call]
+    entry = entries.get(geometry)
+    if entry is None or entry[0] != stamps:
+        # state[1:] is held so that those ids are not used again
+        entry = entries[geometry] = (stamps, state[1:], _derive(as_weight, state))
+    operands: Operands = entry[2]
+    return operands
+
+
+def accept(name: str, x: Tensor, expected: str, fits: bool) -> Tensor:
+    """x without its gradient; or the reason why it is not accepted, as an error."""
+    if x.dtype != torch.float32 or not fits:
+        dtype, shape = str(x.dtype).removeprefix("torch."), tuple(x.shape)
+        if fits:
+            raise TypeError(f"{name}: x is {dtype} {shape}, wanted float32; x.float() works")
+        raise ValueError(f"{name}: x is {dtype} {shape}, wanted float32 {expected}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name}: x requires grad, and this layer is for inference: it has no gradient; "
+            "call it under torch.no_grad() or give it x.detach()"
+        )
+    return x.detach()
+
+
+def as_array(x: Tensor) -> Any:
+    """The NumPy view of a float32 tensor."""
+    try:
+        return x.numpy()
+    except RuntimeError:  # NumPy has no lazy negation, as in z.conj().imag
+        return x.resolve_neg().numpy()

@@ -1,0 +1,133 @@
+"""QLinear: torch.nn.Linear with int8 weights."""
+
+from math import prod
+from typing import Any, Self
+
+import torch
+from torch import Tensor, float32, from_numpy, nn
+from torch._C import _get_tracing_state
+from torch.compiler import is_compiling
+from torch.nn.utils import skip_init
+
+from fastq.nn.layer import Operands, QLayer, accept, as_array, operands_of
+from fastq.ops import linear_float
+from fastq.qparams import QParams
+from fastq.weights import LinearWeight
+
+
+class QLinear(QLayer):
+    """torch.nn.Linear in int8: float32 (*, in_features) -> float32 (*, out_features).
+
+    The weight is int8, one scale per output. x is quantized to uint8: by the range of each row
+    (dynamic), or with the parameters given to `from_float` or `set_input_qparams` (static).
+    Products are summed exactly in int32, then scaled and shifted by the bias in float32:
+    `fastq.reference.linear_float` is the definition. NaN in x counts as 0, infinities saturate.
+
+    Arguments as for nn.Linear; device must be None or CPU, dtype None or float32. A new module has
+    weight 0 and scale 1: load a state_dict into it, or use `from_float`. State: see QLayer.
+
+    Raises ValueError for in_features beyond 65,793 (the int32 bound). A call raises TypeError
+    unless x is float32, ValueError for a wrong number of features, RuntimeError if x requires grad
+    in grad mode: the module is for inference, under torch.no_grad() or on x.detach().
+
+    torch.compile and torch.export see one operator, `fastq::linear`; an exported program needs
+    `import fastq.nn` where it is loaded.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__((out_features, in_features), bias, device, dtype)
+        self.in_features = in_features
+        self.out_features = out_features
+        self._prepare()
+
+    @classmethod
+    def from_float(cls, module: nn.Linear, *, input_qparams: QParams | None = None) -> Self:
+        """Quantize a float layer; its weight per output channel, its bias stays float32.
+
+        input_qparams  uint8 QParams per tensor of the input, or None to quantize it dynamically.
+        Raises TypeError unless `module` is an nn.Linear, ValueError if it is not finite.
+        """
+        if not isinstance(module, nn.Linear):
+            raise TypeError(
+                f"{cls.__name__}.from_float: got {type(module).__name__}, wanted torch.nn.Linear"
+            )
+        layer = cls(module.in_features, module.out_features, module.bias is not None)
+        return layer._quantize(module, input_qparams)
+
+    def to_float(self) -> nn.Linear:
+        """An nn.Linear with the dequantized weight, weight * weight_scale, and the bias."""
+        bias = self.bias is not None
+        module = skip_init(
+            nn.Linear, self.in_features, self.out_features, bias, device="cpu", dtype=float32
+        )
+        self._dequantize(module)
+        return module
+
+    def _as_weight(self, data: Any) -> LinearWeight:
+        return LinearWeight(data)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = x.shape
+        fits = len(shape) > 0 and shape[-1] == self.in_features
+        if not fits or x.dtype is not float32 or x.requires_grad:
+            wanted = f"(*, {self.in_features}) for weight {tuple(self.weight.shape)} int8"
+            x = accept("QLinear", x, wanted, fits)
+        if is_compiling() or type(x) is not Tensor or _get_tracing_state():
+            y: Tensor = torch.ops.fastq.linear(
+                x,
+                self.weight,
+                self.weight_scale,
+                self.bias,
+                self.input_scale,
+                self.input_zero_point,
+            )
+            return y
+        return _run(x, self._operands())
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {self._repr_quantization('per row')}"
+        )
+
+
+def _run(x: Tensor, operands: Operands) -> Tensor:
+    weight, epilogue, x_qparams = operands
+    rows = as_array(x)
+    if rows.ndim == 2:
+        return from_numpy(linear_float(rows, weight, epilogue, x_qparams=x_qparams))
+    *leading, k = rows.shape
+    y = linear_float(rows.reshape(prod(leading), k), weight, epilogue, x_qparams=x_qparams)
+    return from_numpy(y.reshape(*leading, weight.n))
+
+
+@torch.library.custom_op("fastq::linear", mutates_args=(), device_types="cpu")
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+) -> Tensor:
+    state = (weight, weight_scale, bias, input_scale, input_zero_point)
+    return _run(x, operands_of(LinearWeight, (), state))
+
+
+@_linear.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
