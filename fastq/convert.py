@@ -1,0 +1,519 @@
+"""From a float model to an int8 one: watch the ranges, fold batch norm, swap the layers."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
+from torch.utils.data import Dataset, IterableDataset
+from tqdm import tqdm
+
+from fastq.nn import QConv2d, QLinear
+from fastq.nn.layer import QLayer
+from fastq.observer import MinMaxObserver
+from fastq.qparams import MAX_K
+from fastq.trace import Forward, Trace, plain_layer, trace
+
+Selector = str | type[nn.Module]
+Result = Literal["int8 static", "int8 dynamic", "folded", "float"]
+Names = dict[nn.Module, list[str]]
+
+SWAPS: dict[type[nn.Module], Any] = {nn.Linear: QLinear, nn.Conv2d: QConv2d}
+
+# What a summary lists: layers that multiply by weights, and batch norm. Not embeddings, which
+# look up, nor layer norm, which has no weights to sum over: int8 would win nothing there.
+LISTED = (
+    QLayer,
+    nn.Linear,
+    _ConvNd,
+    nn.Bilinear,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+    _BatchNorm,
+)
+ASKED = "as asked"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer of a summary.
+
+    name    as in `named_modules()`, the first one of a module that has several.
+    kind    its class in the model that was given.
+    result  'int8 static', 'int8 dynamic', 'folded' (batch norm, into another layer) or 'float'.
+    reason  why it is float or dynamic, or where it was folded; may be empty for int8.
+    """
+
+    name: str
+    kind: str
+    result: Result
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class QuantizationSummary:
+    """What became of each layer that computes with weights. Printed, it is a table.
+
+    rebuilt  the modules of a class derived from nn.Linear or nn.Conv2d that were first rebuilt
+             from torch's own layers: an nn.Conv2d that pads in its forward, for example.
+    """
+
+    rows: tuple[Row, ...]
+    rebuilt: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        head = ("layer", "kind", "result", "why")
+        lines = [(row.name or "(model)", row.kind, row.result, row.reason) for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in (head, *lines)
+        ]
+        counts = Counter(row.result for row in self.rows)
+        return "\n".join([*table, ", ".join(f"{n} {result}" for result, n in counts.items())])
+
+
+def summary(model: nn.Module) -> QuantizationSummary:
+    """What `quantize_model` did to this model, or to the one that `load` read from its file.
+
+    Raises ValueError for a model that neither of them returned.
+    """
+    found = getattr(model, "_fastq_summary", None)
+    if not isinstance(found, QuantizationSummary):
+        raise ValueError(
+            f"summary: this {type(model).__name__} has none; wanted what fastq.quantize_model "
+            "or fastq.load returned"
+        )
+    return found
+
+
+def quantize_model(
+    model: nn.Module,
+    calibration_data: Any = None,
+    *,
+    forward: Forward | None = None,
+    skip: Selector | Iterable[Selector] = (),
+    dynamic: Selector | Iterable[Selector] = (),
+    strict: bool = False,
+    inplace: bool = False,
+    progress: bool = True,
+) -> nn.Module:
+    """The model in int8: same class, same call, in eval mode, for inference.
+
+    Every nn.Linear and nn.Conv2d becomes a QLinear or QConv2d, after the batch norm that follows
+    it, if any, was folded into it; a subclass too, if its forward is no more than one of them
+    between other modules. The calibration data fixes the ranges of their inputs
+    (static); a layer that it never reaches, or all of them without calibration data, take the
+    range of each input as it comes (dynamic). `fastq.summary(result)` says for each layer what
+    it became and why. What stays float gets requires_grad=False, since int8 layers
+    have no gradient to pass on.
+
+    calibration_data  one batch (a tensor or a dict), or an iterable of batches, such as a
+        DataLoader. A batch is a tensor: model(batch); a dict: model(**batch); or a tuple or list
+        whose first element is one of these, and the input: most data sets give
+        (images, labels). Batches are not collected. None: all layers are dynamic.
+    forward   forward(model, batch) runs the model on a batch of any other kind.
+    skip      layers to keep float: a name ('features.0'), a pattern ('*.attn.*'), a class, or
+        several of these. What holds for a module holds for all within it.
+    dynamic   layers to keep dynamic though there is calibration data, given likewise.
+    strict    raise ValueError if a layer stays float and `skip` does not ask for it. Layers are
+        linear, convolution, recurrent, attention, bilinear and batch norm.
+    inplace   change the given model instead of a copy. A model that is itself one layer cannot
+        be changed in place: use what is returned.
+    progress  show a progress bar if standard error is a terminal.
+
+    Raises TypeError for a model, data or batch of a wrong kind; ValueError for empty data, for
+    a name in skip or dynamic that matches nothing, and if no layer can become int8. An error
+    that the model raises passes through, with a note.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"quantize_model: got {type(model).__name__}, wanted a torch.nn.Module, not scripted"
+        )
+    try:
+        result = model if inplace else copy.deepcopy(model)
+    except Exception as error:
+        error.add_note("quantize_model copied the model; inplace=True changes it without a copy")
+        raise
+    result.eval()
+    leave_fast_path(result)
+    names = module_names(result)
+    skipped = _select(names, skip, "skip")
+    left_dynamic = _select(names, dynamic, "dynamic")
+    rebuilt = []
+    for module, paths in names.items():
+        plain = rebuild(module) if module not in skipped else None
+        if plain is not None:
+            result = replace(result, paths, plain)
+            rebuilt.append(paths[0])
+            left_dynamic |= set(plain.modules()) if module in left_dynamic else set()
+    names = module_names(result)
+    plan = [_Layer(m, paths, *_outlook(m)) for m, paths in names.items() if isinstance(m, LISTED)]
+    for layer in plan:
+        if layer.module in skipped:
+            layer.keep_float(ASKED, asked=True)
+        elif layer.module in left_dynamic:
+            layer.keep_dynamic(ASKED)
+    _refuse_nothing(result, plan)
+
+    batch = None
+    if calibration_data is None:
+        traced = trace(result)
+        for layer in plan:
+            layer.keep_dynamic("no calibration data")
+    else:
+        traced, batch = _calibrate(result, calibration_data, forward, plan, progress)
+        for layer in plan:
+            if not layer.axes:
+                layer.keep_dynamic("the calibration data never reached it")
+            elif not layer.observer.count:
+                layer.keep_dynamic("the calibration data gave it no finite value")
+    for layer in plan:
+        reader = traced.readers.get(layer.name)
+        if reader is not None:
+            who = f"'{reader}'" if reader else "the model"
+            layer.keep_float(f"{who} computes with its weight itself instead of calling it")
+    _refuse_nothing(result, plan)
+
+    folds = _choose_folds(plan, traced)
+    report = QuantizationSummary(tuple(layer.row() for layer in plan), tuple(rebuilt))
+    if strict and any(layer.result == "float" and not layer.asked for layer in plan):
+        raise ValueError(
+            "quantize_model: strict=True, and layers stay float; name them in skip= to accept "
+            f"that\n{report}"
+        )
+
+    for layer, batch_norm in folds:
+        fold_batch_norm(layer.module, batch_norm.module)
+        result = replace(result, batch_norm.names, nn.Identity())
+    for layer in plan:
+        if layer.becomes_int8():
+            qparams = layer.observer.qparams() if layer.result == "int8 static" else None
+            swap = SWAPS[type(layer.module)].from_float(layer.module, input_qparams=qparams)
+            result = replace(result, layer.names, swap)
+    for parameter in result.parameters():
+        parameter.requires_grad = False
+    result._fastq_summary = report  # type: ignore[assignment]
+    if calibration_data is not None:
+        _run(
+            result,
+            batch,
+            forward,
+            "the int8 model, on the last calibration batch. If a module reads a layer's weight "
+            "instead of calling it, keep that layer float with skip=",
+        )
+    return result
+
+
+@dataclass(eq=False)
+class _Layer:
+    """A layer on its way to a row: what it shall become, and what its inputs looked like."""
+
+    module: Any
+    names: list[str]
+    result: Result
+    reason: str = ""
+    asked: bool = False
+    axes: set[int] = field(default_factory=set)
+    observer: MinMaxObserver = field(default_factory=MinMaxObserver)
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    def becomes_int8(self) -> bool:
+        return type(self.module) in SWAPS and self.result != "float"
+
+    def keep_float(self, reason: str, asked: bool = False) -> None:
+        if isinstance(self.module, QLayer):
+            return
+        if self.result != "float" or not self.reason:  # the first reason stands
+            self.result, self.reason = "float", reason
+        self.asked |= asked
+
+    def keep_dynamic(self, reason: str) -> None:
+        if self.becomes_int8() and self.result != "int8 dynamic":
+            self.result, self.reason = "int8 dynamic", reason
+
+    def watch(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: Tensor = args[0] if args else kwargs["input"]
+        self.axes.add(x.dim())
+        self.observer.update(x.detach().to("cpu", torch.float32).numpy())
+
+    def row(self) -> Row:
+        return Row(self.name, type(self.module).__name__, self.result, self.reason)
+
+
+def _outlook(module: nn.Module) -> tuple[Result, str]:
+    """What a layer can become as far as it is known without running the model, and why."""
+    if isinstance(module, QLayer):
+        static = module.input_qparams is not None
+        return ("int8 static" if static else "int8 dynamic"), "int8 already"
+    kind = type(module)
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        return "float", "not initialised: call the model on a batch once before"
+    if parametrize.is_parametrized(module):
+        return "float", (
+            "parametrized; torch.nn.utils.parametrize.remove_parametrizations makes it plain"
+        )
+    if _hooked(module):
+        return "float", (
+            "has forward hooks, which an int8 layer would lose (weight_norm and pruning are hooks "
+            "too, and can be removed)"
+        )
+    if isinstance(module, _BatchNorm):
+        return "float", ""  # until the graph is known
+    if kind not in SWAPS:
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            return "float", "nn.MultiheadAttention computes with its weight itself"
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            parent = "nn.Linear" if isinstance(module, nn.Linear) else "nn.Conv2d"
+            return "float", f"a subclass of {parent} that computes something else, or may"
+        return "float", "no int8 form; only nn.Linear and nn.Conv2d have one"
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if weight.dtype is not torch.float32 or weight.device.type != "cpu":
+        return "float", f"weight is {weight.dtype} on {weight.device}, wanted float32 on the CPU"
+    if prod(weight.shape[1:]) > MAX_K:
+        return "float", (
+            f"sums {prod(weight.shape[1:])} products, and int32 is exact up to {MAX_K}"
+        )
+    if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
+        return "float", "weight or bias has NaN or infinite values"
+    return "int8 static", ""
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def rebuild(module: nn.Module) -> nn.Module | None:
+    """A subclass of nn.Linear or nn.Conv2d said with torch's own layers; None for all else."""
+    if not isinstance(module, nn.Linear | nn.Conv2d) or type(module) in SWAPS:
+        return None
+    if isinstance(module, LazyModuleMixin | NonDynamicallyQuantizableLinear):
+        return None
+    if parametrize.is_parametrized(module) or any(map(_hooked, module.modules())):
+        return None
+    return plain_layer(module)
+
+
+def _refuse_nothing(model: nn.Module, plan: list[_Layer]) -> None:
+    """ValueError unless something is going to change."""
+    if any(layer.becomes_int8() for layer in plan):
+        return
+    table = f"\n{QuantizationSummary(tuple(x.row() for x in plan))}" if plan else ""
+    raise ValueError(
+        f"quantize_model: no layer of this {type(model).__name__} can become int8; wanted at "
+        f"least one plain nn.Linear or nn.Conv2d, float32, on the CPU{table}"
+    )
+
+
+def _select(names: Names, selectors: Any, argument: str) -> set[nn.Module]:
+    """The modules that match a name, pattern or class, and all modules within them."""
+    if isinstance(selectors, str | type):
+        selectors = (selectors,)
+    modules = {name: module for module, paths in names.items() for name in paths}
+    hits: set[str] = set()
+    for selector in selectors:
+        if isinstance(selector, str):
+            found = {name for name in modules if fnmatch.fnmatchcase(name, selector)}
+        elif isinstance(selector, type) and issubclass(selector, nn.Module):
+            found = {name for name, module in modules.items() if isinstance(module, selector)}
+        else:
+            raise TypeError(
+                f"quantize_model: {argument} has {selector!r}, wanted names, patterns such as "
+                "'*.attn.*', or classes of modules"
+            )
+        if not found:
+            listed = [name for name, module in modules.items() if isinstance(module, LISTED)]
+            raise ValueError(
+                f"quantize_model: {argument} has {selector!r}, which matches nothing; "
+                f"the layers are {', '.join(map(repr, listed))}"
+            )
+        hits |= found
+
+    def selected(name: str) -> bool:
+        parents = itertools.accumulate(name.split("."), "{}.{}".format)
+        return "" in hits or any(parent in hits for parent in parents)
+
+    return {module for name, module in modules.items() if selected(name)}
+
+
+def _calibrate(
+    model: nn.Module, data: Any, forward: Forward | None, plan: list[_Layer], progress: bool
+) -> tuple[Trace, Any]:
+    """Run the model on all batches, watched; the trace on the first batch, and the last batch."""
+    if isinstance(data, Tensor | Mapping):
+        data = [data]
+    elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise TypeError(
+            f"quantize_model: calibration_data is a {type(data).__name__}, which gives single "
+            "samples; wanted batches: torch.utils.data.DataLoader(dataset, batch_size=32)"
+        )
+    elif not isinstance(data, Iterable):
+        raise TypeError(
+            f"quantize_model: calibration_data is a {type(data).__name__}, wanted a tensor, a "
+            "dict, or an iterable of batches such as a DataLoader"
+        )
+    traced = None
+    batch = None
+    handles = []
+    bar = tqdm(data, "calibrate", unit="batch", disable=None if progress else True)
+    try:
+        for number, batch in enumerate(bar):
+            if traced is None:
+                args, kwargs = _arguments(batch, forward)
+                traced = trace(model, args, kwargs, forward)
+                handles = [
+                    layer.module.register_forward_pre_hook(layer.watch, with_kwargs=True)
+                    for layer in plan
+                    if layer.becomes_int8()
+                ]
+            _run(model, batch, forward, f"the float model, on calibration batch {number}")
+    finally:
+        bar.close()
+        for handle in handles:
+            handle.remove()
+    if traced is None:
+        raise ValueError(
+            "quantize_model: calibration_data has no batches; an iterator that was read to its "
+            "end has none left. calibration_data=None quantizes all layers dynamically"
+        )
+    return traced, batch
+
+
+def _arguments(batch: Any, forward: Forward | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that a batch gives to the model, or to `forward` after the model."""
+    if forward is not None:
+        return (batch,), {}
+    given = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if isinstance(given, Tensor):
+        return (given,), {}
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    where = "" if given is batch else f" that starts with a {type(given).__name__}"
+    raise TypeError(
+        f"quantize_model: a calibration batch is a {type(batch).__name__}{where}; wanted a "
+        "tensor, a dict of arguments, or a tuple or list that starts with one of these; "
+        "forward=lambda model, batch: ... takes any other kind"
+    )
+
+
+def _run(model: nn.Module, batch: Any, forward: Forward | None, what: str) -> None:
+    args, kwargs = _arguments(batch, forward)
+    try:
+        with torch.no_grad():
+            if forward is None:
+                model(*args, **kwargs)
+            else:
+                forward(model, *args)
+    except Exception as error:
+        error.add_note(f"quantize_model ran {what}")
+        raise
+
+
+def _choose_folds(plan: list[_Layer], traced: Trace) -> list[tuple[_Layer, _Layer]]:
+    """(layer, batch norm) of all that fold; the others learn why they stay float."""
+    layers = {layer.name: layer for layer in plan}
+    folds = []
+    for batch_norm in plan:
+        if not isinstance(batch_norm.module, _BatchNorm) or batch_norm.reason:
+            continue
+        layer = layers.get(traced.batch_norms.get(batch_norm.name, ""))
+        if traced.reason:
+            batch_norm.keep_float(f"not folded, the model has no graph: {traced.reason}")
+        elif layer is None:
+            batch_norm.keep_float("not folded: it is not all that follows one conv or linear layer")
+        elif not layer.becomes_int8():
+            batch_norm.keep_float(f"'{layer.name}' before it stays float", asked=layer.asked)
+        elif not _same_channels(layer, batch_norm):
+            batch_norm.keep_float(f"not folded: its channels are not the outputs of '{layer.name}'")
+        elif not _folds_to_finite(batch_norm.module):
+            batch_norm.keep_float("not folded: has no running statistics, or none that are finite")
+        else:
+            batch_norm.result, batch_norm.reason = "folded", f"into '{layer.name}'"
+            folds.append((layer, batch_norm))
+    return folds
+
+
+def _same_channels(layer: _Layer, batch_norm: _Layer) -> bool:
+    """Whether the batch norm's channels, axis 1, are the layer's outputs in all that was seen."""
+    if isinstance(layer.module, nn.Conv2d):
+        return isinstance(batch_norm.module, nn.BatchNorm2d) or layer.axes == {4}
+    return layer.axes == {2}  # after (B, L, N), batch norm runs along L
+
+
+def _affine(batch_norm: Any) -> tuple[Tensor, Tensor]:
+    """Batch norm in eval mode as y = factor * x + shift, float64 (C,)."""
+    variance = batch_norm.running_var.detach().double()
+    factor = 1 / (variance + batch_norm.eps).sqrt()
+    if batch_norm.weight is not None:
+        factor = factor * batch_norm.weight.detach().double()
+    shift = -batch_norm.running_mean.detach().double() * factor
+    if batch_norm.bias is not None:
+        shift = shift + batch_norm.bias.detach().double()
+    return factor, shift
+
+
+def _folds_to_finite(batch_norm: Any) -> bool:
+    if batch_norm.running_mean is None or batch_norm.running_var is None:
+        return False
+    return all(bool(part.float().isfinite().all()) for part in _affine(batch_norm))
+
+
+def fold_batch_norm(layer: Any, batch_norm: Any) -> None:
+    """Give nn.Linear or nn.Conv2d the weight and bias that do the work of its batch norm as well.
+
+    weight * factor per output and bias * factor + shift, computed in float64; new parameters, so
+    that another layer with the same parameter keeps it.
+    """
+    factor, shift = _affine(batch_norm)
+    weight = layer.weight.detach().double()
+    per_output = factor.reshape(-1, *[1] * (weight.dim() - 1))
+    bias = shift if layer.bias is None else layer.bias.detach().double() * factor + shift
+    layer.weight = nn.Parameter((weight * per_output).float())
+    layer.bias = nn.Parameter(bias.float())
+
+
+def leave_fast_path(model: nn.Module) -> None:
+    """Make transformer encoders call their linear layers.
+
+    In eval mode nn.TransformerEncoderLayer hands its weights to one fused float operator, and
+    nn.TransformerEncoder gives it nested tensors: with int8 layers within, neither may happen.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
+def module_names(model: nn.Module) -> Names:
+    """Each module of the model with all of its names, in the order of `named_modules()`."""
+    names: Names = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
+def replace(model: nn.Module, names: list[str], new: nn.Module) -> nn.Module:
+    """The model with `new` under all these names; `new` itself for the name ''."""
+    for name in names:
+        if name == "":
+            return new
+        model.set_submodule(name, new)
+    return model

@@ -1,0 +1,257 @@
+"""What one forward pass says about a model's layers: the only room that knows torch.export,
+torch.fx and aten."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import io
+import itertools
+import logging
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+Forward = Callable[[nn.Module, Any], Any]
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+
+_aten = torch.ops.aten
+_OPS: dict[type[nn.Module], tuple[Any, ...]] = {
+    nn.Conv2d: (_aten.conv2d.default, _aten.conv2d.padding),
+    nn.Linear: (_aten.linear.default,),
+    **dict.fromkeys(BATCH_NORMS, (_aten.batch_norm.default,)),
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Facts about the modules of a model, each by its first name in `named_modules()`.
+
+    batch_norms  batch norm -> the nn.Conv2d or nn.Linear before it. In every call the batch norm
+                 takes the layer's output, and nothing else does. Whether the batch norm's
+                 channels are the layer's outputs also depends on the number of axes: 4 after
+                 nn.Conv2d, 2 after nn.Linear.
+    readers      layer -> the module that computes with the layer's parameters itself instead of
+                 calling it ('' is the model).
+    reason       why there is no graph, and so no facts; '' when there is one.
+    """
+
+    batch_norms: dict[str, str] = field(default_factory=dict)
+    readers: dict[str, str] = field(default_factory=dict)
+    reason: str = ""
+
+
+def trace(
+    model: nn.Module,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    forward: Forward | None = None,
+) -> Trace:
+    """Follow `model(*args, **kwargs)`, or `forward(model, *args)`, through the graph.
+
+    torch.export is asked first: it follows the example as it runs. What it cannot take, such as
+    control flow that depends on the data's values, may still pass torch.fx, which is also what
+    is left without an example (args=None). The model is in eval mode and stays as it is.
+    """
+    captures = [("torch.export", _by_export), ("torch.fx", _by_fx)]
+    failures = []
+    for name, capture in captures[args is None :]:
+        try:
+            twin = _twin(model)
+            root = twin if forward is None else _Forward(twin, forward)
+            names = {module: name for name, module in twin.named_modules()}
+            with _quiet(), torch.no_grad():
+                return capture(root, names, args, dict(kwargs or {}))
+        except Exception as error:  # both raise whatever their innards or the model raised
+            message = str(error).strip().splitlines() or [""]
+            failures.append(f"{name}: {type(error).__name__}: {message[0]:.120}")
+    return Trace(reason="; ".join(failures))
+
+
+def plain_layer(module: nn.Linear | nn.Conv2d) -> nn.Module | None:
+    """What a subclass of nn.Linear or nn.Conv2d does, said with torch's own layers, or None.
+
+    A plain layer with the same parameters if its forward comes down to one F.linear or F.conv2d
+    with them; an nn.Sequential if it also calls modules before or after that, such as a padding.
+    None if it does anything else.
+    """
+    try:
+        with _quiet():
+            graph = fx.Tracer().trace(_twin(module))
+    except Exception:  # control flow on sizes, or whatever the module raises
+        return None
+    chain = [node for node in graph.nodes if node.op != "get_attr"]
+    parts: list[Any] = []
+    for before, node in itertools.pairwise(chain):
+        if not node.args or node.args[0] is not before or len(before.users) != 1:
+            return None
+        if node.op == "call_module" and node.args == (before,) and not node.kwargs:
+            part = module.get_submodule(str(node.target))
+            parts += [] if type(part) is nn.Identity else [part]
+        elif node.target in (F.linear, F.conv2d):
+            parts.append(_plain_call(module, node))
+        elif node.op != "output":
+            return None
+    if sum(node.target in (F.linear, F.conv2d) for node in chain) != 1 or None in parts:
+        return None
+    match parts:
+        case [nn.ZeroPad2d(padding=(left, right, top, bottom)), nn.Conv2d(padding=(0, 0)) as conv]:
+            if (left, top) == (right, bottom) and min(left, top) >= 0:
+                conv.padding = (top, left)  # the kernel pads without a copy
+                return conv
+    return parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+
+
+def _plain_call(module: Any, node: fx.Node) -> nn.Module | None:
+    """The layer for one call of F.linear or F.conv2d, if it takes the module's own parameters."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    del given["input"]
+    for name in ("weight", "bias"):
+        value = given.pop(name, None)
+        own = isinstance(value, fx.Node) and (value.op, value.target) == ("get_attr", name)
+        if not own and not (value is None and getattr(module, name) is None):
+            return None
+    if any(isinstance(value, fx.Node) for value in given.values()):
+        return None
+    with torch.device("meta"):  # no memory and no random numbers: the parameters are there
+        layer: nn.Module
+        if node.target is F.linear:
+            layer = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+        else:
+            geometry: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list | tuple) else value
+                for name, value in given.items()
+            }
+            shape = (module.in_channels, module.out_channels, module.kernel_size)
+            layer = nn.Conv2d(*shape, bias=module.bias is not None, **geometry)
+    if layer.weight.shape != module.weight.shape:
+        return None
+    layer.weight, layer.bias = module.weight, module.bias
+    return layer.train(module.training)
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy that shares the parameters and buffers, to trace.
+
+    A forward may store what it computes on its module, and while tracing that is no real tensor.
+    """
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+class _Forward(nn.Module):
+    """forward(model, batch) as a module."""
+
+    def __init__(self, model: nn.Module, call: Forward) -> None:
+        super().__init__()
+        self.model = model
+        self.call = call
+
+    def forward(self, batch: Any) -> Any:
+        return self.call(self.model, batch)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings: a failed capture is a reason in a summary, not a page on the terminal."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+Names = dict[nn.Module, str]
+
+
+def _by_export(
+    root: nn.Module, names: Names, args: tuple[Any, ...] | None, kwargs: dict[str, Any]
+) -> Trace:
+    program = torch.export.export(root, args or (), kwargs, strict=False)
+    modules = dict(root.named_modules(remove_duplicate=False))
+
+    def module_of(node: fx.Node) -> nn.Module:
+        stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+        return modules[list(stack.values())[-1][0]]
+
+    calls = {
+        node: module
+        for node in program.graph.nodes
+        if node.target in _OPS.get(type(module := module_of(node)), ())
+    }
+    owners = _owners(names)
+    parameters = {
+        name: root.get_parameter(path)
+        for name, path in program.graph_signature.inputs_to_parameters.items()
+    }
+    readers: dict[str, str] = {}
+    for node in program.graph.find_nodes(op="placeholder"):
+        parameter = parameters.get(node.name)
+        for user in node.users:
+            if module_of(user) not in owners[parameter]:
+                readers |= {names[m]: names.get(module_of(user), "") for m in owners[parameter]}
+    return Trace(_batch_norms(calls, names), readers)
+
+
+def _by_fx(
+    root: nn.Module, names: Names, args: tuple[Any, ...] | None, kwargs: dict[str, Any]
+) -> Trace:
+    signature = inspect.signature(root.forward)
+    given = signature.bind_partial(*args or (), **kwargs)
+    given.apply_defaults()
+    # `if mask is None` shall see the example's None and not a symbol
+    fixed = {name: v for name, v in given.arguments.items() if v is None or isinstance(v, bool)}
+    tracer = fx.Tracer()
+    graph = tracer.trace(root, concrete_args=fixed)
+    modules = dict(root.named_modules(remove_duplicate=False))
+    calls = {node: modules[str(node.target)] for node in graph.find_nodes(op="call_module")}
+    owners = _owners(names)
+    readers: dict[str, str] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        module, _, attribute = str(node.target).rpartition(".")
+        parameter = getattr(modules[module], attribute)
+        if tracer.is_leaf_module(modules[module], module) and modules[module] is not root:
+            readers |= {names[m]: "" for m in owners[parameter]}
+    return Trace(_batch_norms(calls, names), readers)
+
+
+def _owners(names: Names) -> dict[Any, set[nn.Module]]:
+    """Parameter -> the modules that hold it."""
+    owners = defaultdict(set)
+    for module in names:
+        for parameter in module.parameters(recurse=False):
+            owners[parameter].add(module)
+    return owners
+
+
+def _batch_norms(calls: dict[fx.Node, nn.Module], names: Names) -> dict[str, str]:
+    """`Trace.batch_norms` from the nodes that call a module."""
+    nodes: dict[nn.Module, list[fx.Node]] = defaultdict(list)
+    for node, module in calls.items():
+        nodes[module].append(node)
+    pairs = {}
+    for module in set(calls.values()):
+        if type(module) not in BATCH_NORMS:
+            continue
+        inputs = [node.all_input_nodes[0] for node in nodes[module]]
+        layer = calls.get(inputs[0])
+        if (
+            layer is not None
+            and type(layer) in (nn.Conv2d, nn.Linear)
+            and set(nodes[layer]) == set(inputs)
+            and all(len(node.users) == 1 for node in inputs)
+        ):
+            pairs[names[module]] = names[layer]
+    return pairs
