@@ -1,0 +1,317 @@
+"""One file for a quantized model: tensors as safetensors, and a JSON header that says which
+layers they belong to. No pickle, and nothing from the file is run.
+
+The metadata of the safetensors file has one entry, "fastq", which is the header:
+
+    sha256   the digest, see below
+    format   "fastq"            version  1
+    layers   {name: {"type": "QLinear" or "QConv2d", and the arguments it was built with}}
+    folded   [names of batch norms that were folded away]
+    rebuilt  [names of layers rebuilt from torch's own, see QuantizationSummary]
+    tied     {name: the tensor in the file that has its values}
+    summary  [[name, kind, result, reason], ...]
+
+The digest is that of the rest of the header, then of each tensor in the order of the names: name,
+dtype, shape and bytes. It finds damage; everything is checked besides, since a file made to
+deceive has the right digest as well. The same model gives the same file, byte for byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastq.convert import (
+    QuantizationSummary,
+    Result,
+    Row,
+    leave_fast_path,
+    module_names,
+    rebuild,
+    replace,
+)
+from fastq.nn import QConv2d, QLinear
+from fastq.nn.layer import QLayer
+
+VERSION = 1
+
+# type -> (the float layer it stands for, the arguments that both have, bias aside)
+TYPES: dict[str, tuple[type[nn.Module], type[QLayer], tuple[str, ...]]] = {
+    "QLinear": (nn.Linear, QLinear, ("in_features", "out_features")),
+    "QConv2d": (
+        nn.Conv2d,
+        QConv2d,
+        (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "padding_mode",
+        ),
+    ),
+}
+
+HEADER = {
+    "format": str,
+    "version": int,
+    "layers": dict,
+    "folded": list,
+    "rebuilt": list,
+    "tied": dict,
+    "summary": list,
+}
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a quantized model's tensors and a header to one safetensors file.
+
+    The file is complete or not there: it is written beside `path`, then moved, so that an older
+    file is never lost. Raises TypeError unless `model` is a module, ValueError if it has no int8
+    layer or if its state_dict has anything but tensors, OSError if the file cannot be written.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"save: got {type(model).__name__}, wanted the model, then the path")
+    layers = {
+        names[0]: _arguments(module)
+        for module, names in module_names(model).items()
+        if isinstance(module, QLayer)
+    }
+    if not layers:
+        raise ValueError(
+            f"save: this {type(model).__name__} has no int8 layer; wanted what "
+            "fastq.quantize_model returned. torch.save(model.state_dict()) saves a float model"
+        )
+    report = getattr(model, "_fastq_summary", QuantizationSummary(()))
+    tensors, tied = _distinct(model.state_dict())
+    header = {
+        "format": "fastq",
+        "version": VERSION,
+        "layers": layers,
+        "folded": [row.name for row in report.rows if row.result == "folded"],
+        "rebuilt": report.rebuilt,
+        "tied": tied,
+        "summary": [[row.name, row.kind, row.result, row.reason] for row in report.rows],
+    }
+    text = json.dumps({"sha256": _digest(header, tensors), **header})
+    _write(Path(os.path.realpath(path)), safetensors.torch.save(tensors, {"fastq": text}))
+
+
+def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+    """The quantized model that `save` wrote, as a copy of a float `model` of its architecture.
+
+    model  an instance of the class that was quantized, such as Net(), with any weights. It stays
+           as it is; the copy is in eval mode and has requires_grad=False throughout.
+
+    Raises ValueError for a file that is truncated, altered, of another version or not from
+    fastq, and for a model whose layers or tensors differ from the file's; TypeError unless
+    `model` is a module; OSError if the file cannot be read.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"load: got {type(model).__name__}, wanted the path, then a float model such as Net()"
+        )
+    where = f"load: {os.fspath(path)}"
+    header, tensors = _read(where, path)
+    result = copy.deepcopy(model).eval()
+    leave_fast_path(result)
+    for name in header["rebuilt"]:
+        module, names = _find(where, result, name)
+        plain = rebuild(module)
+        if plain is None:
+            raise _mismatch(where, name, module, "a subclass of nn.Linear or nn.Conv2d")
+        result = replace(result, names, plain)
+    for name in header["folded"]:
+        module, names = _find(where, result, name)
+        if not isinstance(module, _BatchNorm):
+            raise _mismatch(where, name, module, "a batch norm")
+        result = replace(result, names, nn.Identity())
+    for name, arguments in header["layers"].items():
+        module, names = _find(where, result, name)
+        result = replace(result, names, _empty_layer(where, name, module, arguments))
+    _fill(where, result, tensors, header["tied"])
+    for parameter in result.parameters():
+        parameter.requires_grad = False
+    result._fastq_summary = _summary(where, header)  # type: ignore[assignment]
+    return result
+
+
+def _arguments(module: Any) -> dict[str, Any]:
+    """The header's entry of an int8 layer, or of a float one as if it were int8."""
+    for kind, (float_type, q_type, shared) in TYPES.items():
+        if isinstance(module, float_type | q_type):
+            given = {name: getattr(module, name) for name in shared}
+            entry = {"type": kind, **given, "bias": module.bias is not None}
+            result: dict[str, Any] = json.loads(json.dumps(entry))  # tuples are lists there
+            return result
+    raise ValueError(f"save: {type(module).__name__} has no place in a file; {', '.join(TYPES)} do")
+
+
+def _distinct(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a state_dict with memory of their own, and name -> name for the tied rest."""
+    first: dict[Any, str] = {}
+    tensors: dict[str, Tensor] = {}
+    tied = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            raise ValueError(
+                f"save: state_dict has {name!r}, a {type(tensor).__name__}; wanted dense tensors"
+            )
+        view = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if tensor.numel() and first.setdefault(view, name) != name:
+            tied[name] = first[view]
+            continue
+        tensor = tensor.detach().cpu().contiguous()
+        whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+        tensors[name] = tensor if whole else tensor.clone()
+    return tensors, tied
+
+
+def _digest(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(beside, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # the name reaches the disk too, where folders can sync
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _read(where: str, path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors of a file, both of the right kind and undamaged."""
+    data = Path(path).read_bytes()
+    try:
+        tensors = safetensors.torch.load(data)
+        size = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + size]).get("__metadata__") or {}
+    except (safetensors.SafetensorError, ValueError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{where} is no safetensors file, or is truncated ({error}); save it again"
+        ) from error
+    if "fastq" not in metadata:
+        raise ValueError(
+            f"{where} is a safetensors file without fastq's header; wanted one from fastq.save"
+        )
+    try:
+        header = json.loads(metadata["fastq"])
+        json.dumps(header)  # as the digest will: nested too deep, it is refused here
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} has a header that is not JSON: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != "fastq":
+        raise ValueError(f"{where} has a header of another format; wanted one from fastq.save")
+    if header.get("version") != VERSION:
+        raise ValueError(
+            f"{where} has version {header.get('version')!r}, this fastq reads {VERSION}; "
+            "use the fastq that wrote it, or one that is newer"
+        )
+    if header.pop("sha256", None) != _digest(header, tensors):
+        raise ValueError(f"{where} was altered: its digest is not that of its content")
+    for key, kind in HEADER.items():
+        if not isinstance(header.get(key), kind):
+            raise ValueError(
+                f"{where}: header's {key} is {header.get(key)!r:.80}, wanted {kind.__name__}"
+            )
+    texts = [*header["folded"], *header["rebuilt"], *header["tied"].values()]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{where}: header's folded, rebuilt and tied want names as strings")
+    return header, tensors
+
+
+def _find(where: str, model: nn.Module, name: str) -> tuple[nn.Module, list[str]]:
+    """The module of this name, and all of its names."""
+    for module, names in module_names(model).items():
+        if name in names:
+            return module, names
+    raise ValueError(
+        f"{where} has a layer {name!r}, but this {type(model).__name__} has no module of that "
+        "name; wanted a float instance of the architecture that was saved"
+    )
+
+
+def _mismatch(where: str, name: str, module: nn.Module, wanted: str) -> ValueError:
+    return ValueError(
+        f"{where}: '{name}' is {module} in this model, wanted {wanted}; load wants a float "
+        "instance of the architecture that was saved, such as Net()"
+    )
+
+
+def _empty_layer(where: str, name: str, module: nn.Module, arguments: Any) -> QLayer:
+    """The int8 layer for a float layer. The geometry is the model's; the file has to agree."""
+    kind = arguments.get("type") if isinstance(arguments, dict) else None
+    if not isinstance(kind, str) or kind not in TYPES:
+        raise ValueError(
+            f"{where}: layer '{name}' is {arguments!r:.80}; wanted one of {', '.join(TYPES)} and "
+            "its arguments"
+        )
+    float_type, q_type, shared = TYPES[kind]
+    if type(module) is not float_type:
+        raise _mismatch(where, name, module, f"nn.{float_type.__name__}")
+    bias = arguments.get("bias")  # may differ: folding gives one to layers that had none
+    if not isinstance(bias, bool) or arguments != {**_arguments(module), "bias": bias}:
+        raise _mismatch(where, name, module, f"{arguments!r:.300}")
+    geometry: dict[str, Any] = {key: getattr(module, key) for key in shared}
+    return q_type(**geometry, bias=bias)
+
+
+def _fill(
+    where: str, model: nn.Module, tensors: dict[str, Tensor], tied: Mapping[str, str]
+) -> None:
+    """Load the tensors, all of them and no other, in their own dtypes."""
+    missing = set(tied.values()) - set(tensors)
+    if missing:
+        raise ValueError(f"{where}: header ties to {sorted(missing)}, which the file has not")
+    state = {**tensors, **{name: tensors[source] for name, source in tied.items()}}
+    for name, tensor in model.state_dict().items():
+        if name in state and isinstance(tensor, Tensor) and state[name].dtype != tensor.dtype:
+            raise ValueError(
+                f"{where}: {name} is {state[name].dtype}, this model wants {tensor.dtype}"
+            )
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{where} does not fit this model: {error}") from error
+
+
+def _summary(where: str, header: dict[str, Any]) -> QuantizationSummary:
+    rows = []
+    for row in header["summary"]:
+        texts = isinstance(row, list) and len(row) == 4 and all(isinstance(x, str) for x in row)
+        if not texts or row[2] not in get_args(Result):
+            raise ValueError(
+                f"{where}: header's summary has {row!r:.80}, wanted name, kind, result, reason"
+            )
+        rows.append(Row(*row))
+    return QuantizationSummary(tuple(rows), tuple(header["rebuilt"]))
