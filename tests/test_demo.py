@@ -87,14 +87,15 @@ def test_efficientnet_lite0_is_trained_and_becomes_int8(tmp_path):
     assert task.calibration.shape == (16, 3, 224, 224)
     assert task.images.shape == (24, 3, 224, 224)
     assert task.images.min() >= -1 and task.images.max() <= 1
-    expected = comparison.predict(task.network, task.images)
-    assert (expected == task.labels).sum() >= 20
+    images, labels = task.images[::2], task.labels[::2]  # without the mirror images
+    expected = comparison.predict(task.network, images)
+    assert (expected == labels).sum() >= 10
 
     path = tmp_path / "lite0.safetensors"
     fastq.save(fastq.quantize_model(task.network, task.calibration, strict=True), path)
     int8 = fastq.load(path, task.blank())
     assert sum(isinstance(m, fastq.QConv2d | fastq.QLinear) for m in int8.modules()) == 50
-    assert (comparison.predict(int8, task.images) == expected).sum() >= 22
+    assert (comparison.predict(int8, images) == expected).sum() >= 11
 
 
 @pytest.mark.usefixtures("brief")

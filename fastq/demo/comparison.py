@@ -75,7 +75,8 @@ def compare(task: Task, path: Path) -> Comparison:
     fastq.save(fastq.quantize_model(task.network, task.calibration, strict=True), path)
     int8 = fastq.load(path, task.blank())
 
-    threads = torch.get_num_threads()
+    threads = min(torch.get_num_threads(), fastq.get_num_threads())
+    torch.set_num_threads(threads)
     fastq.set_num_threads(threads)
     before, after = (predict(network, task.images) for network in (task.network, int8))
     latency = {batch: latencies((task.network, int8), task.images, batch) for batch in BATCHES}

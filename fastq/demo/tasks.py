@@ -99,7 +99,7 @@ def lenet(epochs: int = 20) -> Task:
     network = Net()
     train(network, train_images, train_labels, epochs)
     return Task(
-        title="LeNet, handwritten digits",
+        title="LeNet on digits",
         network=network,
         blank=lambda: Net().eval(),
         calibration=train_images[:256],
@@ -141,7 +141,7 @@ def efficientnet_lite0() -> Task:
     network.load_state_dict(weights)
     images, labels = photographs()
     return Task(
-        title="EfficientNet-Lite0, 12 photographs and their mirror images",
+        title="EfficientNet-Lite0 on photographs",
         network=network,
         blank=blank,
         calibration=images[:8].flatten(0, 1),
