@@ -166,6 +166,7 @@ def requantize(
 
 _ELEMENTWISE_BLOCK = 16 * 1024  # values per task
 _elementwise_calls = Calls()
+_range_calls = Calls()
 
 
 def _elementwise(
@@ -208,29 +209,38 @@ def _elementwise(
     source = np.require(x, requirements=["C", "A"])
     scales = np.ascontiguousarray(np.broadcast_to(scale, (params,)))
     zeros = np.ascontiguousarray(np.broadcast_to(zero_point, (params,)), dtype=np.int32)
-    key = (operation, source.dtype, dtype, layout, rows, columns, params, qmin, qmax)
-
-    def make() -> Call:
-        call = Call()
-        call.operations = x.size * 4
-        kinds = _KIND[source.dtype], _KIND[dtype]
-        call.row(
-            ew.elementwise_kernel(operation, *kinds, layout),
-            ew.A_FIELDS,
-            rows * -(-columns // _ELEMENTWISE_BLOCK),
-            {
-                ew.A_COLUMNS: columns,
-                ew.A_BLOCK: _ELEMENTWISE_BLOCK,
-                ew.A_PARAMS: params,
-                ew.A_QMIN: qmin,
-                ew.A_QMAX: qmax,
-            },
-            {ew.A_X: "x", ew.A_OUT: "out", ew.A_SCALE: "scale", ew.A_ZERO_POINT: "zero_point"},
-        )
-        return call
-
-    _elementwise_calls.run(key, make, x=source, out=result, scale=scales, zero_point=zeros)
+    key = (operation, _KIND[source.dtype], _KIND[dtype], layout, rows, columns, params, qmin, qmax)
+    _elementwise_calls.run(_elementwise_call, key, source, result, scales, zeros)
     return result
+
+
+def _elementwise_call(
+    operation: str,
+    source: str,
+    target: str,
+    layout: str,
+    rows: int,
+    columns: int,
+    params: int,
+    qmin: int,
+    qmax: int,
+) -> Call:
+    call = Call()
+    call.operations = rows * columns * 4
+    call.row(
+        ew.elementwise_kernel(operation, source, target, layout),
+        ew.A_FIELDS,
+        rows * -(-columns // _ELEMENTWISE_BLOCK),
+        {
+            ew.A_COLUMNS: columns,
+            ew.A_BLOCK: _ELEMENTWISE_BLOCK,
+            ew.A_PARAMS: params,
+            ew.A_QMIN: qmin,
+            ew.A_QMAX: qmax,
+        },
+        {ew.A_X: "x", ew.A_OUT: "out", ew.A_SCALE: "scale", ew.A_ZERO_POINT: "zero_point"},
+    )
+    return call
 
 
 def dynamic_qparams(x: NDArray[np.float32], *, per_row: bool = True) -> tuple[Any, Any]:
@@ -247,7 +257,7 @@ def dynamic_qparams(x: NDArray[np.float32], *, per_row: bool = True) -> tuple[An
     source = np.require(real, requirements=["C", "A"]).reshape(rows, real.size // max(rows, 1))
     scale, zero_point = np.ones(rows, np.float32), np.zeros(rows, np.int32)
     if source.size:
-        range_call(*source.shape).run({"x": source, "scale": scale, "zero_point": zero_point})
+        _range_calls.run(range_call, source.shape, source, source, scale, zero_point)
     return (scale, zero_point) if per_row else (scale[0], zero_point[0])
 
 

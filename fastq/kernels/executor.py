@@ -3,6 +3,9 @@
 A row of the table is (address of a kernel, address of its argument block, number of tasks). Rows
 run one after the other; the tasks of a row are shared among the threads in equal ranges.
 
+Before that, the patches are applied: each writes bases[BASE] + OFFSET to the address FIELD, which
+puts the addresses of a call's arrays into the argument blocks.
+
 Threads come from Numba's pool. With TBB a call from several Python threads, after a fork, or
 inside another parallel region is safe. Numba's other pools end the process in some of these
 cases, so with them a call that could meet one runs on its own thread alone: same bits.
@@ -26,7 +29,9 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+Table = NDArray[np.int64]  # (rows, 3)
 KERNEL, ARGS, TASKS = range(3)
+FIELD, BASE, OFFSET = range(3)
 
 
 @intrinsic
@@ -44,8 +49,24 @@ def _call(typingctx: Any, kernel: Any, args: Any, begin: Any, end: Any) -> Any:
     return signature, codegen
 
 
-@njit("void(int64[:, ::1])", nogil=True, cache=True)
-def _run_serial(table: Any) -> None:
+@intrinsic
+def _store(typingctx: Any, address: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        builder.store(values[1], builder.inttoptr(values[0], ir.IntType(64).as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@njit
+def _fill(patches, bases):  # type: ignore[no-untyped-def]
+    for i in range(patches.shape[0]):
+        _store(patches[i, FIELD], bases[patches[i, BASE]] + patches[i, OFFSET])
+
+
+@njit("void(int64[:, ::1], int64[:, ::1], int64[::1])", nogil=True, cache=True)
+def _run_serial(table, patches, bases):  # type: ignore[no-untyped-def]
+    _fill(patches, bases)
     for row in range(table.shape[0]):
         _call(table[row, KERNEL], table[row, ARGS], 0, table[row, TASKS])
 
@@ -53,8 +74,14 @@ def _run_serial(table: Any) -> None:
 @functools.cache
 def _run_parallel() -> Any:
     # compiled (or read from the cache) at the first parallel call: it starts Numba's pool
-    @njit("void(int64[:, ::1], int64)", nogil=True, parallel=True, cache=True)
-    def run(table: Any, threads: Any) -> None:
+    @njit(
+        "void(int64[:, ::1], int64[:, ::1], int64[::1], int64)",
+        nogil=True,
+        parallel=True,
+        cache=True,
+    )
+    def run(table, patches, bases, threads):  # type: ignore[no-untyped-def]
+        _fill(patches, bases)
         for row in range(table.shape[0]):
             tasks = table[row, TASKS]
             parts = min(threads, tasks)
@@ -86,7 +113,7 @@ class _Pool:
     """State of the parallel path: how many threads, and whether it may be entered now."""
 
     def __init__(self) -> None:
-        self.threads = 0
+        self.threads = int(numba.config.NUMBA_NUM_THREADS)
         self.owner = 0
         self.layer = ""
         self.busy = threading.Lock()
@@ -97,22 +124,23 @@ class _Pool:
         with self.starting:
             if not self.layer:
                 _load_tbb()
-                _run_parallel()(np.zeros((0, 3), np.int64), 1)
+                nothing = np.zeros((0, 3), np.int64)
+                _run_parallel()(nothing, nothing, np.zeros(0, np.int64), 1)
                 self.owner = os.getpid()
                 self.layer = numba.threading_layer()
 
-    def run(self, table: NDArray[np.int64], threads: int) -> None:
+    def run(self, table: Table, patches: Table, bases: NDArray[np.int64]) -> None:
         if not self.layer:
             self.start()
         if self.layer == "tbb":
-            _run_parallel()(table, threads)
+            _run_parallel()(table, patches, bases, self.threads)
         elif os.getpid() == self.owner and self.busy.acquire(blocking=False):
             try:
-                _run_parallel()(table, threads)
+                _run_parallel()(table, patches, bases, self.threads)
             finally:
                 self.busy.release()
         else:
-            _run_serial(table)
+            _run_serial(table, patches, bases)
 
 
 _pool = _Pool()
@@ -131,16 +159,16 @@ def set_num_threads(threads: int) -> None:
 
 def get_num_threads() -> int:
     """How many threads a call may use: Numba's default until `set_num_threads` is called."""
-    return _pool.threads or int(numba.config.NUMBA_NUM_THREADS)
+    return _pool.threads
 
 
 # Entering the pool costs a few microseconds; below about this many operations one thread is faster.
 SERIAL_OPERATIONS = 400_000
 
 
-def run(table: NDArray[np.int64], operations: int) -> None:
-    """Runs a table (rows, 3) int64. `operations` is its cost in multiply-adds or bytes touched."""
-    if operations < SERIAL_OPERATIONS or (_pool.threads or get_num_threads()) == 1:
-        _run_serial(table)
+def run(table: Table, patches: Table, bases: NDArray[np.int64], operations: int) -> None:
+    """Runs a table. `operations` is its cost in multiply-adds or bytes touched."""
+    if operations < SERIAL_OPERATIONS or _pool.threads == 1:
+        _run_serial(table, patches, bases)
     else:
-        _pool.run(table, get_num_threads())
+        _pool.run(table, patches, bases)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -58,15 +57,19 @@ class _Workspace(threading.local):
 _workspace = _Workspace()
 
 
+ARGUMENTS = ("x", "out", "scale", "zero_point")  # of a call, by name
+SCRATCH = len(ARGUMENTS)  # the base that stands for the workspace
+
+
 class Call:
-    """A table for one input shape, and the fields that wait for an address."""
+    """A table for one input shape, and the patches for the addresses that it waits for."""
 
     def __init__(self) -> None:
         self.table = np.empty((0, 3), np.int64)
+        self.patches = np.empty((0, 3), np.int64)
+        self.bases = np.zeros(SCRATCH + 1, np.int64)
         self.operations = 0  # multiply-adds, or bytes touched, whichever is more
         self._kept: list[Any] = []  # what the table and the blocks point to
-        self._waiting: dict[str, list[tuple[NDArray[np.int64], int]]] = {}
-        self._scratch: list[tuple[NDArray[np.int64], int, int]] = []
         self._scratch_bytes = 0
 
     def scratch(self, size: int) -> int:
@@ -80,31 +83,32 @@ class Call:
     ) -> None:
         """Appends a kernel with its argument block."""
         block = np.zeros(fields, np.int64)
+        patches = []
         for field, value in values.items():
             block[field] = value
         for field, place in places.items():
+            at = address_of(block) + 8 * field
             if isinstance(place, int):
-                self._scratch.append((block, field, place))
+                patches.append((at, SCRATCH, place))
             elif isinstance(place, str):
-                self._waiting.setdefault(place, []).append((block, field))
+                patches.append((at, ARGUMENTS.index(place), 0))
             else:
                 block[field] = address_of(place)
                 self._kept.append(place)
         self._kept += [kernel, block]
-        self.table = np.append(
-            self.table, np.array([[kernel.address, address_of(block), tasks]], np.int64), axis=0
-        )
+        row = [(kernel.address, address_of(block), tasks)]
+        self.table = np.append(self.table, np.array(row, np.int64), axis=0)
+        new = np.array(patches, np.int64).reshape(-1, 3)
+        self.patches = np.append(self.patches, new, axis=0)
 
-    def run(self, arguments: dict[str, NDArray[Any]]) -> None:
-        for name, waiting in self._waiting.items():
-            address = address_of(arguments[name])
-            for block, field in waiting:
-                block[field] = address
-        if self._scratch:
-            base = _workspace.reserve(self._scratch_bytes)
-            for block, field, offset in self._scratch:
-                block[field] = base + offset
-        executor.run(self.table, self.operations)
+    def run(self, *arguments: NDArray[Any]) -> None:
+        """Runs it on arrays in the order of ARGUMENTS."""
+        bases = self.bases
+        for i, array in enumerate(arguments):
+            bases[i] = array.__array_interface__["data"][0]
+        if self._scratch_bytes:
+            bases[SCRATCH] = _workspace.reserve(self._scratch_bytes)
+        executor.run(self.table, self.patches, bases, self.operations)
 
 
 class Calls:
@@ -113,8 +117,8 @@ class Calls:
     def __init__(self) -> None:
         self._idle: dict[Any, list[Call]] = {}
 
-    def run(self, key: Any, make: Callable[[], Call], **arguments: NDArray[Any]) -> None:
-        """Runs an idle call of this key, or a new one from `make`."""
+    def run(self, make: Callable[..., Call], key: tuple[Any, ...], *arguments: Any) -> None:
+        """Runs an idle call of this key, or a new one from make(*key), on arrays."""
         idle = self._idle.get(key)
         if idle is None:
             if len(self._idle) >= MAX_SHAPES:
@@ -123,8 +127,8 @@ class Calls:
         try:
             call = idle.pop()
         except IndexError:
-            call = make()
-        call.run(arguments)
+            call = make(*key)
+        call.run(*arguments)
         idle.append(call)
 
 
@@ -246,12 +250,10 @@ class BoundLinear(_Layer):
         m = len(x)
         if self.source == "u8" and np.ndim(zero_point):
             call = self._make(m, x.strides[0], zero_point, executor.get_num_threads())
-            call.run({"x": x, "out": out})
+            call.run(x, out)
             return
-        threads = executor.get_num_threads()
-        key = (m, x.strides[0], threads, zero_point)
-        make = partial(self._make, m, x.strides[0], zero_point, threads)
-        self.calls.run(key, make, x=x, out=out)
+        key = (m, x.strides[0], zero_point, executor.get_num_threads())
+        self.calls.run(self._make, key, x, out)
 
     def _make(self, m: int, row_stride: int, zero_point: Any, threads: int) -> Call:
         tile = choose_tile(self.isa, self.nr, m)
@@ -367,11 +369,8 @@ class BoundConv2d(_Layer):
 
     def __call__(self, x: NDArray[Any], out: NDArray[Any], zero_point: int = 0) -> None:
         """x (B, H, W, C) with any strides; out (B, OH, OW, N) contiguous."""
-        threads = executor.get_num_threads()
-        key = (x.shape, x.strides, threads, zero_point)
-        shape, strides = x.shape, x.strides
-        make = partial(self._make, shape, strides, zero_point, threads)
-        self.calls.run(key, make, x=x, out=out)
+        key = (x.shape, x.strides, zero_point, executor.get_num_threads())
+        self.calls.run(self._make, key, x, out)
 
     def _make(
         self, shape: tuple[int, ...], strides: tuple[int, ...], zero_point: int, threads: int
