@@ -592,12 +592,12 @@ def test_skip_knows_subclasses_by_their_class_and_dynamic_reaches_within() -> No
 @pytest.mark.parametrize("kind", ["conv", "grouped", "linear"])
 def test_a_folded_batch_norm_computes_the_same(kind: str, affine: bool, bias: bool) -> None:
     if kind == "linear":
-        layer, batch_norm = nn.Linear(6, 8, bias=bias), nn.BatchNorm1d(8, affine=affine)
+        layer, batch_norm = nn.Linear(6, 8, bias=bias), nn.BatchNorm1d(8, eps=0.1, affine=affine)
         x = torch.randn(5, 6)
     else:
         groups = 2 if kind == "grouped" else 1
         layer = nn.Conv2d(6, 8, 3, groups=groups, bias=bias)
-        batch_norm, x = nn.BatchNorm2d(8, affine=affine), torch.randn(2, 6, 7, 7)
+        batch_norm, x = nn.BatchNorm2d(8, eps=0.1, affine=affine), torch.randn(2, 6, 7, 7)
     model = nn.Sequential(layer, batch_norm).eval()
     randomize_batch_norm(model)
     weight = layer.weight.detach().clone()
