@@ -47,7 +47,7 @@ class Row:
     threads: int
     macs: int
     bytes: int
-    limit: float
+    limit: float = float("nan")
     median: float = float("nan")
     best: float = float("nan")
     gops: float = float("nan")
@@ -163,13 +163,12 @@ def measure(
 ) -> list[Row]:
     """The rows of one shape, within `use_threads(threads)`. A peer that failed has no times."""
     problem, rows, runs = problem_of(shape), [], {}
-    limit = peak.limit_seconds(shape.macs, shape.bytes, threads)
     for peer in peers_of(shape):
         if not only(peer.name):
             continue
         row = Row(
             suite, shape.name, shape.count, peer.name, "", threads, shape.macs, shape.bytes,
-            1e6 * limit, peak_gops=peak.compute_peak(threads), **machine(),
+            **machine(),
         )  # fmt: skip
         rows.append(row)
         try:
@@ -189,11 +188,20 @@ def measure(
             row.median, row.best = 1e6 * statistics.median(times), 1e6 * min(times)
             row.gops = 2e-3 * row.macs / row.median
             row.gbps = 1e-3 * row.bytes / row.median
-            row.share = row.limit / row.median
     best_peer = min((r.median for r in rows if not (r.ours or r.failed)), default=float("nan"))
     for row in rows:
         row.ratio = best_peer / row.median
+    peak.measure_again(threads)
+    hold_to_limits(rows)
     return rows
+
+
+def hold_to_limits(rows: Iterable[Row]) -> None:
+    """Fill in what depends on the machine's limits, as far as they are known by now."""
+    for row in rows:
+        row.peak_gops = peak.compute_peak(row.threads)
+        row.limit = 1e6 * peak.limit_seconds(row.macs, row.bytes, row.threads)
+        row.share = row.limit / row.median
 
 
 def network_sums(rows: Iterable[Row]) -> dict[str, dict[str, tuple[float, float]]]:

@@ -11,6 +11,7 @@ A peer that is not installed, or cannot do a shape, raises; the caller says so.
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -426,6 +427,8 @@ def ort_float32(problem: Problem, threads: int) -> Built:
 
 
 def _openvino(model: bytes, x: Array, threads: int) -> Built:
+    # at import it forks to send usage statistics, which breaks TBB's threads in this process
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
     core = openvino.Core()

@@ -58,7 +58,7 @@ def bench(
     # OpenMP and MKL read these when torch is imported, so all other imports come after
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     from benchmarks import goals, peak
-    from benchmarks.measure import machine, measure, use_threads, write_csv
+    from benchmarks.measure import hold_to_limits, machine, measure, use_threads, write_csv
 
     click.echo("\n".join(f"{key:9} {value}" for key, value in machine().items()))
     click.echo(f"threads   {threads}\n{peak.report(threads)}")
@@ -68,8 +68,11 @@ def bench(
             new = measure(
                 shape, suite, threads, seconds, lambda name: bool(re.search(peer_pattern, name))
             )
+            if not new:
+                raise click.BadParameter(f"no peer matches {peer_pattern!r}", param_hint="--peer")
             _print_shape(new)
             rows += new
+            hold_to_limits(rows)
             if csv_path:
                 write_csv(rows, csv_path)  # after each shape: a long run that stops keeps its rows
         _print_summary(rows)
