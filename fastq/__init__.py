@@ -23,7 +23,7 @@ from fastq.qparams import Dequant, QParams, Requant, choose_qparams, quantize_we
 from fastq.weights import Conv2dWeight, LinearWeight
 
 if TYPE_CHECKING:
-    from fastq.convert import quantize_model
+    from fastq.convert import quantize_model, summary
     from fastq.nn import QConv2d, QLinear
     from fastq.serialize import load, save
 
@@ -35,6 +35,7 @@ _NEEDS_TORCH = {
     "load": "fastq.serialize",
     "quantize_model": "fastq.convert",
     "save": "fastq.serialize",
+    "summary": "fastq.convert",
 }
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "requantize",
     "save",
     "set_num_threads",
+    "summary",
 ]
 
 

@@ -155,8 +155,7 @@ def quantize_weight(weight: ArrayLike, axis: int = 0) -> tuple[NDArray[np.int8],
     w = np.asarray(weight, np.float32)
     if not np.isfinite(w).all():
         raise ValueError("quantize_weight: the weight has NaN or infinite values")
-    rows = np.moveaxis(w, axis, 0).reshape(w.shape[axis], -1)
-    peak = np.abs(rows).max(axis=1, initial=0)
+    peak = np.abs(np.moveaxis(w, axis, -1)).max(axis=tuple(range(w.ndim - 1)), initial=0)
     scale = choose_qparams(-peak, peak, np.int8, symmetric=True, axis=0).scale
     shape = [1] * w.ndim
     shape[axis] = -1

@@ -100,7 +100,8 @@ def dynamic_qparams(x: NDArray[np.float32], *, per_row: bool = True) -> tuple[An
     float32 scale and int32 zero_point, (M,) or scalar. NaN and infinities do not count.
     Source: ONNX DynamicQuantizeLinear.
     """
-    rows = np.asarray(x, F32).reshape((len(x), -1) if per_row else (1, -1))
+    x = np.asarray(x, F32)
+    rows = x.reshape(len(x), int(np.prod(x.shape[1:]))) if per_row else x.reshape(1, x.size)
     finite = np.where(np.isfinite(rows), rows, F32(0))
     lo = finite.min(axis=1, initial=0)
     hi = finite.max(axis=1, initial=0)
@@ -210,7 +211,7 @@ def _with_x_scale(epilogue: Dequant, x_scale: Any) -> Dequant:
 
 
 def _finish(acc: NDArray[np.int32], epilogue: Epilogue) -> NDArray[Any]:
-    """acc (..., N) int32 through the epilogue; x_scale runs along the first axis."""
+    """acc (..., N) int32 through the epilogue; an x_scale (M,) runs along the rows (M, N)."""
     if epilogue is None:
         return acc
     if isinstance(epilogue, Requant):

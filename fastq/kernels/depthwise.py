@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastq.kernels.pack import aligned_empty
-from fastq.kernels.simd import address, const, emitter, i64, load, shuffle
+from fastq.kernels.simd import address, branch_back, const, emitter, i64, load, shuffle
 
 
 def emit_tap_loop(
@@ -51,7 +51,7 @@ def emit_tap_loop(
         a = simd.interleave(b, channels)
         summed.append([simd.dot(b, row_accs[v], a[v], w[v]) for v in range(vectors)])
     following = b.add(tap, i64(group))
-    b.cbranch(b.icmp_signed("<", following, n_taps), loop, done)
+    branch_back(b, b.icmp_signed("<", following, n_taps), loop, done)
     tap.add_incoming(i64(0), entry)
     tap.add_incoming(following, loop)
     for row_accs, row_sums in zip(accs, summed, strict=True):

@@ -7,15 +7,16 @@ Before that, the patches are applied: each writes bases[BASE] + OFFSET to the ad
 puts the addresses of a call's arrays into the argument blocks.
 
 Threads come from Numba's pool. With TBB a call from several Python threads, after a fork, or
-inside another parallel region is safe. Numba's other pools end the process in some of these
-cases, so with them a call that could meet one runs on its own thread alone: same bits.
+inside another parallel region is safe. Numba's OpenMP pool ends a process that was forked, and its
+"workqueue" any process with two parallel regions at once, the user's own among them: there, a
+call runs on its own thread alone. Same bits, and the process lives.
 """
 
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import functools
+import multiprocessing
 import os
 import sys
 import threading
@@ -64,22 +65,25 @@ def _fill(patches, bases):  # type: ignore[no-untyped-def]
         _store(patches[i, FIELD], bases[patches[i, BASE]] + patches[i, OFFSET])
 
 
-@njit("void(int64[:, ::1], int64[:, ::1], int64[::1])", nogil=True, cache=True)
-def _run_serial(table, patches, bases):  # type: ignore[no-untyped-def]
-    _fill(patches, bases)
-    for row in range(table.shape[0]):
-        _call(table[row, KERNEL], table[row, ARGS], 0, table[row, TASKS])
+# An njit with a signature compiles (or reads the cache) where it is defined: so not at import, and
+# the parallel one, which starts Numba's pool, not before the first parallel call.
+_TABLES = (types.int64[:, ::1], types.int64[:, ::1], types.int64[::1])
 
 
 @functools.cache
-def _run_parallel() -> Any:
-    # compiled (or read from the cache) at the first parallel call: it starts Numba's pool
-    @njit(
-        "void(int64[:, ::1], int64[:, ::1], int64[::1], int64)",
-        nogil=True,
-        parallel=True,
-        cache=True,
-    )
+def _serial() -> Any:
+    @njit(types.void(*_TABLES), nogil=True, cache=True)
+    def run(table, patches, bases):  # type: ignore[no-untyped-def]
+        _fill(patches, bases)
+        for row in range(table.shape[0]):
+            _call(table[row, KERNEL], table[row, ARGS], 0, table[row, TASKS])
+
+    return run
+
+
+@functools.cache
+def _parallel() -> Any:
+    @njit(types.void(*_TABLES, types.int64), nogil=True, parallel=True, cache=True)
     def run(table, patches, bases, threads):  # type: ignore[no-untyped-def]
         _fill(patches, bases)
         for row in range(table.shape[0]):
@@ -109,38 +113,37 @@ def _load_tbb() -> None:
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
+_load_tbb()
+
+
 class _Pool:
-    """State of the parallel path: how many threads, and whether it may be entered now."""
+    """State of the parallel path: how many threads, and which of Numba's pools runs them."""
 
     def __init__(self) -> None:
         self.threads = int(numba.config.NUMBA_NUM_THREADS)
-        self.owner = 0
+        self.process = os.getpid()
         self.layer = ""
-        self.busy = threading.Lock()
         self.starting = threading.Lock()
 
     def start(self) -> None:
-        """Starts Numba's pool, once, and learns which layer it got."""
+        """Starts Numba's pool, once, and learns which one it is."""
         with self.starting:
             if not self.layer:
-                _load_tbb()
                 nothing = np.zeros((0, 3), np.int64)
-                _run_parallel()(nothing, nothing, np.zeros(0, np.int64), 1)
-                self.owner = os.getpid()
+                _parallel()(nothing, nothing, np.zeros(0, np.int64), 1)
                 self.layer = numba.threading_layer()
+
+    def forked(self) -> bool:
+        """Whether this process is a child that may have inherited a running pool."""
+        return os.getpid() != self.process or multiprocessing.parent_process() is not None
 
     def run(self, table: Table, patches: Table, bases: NDArray[np.int64]) -> None:
         if not self.layer:
             self.start()
-        if self.layer == "tbb":
-            _run_parallel()(table, patches, bases, self.threads)
-        elif os.getpid() == self.owner and self.busy.acquire(blocking=False):
-            try:
-                _run_parallel()(table, patches, bases, self.threads)
-            finally:
-                self.busy.release()
+        if self.layer == "tbb" or (self.layer == "omp" and not self.forked()):
+            _parallel()(table, patches, bases, self.threads)
         else:
-            _run_serial(table, patches, bases)
+            _serial()(table, patches, bases)
 
 
 _pool = _Pool()
@@ -169,6 +172,6 @@ SERIAL_OPERATIONS = 400_000
 def run(table: Table, patches: Table, bases: NDArray[np.int64], operations: int) -> None:
     """Runs a table. `operations` is its cost in multiply-adds or bytes touched."""
     if operations < SERIAL_OPERATIONS or _pool.threads == 1:
-        _run_serial(table, patches, bases)
+        _serial()(table, patches, bases)
     else:
         _pool.run(table, patches, bases)

@@ -38,7 +38,7 @@ from numba.extending import intrinsic
 from fastq.kernels.depthwise import emit_tap_loop
 from fastq.kernels.requantize import emit_epilogue
 from fastq.kernels.signature import SIGNATURE, sources_digest
-from fastq.kernels.simd import KR, address, const, emitter, i1, i8, i64, load, ptr
+from fastq.kernels.simd import KR, address, branch_back, const, emitter, i1, i8, i64, load, ptr
 
 # the argument block
 (
@@ -94,11 +94,11 @@ TILES = (
     Tile("avx512_vnni-emulated", 2, 64),
     Tile("avx_vnni-emulated", 6, 16),
     Tile("avx512_vnni", 4, 64, depthwise=True),
-    Tile("avx_vnni", 2, 32, depthwise=True),
+    Tile("avx_vnni", 1, 32, depthwise=True),
     Tile("avx2", 4, 16, depthwise=True),
     Tile("generic", 2, 8, depthwise=True),
     Tile("avx512_vnni-emulated", 4, 64, depthwise=True),
-    Tile("avx_vnni-emulated", 2, 32, depthwise=True),
+    Tile("avx_vnni-emulated", 1, 32, depthwise=True),
 )
 
 
@@ -192,11 +192,11 @@ def _emit_k_loops(b: Any, tile: Tile, a_rows: list[Any], panel: Any, field: Any)
     next_weights = address(b, weights, KR * tile.nr)
     stepped = b.add(k, i64(step_bytes))
     next_k = b.select(b.icmp_signed("<", stepped, last), stepped, last)
-    b.cbranch(b.icmp_signed("<", k, last), k_loop, tap_end)
+    branch_back(b, b.icmp_signed("<", k, last), k_loop, tap_end)
 
     b.position_at_end(tap_end)
     next_tap = b.add(tap, i64(1))
-    b.cbranch(b.icmp_signed("<", next_tap, n_taps), tap_loop, done)
+    branch_back(b, b.icmp_signed("<", next_tap, n_taps), tap_loop, done)
 
     tap.add_incoming(i64(0), entry)
     tap.add_incoming(next_tap, tap_end)

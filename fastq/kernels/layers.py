@@ -356,7 +356,7 @@ class BoundConv2d(_Layer):
         c = self.channels // groups
         # groups merged into one hold zeros where they do not meet
         dense = np.zeros((groups, merged, n // self.weight.groups, c, kh, kw), np.int8)
-        split = data.reshape(groups, merged, -1, c_group, kh, kw)
+        split = data.reshape(groups, merged, n // self.weight.groups, c_group, kh, kw)
         for i in range(merged):
             dense[:, i, :, i * c_group : (i + 1) * c_group] = split[:, i]
         filters = dense.reshape(n, c, kh, kw).transpose(0, 2, 3, 1)

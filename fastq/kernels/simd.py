@@ -68,6 +68,18 @@ def call(b: Any, name: str, result: Any, args: Sequence[Any]) -> Any:
     return b.call(function, args)
 
 
+def branch_back(b: Any, condition: Any, loop: Any, done: Any) -> None:
+    """The backward branch of a hand-made loop, which LLVM shall leave as it is.
+
+    Unrolled, a tile's K loop runs out of registers: its accumulators already fill them.
+    """
+    module = b.module
+    disable = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
+    node = ir.MDValue(module, [], name=str(len(module.metadata)))  # registers itself
+    node.operands = (node, disable)  # a loop's node names itself first
+    b.cbranch(condition, loop, done).set_metadata("llvm.loop", node)
+
+
 def rint(b: Any, x: Any) -> Any:
     """A float32 vector to int32, ties to even; values must fit."""
     n = x.type.count

@@ -1,0 +1,40 @@
+"""Fixtures: each instruction set, loud skips for those that the CPU lacks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from fastq.kernels import isa as isa_room
+
+
+def host_isas() -> list[object]:
+    """All tiers as parameters; one that cannot run here is skipped with its reason."""
+    rows = []
+    for row in isa_room.ISAS:
+        lacking = isa_room.missing(row)
+        reason = f"this CPU lacks {', '.join(lacking)}"
+        marks = [pytest.mark.skip(reason=reason)] if lacking else []
+        rows.append(pytest.param(row.name, id=row.name, marks=marks))
+    return rows
+
+
+@pytest.fixture(params=host_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once for each instruction set of this machine, and for the emulated ones."""
+    with isa_room.using(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Seeded by the test's name: a test's data do not depend on the order of the tests."""
+    return np.random.default_rng(list(request.node.name.encode()))
+
+
+def pytest_report_header() -> str:
+    forced = os.environ.get("FASTQ_ISA", "not set")
+    return f"fastq: FASTQ_ISA {forced}, runnable: {', '.join(isa_room.runnable())}"

@@ -1,0 +1,155 @@
+"""Threads, forks, nested parallel regions: right answers, and no process ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from fastq import ops, reference
+from fastq.qparams import Dequant
+from fastq.weights import Conv2dWeight, LinearWeight
+
+# What each process below runs: a product large enough for the parallel path, checked.
+WORK = """
+import numpy as np, threading, os, sys
+from fastq import ops, reference
+from fastq.weights import LinearWeight
+rng = np.random.default_rng(0)
+x = rng.integers(0, 256, (200, 300), dtype=np.uint8)
+weight = LinearWeight(rng.integers(-128, 128, (300, 300), dtype=np.int8))
+want = reference.linear(x, weight)
+
+def work(times=20):
+    for _ in range(times):
+        assert np.array_equal(ops.linear(x, weight), want)
+"""
+
+THREADS = """
+errors = []
+def guarded():
+    try:
+        work()
+    except BaseException as error:
+        errors.append(error)
+threads = [threading.Thread(target=guarded) for _ in range(4)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+assert not errors, errors
+"""
+
+FORK = """
+work()
+pid = os.fork()
+if pid == 0:
+    try:
+        work()
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+assert os.waitpid(pid, 0)[1] == 0
+work()
+"""
+
+NESTED = """
+import numba
+@numba.njit(parallel=True)
+def outer(n):
+    for i in numba.prange(n):
+        with numba.objmode():
+            work(3)
+outer(8)
+"""
+
+DATALOADER = """
+import torch, fastq
+class Squares(torch.utils.data.Dataset):
+    def __len__(self): return 8
+    def __getitem__(self, i):
+        work(2)
+        return i
+work(1)
+loader = torch.utils.data.DataLoader(Squares(), num_workers=2, multiprocessing_context="fork")
+assert sorted(int(i) for i in loader) == list(range(8))
+"""
+
+LAYER = """
+from fastq.kernels import executor
+work(1)
+print("layer", executor._pool.layer)
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WORK + code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, f"exit {result.returncode}: {result.stderr[-3000:]}"
+    return result.stdout
+
+
+LAYERS = ["tbb", "omp", "workqueue"]
+
+
+def test_tbb_is_used_where_it_is_installed() -> None:
+    pytest.importorskip("tbb", reason="this CPU lacks a tbb wheel")
+    assert "layer tbb" in run(LAYER)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this CPU lacks fork: it runs Windows")
+@pytest.mark.parametrize("case", ["THREADS", "FORK", "NESTED", "DATALOADER"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_no_threading_layer_ends_the_process(layer: str, case: str) -> None:
+    run(globals()[case], NUMBA_THREADING_LAYER=layer)
+
+
+def test_threads_share_a_layer(rng: Any) -> None:
+    """Four threads, three shapes each, one weight: calls and workspaces do not mix."""
+    weight = LinearWeight(rng.integers(-128, 128, (40, 50)).astype(np.int8))
+    conv = Conv2dWeight(rng.integers(-128, 128, (8, 5, 3, 3)).astype(np.int8), padding=1)
+    last = Dequant(0.01)
+    jobs = []
+    for m in (1, 7, 64):
+        x = rng.normal(size=(m, 50)).astype(np.float32)
+        jobs.append((ops.linear_float, x, weight, reference.linear_float(x, weight, last)))
+        image = rng.normal(size=(1, m, 9, 5)).astype(np.float32)
+        jobs.append((ops.conv2d_float, image, conv, reference.conv2d_float(image, conv, last)))
+    failures: list[BaseException] = []
+
+    def work(offset: int) -> None:
+        try:
+            for i in range(60):
+                function, x, w, want = jobs[(i + offset) % len(jobs)]
+                assert_array_equal(function(x, w, last), want)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_set_num_threads() -> None:
+    most = ops.get_num_threads()
+    try:
+        ops.set_num_threads(1)
+        assert ops.get_num_threads() == 1
+    finally:
+        ops.set_num_threads(most)
+    for wrong in (0, -1, most + 1000, 1.5, "2"):
+        with pytest.raises(ValueError, match="wanted an int from 1"):
+            ops.set_num_threads(wrong)  # type: ignore[arg-type]

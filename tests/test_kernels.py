@@ -1,0 +1,235 @@
+"""The kernels' parts: packing, each simd function, the assembly for CPUs that are not here."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from llvmlite import binding, ir
+from numpy.testing import assert_array_equal
+
+from fastq.kernels import gemm, isa, pack, simd
+from fastq.kernels.depthwise import pack_depthwise
+from fastq.kernels.executor import get_num_threads
+from fastq.kernels.gemm import TILES, Tile
+from fastq.kernels.tiles import choose_nr, choose_tile, tiles_of
+
+
+def test_panels_hold_each_weight_once(rng: Any) -> None:
+    for n, taps, run, nr in [(1, 1, 4, 8), (9, 3, 5, 8), (64, 1, 7, 64), (70, 9, 30, 16)]:
+        weight = rng.integers(-128, 128, (n, taps, run)).astype(np.int8)
+        panels = pack.pack_panels(weight, nr)
+        assert panels.ctypes.data % 64 == 0
+        assert panels.shape == (-(-n // nr), taps * -(-run // 4), nr, 4)
+        starts = np.minimum(np.arange(-(-run // 4)) * 4, run - 4)
+        found = np.zeros((len(panels) * nr, taps, run), np.int64)
+        steps = panels.reshape(len(panels), taps, -1, nr, 4).astype(np.int64)
+        for s, start in enumerate(starts):
+            part = steps[:, :, s].transpose(0, 2, 1, 3).reshape(-1, taps, 4)
+            found[:, :, start : start + 4] += part
+        assert_array_equal(found[:n], weight)
+        assert not found[n:].any()
+        assert np.count_nonzero(panels) == np.count_nonzero(weight)
+
+
+def test_depthwise_panels_hold_each_weight_once(rng: Any) -> None:
+    for tier in ("avx512_vnni", "avx_vnni", "avx2", "generic"):
+        weight = rng.integers(1, 128, (37, 9)).astype(np.int8)
+        packed = pack_depthwise(weight, tier)
+        assert_array_equal(np.sort(packed[packed != 0].ravel()), np.sort(weight.ravel()))
+
+
+def test_interleaved_channels_are_a_permutation() -> None:
+    for row in isa.ISAS:
+        order = np.ravel(simd.emitter(row.name).interleaved_channels())
+        assert_array_equal(np.sort(order), np.arange(order.size))
+
+
+def compiled(emit: Any, arguments: int) -> Any:
+    """A function of arrays whose body is emit(builder, pointers), compiled for this CPU."""
+    module = ir.Module()
+    kind = ir.FunctionType(ir.VoidType(), [simd.ptr] * arguments)
+    function = ir.Function(module, kind, "f")
+    builder = ir.IRBuilder(function.append_basic_block())
+    emit(builder, function.args)
+    builder.ret_void()
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    machine = binding.Target.from_default_triple().create_target_machine(
+        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten()
+    )
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(str(module)), machine)
+    engine.finalize_object()
+    call = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(engine.get_function_address("f"))
+
+    def run(*arrays: np.ndarray) -> None:
+        assert engine is not None  # keeps the code alive
+        call(*[a.ctypes.data for a in arrays])
+
+    return run
+
+
+def test_dot_means_what_it_says(isa: str, rng: Any) -> None:
+    """acc[c] + sum over 4 of a[k] * w[c, k], at the corners of u8 x s8 and at random."""
+    simd_of = simd.emitter(isa)
+    cols = simd_of.cols
+    vectors = 2
+
+    def emit(b: Any, args: Any) -> None:
+        a = simd_of.load_a(b, args[0], simd.i64(0))
+        zero = simd.const(simd_of.acc, 0)
+        accs = [
+            simd_of.dot(b, zero, a, simd_of.load_b(b, args[1], j * 4 * cols))
+            for j in range(vectors)
+        ]
+        accs = [
+            simd_of.dot(b, acc, a, simd_of.load_b(b, args[1], j * 4 * cols))
+            for j, acc in enumerate(accs)
+        ]
+        offset = 0
+        for v in simd_of.columns(b, accs):
+            simd.store(b, v, args[2], offset)
+            offset += 4 * v.type.count
+
+    run = compiled(emit, 3)
+    for a_value in (0, 1, 255, None):
+        for w_value in (-128, -1, 127, None):
+            a = rng.integers(0, 256, 4) if a_value is None else np.full(4, a_value)
+            w = rng.integers(-128, 128, (vectors * cols, 4))
+            w = w if w_value is None else np.full_like(w, w_value)
+            out = np.zeros(vectors * cols, np.int32)
+            run(a.astype([None, np.uint8, np.int16][simd_of.a_bytes]), w.astype(np.int8), out)
+            assert_array_equal(out, 2 * w @ a)
+
+
+def test_rint_clamp_and_unpack(rng: Any) -> None:
+    def emit(b: Any, args: Any) -> None:
+        kind = simd.vec(simd.f32, 8)
+        x = simd.load(b, kind, args[0])
+        lo, hi = simd.const(kind, -3.0), simd.const(kind, 5.0)
+        simd.store(b, simd.rint(b, simd.clamp(b, x, lo, hi)), args[1])
+        low, high = simd.unpack(b, *[simd.load(b, simd.vec(simd.i16, 16), args[2])] * 2)
+        simd.store(b, low, args[3])
+        simd.store(b, high, args[3], 32)
+
+    x = np.array([-9.0, -2.5, -0.5, 0.5, 1.5, 2.5, 4.6, 99.0], np.float32)
+    words, got, unpacked = np.arange(16, dtype=np.int16), np.zeros(8, np.int32), np.zeros(32, "i2")
+    compiled(emit, 4)(x, got, words, unpacked)
+    assert got.tolist() == [-3, -2, 0, 0, 2, 2, 5, 5]
+    pairs = [[i, i] for i in (0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15)]
+    assert unpacked.reshape(-1, 2).tolist() == pairs
+
+
+# A CPU that has the tier, the instruction its tiles live from, the registers that they fill
+CPUS = {
+    "avx512_vnni": ("znver4", r"vpdpbusd\s.*%zmm", "zmm"),
+    "avx_vnni": ("alderlake", r"vpdpbusd\s.*%ymm", "ymm"),
+    "avx2": ("haswell", r"vpmaddwd\s.*%ymm", "ymm"),
+    "generic": ("x86-64", r"pmaddwd\s.*%xmm", "xmm"),
+}
+
+
+def assembly(tile: Tile, epilogue: str, rows: str, cpu: str) -> str:
+    """The tile's code for a named CPU, whatever this one is."""
+    module = ir.Module()
+    module.triple = "x86_64-unknown-linux-gnu"
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [simd.i64] * 6), "tile")
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    body = builder.append_basic_block("body")
+    builder.branch(body)
+    builder.position_at_end(body)
+    gemm.emit_tile(builder, tile, epilogue, rows, function.args[0], function.args[1:])
+    builder.ret_void()
+    parsed = binding.parse_assembly(str(module))
+    machine = binding.Target.from_triple(module.triple).create_target_machine(cpu=cpu, opt=3)
+    options = binding.create_pipeline_tuning_options(speed_level=3)
+    passes = binding.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(parsed, passes)
+    return str(machine.emit_assembly(parsed))
+
+
+def k_loops(text: str, instruction: str) -> list[list[str]]:
+    """The innermost loops (label to backward jump) that hold the instruction."""
+    loops, block, label = [], [], ""
+    for line in text.splitlines():
+        if match := re.match(r"(\.LBB\w+):", line):
+            label, block = match[1], []
+        else:
+            block.append(line.strip())
+            if re.match(rf"\s+j\w+\s+{re.escape(label)}$", line) and label:
+                loops.append(list(block))
+    return [loop for loop in loops if any(re.search(instruction, line) for line in loop)]
+
+
+@pytest.fixture(scope="module")
+def x86_target() -> None:
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+
+
+@pytest.mark.usefixtures("x86_target")
+@pytest.mark.parametrize("tile", [t for t in TILES if t.isa in CPUS], ids=str)
+def test_assembly_of_each_tile(tile: Tile) -> None:
+    """In the K loop: the dot instruction as often as there are accumulators, and no spill."""
+    cpu, instruction, register = CPUS[tile.isa]
+    text = assembly(tile, "u8", "table", cpu)
+    loops = k_loops(text, instruction)
+    assert loops, text
+    vectors = tile.nr // simd.emitter(tile.isa).cols
+    if tile.depthwise:
+        vectors = len(simd.emitter(tile.isa).interleaved_channels())
+    for loop in loops:
+        dots = sum(bool(re.search(instruction, line)) for line in loop)
+        assert dots % (tile.mr * vectors) == 0 and dots > 0, "\n".join(loop)
+        spills = [line for line in loop if re.search(rf"\(%rsp\), %{register}", line)]
+        spills += [line for line in loop if re.search(rf"%{register}\d+, -?\d*\(%rsp\)", line)]
+        assert not spills, "\n".join(spills)
+
+
+@pytest.mark.usefixtures("x86_target")
+@pytest.mark.parametrize("cpu", ["cortex-a76", "apple-m1"])
+def test_generic_compiles_for_another_architecture(cpu: str) -> None:
+    (first, *_) = tiles_of("generic")
+    module = ir.Module()
+    module.triple = "aarch64-unknown-linux-gnu"
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [simd.i64] * 6), "tile")
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    gemm.emit_tile(builder, first, "u8", "affine", function.args[0], function.args[1:])
+    builder.ret_void()
+    machine = binding.Target.from_triple(module.triple).create_target_machine(cpu=cpu, opt=2)
+    assert "ret" in machine.emit_assembly(binding.parse_assembly(str(module)))
+
+
+def test_vpdpbusd_is_known_to_this_llvm() -> None:
+    assert simd.vnni_operand(16) is not None and simd.vnni_operand(8) is not None
+
+
+def test_every_tier_has_its_tiles() -> None:
+    for row in isa.ISAS:
+        assert len(tiles_of(row.name, depthwise=True)) == 1
+        for n in (1, 15, 16, 17, 33, 64, 1000):
+            nr = choose_nr(row.name, n)
+            for m in (1, 2, 5, 49, 1000):
+                assert choose_tile(row.name, nr, m).nr == nr
+
+
+def test_forcing_a_tier(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "_current", None)
+    monkeypatch.setenv("FASTQ_ISA", "generic")
+    assert isa.current() == "generic"
+    monkeypatch.setattr(isa, "_current", None)
+    monkeypatch.setenv("FASTQ_ISA", "mmx")
+    with pytest.raises(ValueError, match="wanted one of avx512_vnni"):
+        isa.current()
+    monkeypatch.setattr(isa, "target_features", lambda: frozenset())
+    monkeypatch.setenv("FASTQ_ISA", "avx2")
+    with pytest.raises(RuntimeError, match="this CPU lacks avx2"):
+        isa.current()
+    assert isa.runnable()[0] == "generic"
+
+
+def test_number_of_threads_is_known() -> None:
+    assert get_num_threads() >= 1

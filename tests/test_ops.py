@@ -1,0 +1,559 @@
+"""ops == reference, bit for bit: every shape, tail, epilogue, instruction set and thread count."""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import mmap
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+import fastq
+from fastq import ops, reference
+from fastq.kernels import gemm, layers
+from fastq.qparams import MAX_K, Dequant, Epilogue, QParams, Requant, choose_qparams
+from fastq.weights import Conv2dWeight, LinearWeight
+
+NAMES = [n for n in ops.__all__ if hasattr(reference, n)]
+
+
+def assert_same(got: np.ndarray, want: np.ndarray) -> None:
+    """Same dtype, shape and values (NaN equals NaN); a failure names rows and columns."""
+    assert got.dtype == want.dtype
+    if not np.array_equal(got, want, equal_nan=got.dtype.kind == "f"):
+        where = np.argwhere(got != want)
+        rows, columns = where[:, :-1], where[:, -1]
+        pytest.fail(
+            f"{len(where)} of {got.size} differ; first {where[:3].tolist()}; "
+            f"rows modulo 6: {sorted(set((rows[:, -1] % 6).tolist())) if rows.size else []}, "
+            f"columns modulo 8: {sorted(set((columns % 8).tolist()))}"
+        )
+
+
+def u8(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Full-range uint8, the ends more often than by chance."""
+    return rng.choice(np.r_[0, 255, np.arange(256)].astype(np.uint8), shape)
+
+
+def s8(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Full-range int8 with -128, the ends more often than by chance."""
+    return rng.choice(np.r_[-128, 127, np.arange(-128, 128)].astype(np.int8), shape)
+
+
+def epilogues(rng: np.random.Generator, n: int) -> dict[str, Epilogue]:
+    multiplier = (rng.random(n) * 1e-3 + 1e-5).astype(np.float32)
+    return {
+        "s32": None,
+        "u8": Requant(multiplier, 3, rng.integers(-9999, 9999, n).astype(np.int32), 3, 250),
+        "u8_plain": Requant(multiplier, 255),
+        "f32": Dequant(multiplier, 0.3, rng.normal(size=n).astype(np.float32), 0.0, 6.0),
+        "f32_plain": Dequant(multiplier, 0.3),
+    }
+
+
+EPILOGUES = ["s32", "u8", "u8_plain", "f32", "f32_plain"]
+
+# Around the tiles: 1, MR, NR, 4 and their multiples, give or take 1
+LINEAR_SHAPES = [
+    (1, 1, 1), (1, 3, 2), (2, 5, 3), (1, 8, 4), (3, 7, 5), (5, 9, 6), (6, 8, 7), (7, 16, 8),
+    (1, 64, 9), (11, 15, 17), (12, 17, 16), (13, 63, 31), (6, 64, 64), (7, 65, 63), (2, 129, 33),
+    (25, 31, 130), (1, 768, 100), (4, 2, 1001), (61, 1, 12), (3, 200, 257), (130, 24, 36),
+]  # fmt: skip
+
+
+def test_reference_and_ops_have_the_same_functions() -> None:
+    public = {
+        name
+        for name, f in vars(reference).items()
+        if inspect.isfunction(f) and f.__module__ == "fastq.reference" and name[0] != "_"
+    }
+    assert public == set(NAMES)
+    for name in NAMES:
+        of_ops = inspect.signature(getattr(ops, name)).parameters
+        of_reference = inspect.signature(getattr(reference, name)).parameters
+        assert [(p.name, p.kind, p.default) for p in of_ops.values()] == [
+            (p.name, p.kind, p.default) for p in of_reference.values()
+        ], name
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("m, n, k", LINEAR_SHAPES)
+def test_linear(isa: str, rng: Any, m: int, n: int, k: int, epilogue: str) -> None:
+    x, weight = u8(rng, m, k), LinearWeight(s8(rng, n, k))
+    last = epilogues(rng, n)[epilogue]
+    for zero_point in (0, 255, 77):
+        want = reference.linear(x, weight, last, x_zero_point=zero_point)
+        assert_same(ops.linear(x, weight, last, x_zero_point=zero_point), want)
+
+
+@pytest.mark.parametrize("m, n, k", LINEAR_SHAPES[::3])
+def test_linear_with_a_zero_point_and_a_scale_per_row(
+    isa: str, rng: Any, m: int, n: int, k: int
+) -> None:
+    x, weight = u8(rng, m, k), LinearWeight(s8(rng, n, k))
+    zero_point = rng.integers(0, 256, m)
+    scale = (rng.random(m) + 0.1).astype(np.float32)
+    for last in (None, Dequant(0.01, scale, np.ones(n, np.float32))):
+        want = reference.linear(x, weight, last, x_zero_point=zero_point)
+        assert_same(ops.linear(x, weight, last, x_zero_point=zero_point), want)
+
+
+@pytest.mark.parametrize("m, n, k", LINEAR_SHAPES)
+def test_linear_float(isa: str, rng: Any, m: int, n: int, k: int) -> None:
+    x = rng.normal(size=(m, k)).astype(np.float32) * rng.choice([1e-3, 1, 1e3], (m, 1))
+    x = x.astype(np.float32)
+    weight = LinearWeight(s8(rng, n, k))
+    last = epilogues(rng, n)["f32"]
+    assert isinstance(last, Dequant)
+    for q in (None, choose_qparams(-2.0, 2.5), QParams(np.float32(1e-4), np.int32(255))):
+        want = reference.linear_float(x, weight, last, x_qparams=q)
+        assert_same(ops.linear_float(x, weight, last, x_qparams=q), want)
+
+
+# (h, w, c, n, kh, kw, stride, padding, dilation, groups)
+CONV_SHAPES: dict[str, tuple[Any, ...]] = {
+    "one_pixel": (1, 1, 1, 1, 1, 1, 1, 0, 1, 1),
+    "pointwise": (6, 7, 32, 65, 1, 1, 1, 0, 1, 1),
+    "pointwise_1_channel": (4, 5, 1, 9, 1, 1, 1, 0, 1, 1),
+    "pointwise_3_channels": (4, 5, 3, 9, 1, 1, 1, 0, 1, 1),
+    "pointwise_stride_2": (7, 7, 16, 24, 1, 1, 2, 0, 1, 1),
+    "3x3_first_layer": (9, 9, 3, 16, 3, 3, 2, 1, 1, 1),
+    "7x7_first_layer": (15, 15, 3, 8, 7, 7, 2, 3, 1, 1),
+    "3x3": (7, 7, 16, 24, 3, 3, 1, 1, 1, 1),
+    "3x3_odd_channels": (5, 6, 5, 7, 3, 3, 1, 1, 1, 1),
+    "3x3_no_padding": (3, 3, 4, 4, 3, 3, 1, 0, 1, 1),
+    "stride_on_odd_size": (8, 11, 6, 5, 3, 3, (2, 3), 1, 1, 1),
+    "asymmetric_padding": (6, 5, 4, 8, 2, 3, 1, ((1, 0), (0, 2)), 1, 1),
+    "same_even_kernel": (6, 5, 4, 8, 4, 2, 1, "same", 1, 1),
+    "dilation": (11, 11, 8, 8, 3, 3, 1, 2, 2, 1),
+    "dilation_columns_only": (9, 11, 3, 8, 3, 3, 1, 1, (1, 2), 1),
+    "wide_kernel": (3, 20, 2, 4, 1, 9, 1, (0, 4), 1, 1),
+    "tall_kernel": (20, 3, 1, 4, 9, 1, 1, (4, 0), 1, 1),
+    "padding_beyond_the_input": (2, 2, 4, 4, 3, 3, 1, 4, 1, 1),
+    "groups_2": (6, 6, 16, 10, 3, 3, 1, 1, 1, 2),
+    "groups_of_1_channel": (6, 6, 3, 6, 3, 3, 1, 1, 1, 3),
+    "groups_32": (5, 5, 128, 128, 3, 3, 1, 1, 1, 32),
+    "groups_of_odd_channels": (5, 5, 15, 25, 3, 3, 2, 1, 1, 5),
+    "groups_dilated": (9, 9, 24, 12, 3, 3, 1, 2, 2, 3),
+    "depthwise_3x3": (9, 9, 24, 24, 3, 3, 1, 1, 1, 24),
+    "depthwise_stride_2": (9, 10, 16, 16, 3, 3, 2, 1, 1, 16),
+    "depthwise_5x5": (8, 8, 40, 40, 5, 5, 1, 2, 1, 40),
+    "depthwise_7x7": (9, 9, 64, 64, 7, 7, 1, 3, 1, 64),
+    "depthwise_non_square": (9, 9, 65, 65, 1, 3, 1, (0, 1), 1, 65),
+    "depthwise_dilated": (9, 9, 17, 17, 3, 3, 1, 2, 2, 17),
+    "depthwise_whole_panels": (5, 5, 64, 64, 3, 3, 1, 0, 1, 64),
+    "depthwise_2_channels": (5, 5, 2, 2, 3, 3, 1, 1, 1, 2),
+    "depthwise_multiplier_2": (7, 7, 12, 24, 3, 3, 1, 1, 1, 12),
+}
+
+
+def conv_weight(rng: np.random.Generator, shape: str) -> tuple[Conv2dWeight, int, int, int]:
+    h, w, c, n, kh, kw, stride, padding, dilation, groups = CONV_SHAPES[shape]
+    data = s8(rng, n, c // groups, kh, kw)
+    return Conv2dWeight(data, stride, padding, dilation, groups), h, w, c
+
+
+@pytest.mark.parametrize("epilogue", ["s32", "u8", "f32"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("shape", CONV_SHAPES)
+def test_conv2d(isa: str, rng: Any, shape: str, batch: int, epilogue: str) -> None:
+    weight, h, w, c = conv_weight(rng, shape)
+    x, last = u8(rng, batch, h, w, c), epilogues(rng, weight.n)[epilogue]
+    for zero_point in (0, 201):
+        want = reference.conv2d(x, weight, last, x_zero_point=zero_point)
+        assert_same(ops.conv2d(x, weight, last, x_zero_point=zero_point), want)
+
+
+@pytest.mark.parametrize("layout", ["nhwc", "nchw", "reversed", "every_second"])
+@pytest.mark.parametrize("shape", CONV_SHAPES)
+def test_conv2d_float(isa: str, rng: Any, shape: str, layout: str) -> None:
+    weight, h, w, c = conv_weight(rng, shape)
+    x = {
+        "nhwc": rng.normal(size=(2, h, w, c)),
+        "nchw": rng.normal(size=(2, c, h, w)).transpose(0, 2, 3, 1),
+        "reversed": rng.normal(size=(2, h, w, c))[:, ::-1, ::-1, ::-1],
+        "every_second": rng.normal(size=(2, 2 * h, 2 * w, 2 * c))[:, ::2, ::2, ::2],
+    }[layout].astype(np.float32, order="K")
+    last = epilogues(rng, weight.n)["f32"]
+    assert isinstance(last, Dequant)
+    for q in (None, choose_qparams(-2.0, 2.5)):
+        want = reference.conv2d_float(x, weight, last, x_qparams=q)
+        assert_same(ops.conv2d_float(x, weight, last, x_qparams=q), want)
+
+
+def test_conv2d_takes_any_strides(isa: str, rng: Any) -> None:
+    weight, h, w, c = conv_weight(rng, "3x3")
+    whole = u8(rng, 2, c, 2 * h, w)
+    x = whole[:, :, ::2, ::-1].transpose(0, 2, 3, 1)
+    assert_same(ops.conv2d(x, weight), reference.conv2d(x, weight))
+
+
+def test_a_line_wider_than_the_strip(isa: str, rng: Any) -> None:
+    weight = Conv2dWeight(s8(rng, 4, 3, 3, 3), padding=1)
+    x = rng.normal(size=(1, 3, 4, 1100)).astype(np.float32).transpose(0, 2, 3, 1)
+    want = reference.conv2d_float(x, weight, Dequant(0.1))
+    assert_same(ops.conv2d_float(x, weight, Dequant(0.1)), want)
+
+
+def test_the_saturation_examples_are_exact(isa: str) -> None:
+    """The two of oneDNN's documentation that saturate in int16 elsewhere."""
+    x = np.array([[255, 255]], np.uint8)
+    weight = LinearWeight(np.array([[127, 127]], np.int8))
+    assert ops.linear(x, weight).item() == 64770
+    half = np.array([[127, 127]], np.uint8)
+    assert ops.linear(half, weight).item() == 32258
+    for a in (0, 255):
+        for w in (-128, 127):
+            wide = LinearWeight(np.full((70, 133), w, np.int8))
+            got = ops.linear(np.full((9, 133), a, np.uint8), wide)
+            assert_array_equal(got, np.full((9, 70), a * w * 133))
+
+
+def test_the_deepest_k(isa: str) -> None:
+    weight = LinearWeight(np.full((2, MAX_K), -128, np.int8))
+    x = np.full((1, MAX_K), 255, np.uint8)
+    assert_array_equal(ops.linear(x, weight), np.full((1, 2), -128 * 255 * MAX_K))
+    with pytest.raises(ValueError, match=f"exact up to K={MAX_K}"):
+        LinearWeight(np.zeros((1, MAX_K + 1), np.int8))
+
+
+def test_identity(isa: str, rng: Any) -> None:
+    for k in (4, 5, 16, 67):
+        eye = np.eye(k, dtype=np.int8)
+        x = u8(rng, 13, k)
+        assert_array_equal(ops.linear(x, LinearWeight(eye)), x)
+        w = s8(rng, 13, k)
+        assert_array_equal(ops.linear(np.eye(k, dtype=np.uint8), LinearWeight(w)), w.T)
+
+
+@pytest.mark.parametrize("m, n, k", [(0, 4, 5), (3, 0, 5), (3, 4, 0), (0, 0, 0)])
+def test_empty_linear(isa: str, m: int, n: int, k: int) -> None:
+    x, weight = np.ones((m, k), np.uint8), LinearWeight(np.ones((n, k), np.int8))
+    for last in (None, Requant(0.5, 7), Dequant(0.5, bias=np.ones(n, np.float32))):
+        want = reference.linear(x, weight, last, x_zero_point=9)
+        assert_same(ops.linear(x, weight, last, x_zero_point=9), want)
+    want = reference.linear_float(x.astype(np.float32), weight, Dequant(0.5))
+    assert_same(ops.linear_float(x.astype(np.float32), weight, Dequant(0.5)), want)
+
+
+@pytest.mark.parametrize("batch, c, n", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_empty_conv2d(isa: str, batch: int, c: int, n: int) -> None:
+    x, weight = np.ones((batch, 5, 5, c), np.uint8), Conv2dWeight(np.ones((n, c, 3, 3), np.int8))
+    assert_same(ops.conv2d(x, weight), reference.conv2d(x, weight))
+    real = x.astype(np.float32)
+    want = reference.conv2d_float(real, weight, Dequant(0.5))
+    assert_same(ops.conv2d_float(real, weight, Dequant(0.5)), want)
+
+
+def test_rounding_ties_and_clamps(isa: str) -> None:
+    """Halves go to the even neighbour; the clamp holds at both ends."""
+    x = np.arange(256, dtype=np.uint8)[:, None]
+    weight = LinearWeight(np.array([[1]], np.int8))
+    got = ops.linear(x, weight, Requant(0.5, 10, None, 12, 100), x_zero_point=128)
+    want = [min(max(round(v / 2) + 10, 12), 100) for v in range(-128, 128)]
+    assert got[:, 0].tolist() == want
+    huge = ops.linear(x, weight, Requant(3e38, 10))
+    assert huge[:, 0].tolist() == [10] + [255] * 255
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_do_not_change_the_result(isa: str, rng: Any, threads: int) -> None:
+    most = ops.get_num_threads()
+    if threads > most:
+        pytest.skip("this CPU lacks a second core")
+    x, weight = u8(rng, 200, 129), LinearWeight(s8(rng, 77, 129))
+    conv = Conv2dWeight(s8(rng, 33, 17, 3, 3), padding=1)
+    image = u8(rng, 3, 20, 21, 17)
+    try:
+        ops.set_num_threads(threads)
+        assert_same(ops.linear(x, weight), reference.linear(x, weight))
+        assert_same(ops.conv2d(image, conv), reference.conv2d(image, conv))
+    finally:
+        ops.set_num_threads(most)
+
+
+def guarded(array: np.ndarray) -> np.ndarray:
+    """A copy whose last byte is the last before a page that must not be touched."""
+    page = mmap.PAGESIZE
+    pages = -(-max(array.nbytes, 1) // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    protect = libc.mprotect(ctypes.c_void_p(base + pages * page), page, 0)
+    assert protect == 0
+    whole = np.frombuffer(memory, np.uint8)
+    tail = whole[pages * page - array.nbytes : pages * page]
+    copy = tail.view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="guard pages are made with Linux's mprotect")
+@pytest.mark.parametrize("m, n, k", [(1, 9, 3), (7, 9, 5), (6, 64, 64), (13, 33, 70)])
+def test_linear_reads_nothing_beyond_its_operands(
+    isa: str, rng: Any, m: int, n: int, k: int
+) -> None:
+    x, weight = guarded(u8(rng, m, k)), LinearWeight(s8(rng, n, k))
+    assert_same(ops.linear(x, weight), reference.linear(x, weight))
+    real = guarded(rng.normal(size=(m, k)).astype(np.float32))
+    want = reference.linear_float(real, weight, Dequant(0.1))
+    assert_same(ops.linear_float(real, weight, Dequant(0.1)), want)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="guard pages are made with Linux's mprotect")
+@pytest.mark.parametrize("shape", CONV_SHAPES)
+def test_conv2d_reads_nothing_beyond_its_operands(isa: str, rng: Any, shape: str) -> None:
+    weight, h, w, c = conv_weight(rng, shape)
+    x = guarded(u8(rng, 2, h, w, c))
+    assert_same(ops.conv2d(x, weight), reference.conv2d(x, weight))
+
+
+@pytest.mark.parametrize("epilogue", ["s32", "u8", "f32"])
+def test_nothing_beyond_out_is_written(isa: str, rng: Any, epilogue: str) -> None:
+    for m, n, k in LINEAR_SHAPES:
+        x, weight = u8(rng, m, k), LinearWeight(s8(rng, n, k))
+        last = epilogues(rng, n)[epilogue]
+        want = reference.linear(x, weight, last)
+        border = np.full((m + 2) * n * 4 + 256, 0xA5, np.uint8)
+        inner = border[128 : 128 + want.nbytes].view(want.dtype).reshape(m, n)
+        assert ops.linear(x, weight, last, out=inner) is inner
+        assert_same(inner, want)
+        assert (border[:128] == 0xA5).all() and (border[128 + want.nbytes :] == 0xA5).all()
+
+
+DTYPES = [np.uint8, np.int8, np.int32]
+SHAPES = [(), (1,), (7,), (3, 5), (33, 70), (2, 3, 4, 5), (100_003,), (0,), (3, 0)]
+
+
+def special(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    x = np.asarray(rng.normal(size=shape) * 50, np.float32)
+    if x.size > 4:
+        x.flat[:5] = [np.nan, np.inf, -np.inf, 3e38, -0.0]
+    return x
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_quantize_dequantize_requantize(rng: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    x = special(rng, shape)
+    info = np.iinfo(dtype)
+    acc = rng.integers(-(2**31), 2**31, shape).astype(np.int32)
+    for axis in [None, *range(-len(shape), len(shape))]:
+        n = () if axis is None else (shape[axis],)
+        scale = (rng.random(n) + 0.1).astype(np.float32)
+        for zero_point in (0, info.min, info.max, rng.integers(info.min, info.max, n)):
+            q = ops.quantize(x, scale=scale, zero_point=zero_point, axis=axis, dtype=dtype)
+            named = {"scale": scale, "zero_point": zero_point, "axis": axis}
+            assert_same(q, reference.quantize(x, **named, dtype=dtype))
+            assert_same(ops.dequantize(q, **named), reference.dequantize(q, **named))
+        for multiplier in (1e-7, 1.0, 1e30):
+            rule = {"multiplier": scale * np.float32(multiplier), "axis": axis, "dtype": dtype}
+            want = reference.requantize(acc, zero_point=5, qmin=-0, qmax=100, **rule)
+            assert_same(ops.requantize(acc, zero_point=5, qmin=0, qmax=100, **rule), want)
+            assert_same(ops.requantize(acc, **rule), reference.requantize(acc, **rule))
+    assert_same(ops.quantize(x, 1.28, dtype=dtype), reference.quantize(x, 1.28, dtype=dtype))
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1.0, 1e20, 3e38])
+def test_quantize_with_extreme_scales(rng: Any, scale: float) -> None:
+    x = special(rng, (300,))
+    x[100:] *= np.float32(1e10)
+    for dtype in DTYPES:
+        want = reference.quantize(x, scale=scale, dtype=dtype)
+        assert_same(ops.quantize(x, scale=scale, dtype=dtype), want)
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s], ids=str)
+def test_dynamic_qparams(rng: Any, shape: tuple[int, ...]) -> None:
+    for x in (special(rng, shape), np.zeros(shape, np.float32), np.full(shape, 1e-40, np.float32)):
+        for per_row in (True, False):
+            got = ops.dynamic_qparams(x, per_row=per_row)
+            want = reference.dynamic_qparams(x, per_row=per_row)
+            assert_same(np.asarray(got[0]), np.asarray(want[0]))
+            assert_same(np.asarray(got[1]), np.asarray(want[1]))
+
+
+def test_a_range_wider_than_float32() -> None:
+    x = np.array([[3e38, -3e38, 1.0, 0.0]], np.float32)
+    weight = LinearWeight(np.eye(4, dtype=np.int8))
+    want = reference.linear_float(x, weight, Dequant(1.0))
+    assert_same(ops.linear_float(x, weight, Dequant(1.0)), want)
+
+
+def test_the_textbook_form() -> None:
+    import torch
+
+    x = [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert fastq.quantize(x, 128 / 100).tolist() == [0, 0, 0, 1, 1]
+    array = np.array(x, np.float32)
+    assert fastq.quantize(array, 128 / 100).dtype == np.int8
+    tensor = fastq.quantize(torch.tensor(x), 128 / 100)
+    assert isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int8
+    assert tensor.tolist() == [0, 0, 0, 1, 1]
+    back = fastq.dequantize(tensor, 100 / 128)
+    assert_array_equal(back.numpy(), tensor.numpy() * np.float32(100 / 128))
+    out = torch.empty(5, dtype=torch.int8)
+    assert fastq.quantize(torch.tensor(x), 128 / 100, out=out) is out
+    assert out.tolist() == [0, 0, 0, 1, 1]
+    with pytest.raises(ValueError, match="requires grad"):
+        fastq.quantize(torch.tensor(x, requires_grad=True), 1.0)
+
+
+X, W = np.zeros((3, 5), np.uint8), LinearWeight(np.zeros((4, 5), np.int8))
+XF = np.zeros((3, 5), np.float32)
+IMAGE, FILTER = np.zeros((1, 5, 5, 3), np.uint8), Conv2dWeight(np.zeros((4, 3, 3, 3), np.int8))
+
+BAD_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
+    "features": (lambda: ops.linear(X[:, :4], W), ValueError, "x has 4 features, weight wants 5"),
+    "x_dtype": (lambda: ops.linear(XF, W), TypeError, r"wanted \(M, K\) uint8"),
+    "x_axes": (lambda: ops.linear(X[0], W), ValueError, r"wanted \(M, K\)"),
+    "x_list": (lambda: ops.linear([[1]], W), TypeError, "wanted a NumPy array"),
+    "weight_array": (lambda: ops.linear(X, W.data), TypeError, "wanted a LinearWeight"),
+    "weight_kind": (lambda: ops.linear(X, FILTER), TypeError, "wanted a LinearWeight"),
+    "epilogue": (lambda: ops.linear(X, W, "relu"), TypeError, "wanted None, Requant or Dequant"),
+    "zero_point": (lambda: ops.linear(X, W, x_zero_point=256), ValueError, "wanted 0 to 255"),
+    "zero_point_float": (lambda: ops.linear(X, W, x_zero_point=1.5), TypeError, "integers"),
+    "zero_points": (lambda: ops.linear(X, W, x_zero_point=[1, 2]), ValueError, "3 rows"),
+    "requant_rows": (
+        lambda: ops.linear(X, W, Requant(1.0), x_zero_point=[1, 2, 3]),
+        ValueError,
+        "wanted one integer",
+    ),
+    "scale_count": (lambda: ops.linear(X, W, Requant([1.0, 2.0])), ValueError, "for 4 outputs"),
+    "bias_count": (
+        lambda: ops.linear(X, W, Dequant(1.0, bias=np.zeros(3, np.float32))),
+        ValueError,
+        "for 4 outputs",
+    ),
+    "out_dtype": (
+        lambda: ops.linear(X, W, out=np.zeros((3, 4), np.int64)),
+        ValueError,
+        r"wanted \(3, 4\) int32",
+    ),
+    "out_shape": (
+        lambda: ops.linear(X, W, out=np.zeros((4, 3), np.int32)),
+        ValueError,
+        r"wanted \(3, 4\) int32",
+    ),
+    "out_layout": (
+        lambda: ops.linear(X, W, out=np.zeros((4, 3), np.int32).T),
+        ValueError,
+        "C-contiguous",
+    ),
+    "float_epilogue": (lambda: ops.linear_float(XF, W, None), TypeError, "wanted a Dequant"),
+    "float_qparams": (
+        lambda: ops.linear_float(XF, W, Dequant(1.0), x_qparams=choose_qparams(-1, 1, np.int8)),
+        ValueError,
+        "wanted uint8 per tensor",
+    ),
+    "channels": (lambda: ops.conv2d(IMAGE[..., :2], FILTER), ValueError, "weight wants 3"),
+    "small_image": (lambda: ops.conv2d(IMAGE[:, :2], FILTER), ValueError, "smaller than the"),
+    "conv_x_scale": (
+        lambda: ops.conv2d(IMAGE, FILTER, Dequant(1.0, [1.0, 2.0])),
+        ValueError,
+        "wanted a scalar",
+    ),
+    "no_scale": (lambda: ops.quantize(XF), TypeError, "got neither"),
+    "two_scales": (lambda: ops.quantize(XF, 1.0, scale=1.0), TypeError, "got both"),
+    "factor_zero_point": (lambda: ops.quantize(XF, 1.0, zero_point=1), ValueError, "affine form"),
+    "nan_scale": (lambda: ops.quantize(XF, scale=np.nan), ValueError, "finite values greater"),
+    "zero_scale": (lambda: ops.quantize(XF, scale=0.0), ValueError, "finite values greater"),
+    "tiny_scale": (lambda: ops.quantize(XF, scale=1e-50), ValueError, "finite values greater"),
+    "scale_shape": (lambda: ops.quantize(XF, scale=[1.0, 1.0]), ValueError, "without axis="),
+    "scale_axis": (lambda: ops.quantize(XF, scale=[1.0, 1.0], axis=0), ValueError, r"\(3,\)"),
+    "axis": (lambda: ops.quantize(XF, scale=1.0, axis=2), ValueError, "axis=2"),
+    "quantize_dtype": (lambda: ops.quantize(XF, 1.0, dtype="int16"), ValueError, "wanted uint8"),
+    "quantize_ints": (lambda: ops.quantize(X, 1.0), TypeError, "wanted float32"),
+    "zero_point_range": (
+        lambda: ops.quantize(XF, scale=1.0, zero_point=200, dtype="int8"),
+        ValueError,
+        "wanted -128 to 127",
+    ),
+    "dequantize_float": (lambda: ops.dequantize(XF, 1.0), TypeError, "wanted uint8, int8"),
+    "requantize_dtype": (lambda: ops.requantize(X, 1.0), TypeError, "wanted int32"),
+    "requantize_clamp": (
+        lambda: ops.requantize(X.astype(np.int32), 1.0, qmin=9, qmax=3),
+        ValueError,
+        "qmin <= qmax",
+    ),
+    "threads": (lambda: ops.set_num_threads(0), ValueError, "wanted an int from 1"),
+    "weight_float": (lambda: LinearWeight(XF), TypeError, r"wanted int8 \(N, K\)"),
+    "weight_groups": (
+        lambda: Conv2dWeight(np.zeros((4, 3, 3, 3), np.int8), groups=3),
+        ValueError,
+        "divides N",
+    ),
+    "weight_stride": (
+        lambda: Conv2dWeight(np.zeros((4, 3, 3, 3), np.int8), stride=0),
+        ValueError,
+        "at least 1",
+    ),
+    "weight_padding": (
+        lambda: Conv2dWeight(np.zeros((4, 3, 3, 3), np.int8), padding=(1, -1)),
+        ValueError,
+        "at least 0",
+    ),
+    "weight_same": (
+        lambda: Conv2dWeight(np.zeros((4, 3, 3, 3), np.int8), 2, "same"),
+        ValueError,
+        "stride 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls_say_what_is_wanted(case: str) -> None:
+    call, error, message = BAD_CALLS[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_out_must_not_overlap_x() -> None:
+    x = np.zeros((4, 4), np.uint8)
+    with pytest.raises(ValueError, match="overlaps x"):
+        ops.linear(x, LinearWeight(np.eye(4, dtype=np.int8)), Requant(1.0), out=x)
+
+
+def test_out_must_be_writeable() -> None:
+    out = np.zeros((3, 4), np.int32)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="writeable"):
+        ops.linear(X, W, out=out)
+
+
+def test_a_bias_that_could_overflow_is_refused() -> None:
+    bias = np.array([0, 2**31 - 1], np.int32)
+    weight = LinearWeight(np.array([[1, 1], [1, 0]], np.int8))
+    with pytest.raises(ValueError, match=r"bias\[1\] = 2147483647"):
+        ops.linear(np.zeros((1, 2), np.uint8), weight, Requant(1.0, 0, bias))
+    # with only negative weights that bias is in range
+    x, negative = np.array([[1, 2]], np.uint8), LinearWeight(np.array([[1, 1], [-1, 0]], np.int8))
+    last = Requant(1e-9, 0, bias)
+    assert_same(ops.linear(x, negative, last), reference.linear(x, negative, last))
+
+
+def test_a_weight_keeps_a_bounded_number_of_layers_and_shapes(rng: Any) -> None:
+    weight = LinearWeight(s8(rng, 8, 8))
+    for m in range(1, 3 * layers.MAX_SHAPES):
+        ops.linear(u8(rng, m, 8), weight, Dequant(float(m)))
+    bound = [v for v in weight.panels.values() if isinstance(v, layers.BoundLinear)]
+    assert len(bound) <= 8
+    for m in range(1, 3 * layers.MAX_SHAPES):
+        ops.linear(u8(rng, m, 8), weight)
+    calls = [len(v.calls._idle) for v in weight.panels.values() if isinstance(v, type(bound[0]))]
+    assert max(calls) <= layers.MAX_SHAPES
+
+
+def test_every_tile_is_exact(isa: str, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row of TILES on shapes around its own edges, whatever the cost model would choose."""
+    for tile in (t for t in gemm.TILES if t.isa == isa and not t.depthwise):
+        monkeypatch.setattr(layers, "choose_nr", lambda isa, n, nr=tile.nr: nr)
+        monkeypatch.setattr(layers, "choose_tile", lambda isa, nr, m, tile=tile: tile)
+        for m in {1, tile.mr - 1, tile.mr, tile.mr + 1, 2 * tile.mr + 1} - {0}:
+            for n in {1, tile.nr - 1, tile.nr, tile.nr + 1, 2 * tile.nr + 3}:
+                x, weight = u8(rng, m, 11), LinearWeight(s8(rng, n, 11))
+                assert_same(ops.linear(x, weight), reference.linear(x, weight))
