@@ -22,9 +22,9 @@ def test_panels_hold_each_weight_once(rng: Any) -> None:
     for n, taps, run, nr in [(1, 1, 4, 8), (9, 3, 5, 8), (64, 1, 7, 64), (70, 9, 30, 16)]:
         weight = rng.integers(-128, 128, (n, taps, run)).astype(np.int8)
         panels = pack.pack_panels(weight, nr)
+        starts = pack.step_starts(run)
         assert panels.ctypes.data % 64 == 0
-        assert panels.shape == (-(-n // nr), taps * -(-run // 4), nr, 4)
-        starts = np.minimum(np.arange(-(-run // 4)) * 4, run - 4)
+        assert panels.shape == (-(-n // nr), taps * len(starts), nr, 4)
         found = np.zeros((len(panels) * nr, taps, run), np.int64)
         steps = panels.reshape(len(panels), taps, -1, nr, 4).astype(np.int64)
         for s, start in enumerate(starts):
@@ -178,9 +178,10 @@ def test_assembly_of_each_tile(tile: Tile) -> None:
     text = assembly(tile, "u8", "table", cpu)
     loops = k_loops(text, instruction)
     assert loops, text
-    vectors = tile.nr // simd.emitter(tile.isa).cols
-    if tile.depthwise:
-        vectors = len(simd.emitter(tile.isa).interleaved_channels())
+    emitter = simd.emitter(tile.isa)
+    vectors = tile.nr // emitter.cols
+    if tile.kind == "depthwise":
+        vectors = len(emitter.interleaved_channels())
     for loop in loops:
         dots = sum(bool(re.search(instruction, line)) for line in loop)
         assert dots % (tile.mr * vectors) == 0 and dots > 0, "\n".join(loop)
@@ -209,7 +210,7 @@ def test_vpdpbusd_is_known_to_this_llvm() -> None:
 
 def test_every_tier_has_its_tiles() -> None:
     for row in isa.ISAS:
-        assert len(tiles_of(row.name, depthwise=True)) == 1
+        assert len(tiles_of(row.name, "depthwise")) == 1
         for n in (1, 15, 16, 17, 33, 64, 1000):
             nr = choose_nr(row.name, n)
             for m in (1, 2, 5, 49, 1000):

@@ -550,10 +550,13 @@ def test_a_weight_keeps_a_bounded_number_of_layers_and_shapes(rng: Any) -> None:
 
 def test_every_tile_is_exact(isa: str, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row of TILES on shapes around its own edges, whatever the cost model would choose."""
-    for tile in (t for t in gemm.TILES if t.isa == isa and not t.depthwise):
+    for tile in (t for t in gemm.TILES if t.isa == isa and t.kind != "depthwise"):
         monkeypatch.setattr(layers, "choose_nr", lambda isa, n, nr=tile.nr: nr)
         monkeypatch.setattr(layers, "choose_tile", lambda isa, nr, m, tile=tile: tile)
         for m in {1, tile.mr - 1, tile.mr, tile.mr + 1, 2 * tile.mr + 1} - {0}:
             for n in {1, tile.nr - 1, tile.nr, tile.nr + 1, 2 * tile.nr + 3}:
                 x, weight = u8(rng, m, 11), LinearWeight(s8(rng, n, 11))
                 assert_same(ops.linear(x, weight), reference.linear(x, weight))
+        weight_2d = Conv2dWeight(s8(rng, 40, 8, 3, 3), padding=1, groups=2)
+        image = u8(rng, 2, 7, 7, 16)
+        assert_same(ops.conv2d(image, weight_2d), reference.conv2d(image, weight_2d))

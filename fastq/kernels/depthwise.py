@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastq.kernels.pack import aligned_empty
-from fastq.kernels.simd import address, branch_back, const, emitter, i64, load, shuffle
+from fastq.kernels.simd import address, branch_back, const, emitter, i32, i64, load, shuffle
 
 
 def emit_tap_loop(
@@ -28,7 +28,7 @@ def emit_tap_loop(
 ) -> list[list[Any]]:
     """Emits the loop over groups of taps; returns accumulators in channel order, [row][vector].
 
-    n_taps counts the entries of `taps`, a multiple of taps_at_once.
+    taps are int32 byte offsets, their number a multiple of taps_at_once.
     """
     simd = emitter(isa)
     group = simd.taps_at_once
@@ -42,7 +42,9 @@ def emit_tap_loop(
     b.position_at_end(loop)
     tap = b.phi(i64)
     accs = [[b.phi(simd.acc) for _ in range(vectors)] for _ in a_rows]
-    offsets = [load(b, i64, taps, b.mul(b.add(tap, i64(t)), i64(8))) for t in range(group)]
+    offsets = [
+        b.sext(load(b, i32, taps, b.mul(b.add(tap, i64(t)), i64(4))), i64) for t in range(group)
+    ]
     start = address(b, weights, b.mul(tap, i64(vectors * vector_bytes // group)))
     w = [load(b, kind, start, v * vector_bytes) for v in range(vectors)]
     summed = []

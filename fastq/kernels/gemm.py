@@ -1,18 +1,17 @@
 """u8 x s8 -> s32 matrix product with its epilogue: linear layers and convolutions alike.
 
-    out[m, n] = epilogue(sum over taps t, k < RUN of  a[row m, tap t, k] * b[n, t, k])
+    out[m, n] = epilogue(sum over steps s, i < 4 of  a[row m, OFFSETS[s] + i] * b[n, s, i])
 
-A convolution is a product whose K loop walks taps of contiguous activations in a padded NHWC
-image: no im2col. A linear layer has one tap of K activations.
+A convolution is a product whose K loop walks a padded NHWC image by a table of offsets: no
+im2col. A linear layer is one whose offsets are 0, 4, 8, ...
 
     a     activations, uint8 or int16 as the tier's `a_bytes` says. Row m of image i and group g
-          starts at A + i*A_IMAGE + g*A_GROUP + m*A_ROW ("affine") or + ROW_TABLE[m] ("table");
-          tap t lies TAPS[t] further. RUN >= 4 elements each, and nothing beyond them is read.
-    b     int8 panels of NR columns, see pack.py; the panel's last K-step overlaps the one
-          before where RUN is no multiple of 4, with zero weights in the overlap.
+          starts at A + i*A_IMAGE + g*A_GROUP + m*A_ROW ("affine") or + ROW_TABLE[m] ("table").
+          Four activations are read at each of the STEPS int32 OFFSETS, in bytes.
+    b     int8 panels of NR columns and STEPS steps, B_PANEL bytes each, see pack.py
     out   row m starts at OUT + i*OUT_IMAGE + g*OUT_GROUP + m*OUT_ROW: int32, uint8 or float32.
 
-          NR columns               K-steps of 4, one panel row each
+          NR columns               a K-step of 4 is one row of the panel
         +-----------+  MR rows      a: MR broadcasts, b: NR/cols loads, MR*NR/cols dot products
         |   acc     |               All of acc stays in registers; the epilogue stores it.
         +-----------+
@@ -38,17 +37,17 @@ from numba.extending import intrinsic
 from fastq.kernels.depthwise import emit_tap_loop
 from fastq.kernels.requantize import emit_epilogue
 from fastq.kernels.signature import SIGNATURE, sources_digest
-from fastq.kernels.simd import KR, address, branch_back, const, emitter, i1, i8, i64, load, ptr
+from fastq.kernels.simd import KR, address, branch_back, const, emitter, i1, i8, i32, i64, load, ptr
 
 # the argument block
 (
-    A, A_ROW, A_IMAGE, A_GROUP, ROW_TABLE, TAPS, N_TAPS, RUN,
-    B, B_PANEL,
+    A, A_ROW, A_IMAGE, A_GROUP, ROW_TABLE,
+    B, B_PANEL, STEPS, OFFSETS,
     OUT, OUT_ROW, OUT_IMAGE, OUT_GROUP,
     IMAGES, GROUPS, M, MC, N,
     COL_SUMS, ROW_ZERO_POINT, ROW_SCALE, ROW_STEP, SCALE, BIAS, CLAMP, OUT_ZERO_POINT,
     FIELDS,
-) = range(28)  # fmt: skip
+) = range(27)  # fmt: skip
 
 OUT_BYTES = {"s32": 4, "u8": 1, "f32": 4}
 
@@ -60,45 +59,44 @@ class Tile:
     isa: str
     mr: int
     nr: int
-    depthwise: bool = False
+    kind: str = "gemm"  # or "depthwise"
 
     @property
     def a_bytes(self) -> int:
         """Bytes of one activation as the tile reads it."""
-        return 1 if self.depthwise else emitter(self.isa).a_bytes
+        return 1 if self.kind == "depthwise" else emitter(self.isa).a_bytes
 
     def __str__(self) -> str:
-        kind = "depthwise" if self.depthwise else "gemm"
-        kr = emitter(self.isa).taps_at_once if self.depthwise else KR
-        return f"u8s8s32_{kind}_{self.mr}x{self.nr}c{kr}__{self.isa}"
+        kr = emitter(self.isa).taps_at_once if self.kind == "depthwise" else KR
+        return f"u8s8s32_{self.kind}_{self.mr}x{self.nr}c{kr}__{self.isa}"
 
 
-# Of one instruction set and NR, packed panels are shared: MR is chosen at the call.
+# Of one kind and NR, packed panels are shared: MR is chosen at the call.
 TILES = (
     Tile("avx512_vnni", 6, 64),
     Tile("avx512_vnni", 2, 64),
-    Tile("avx512_vnni", 12, 32),
+    Tile("avx512_vnni", 10, 32),
     Tile("avx512_vnni", 4, 32),
     Tile("avx512_vnni", 12, 16),
     Tile("avx512_vnni", 4, 16),
+    Tile("avx512_vnni", 4, 64, "depthwise"),
     Tile("avx_vnni", 6, 16),
     Tile("avx_vnni", 2, 16),
-    Tile("avx_vnni", 12, 8),
-    Tile("avx_vnni", 4, 8),
+    Tile("avx_vnni", 8, 8),
+    Tile("avx_vnni", 3, 8),
+    Tile("avx_vnni", 1, 32, "depthwise"),
     Tile("avx2", 6, 8),
     Tile("avx2", 2, 8),
     Tile("avx2", 1, 8),
+    Tile("avx2", 4, 16, "depthwise"),
     Tile("generic", 4, 4),
     Tile("generic", 1, 4),
+    Tile("generic", 2, 8, "depthwise"),
     Tile("avx512_vnni-emulated", 6, 64),
     Tile("avx512_vnni-emulated", 2, 64),
+    Tile("avx512_vnni-emulated", 4, 64, "depthwise"),
     Tile("avx_vnni-emulated", 6, 16),
-    Tile("avx512_vnni", 4, 64, depthwise=True),
-    Tile("avx_vnni", 1, 32, depthwise=True),
-    Tile("avx2", 4, 16, depthwise=True),
-    Tile("generic", 2, 8, depthwise=True),
-    Tile("avx512_vnni-emulated", 4, 64, depthwise=True),
-    Tile("avx_vnni-emulated", 1, 32, depthwise=True),
+    Tile("avx_vnni-emulated", 1, 32, "depthwise"),
 )
 
 
@@ -131,11 +129,12 @@ def emit_tile(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: An
     panels = b.udiv(b.add(field(N), i64(tile.nr - 1)), i64(tile.nr))
     column_panel = b.add(b.mul(group, panels), panel)
     weights = at(B, b.mul(column_panel, field(B_PANEL)))
-    if tile.depthwise:
+    offsets, steps = field(OFFSETS, ptr), field(STEPS)
+    if tile.kind == "depthwise":
         a_rows = [address(b, row, b.mul(panel, i64(tile.nr))) for row in a_rows]
-        accs = emit_tap_loop(b, tile.isa, a_rows, weights, field(TAPS, ptr), field(N_TAPS))
+        accs = emit_tap_loop(b, tile.isa, a_rows, weights, offsets, steps)
     else:
-        accs = _emit_k_loops(b, tile, a_rows, weights, field)
+        accs = _emit_k_loop(b, tile, a_rows, weights, offsets, steps)
 
     # the edge: a tile that is not full in N goes to a scratch tile first
     out_bytes = OUT_BYTES[epilogue]
@@ -159,60 +158,39 @@ def emit_tile(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: An
             _memcpy(b, out_row, scratch_row, size)
 
 
-def _emit_k_loops(b: Any, tile: Tile, a_rows: list[Any], panel: Any, field: Any) -> list[list[Any]]:
-    """The two K loops; returns the accumulators in column order, [row][vector]."""
+def _emit_k_loop(
+    b: Any, tile: Tile, a_rows: list[Any], panel: Any, offsets: Any, steps: Any
+) -> list[list[Any]]:
+    """The K loop; returns the accumulators in column order, [row][vector]."""
     simd = emitter(tile.isa)
     vectors = tile.nr // simd.cols
-    count = tile.mr * vectors
-    taps, n_taps = field(TAPS, ptr), field(N_TAPS)
-    step_bytes = KR * simd.a_bytes
-    last = b.mul(b.sub(field(RUN), i64(KR)), i64(simd.a_bytes))  # byte offset of a run's last step
-
     entry = b.block
-    tap_loop, k_loop, tap_end, done = (
-        b.append_basic_block(name) for name in ("tap", "k", "tap.end", "k.done")
-    )
-    b.branch(tap_loop)
+    loop, done = b.append_basic_block("k"), b.append_basic_block("k.done")
+    b.branch(loop)
 
-    b.position_at_end(tap_loop)
-    tap, tap_weights = b.phi(i64), b.phi(ptr)
-    tap_accs = [b.phi(simd.acc) for _ in range(count)]
-    tap_offset = load(b, i64, taps, b.mul(tap, i64(8)))
-    starts = [address(b, row, tap_offset) for row in a_rows]
-    b.branch(k_loop)
-
-    b.position_at_end(k_loop)
-    k, weights = b.phi(i64), b.phi(ptr)
-    k_accs = [b.phi(simd.acc) for _ in range(count)]
+    b.position_at_end(loop)
+    step, weights = b.phi(i64), b.phi(ptr)
+    accs = [[b.phi(simd.acc) for _ in range(vectors)] for _ in range(tile.mr)]
+    offset = b.sext(load(b, i32, offsets, b.mul(step, i64(4))), i64)
     w = [simd.load_b(b, weights, j * KR * simd.cols) for j in range(vectors)]
-    accs = []
-    for i in range(tile.mr):
-        a = simd.load_a(b, starts[i], k)
-        accs += [simd.dot(b, k_accs[i * vectors + j], a, w[j]) for j in range(vectors)]
+    sums = []
+    for row, row_accs in zip(a_rows, accs, strict=True):
+        a = simd.load_a(b, row, offset)
+        sums.append([simd.dot(b, acc, a, w[j]) for j, acc in enumerate(row_accs)])
+    next_step = b.add(step, i64(1))
     next_weights = address(b, weights, KR * tile.nr)
-    stepped = b.add(k, i64(step_bytes))
-    next_k = b.select(b.icmp_signed("<", stepped, last), stepped, last)
-    branch_back(b, b.icmp_signed("<", k, last), k_loop, tap_end)
+    branch_back(b, b.icmp_signed("<", next_step, steps), loop, done)
 
-    b.position_at_end(tap_end)
-    next_tap = b.add(tap, i64(1))
-    branch_back(b, b.icmp_signed("<", next_tap, n_taps), tap_loop, done)
-
-    tap.add_incoming(i64(0), entry)
-    tap.add_incoming(next_tap, tap_end)
-    tap_weights.add_incoming(panel, entry)
-    tap_weights.add_incoming(next_weights, tap_end)
-    k.add_incoming(i64(0), tap_loop)
-    k.add_incoming(next_k, k_loop)
-    weights.add_incoming(tap_weights, tap_loop)
-    weights.add_incoming(next_weights, k_loop)
-    for tap_acc, k_acc, acc in zip(tap_accs, k_accs, accs, strict=True):
-        tap_acc.add_incoming(const(simd.acc, 0), entry)
-        tap_acc.add_incoming(acc, tap_end)
-        k_acc.add_incoming(tap_acc, tap_loop)
-        k_acc.add_incoming(acc, k_loop)
+    step.add_incoming(i64(0), entry)
+    step.add_incoming(next_step, loop)
+    weights.add_incoming(panel, entry)
+    weights.add_incoming(next_weights, loop)
+    for row_accs, row_sums in zip(accs, sums, strict=True):
+        for acc, total in zip(row_accs, row_sums, strict=True):
+            acc.add_incoming(const(simd.acc, 0), entry)
+            acc.add_incoming(total, loop)
     b.position_at_end(done)
-    return [simd.columns(b, accs[i * vectors : (i + 1) * vectors]) for i in range(tile.mr)]
+    return [simd.columns(b, row) for row in sums]
 
 
 def _memcpy(b: Any, target: Any, source: Any, size: Any) -> None:
@@ -240,7 +218,7 @@ def _gemm_tile(
 @functools.cache
 def gemm_kernel(tile: Tile, epilogue: str, rows: str) -> Any:
     """The compiled kernel of a tile. epilogue "s32", "u8" or "f32"; rows "affine" or "table"."""
-    config = (tile.isa, tile.mr, tile.nr, int(tile.depthwise), epilogue, rows, sources_digest())
+    config = (tile.isa, tile.mr, tile.nr, tile.kind, epilogue, rows, sources_digest())
     mr_max = tile.mr
     nr = tile.nr
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from fastq.kernels import executor, gemm, stage
 from fastq.kernels.depthwise import pack_depthwise
 from fastq.kernels.gemm import Tile
-from fastq.kernels.pack import aligned_empty, pack_panels, pad_columns
+from fastq.kernels.pack import aligned_empty, pack_panels, pad_columns, step_starts
 from fastq.kernels.simd import KR, emitter
 from fastq.kernels.tiles import choose_nr, choose_tile, tiles_of
 from fastq.qparams import Dequant, Epilogue, QParams, Requant
@@ -234,16 +235,15 @@ class BoundLinear(_Layer):
         isa: str,
     ) -> None:
         super().__init__(weight.data, epilogue, source, x_qparams, x_zero_point)
-        self.isa, self.n, self.k = isa, weight.n, weight.k
-        self.nr = choose_nr(isa, weight.n)
+        self.n, self.k = weight.n, weight.k
         self.run_length = max(weight.k, KR)
-        self.panels = cached_panels(weight, ("linear", self.nr), lambda: self._pack(weight))
-        self.pad_operands(1, self.nr)
+        self.packed = _packed(weight, isa, lambda: [self._filters(weight)])
+        self.pad_operands(1, self.packed.nr)
 
-    def _pack(self, weight: LinearWeight) -> NDArray[Any]:
+    def _filters(self, weight: LinearWeight) -> NDArray[np.int8]:
         data = np.zeros((self.n, 1, self.run_length), np.int8)
         data[:, 0, : self.k] = weight.data
-        return pack_panels(data, self.nr)
+        return data
 
     def __call__(self, x: NDArray[Any], out: NDArray[Any], zero_point: Any = 0) -> None:
         """x (M, K) with unit stride along K; out (M, N) contiguous; zero_point scalar or (M,)."""
@@ -256,7 +256,7 @@ class BoundLinear(_Layer):
         self.calls.run(self._make, key, x, out)
 
     def _make(self, m: int, row_stride: int, zero_point: Any, threads: int) -> Call:
-        tile = choose_tile(self.isa, self.nr, m)
+        tile = choose_tile(self.packed.isa, self.packed.nr, m)
         call = Call()
         call.operations = m * max(self.n, 8) * max(self.k, 1)
         x_scales = getattr(self.epilogue, "x_scale", np.ones(()))
@@ -284,17 +284,15 @@ class BoundLinear(_Layer):
                     stage.R_ZERO_POINT: zero,
                 },
             )
-        panels = len(self.panels)
+        panels = len(self.packed.panels)
         mc = _block_rows(tile, m, a_row, panels, threads)
+        values, places = self.packed.operands(step_starts(self.run_length) * tile.a_bytes)
         call.row(
             gemm.gemm_kernel(tile, self.kind, "affine"),
             gemm.FIELDS,
             panels * -(-m // mc),
             {
                 gemm.A_ROW: a_row,
-                gemm.N_TAPS: 1,
-                gemm.RUN: self.run_length,
-                gemm.B_PANEL: self.panels[:1].nbytes,
                 gemm.OUT_ROW: self.n * gemm.OUT_BYTES[self.kind],
                 gemm.IMAGES: 1,
                 gemm.GROUPS: 1,
@@ -302,11 +300,11 @@ class BoundLinear(_Layer):
                 gemm.MC: mc,
                 gemm.N: self.n,
                 gemm.ROW_STEP: int(per_row),
+                **values,
             },
             {
                 gemm.A: place,
-                gemm.TAPS: np.zeros(1, np.int64),
-                gemm.B: self.panels,
+                **places,
                 gemm.OUT: "out",
                 gemm.ROW_SCALE: scale,
                 gemm.ROW_ZERO_POINT: zero,
@@ -329,27 +327,24 @@ class BoundConv2d(_Layer):
         isa: str,
     ) -> None:
         super().__init__(weight.data, epilogue, source, x_qparams, x_zero_point)
-        self.weight, self.isa = weight, isa
+        self.weight = weight
         n, c_group = weight.data.shape[:2]
-        self.depthwise = weight.groups > 1 and c_group == 1 and n == weight.groups
-        if self.depthwise:
-            (self.tile,) = tiles_of(isa, depthwise=True)
-            self.nr, self.groups, self.channels = self.tile.nr, 1, n
-            kind = ("depthwise", isa)
-            self.panels = cached_panels(weight, kind, lambda: self._pack_depthwise())
+        if weight.groups > 1 and c_group == 1 and n == weight.groups:
+            self.groups, self.channels = 1, n
+            self.packed = _packed_depthwise(weight, isa)
         else:
             self.groups = _merged_groups(weight, min(t.nr for t in tiles_of(isa)))
-            self.nr = choose_nr(isa, n // self.groups)
             row = weight.kernel_size[1] if self._taps_are_rows() else 1
             self.channels = weight.c if row * weight.c // self.groups >= KR else KR
-            self.panels = cached_panels(weight, ("conv2d", self.nr), lambda: self._pack())
-        self.pad_operands(self.groups, self.nr)
+            self.packed = _packed(weight, isa, self._filters)
+        self.pad_operands(self.groups, self.packed.nr)
 
     def _taps_are_rows(self) -> bool:
         """Whether a kernel row is one run of KW * C contiguous activations."""
         return self.groups == 1 and self.weight.dilation[1] == 1
 
-    def _pack(self) -> NDArray[Any]:
+    def _filters(self) -> list[NDArray[np.int8]]:
+        """(N / groups, taps, run) for each group."""
         data, groups = self.weight.data, self.groups
         n, c_group, kh, kw = data.shape
         merged = self.weight.groups // groups
@@ -361,11 +356,7 @@ class BoundConv2d(_Layer):
             dense[:, i, :, i * c_group : (i + 1) * c_group] = split[:, i]
         filters = dense.reshape(n, c, kh, kw).transpose(0, 2, 3, 1)
         shape = (n, kh, kw * c) if self._taps_are_rows() else (n, kh * kw, c)
-        filters = np.ascontiguousarray(filters).reshape(shape)
-        return np.concatenate([pack_panels(part, self.nr) for part in np.split(filters, groups)])
-
-    def _pack_depthwise(self) -> NDArray[Any]:
-        return pack_depthwise(self.weight.data.reshape(self.channels, -1), self.isa)
+        return np.split(np.ascontiguousarray(filters).reshape(shape), groups)
 
     def __call__(self, x: NDArray[Any], out: NDArray[Any], zero_point: int = 0) -> None:
         """x (B, H, W, C) with any strides; out (B, OH, OW, N) contiguous."""
@@ -382,7 +373,12 @@ class BoundConv2d(_Layer):
         (top, bottom), (left, right) = weight.padding
         hp, wp, cp = h + top + bottom, w + left + right, self.channels
         m = oh * ow
-        tile = self.tile if self.depthwise else choose_tile(self.isa, self.nr, m)
+        packed = self.packed
+        depthwise = packed.kind == "depthwise"
+        if depthwise:
+            (tile,) = tiles_of(packed.isa, "depthwise")
+        else:
+            tile = choose_tile(packed.isa, packed.nr, m)
         call = Call()
         call.operations = batch * m * n * max(weight.data[0].size, 1)
         scale, zero = self.x_operands(call, 1, zero_point)
@@ -390,17 +386,16 @@ class BoundConv2d(_Layer):
             _range_rows(call, 1, batch * h * w * c, scale, zero)
 
         place: Place = "x"
-        over_read = self.depthwise and cp % self.nr > 0
+        over_read = depthwise and cp % packed.nr > 0
         dense = strides == _dense_strides(shape)
         if (
             self.source != "u8" or tile.a_bytes != 1 or cp != c
             or over_read or not dense or (hp, wp) != (h, w)
         ):  # fmt: skip
-            place = call.scratch(batch * hp * wp * cp * tile.a_bytes + self.nr)
+            place = call.scratch(batch * hp * wp * cp * tile.a_bytes + packed.nr)
+            target = "s16" if tile.a_bytes == 2 else "u8"
             call.row(
-                stage.stage_image_kernel(
-                    "u8" if self.source == "u8" else "f32", "s16" if tile.a_bytes == 2 else "u8"
-                ),
+                stage.stage_image_kernel("u8" if self.source == "u8" else "f32", target),
                 stage.I_FIELDS,
                 batch * hp,
                 {
@@ -433,20 +428,21 @@ class BoundConv2d(_Layer):
         if affine and image == m * a_row:  # pointwise: all images are one
             images, m = 1, batch * m
         rows = np.arange(oh)[:, None] * lines + np.arange(ow) * step
-        if not self.depthwise and self._taps_are_rows():
-            taps, run = np.arange(kh) * (dh * wp * pixel), kw * cp
+        taps = np.arange(kh) * (dh * wp * pixel)
+        if depthwise or not self._taps_are_rows():
+            taps = np.add.outer(taps, np.arange(kw) * (dw * pixel)).reshape(-1)
+        if depthwise:  # missing taps of the last group have weight 0
+            offsets = np.append(taps, taps[:1].repeat(-len(taps) % emitter(tile.isa).taps_at_once))
         else:
-            grid = np.arange(kh)[:, None] * (dh * wp) + np.arange(kw) * dw
-            taps, run = grid.reshape(-1) * pixel, cp // self.groups
-        if self.depthwise:  # missing taps of the last group have weight 0
-            taps = np.append(taps, np.zeros(-len(taps) % emitter(self.isa).taps_at_once, np.int64))
+            run = kw * cp if self._taps_are_rows() else cp // self.groups
+            offsets = np.add.outer(taps, step_starts(run) * tile.a_bytes).reshape(-1)
+        values, weight_places = packed.operands(offsets)
         out_bytes = gemm.OUT_BYTES[self.kind]
-        panels = len(self.panels) // self.groups
+        panels = len(packed.panels) // self.groups
         mc = _block_rows(tile, m, sh * step, images * self.groups * panels, threads)
         places: dict[int, Place] = {
             gemm.A: place,
-            gemm.TAPS: taps.astype(np.int64),
-            gemm.B: self.panels,
+            **weight_places,
             gemm.OUT: "out",
             gemm.ROW_SCALE: scale,
             gemm.ROW_ZERO_POINT: zero,
@@ -461,10 +457,7 @@ class BoundConv2d(_Layer):
             {
                 gemm.A_ROW: a_row,
                 gemm.A_IMAGE: image,
-                gemm.A_GROUP: run * tile.a_bytes if self.groups > 1 else 0,
-                gemm.N_TAPS: len(taps),
-                gemm.RUN: run,
-                gemm.B_PANEL: self.panels[:1].nbytes,
+                gemm.A_GROUP: pixel // self.groups,
                 gemm.OUT_ROW: n * out_bytes,
                 gemm.OUT_IMAGE: m * n * out_bytes,
                 gemm.OUT_GROUP: n // self.groups * out_bytes,
@@ -473,6 +466,7 @@ class BoundConv2d(_Layer):
                 gemm.M: m,
                 gemm.MC: mc,
                 gemm.N: n // self.groups,
+                **values,
             },
             places,
         )
@@ -501,12 +495,46 @@ def _range_rows(call: Call, rows: int, columns: int, scale: Place, zero: Place) 
     call.row(stage.range_qparams_kernel(), stage.P_FIELDS, rows, values, places)
 
 
-def cached_panels(weight: Any, key: Any, pack: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-    """The weight's packed panels under this key, packed at the first use."""
-    panels = weight.panels.get(key)
-    if panels is None:
-        panels = weight.panels[key] = pack()
-    return panels
+@dataclass(frozen=True, eq=False)
+class _Packed:
+    """Packed weights, and the tiles that they are for."""
+
+    isa: str
+    kind: str
+    nr: int
+    panels: NDArray[Any]
+
+    def operands(self, offsets: NDArray[np.int64]) -> tuple[dict[int, int], dict[int, Place]]:
+        """Fields of a block, values and places, for steps at these byte offsets."""
+        if offsets.max() >= 2**31:
+            raise ValueError(
+                f"conv2d: one kernel window spans {offsets.max()} bytes of the input; "
+                "wanted under 2 GiB: split the image"
+            )
+        values = {gemm.B_PANEL: self.panels[:1].nbytes, gemm.STEPS: len(offsets)}
+        return values, {gemm.B: self.panels, gemm.OFFSETS: offsets.astype(np.int32)}
+
+
+def _packed(weight: Any, isa: str, filters: Callable[[], list[NDArray[np.int8]]]) -> _Packed:
+    """The weight packed for a tier, at the first use; filters() is (N, taps, run) a group."""
+    packed = weight.panels.get(("packed", isa))
+    if packed is None:
+        parts = filters()
+        nr = choose_nr(isa, len(parts[0]))
+        groups = [pack_panels(part, nr) for part in parts]
+        panels = aligned_empty((len(groups) * len(groups[0]), *groups[0].shape[1:]), np.int8)
+        np.concatenate(groups, out=panels)
+        packed = weight.panels["packed", isa] = _Packed(isa, "gemm", nr, panels)
+    return packed  # type: ignore[no-any-return]
+
+
+def _packed_depthwise(weight: Conv2dWeight, isa: str) -> _Packed:
+    packed = weight.panels.get(("packed", isa))
+    if packed is None:
+        (tile,) = tiles_of(isa, "depthwise")
+        panels = pack_depthwise(weight.data.reshape(weight.n, -1), isa)
+        packed = weight.panels["packed", isa] = _Packed(isa, "depthwise", tile.nr, panels)
+    return packed  # type: ignore[no-any-return]
 
 
 def _dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

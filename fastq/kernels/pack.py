@@ -1,10 +1,12 @@
 """Canonical int8 weights into the panels that the tiles read.
 
-    panel p holds columns p*NR .. p*NR+NR-1; one panel row is one K-step of 4:
-    panels[p, step, column, 0:4]         (P, taps * steps, NR, 4) int8, 64-byte aligned
+    panel p holds columns p*NR .. p*NR+NR-1, as K-steps of 4 weights for each column:
 
-A run of R weights takes ceil(R / 4) steps. The last one starts at R - 4, so that no activation
-beyond the run is read; what the step before has already counted is zero in it.
+    panels[p, step] = | c0: k k+1 k+2 k+3 | c1: k k+1 k+2 k+3 | ... NR columns |      int8
+
+A weight is (N, taps, run): a linear layer has one tap of K, a convolution KH taps of KW * C. A run
+of R takes ceil(R / 4) steps; the last starts at R - 4, so that no activation beyond the run is
+read, and is zero where the step before has already counted.
 """
 
 from __future__ import annotations
@@ -25,20 +27,23 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any, align: int = 64) -> NDArra
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def step_starts(run: int) -> NDArray[np.int64]:
+    """Where the K-steps of a run begin: 0, 4, 8, ..., the last at run - 4."""
+    return np.minimum(np.arange(-(-run // KR)) * KR, run - KR)
+
+
 def pack_panels(weight: NDArray[np.int8], nr: int) -> NDArray[np.int8]:
-    """(N, taps, R >= 4) int8 as panels (P, taps * steps, NR, 4)."""
+    """(N, taps, run >= 4) int8 as panels (P, taps * steps, NR, 4), 64-byte aligned."""
     n, taps, run = weight.shape
-    steps = -(-run // KR)
-    starts = np.minimum(np.arange(steps) * KR, run - KR)
+    starts = step_starts(run)
     index = starts[:, None] + np.arange(KR)  # (steps, 4) positions in the run
-    counted = index < (np.arange(steps) * KR)[:, None]
+    counted = index < (np.arange(len(starts)) * KR)[:, None]
     quads = np.where(counted, np.int8(0), weight[:, :, index])  # (N, taps, steps, 4)
     panels = -(-n // nr)
-    packed = aligned_empty((panels, taps * steps, nr, KR), np.int8)
-    packed[:] = 0
-    for p in range(panels):
-        part = quads[p * nr : (p + 1) * nr]
-        packed[p, :, : len(part)] = part.reshape(len(part), taps * steps, KR).swapaxes(0, 1)
+    padded = np.zeros((panels * nr, taps * len(starts), KR), np.int8)
+    padded[:n] = quads.reshape(n, -1, KR)
+    packed = aligned_empty((panels, taps * len(starts), nr, KR), np.int8)
+    packed[:] = padded.reshape(panels, nr, -1, KR).swapaxes(1, 2)
     return packed
 
 

@@ -12,9 +12,9 @@ _EFFICIENCY = {64: 1.0, 32: 0.97, 16: 0.9, 8: 0.9, 4: 0.8}
 
 
 @functools.cache
-def tiles_of(isa: str, depthwise: bool = False) -> tuple[Tile, ...]:
+def tiles_of(isa: str, kind: str = "gemm") -> tuple[Tile, ...]:
     """The tiles of a tier, in the order of the table."""
-    return tuple(t for t in TILES if t.isa == isa and t.depthwise == depthwise)
+    return tuple(t for t in TILES if t.isa == isa and t.kind == kind)
 
 
 @functools.cache
