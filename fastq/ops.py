@@ -15,7 +15,15 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from fastq.kernels import elementwise as ew
 from fastq.kernels import isa
 from fastq.kernels.executor import get_num_threads, set_num_threads
-from fastq.kernels.layers import BoundConv2d, BoundLinear, Call, Calls, Source, range_call
+from fastq.kernels.layers import (
+    BoundConv2d,
+    BoundLinear,
+    Call,
+    Calls,
+    Source,
+    address_of,
+    range_call,
+)
 from fastq.qparams import (
     Dequant,
     Epilogue,
@@ -210,7 +218,8 @@ def _elementwise(
     scales = np.ascontiguousarray(np.broadcast_to(scale, (params,)))
     zeros = np.ascontiguousarray(np.broadcast_to(zero_point, (params,)), dtype=np.int32)
     key = (operation, _KIND[source.dtype], _KIND[dtype], layout, rows, columns, params, qmin, qmax)
-    _elementwise_calls.run(_elementwise_call, key, source, result, scales, zeros)
+    places = (address_of(array) for array in (source, result, scales, zeros))
+    _elementwise_calls.run(_elementwise_call, key, *places)
     return result
 
 
@@ -257,7 +266,8 @@ def dynamic_qparams(x: NDArray[np.float32], *, per_row: bool = True) -> tuple[An
     source = np.require(real, requirements=["C", "A"]).reshape(rows, real.size // max(rows, 1))
     scale, zero_point = np.ones(rows, np.float32), np.zeros(rows, np.int32)
     if source.size:
-        _range_calls.run(range_call, source.shape, source, source, scale, zero_point)
+        places = (address_of(source), 0, address_of(scale), address_of(zero_point))
+        _range_calls.run(range_call, source.shape, *places)
     return (scale, zero_point) if per_row else (scale[0], zero_point[0])
 
 
@@ -302,7 +312,8 @@ def linear(
         return result
     if x.strides[1] != 1:
         x = np.ascontiguousarray(x)
-    _bound(BoundLinear, weight, epilogue, "u8", None, zeros)(x, result, zeros)
+    layer = _bound(BoundLinear, weight, epilogue, "u8", None, zeros)
+    layer(m, x.strides[0], address_of(x), address_of(result), zeros)
     return result
 
 
@@ -370,9 +381,26 @@ def linear_float(
         return result
     if x.strides[1] != 4 or not x.flags.aligned:
         x = np.array(x, order="C")
-    source: Source = "dynamic" if x_qparams is None else "static"
-    _bound(BoundLinear, weight, epilogue, source, x_qparams, 0)(x, result)
+    linear_float_at(m, x.strides[0], address_of(x), address_of(result), weight, epilogue, x_qparams)
     return result
+
+
+def linear_float_at(
+    m: int,
+    row_stride: int,
+    x: int,
+    out: int,
+    weight: LinearWeight,
+    epilogue: Dequant,
+    x_qparams: QParams | None,
+) -> None:
+    """`linear_float` on memory that the caller has checked: x and out are addresses.
+
+    For modules, where the address of a tensor is had for less than a NumPy view of it. x is
+    float32 (m, K) with row_stride bytes between rows, out float32 (m, N), m and N > 0.
+    """
+    source: Source = "dynamic" if x_qparams is None else "static"
+    _bound(BoundLinear, weight, epilogue, source, x_qparams, 0)(m, row_stride, x, out)
 
 
 def conv2d_float(

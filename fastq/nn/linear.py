@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 from torch.nn.utils import skip_init
 
 from fastq.nn.layer import Operands, QLayer, accept, as_array, operands_of
-from fastq.ops import linear_float
+from fastq.ops import linear_float, linear_float_at
 from fastq.qparams import QParams
 from fastq.weights import LinearWeight
 
@@ -100,12 +100,15 @@ class QLinear(QLayer):
 
 def _run(x: Tensor, operands: Operands) -> Tensor:
     weight, epilogue, x_qparams = operands
-    rows = as_array(x)
-    if rows.ndim == 2:
-        return from_numpy(linear_float(rows, weight, epilogue, x_qparams=x_qparams))
-    *leading, k = rows.shape
-    y = linear_float(rows.reshape(prod(leading), k), weight, epilogue, x_qparams=x_qparams)
-    return from_numpy(y.reshape(*leading, weight.n))
+    *leading, k = x.shape
+    m = prod(leading)
+    if m and weight.n and x.is_contiguous() and not x.is_neg():
+        y = x.new_empty(*leading, weight.n)
+        linear_float_at(m, 4 * k, x.data_ptr(), y.data_ptr(), weight, epilogue, x_qparams)
+        return y
+    rows = as_array(x).reshape(m, k)
+    y = from_numpy(linear_float(rows, weight, epilogue, x_qparams=x_qparams))
+    return y.reshape(*leading, weight.n)
 
 
 @torch.library.custom_op("fastq::linear", mutates_args=(), device_types="cpu")
