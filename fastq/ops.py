@@ -24,6 +24,7 @@ from fastq.kernels.layers import (
     address_of,
     range_call,
 )
+from fastq.kernels.tiles import BYTES_PER_NANOSECOND
 from fastq.qparams import (
     Dequant,
     Epilogue,
@@ -235,7 +236,7 @@ def _elementwise_call(
     qmax: int,
 ) -> Call:
     call = Call()
-    call.operations = rows * columns * 4
+    call.nanoseconds = rows * columns * 4 / BYTES_PER_NANOSECOND
     call.row(
         ew.elementwise_kernel(operation, source, target, layout),
         ew.A_FIELDS,

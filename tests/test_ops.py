@@ -14,7 +14,7 @@ from numpy.testing import assert_array_equal
 
 import fastq
 from fastq import ops, reference
-from fastq.kernels import gemm, layers
+from fastq.kernels import executor, gemm, layers
 from fastq.qparams import MAX_K, Dequant, Epilogue, QParams, Requant, choose_qparams
 from fastq.weights import Conv2dWeight, LinearWeight
 
@@ -261,7 +261,10 @@ def test_rounding_ties_and_clamps(isa: str) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_threads_do_not_change_the_result(isa: str, rng: Any, threads: int) -> None:
+def test_threads_do_not_change_the_result(
+    isa: str, rng: Any, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor, "PARALLEL_NANOSECONDS", 0.0)
     most = ops.get_num_threads()
     if threads > most:
         pytest.skip("this CPU lacks a second core")

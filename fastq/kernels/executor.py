@@ -165,13 +165,14 @@ def get_num_threads() -> int:
     return _pool.threads
 
 
-# Entering the pool costs a few microseconds; below about this many operations one thread is faster.
-SERIAL_OPERATIONS = 400_000
+# Entering the pool and leaving it takes about 10 microseconds: below twice that, one thread is
+# faster.
+PARALLEL_NANOSECONDS = 20_000.0
 
 
-def run(table: Table, patches: Table, bases: NDArray[np.int64], operations: int) -> None:
-    """Runs a table. `operations` is its cost in multiply-adds or bytes touched."""
-    if operations < SERIAL_OPERATIONS or _pool.threads == 1:
+def run(table: Table, patches: Table, bases: NDArray[np.int64], nanoseconds: float) -> None:
+    """Runs a table. `nanoseconds` is an estimate of what it takes one thread."""
+    if nanoseconds < PARALLEL_NANOSECONDS or _pool.threads == 1:
         _serial()(table, patches, bases)
     else:
         _pool.run(table, patches, bases)

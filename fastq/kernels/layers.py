@@ -24,7 +24,13 @@ from fastq.kernels.depthwise import pack_depthwise
 from fastq.kernels.gemm import Tile
 from fastq.kernels.pack import aligned_empty, pack_panels, pad_columns, step_starts
 from fastq.kernels.simd import KR, emitter
-from fastq.kernels.tiles import choose_nr, choose_tile, tiles_of
+from fastq.kernels.tiles import (
+    BYTES_PER_NANOSECOND,
+    choose_nr,
+    choose_tile,
+    nanoseconds,
+    tiles_of,
+)
 from fastq.qparams import Dequant, Epilogue, QParams, Requant
 from fastq.weights import Conv2dWeight, LinearWeight
 
@@ -69,7 +75,7 @@ class Call:
         self.table = np.empty((0, 3), np.int64)
         self.patches = np.empty((0, 3), np.int64)
         self.bases = np.zeros(SCRATCH + 1, np.int64)
-        self.operations = 0  # multiply-adds, or bytes touched, whichever is more
+        self.nanoseconds = 0.0  # that it takes one thread, roughly
         self._kept: list[Any] = []  # what the table and the blocks point to
         self._scratch_bytes = 0
 
@@ -109,7 +115,7 @@ class Call:
             bases[i] = address
         if self._scratch_bytes:
             bases[SCRATCH] = _workspace.reserve(self._scratch_bytes)
-        executor.run(self.table, self.patches, bases, self.operations)
+        executor.run(self.table, self.patches, bases, self.nanoseconds)
 
 
 class Calls:
@@ -261,7 +267,7 @@ class BoundLinear(_Layer):
     def _make(self, m: int, row_stride: int, zero_point: Any, threads: int) -> Call:
         tile = choose_tile(self.packed.isa, self.packed.nr, m)
         call = Call()
-        call.operations = m * max(self.n, 8) * max(self.k, 1)
+        call.nanoseconds = nanoseconds(tile.isa, m * self.n * self.k)
         x_scales = getattr(self.epilogue, "x_scale", np.ones(()))
         per_row = self.source == "dynamic" or bool(np.ndim(zero_point) or np.ndim(x_scales))
         scale, zero = self.x_operands(call, m if per_row else 1, zero_point)
@@ -383,7 +389,7 @@ class BoundConv2d(_Layer):
         else:
             tile = choose_tile(packed.isa, packed.nr, m)
         call = Call()
-        call.operations = batch * m * n * max(weight.data[0].size, 1)
+        call.nanoseconds = nanoseconds(tile.isa, batch * m * weight.data.size)
         scale, zero = self.x_operands(call, 1, zero_point)
         if self.source == "dynamic":
             _range_rows(call, 1, batch * h * w * c, scale, zero)
@@ -479,7 +485,7 @@ class BoundConv2d(_Layer):
 def range_call(rows: int, columns: int) -> Call:
     """A call that finds scale and zero point, (rows,) each, of x (rows, columns) float32."""
     call = Call()
-    call.operations = rows * columns
+    call.nanoseconds = rows * columns * 4 / BYTES_PER_NANOSECOND
     _range_rows(call, rows, columns, "scale", "zero_point")
     return call
 

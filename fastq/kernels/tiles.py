@@ -34,3 +34,13 @@ def choose_tile(isa: str, nr: int, m: int) -> Tile:
 def _row_cost(tile: Tile, m: int) -> float:
     # loading a panel row costs about as much as two rows of dot products
     return -(-m // tile.mr) * (tile.mr + 2.0)
+
+
+# Multiply-adds that a core does in a nanosecond, roughly: whether threads pay depends on it.
+_MACS_PER_NANOSECOND = {"avx512_vnni": 400.0, "avx_vnni": 150.0, "avx2": 60.0}
+BYTES_PER_NANOSECOND = 8.0  # that a plain loop reads
+
+
+def nanoseconds(isa: str, macs: int) -> float:
+    """An estimate of what this many multiply-adds take one thread."""
+    return macs / _MACS_PER_NANOSECOND.get(isa, 20.0)
