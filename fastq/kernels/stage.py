@@ -150,23 +150,26 @@ def stage_image_kernel(source: str, target: str) -> Any:
                         for w in range(count):
                             out[at + w * line_channels] = strip[w]
             else:
-                for w in range(width):
+                pixels, run = width, channels
+                if args[I_XW] == channels * args[I_XC] and line_channels == channels:
+                    pixels, run = 1, width * channels  # nothing lies between the pixels
+                for w in range(pixels):
                     pixel = source_line + w * args[I_XW]
                     at = first + w * line_channels
                     if config[0] == "u8":
                         if args[I_XC] == 1:
                             q = pointer(pixel, "u8")
-                            for c in range(channels):
+                            for c in range(run):
                                 out[at + c] = q[c]
                         else:
-                            for c in range(channels):
+                            for c in range(run):
                                 out[at + c] = pointer(pixel + c * args[I_XC], "u8")[0]
                     elif args[I_XC] == 4:
                         x = pointer(pixel, "f32")
-                        for c in range(channels):
+                        for c in range(run):
                             out[at + c] = quantize_step(x[c], step, lo, hi) + zp
                     else:
-                        for c in range(channels):
+                        for c in range(run):
                             value = pointer(pixel + c * args[I_XC], "f32")[0]
                             out[at + c] = quantize_step(value, step, lo, hi) + zp
             for w in range(width):
