@@ -179,7 +179,7 @@ def test_assembly_of_each_tile(tile: Tile) -> None:
     loops = k_loops(text, instruction)
     assert loops, text
     emitter = simd.emitter(tile.isa)
-    vectors = tile.nr // emitter.cols
+    vectors = tile.nr * tile.panels // emitter.cols
     if tile.kind == "depthwise":
         vectors = len(emitter.interleaved_channels())
     for loop in loops:

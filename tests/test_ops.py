@@ -557,7 +557,7 @@ def test_every_tile_is_exact(isa: str, rng: Any, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(layers, "choose_nr", lambda isa, n, nr=tile.nr: nr)
         monkeypatch.setattr(layers, "choose_tile", lambda isa, nr, m, tile=tile: tile)
         for m in {1, tile.mr - 1, tile.mr, tile.mr + 1, 2 * tile.mr + 1} - {0}:
-            for n in {1, tile.nr - 1, tile.nr, tile.nr + 1, 2 * tile.nr + 3}:
+            for n in {1, tile.nr - 1, tile.nr, tile.nr + 1, 2 * tile.nr + 3, 5 * tile.nr}:
                 x, weight = u8(rng, m, 11), LinearWeight(s8(rng, n, 11))
                 assert_same(ops.linear(x, weight), reference.linear(x, weight))
         weight_2d = Conv2dWeight(s8(rng, 40, 8, 3, 3), padding=1, groups=2)

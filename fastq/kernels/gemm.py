@@ -21,13 +21,13 @@ im2col. A linear layer is one whose offsets are 0, 4, 8, ...
 Depthwise convolutions share all of this but the inner loop, see depthwise.py; there a panel is NR
 channels, and up to NR - 1 bytes beyond the last channel of a row may be read.
 
-A task is one (image, block of MC rows, group, panel), the panel running fastest.
+A task is one (image, block of MC rows, group, tile's panels), the last running fastest.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from llvmlite import ir
@@ -54,12 +54,13 @@ OUT_BYTES = {"s32": 4, "u8": 1, "f32": 4}
 
 @dataclass(frozen=True)
 class Tile:
-    """A register tile: MR rows x NR columns of accumulators for one instruction set."""
+    """A register tile for one instruction set: MR rows x (`panels` panels of NR columns)."""
 
     isa: str
     mr: int
     nr: int
     kind: str = "gemm"  # or "depthwise"
+    panels: int = 1
 
     @property
     def a_bytes(self) -> int:
@@ -68,7 +69,7 @@ class Tile:
 
     def __str__(self) -> str:
         kr = emitter(self.isa).taps_at_once if self.kind == "depthwise" else KR
-        return f"u8s8s32_{self.kind}_{self.mr}x{self.nr}c{kr}__{self.isa}"
+        return f"u8s8s32_{self.kind}_{self.mr}x{self.nr * self.panels}c{kr}__{self.isa}"
 
 
 # Of one kind and NR, packed panels are shared: MR is chosen at the call.
@@ -87,7 +88,7 @@ TILES = (
     Tile("avx_vnni", 1, 32, "depthwise"),
     Tile("avx2", 6, 8),
     Tile("avx2", 2, 8),
-    Tile("avx2", 1, 8),
+    Tile("avx2", 1, 8, panels=4),
     Tile("avx2", 4, 16, "depthwise"),
     Tile("generic", 4, 4),
     Tile("generic", 1, 4),
@@ -126,32 +127,40 @@ def emit_tile(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: An
             offset = load(b, i64, field(ROW_TABLE, ptr), b.mul(index, i64(8)))
         a_rows.append(address(b, a_base, offset))
 
-    panels = b.udiv(b.add(field(N), i64(tile.nr - 1)), i64(tile.nr))
-    column_panel = b.add(b.mul(group, panels), panel)
-    weights = at(B, b.mul(column_panel, field(B_PANEL)))
+    # panels of the tile: beyond the last one it is repeated, and what it gives not copied
+    count = b.udiv(b.add(field(N), i64(tile.nr - 1)), i64(tile.nr))
+    first = b.mul(panel, i64(tile.panels))
+    last = b.sub(count, i64(1))
+    here = [first]
+    for j in range(1, tile.panels):
+        index = b.add(first, i64(j))
+        here.append(b.select(b.icmp_signed("<", index, last), index, last))
+    here = [b.add(b.mul(group, count), index) for index in here]
+    weights = [at(B, b.mul(index, field(B_PANEL))) for index in here]
     offsets, steps = field(OFFSETS, ptr), field(STEPS)
     if tile.kind == "depthwise":
         a_rows = [address(b, row, b.mul(panel, i64(tile.nr))) for row in a_rows]
-        accs = emit_tap_loop(b, tile.isa, a_rows, weights, offsets, steps)
+        accs = emit_tap_loop(b, tile.isa, a_rows, weights[0], offsets, steps)
     else:
         accs = _emit_k_loop(b, tile, a_rows, weights, offsets, steps)
 
     # the edge: a tile that is not full in N goes to a scratch tile first
-    out_bytes = OUT_BYTES[epilogue]
+    out_bytes, width = OUT_BYTES[epilogue], tile.nr * tile.panels
     with b.goto_entry_block():
-        scratch = b.alloca(ir.ArrayType(i8, tile.mr * tile.nr * out_bytes))
+        scratch = b.alloca(ir.ArrayType(i8, tile.mr * width * out_bytes))
         scratch.align = 64
         scratch.type = ptr  # llvmlite gives it a typed pointer, which LLVM no longer knows
-    scratch_rows = [address(b, scratch, i * tile.nr * out_bytes) for i in range(tile.mr)]
-    first = b.mul(panel, i64(tile.nr))
-    valid = b.sub(field(N), first)
-    edge = b.icmp_signed("<", valid, i64(tile.nr))
+    scratch_rows = [address(b, scratch, i * width * out_bytes) for i in range(tile.mr)]
+    first_column = b.mul(panel, i64(width))
+    valid = b.sub(field(N), first_column)
+    edge = b.icmp_signed("<", valid, i64(width))
     offset = b.add(b.mul(image, field(OUT_IMAGE)), b.mul(group, field(OUT_GROUP)))
-    out_base = at(OUT, b.add(offset, b.mul(first, i64(out_bytes))))
+    out_base = at(OUT, b.add(offset, b.mul(first_column, i64(out_bytes))))
     out_rows = [address(b, out_base, b.mul(index, field(OUT_ROW))) for index in row_index]
     targets = [b.select(edge, s, o) for s, o in zip(scratch_rows, out_rows, strict=True)]
     absolute = [b.add(b.mul(image, field(M)), index) for index in row_index]
-    emit_epilogue(b, epilogue, accs, targets, column_panel, absolute, tile.nr, field)
+    columns = [b.mul(index, i64(4 * tile.nr)) for index in here]
+    emit_epilogue(b, epilogue, accs, targets, columns, absolute, field)
     with b.if_then(edge):
         size = b.mul(valid, i64(out_bytes))
         for scratch_row, out_row in zip(scratch_rows, out_rows, strict=True):
@@ -159,32 +168,35 @@ def emit_tile(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: An
 
 
 def _emit_k_loop(
-    b: Any, tile: Tile, a_rows: list[Any], panel: Any, offsets: Any, steps: Any
+    b: Any, tile: Tile, a_rows: list[Any], panels: list[Any], offsets: Any, steps: Any
 ) -> list[list[Any]]:
     """The K loop; returns the accumulators in column order, [row][vector]."""
     simd = emitter(tile.isa)
     vectors = tile.nr // simd.cols
+    count = tile.panels * vectors
     entry = b.block
     loop, done = b.append_basic_block("k"), b.append_basic_block("k.done")
     b.branch(loop)
 
     b.position_at_end(loop)
-    step, weights = b.phi(i64), b.phi(ptr)
-    accs = [[b.phi(simd.acc) for _ in range(vectors)] for _ in range(tile.mr)]
+    step = b.phi(i64)
+    weights = [b.phi(ptr) for _ in panels]
+    accs = [[b.phi(simd.acc) for _ in range(count)] for _ in range(tile.mr)]
     offset = b.sext(load(b, i32, offsets, b.mul(step, i64(4))), i64)
-    w = [simd.load_b(b, weights, j * KR * simd.cols) for j in range(vectors)]
+    w = [simd.load_b(b, p, j * KR * simd.cols) for p in weights for j in range(vectors)]
     sums = []
     for row, row_accs in zip(a_rows, accs, strict=True):
         a = simd.load_a(b, row, offset)
         sums.append([simd.dot(b, acc, a, w[j]) for j, acc in enumerate(row_accs)])
     next_step = b.add(step, i64(1))
-    next_weights = address(b, weights, KR * tile.nr)
+    next_weights = [address(b, p, KR * tile.nr) for p in weights]
     branch_back(b, b.icmp_signed("<", next_step, steps), loop, done)
 
     step.add_incoming(i64(0), entry)
     step.add_incoming(next_step, loop)
-    weights.add_incoming(panel, entry)
-    weights.add_incoming(next_weights, loop)
+    for phi, panel, following in zip(weights, panels, next_weights, strict=True):
+        phi.add_incoming(panel, entry)
+        phi.add_incoming(following, loop)
     for row_accs, row_sums in zip(accs, sums, strict=True):
         for acc, total in zip(row_accs, row_sums, strict=True):
             acc.add_incoming(const(simd.acc, 0), entry)
@@ -204,7 +216,7 @@ def _memcpy(b: Any, target: Any, source: Any, size: Any) -> None:
 def _gemm_tile(
     typingctx: Any, config: Any, args: Any, image: Any, group: Any, panel: Any, m: Any, mr: Any
 ) -> Any:
-    *tile, epilogue, rows = (t.literal_value for t in config.types[:6])
+    *tile, epilogue, rows = (t.literal_value for t in config.types[:-1])
     signature = types.void(config, args, *[types.int64] * 5)
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -218,13 +230,13 @@ def _gemm_tile(
 @functools.cache
 def gemm_kernel(tile: Tile, epilogue: str, rows: str) -> Any:
     """The compiled kernel of a tile. epilogue "s32", "u8" or "f32"; rows "affine" or "table"."""
-    config = (tile.isa, tile.mr, tile.nr, tile.kind, epilogue, rows, sources_digest())
+    config = (*astuple(tile), epilogue, rows, sources_digest())
     mr_max = tile.mr
-    nr = tile.nr
+    width = tile.nr * tile.panels
 
     @cfunc(SIGNATURE, cache=True)
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
-        panels = (args[N] + nr - 1) // nr
+        panels = (args[N] + width - 1) // width
         blocks = (args[M] + args[MC] - 1) // args[MC]
         for task in range(begin, end):
             panel = task % panels

@@ -293,7 +293,7 @@ class BoundLinear(_Layer):
                     stage.R_ZERO_POINT: zero,
                 },
             )
-        panels = len(self.packed.panels)
+        panels = -(-len(self.packed.panels) // tile.panels)
         mc = _block_rows(tile, m, a_row, panels, threads)
         values, places = self.packed.operands(step_starts(self.run_length) * tile.a_bytes)
         call.row(
@@ -447,7 +447,7 @@ class BoundConv2d(_Layer):
             offsets = np.add.outer(taps, step_starts(run) * tile.a_bytes).reshape(-1)
         values, weight_places = packed.operands(offsets)
         out_bytes = gemm.OUT_BYTES[self.kind]
-        panels = len(packed.panels) // self.groups
+        panels = -(-len(packed.panels) // self.groups // tile.panels)
         mc = _block_rows(tile, m, sh * step, images * self.groups * panels, threads)
         places: dict[int, Place] = {
             gemm.A: place,

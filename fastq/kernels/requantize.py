@@ -21,25 +21,25 @@ def emit_epilogue(
     epilogue: str,
     accs: list[list[Any]],
     targets: list[Any],
-    panel: Any,
+    columns: list[Any],
     rows: list[Any],
-    nr: int,
     field: Any,
 ) -> None:
-    """Stores accs[i] (vectors that cover NR columns in order) at targets[i].
+    """Stores accs[i] (vectors that cover the tile's columns in order) at targets[i].
 
-    panel is the index into the per-column arrays in units of NR, rows[i] the index into the
-    per-row arrays; field(index, kind) reads the argument block of gemm.py or depthwise.py.
+    columns are the panels' byte offsets into the per-column arrays, rows[i] is the index into the
+    per-row arrays; field(index, kind) reads the argument block of gemm.py.
     """
     from fastq.kernels import gemm
 
     lanes = accs[0][0].type.count
     ints, floats = vec(i32, lanes), vec(f32, lanes)
-    first = b.mul(panel, i64(4 * nr))
+    vectors = len(accs[0]) // len(columns)
 
-    def columns(index: int, kind: Any) -> list[Any]:
-        base = address(b, field(index, ptr), first)
-        return [load(b, kind, base, 4 * lanes * j) for j in range(len(accs[0]))]
+    def per_column(index: int, kind: Any) -> list[Any]:
+        base = field(index, ptr)
+        panels = [address(b, base, offset) for offset in columns]
+        return [load(b, kind, p, 4 * lanes * j) for p in panels for j in range(vectors)]
 
     def scalar(index: int, kind: Any, element: int = 0) -> Any:
         return splat(b, load(b, kind, field(index, ptr), 4 * element), lanes)
@@ -49,7 +49,7 @@ def emit_epilogue(
         return splat(b, load(b, kind, field(index, ptr), offset), lanes)
 
     if epilogue == "u8":
-        bias, scale = columns(gemm.BIAS, ints), columns(gemm.SCALE, floats)
+        bias, scale = per_column(gemm.BIAS, ints), per_column(gemm.SCALE, floats)
         lo, hi = scalar(gemm.CLAMP, f32), scalar(gemm.CLAMP, f32, 1)
         zero_point = scalar(gemm.OUT_ZERO_POINT, i32)
         for acc_row, target in zip(accs, targets, strict=True):
@@ -59,9 +59,9 @@ def emit_epilogue(
                 store(b, b.trunc(q, vec(i8, lanes)), target, lanes * j)
         return
 
-    col_sums = columns(gemm.COL_SUMS, ints)
+    col_sums = per_column(gemm.COL_SUMS, ints)
     if epilogue == "f32":
-        bias, scale = columns(gemm.BIAS, floats), columns(gemm.SCALE, floats)
+        bias, scale = per_column(gemm.BIAS, floats), per_column(gemm.SCALE, floats)
         lo, hi = scalar(gemm.CLAMP, f32), scalar(gemm.CLAMP, f32, 1)
     for acc_row, target, row in zip(accs, targets, rows, strict=True):
         zero_point = per_row(gemm.ROW_ZERO_POINT, i32, row)
