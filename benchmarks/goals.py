@@ -1,4 +1,4 @@
-"""What issue 2 asks for, in numbers, beside what was measured."""
+"""The goals of the package in numbers, beside what was measured."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Goal(NamedTuple):
 
 
 def kernel_goals(rows: Iterable[Row]) -> list[Goal]:
-    """From the rows of the suites gemm, conv and modules of issue 2."""
+    """From the rows of the suites gemm, conv and modules of the goals."""
     by_shape: dict[str, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         by_shape[row.shape][row.peer] = row

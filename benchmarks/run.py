@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from benchmarks.measure import Row
 
 SUITES: dict[str, tuple[shapes.Shape, ...]] = {
-    "issue2": (*shapes.ISSUE2_GEMM, *shapes.NETWORKS["resnet50"], *shapes.MODULES),
+    "goals": (*shapes.GOAL_GEMM, *shapes.NETWORKS["resnet50"], *shapes.MODULES),
     "gemm": shapes.GEMM,
     "conv": shapes.CONV,
     "depthwise": shapes.DEPTHWISE,
@@ -29,7 +29,7 @@ SUITES: dict[str, tuple[shapes.Shape, ...]] = {
 
 @click.command()
 @click.option(
-    "--suite", type=click.Choice(list(SUITES)), default="issue2", show_default=True,
+    "--suite", type=click.Choice(list(SUITES)), default="goals", show_default=True,
     help="Which shapes. The name of a network runs its layers and sums them.",
 )  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
@@ -76,11 +76,11 @@ def bench(
             if csv_path:
                 write_csv(rows, csv_path)  # after each shape: a long run that stops keeps its rows
         _print_summary(rows)
-        if suite == "issue2" and not (pattern or peer_pattern):
+        if suite == "goals" and not (pattern or peer_pattern):
             click.echo()
             for goal in goals.kernel_goals(rows) + goals.call_goals(seconds):
                 click.echo(goal)
-    if suite == "issue2" and not (pattern or peer_pattern):
+    if suite == "goals" and not (pattern or peer_pattern):
         for goal in goals.process_goals():
             click.echo(goal)
     if plot:

@@ -465,7 +465,7 @@ AWKWARD_GEMM = (
     gemm("awkward", 1, 1, 1),
 )
 
-ISSUE2_GEMM = (
+GOAL_GEMM = (
     gemm("goal", 480, 768, 512),
     gemm("goal", 128, 3072, 768),
 )
@@ -481,7 +481,7 @@ def _distinct(rows: Iterable[Row]) -> tuple[Row, ...]:
 
 GEMM: tuple[Gemm, ...] = _distinct(
     [
-        *ISSUE2_GEMM,
+        *GOAL_GEMM,
         *(row for rows in TRANSFORMERS.values() for row in rows),
         *FBGEMM,
         *AWKWARD_GEMM,
