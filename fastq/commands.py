@@ -33,6 +33,9 @@ def cli() -> None:
 @extra("demo")
 def demo(network: str, output: Path | None) -> None:
     """Quantize a real network, save it, load it back, and compare it with float32."""
+    if output and not output.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
+
     from rich.console import Console
 
     from fastq.demo import TASKS, compare, table

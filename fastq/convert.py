@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import fnmatch
 import itertools
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
@@ -132,8 +133,8 @@ def quantize_model(
     dynamic   layers to keep dynamic though there is calibration data, given likewise.
     strict    raise ValueError if a layer stays float and `skip` does not ask for it. Layers are
         linear, convolution, recurrent, attention, bilinear and batch norm.
-    inplace   change the given model instead of a copy. A model that is itself one layer cannot
-        be changed in place: use what is returned.
+    inplace   change the given model instead of a copy; after an error it is as it was. A model
+        that is itself one layer cannot be changed in place: use what is returned.
     progress  show a progress bar if standard error is a terminal.
 
     Raises TypeError for a model, data or batch of a wrong kind; ValueError for empty data, for
@@ -149,6 +150,27 @@ def quantize_model(
     except Exception as error:
         error.add_note("quantize_model copied the model; inplace=True changes it without a copy")
         raise
+    undo = _remember(result)
+    try:
+        return _quantize(
+            result, calibration_data, forward, skip, dynamic, strict=strict, progress=progress
+        )
+    except BaseException:
+        undo()  # matters with inplace=True: the caller has this model
+        raise
+
+
+def _quantize(
+    result: nn.Module,
+    calibration_data: Any,
+    forward: Forward | None,
+    skip: Any,
+    dynamic: Any,
+    *,
+    strict: bool,
+    progress: bool,
+) -> nn.Module:
+    """`quantize_model` on this very model."""
     result.eval()
     leave_fast_path(result)
     names = module_names(result)
@@ -219,6 +241,31 @@ def quantize_model(
     return result
 
 
+def _remember(model: nn.Module) -> Callable[[], None]:
+    """What gives the model its submodules, parameters and modes of now back."""
+    flags = ("training", "activation_relu_or_gelu")
+    modules: list[tuple[nn.Module, dict[str, Any], list[tuple[Any, Any]]]] = [
+        (
+            module,
+            {flag: getattr(module, flag) for flag in flags if hasattr(module, flag)},
+            [(members, dict(members)) for members in (module._modules, module._parameters)],
+        )
+        for module in model.modules()
+    ]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def undo() -> None:
+        for module, values, members in modules:
+            vars(module).update(values)
+            for now, before in members:
+                now.clear()
+                now.update(before)
+        for parameter, requires_grad in gradients:
+            parameter.requires_grad = requires_grad
+
+    return undo
+
+
 @dataclass(eq=False)
 class _Layer:
     """A layer on its way to a row: what it shall become, and what its inputs looked like."""
@@ -252,7 +299,8 @@ class _Layer:
     def watch(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else kwargs["input"]
         self.axes.add(x.dim())
-        self.observer.update(x.detach().to("cpu", torch.float32).numpy())
+        for part in x.unbind() if x.is_nested else (x,):
+            self.observer.update(part.detach().to("cpu", torch.float32).numpy())
 
     def row(self) -> Row:
         return Row(self.name, type(self.module).__name__, self.result, self.reason)
@@ -423,6 +471,12 @@ def _run(model: nn.Module, batch: Any, forward: Forward | None, what: str) -> No
                 forward(model, *args)
     except Exception as error:
         error.add_note(f"quantize_model ran {what}")
+        several = forward is None and isinstance(batch, tuple | list) and len(batch) > 1
+        if several and re.search(r"missing .*positional argument", str(error)):
+            error.add_note(
+                "a batch (a, b) means (input, label), and only the input is passed; "
+                "forward=lambda model, batch: model(*batch) passes all of it"
+            )
         raise
 
 
@@ -440,6 +494,10 @@ def _choose_folds(plan: list[_Layer], traced: Trace) -> list[tuple[_Layer, _Laye
             batch_norm.keep_float("not folded: it is not all that follows one conv or linear layer")
         elif not layer.becomes_int8():
             batch_norm.keep_float(f"'{layer.name}' before it stays float", asked=layer.asked)
+        elif not layer.axes and not _same_channels(layer, batch_norm):
+            batch_norm.keep_float(
+                f"not folded: no calibration data shows the shape of the input of '{layer.name}'"
+            )
         elif not _same_channels(layer, batch_norm):
             batch_norm.keep_float(f"not folded: its channels are not the outputs of '{layer.name}'")
         elif not _folds_to_finite(batch_norm.module):
@@ -492,14 +550,13 @@ def fold_batch_norm(layer: Any, batch_norm: Any) -> None:
 def leave_fast_path(model: nn.Module) -> None:
     """Make transformer encoders call their linear layers.
 
-    In eval mode nn.TransformerEncoderLayer hands its weights to one fused float operator, and
-    nn.TransformerEncoder gives it nested tensors: with int8 layers within, neither may happen.
+    In eval mode nn.TransformerEncoderLayer hands its weights to one fused float operator, which
+    int8 layers do not have. That nn.TransformerEncoder turns padded input into nested tensors
+    stays: it decides what is in the padded positions of its output.
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
 
 
 def module_names(model: nn.Module) -> Names:

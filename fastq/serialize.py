@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import hashlib
 import json
 import os
@@ -83,7 +84,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     The file is complete or not there: it is written beside `path`, then moved, so that an older
     file is never lost. Raises TypeError unless `model` is a module, ValueError if it has no int8
-    layer or if its state_dict has anything but tensors, OSError if the file cannot be written.
+    layer or if its state_dict has anything but tensors, OSError if the file cannot be written:
+    FileNotFoundError if its folder is missing.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"save: got {type(model).__name__}, wanted the model, then the path")
@@ -192,6 +194,10 @@ def _digest(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            errno.ENOENT, f"save: there is no folder {path.parent}; make it first", str(path)
+        )
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(beside, "xb") as file:

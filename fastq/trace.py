@@ -21,12 +21,20 @@ from torch.nn import functional as F
 
 Forward = Callable[[nn.Module, Any], Any]
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 _aten = torch.ops.aten
-_OPS: dict[type[nn.Module], tuple[Any, ...]] = {
-    nn.Conv2d: (_aten.conv2d.default, _aten.conv2d.padding),
+_LAYERS: dict[type[nn.Module], tuple[Any, ...]] = {
     nn.Linear: (_aten.linear.default,),
+    nn.Conv1d: (_aten.conv1d.default, _aten.conv1d.padding),
+    nn.Conv2d: (_aten.conv2d.default, _aten.conv2d.padding),
+    nn.Conv3d: (_aten.conv3d.default, _aten.conv3d.padding),
+    nn.ConvTranspose1d: (_aten.conv_transpose1d.default,),
+    nn.ConvTranspose2d: (_aten.conv_transpose2d.input,),
+    nn.ConvTranspose3d: (_aten.conv_transpose3d.input,),
+}
+_OPS = {
+    **_LAYERS,
     **dict.fromkeys(BATCH_NORMS, (_aten.batch_norm.default,)),
 }
 
@@ -35,8 +43,8 @@ _OPS: dict[type[nn.Module], tuple[Any, ...]] = {
 class Trace:
     """Facts about the modules of a model, each by its first name in `named_modules()`.
 
-    batch_norms  batch norm -> the nn.Conv2d or nn.Linear before it. In every call the batch norm
-                 takes the layer's output, and nothing else does. Whether the batch norm's
+    batch_norms  batch norm -> the linear or convolution layer before it. In every call the batch
+                 norm takes the layer's output, and nothing else does. Whether the batch norm's
                  channels are the layer's outputs also depends on the number of axes: 4 after
                  nn.Conv2d, 2 after nn.Linear.
     readers      layer -> the module that computes with the layer's parameters itself instead of
@@ -249,7 +257,7 @@ def _batch_norms(calls: dict[fx.Node, nn.Module], names: Names) -> dict[str, str
         layer = calls.get(inputs[0])
         if (
             layer is not None
-            and type(layer) in (nn.Conv2d, nn.Linear)
+            and type(layer) in _LAYERS
             and set(nodes[layer]) == set(inputs)
             and all(len(node.users) == 1 for node in inputs)
         ):

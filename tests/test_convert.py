@@ -233,6 +233,19 @@ def test_an_error_of_the_model_says_which_batch_it_was() -> None:
     assert "calibration batch 1" in caught.value.__notes__[0]
 
 
+def test_a_model_of_two_inputs_is_told_how_to_get_both() -> None:
+    class Adds(Mlp):
+        def forward(self, x: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x, shift)
+
+    data = [(X, torch.ones(6, 6))]
+    with pytest.raises(TypeError) as caught:
+        quantize_model(Adds(), data)
+    assert "forward=lambda model, batch: model(*batch)" in caught.value.__notes__[1]
+    got = quantize_model(Adds(), data, forward=lambda model, batch: model(*batch))
+    assert set(results(got).values()) == {"int8 static"}
+
+
 def test_hooks_are_gone_after_an_error() -> None:
     model = Mlp()
     with pytest.raises(RuntimeError):
@@ -311,10 +324,25 @@ def test_strict_lists_what_stays_float() -> None:
 
 
 def test_strict_leaves_an_inplace_model_unchanged() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Bilinear(3, 3, 2))
+    encoder = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    model = nn.Sequential(Named(3, 3), nn.Bilinear(3, 3, 2), encoder.eval()).train()
+    model[2].eval()
+    before = dict(model.named_modules())
     with pytest.raises(ValueError, match="strict"):
         quantize_model(model, strict=True, inplace=True)
-    assert type(model[0]) is nn.Linear
+    assert dict(model.named_modules()) == before and model[2].activation_relu_or_gelu
+    assert [m.training for m in model] == [True, True, False] and model.training
+
+
+def test_an_inplace_model_that_cannot_run_in_int8_is_given_back_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), Casts())
+    model[2].a.weight.requires_grad = False
+    before, state = dict(model.named_modules()), copy.deepcopy(model.state_dict())
+    with pytest.raises(TypeError):
+        quantize_model(model, X, inplace=True)
+    assert dict(model.named_modules()) == before and all(m.training for m in model.modules())
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["2.a.weight"]
 
 
 def hooked(layer: nn.Linear) -> nn.Linear:
@@ -447,11 +475,12 @@ def test_a_weight_that_another_module_computes_with_stays_float(data: Tensor | N
         assert "'inner'" in reasons(got)["inner.a"]
 
 
-def test_a_model_that_cannot_run_in_int8_fails_at_once_and_says_what_to_do() -> None:
-    class Casts(Mlp):
-        def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-            return self.a(x.to(self.a.weight.dtype))
+class Casts(Mlp):
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        return self.a(x.to(self.a.weight.dtype))
 
+
+def test_a_model_that_cannot_run_in_int8_fails_at_once_and_says_what_to_do() -> None:
     with pytest.raises(TypeError) as caught:
         quantize_model(Casts(), X)
     assert "skip=" in caught.value.__notes__[0]
@@ -469,12 +498,6 @@ def test_transformer_encoder(batch_first: bool) -> None:
     got = quantize_model(model, x)
     with torch.no_grad():
         assert sqnr(model(x), got(x)) > 30
-        if batch_first:
-            mask = torch.arange(5) >= torch.tensor([[5], [4], [3], [2]])
-            padded = got(x, src_key_padding_mask=mask)
-            model.use_nested_tensor = False  # torch warns of those
-            wanted = model(x, src_key_padding_mask=mask)[~mask]
-            assert sqnr(wanted, padded[~mask]) > 30
     attention = "layers.0.self_attn"
     assert results(got)["layers.1.linear1"] == results(got)["layers.0.linear2"] == "int8 static"
     assert results(got)[attention] == results(got)[f"{attention}.out_proj"] == "float"
@@ -482,6 +505,20 @@ def test_transformer_encoder(batch_first: bool) -> None:
     with pytest.raises(ValueError, match="strict"):
         quantize_model(model, x, strict=True)
     quantize_model(model, x, strict=True, skip=nn.MultiheadAttention)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("nested", [True, False])
+def test_padding_in_a_transformer_encoder_gives_what_it_gives_in_float(nested: bool) -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).eval()
+    x, mask = torch.randn(4, 5, 16), torch.arange(5) >= torch.tensor([[5], [4], [3], [2]])
+    for data in (None, x, {"src": x, "src_key_padding_mask": mask}):
+        got = quantize_model(model, data, skip=nn.MultiheadAttention, strict=True)
+        with torch.no_grad():
+            wanted, padded = (m(x, src_key_padding_mask=mask) for m in (model, got))
+        assert sqnr(wanted, padded) > 30
+        assert bool((padded[mask] == 0).all()) is nested
 
 
 def test_a_layer_that_is_int8_already_stays() -> None:
@@ -682,6 +719,36 @@ def test_a_batch_norm_that_cannot_fold_says_why(batch_norm: nn.Module, reason: s
     got = quantize_model(order, torch.randn(3, 4, 5, 5))
     (row,) = [row for row in summary(got).rows if row.kind.startswith("BatchNorm")]
     assert row.result == "float" and reason in row.reason
+
+
+@pytest.mark.parametrize("with_data", [True, False], ids=["export", "fx"])
+@pytest.mark.parametrize(
+    ("layer", "batch_norm"),
+    [
+        (nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)),
+        (nn.Conv3d(4, 4, 1, padding="same"), nn.BatchNorm3d(4)),
+        (nn.ConvTranspose1d(4, 4, 1), nn.BatchNorm1d(4)),
+        (nn.ConvTranspose2d(4, 4, 1), nn.BatchNorm2d(4)),
+        (nn.ConvTranspose3d(4, 4, 1), nn.BatchNorm3d(4)),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_a_batch_norm_after_a_layer_that_stays_float_says_so(
+    layer: nn.Module, batch_norm: nn.Module, with_data: bool
+) -> None:
+    axes = layer.weight.dim() - 1  # type: ignore[operator, union-attr]
+    model = nn.Sequential(layer, batch_norm, nn.Flatten(), nn.Linear(4, 2))
+    x = torch.randn(3, 4, *[1] * (axes - 1))
+    got = quantize_model(model, x if with_data else None)
+    assert reasons(got)["1"] == "'0' before it stays float"
+
+
+def test_a_batch_norm_after_a_linear_layer_wants_to_see_the_shape() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
+    wanted = "not folded: no calibration data shows the shape of the input of '0'"
+    assert reasons(quantize_model(model))["1"] == wanted
+    got = quantize_model(model, torch.randn(4, 5, 6))
+    assert reasons(got)["1"] == "not folded: its channels are not the outputs of '0'"
 
 
 def test_infinite_statistics_do_not_fold() -> None:

@@ -123,6 +123,14 @@ def test_command_without_output_names_its_file(brief, monkeypatch):
     assert named and Path(named[1]).exists()
 
 
+def test_command_refuses_a_missing_folder_before_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(demo.TASKS, "lenet", lambda: pytest.fail("trained"))
+    folder = tmp_path / "missing"
+    result = CliRunner().invoke(commands.cli, ["demo", "--output", str(folder / "x")])
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
+    assert "there is no folder" in result.output and "missing" in result.output
+
+
 def test_command_refuses_an_unknown_network():
     result = CliRunner().invoke(commands.cli, ["demo", "--network", "alexnet"])
     assert result.exit_code == 2

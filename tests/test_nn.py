@@ -213,11 +213,41 @@ def test_conv_takes_any_strides_and_an_empty_batch(mode):
 # --- arguments and inputs that are refused
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int8])
+@pytest.mark.parametrize(
+    "dtype, hint",
+    [
+        (torch.float16, r"x\.float\(\) works"),
+        (torch.bfloat16, r"x\.float\(\) works"),
+        (torch.float64, r"x\.float\(\) works"),
+        (torch.int8, r"dtype of a layer's weight: quantize_model\(\.\.\., skip=\) keeps"),
+    ],
+)
 @pytest.mark.parametrize("layer", [QLinear(4, 3), QConv2d(4, 3, 1)], ids=["linear", "conv"])
-def test_other_dtypes_are_refused(layer, dtype):
-    with pytest.raises(TypeError, match=r"wanted float32; x\.float\(\) works"):
+def test_other_dtypes_are_refused(layer, dtype, hint):
+    with pytest.raises(TypeError, match=f"wanted float32; .*{hint}"):
         layer(torch.zeros(2, 4, 4, 4, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layer", [QLinear(4, 3), QConv2d(4, 3, 1)], ids=["linear", "conv"])
+def test_autocast_hands_over_half_precision(layer, dtype):
+    x = torch.randn(2, 4, 4, 4).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        with pytest.raises(TypeError, match="float64"):
+            layer(x.double())
+    assert y.dtype == torch.float32 and torch.equal(y, layer(x.float()))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("qparams", [None, STATIC], ids=["dynamic", "static"])
+def test_linear_takes_nested_tensors(qparams):
+    layer = QLinear.from_float(nn.Linear(4, 3), input_qparams=qparams)
+    parts = [torch.randn(m, 4) for m in (5, 1, 0)]
+    y = layer(torch.nested.nested_tensor(parts))
+    assert y.is_nested
+    for part, got in zip(parts, y.unbind(), strict=True):
+        assert torch.equal(got, layer(part))
 
 
 @pytest.mark.parametrize(

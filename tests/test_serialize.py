@@ -185,8 +185,10 @@ def test_an_old_file_is_replaced_and_a_link_is_followed(path: Path) -> None:
 
 
 def test_a_missing_folder_is_an_os_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        save(quantized(None), tmp_path / "no" / "net")
+    path = tmp_path / "no" / "net"
+    with pytest.raises(FileNotFoundError) as caught:
+        save(quantized(None), path)
+    assert caught.value.filename == str(path) and f"no folder {path.parent};" in str(caught.value)
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "no", Net())
 

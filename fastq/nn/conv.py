@@ -34,7 +34,8 @@ class QConv2d(QLayer):
     Raises ValueError for an impossible geometry or C / groups * KH * KW beyond 65,793 (the int32
     bound). A call raises TypeError unless x is float32, ValueError for wrong channels or an image
     smaller than the kernel, RuntimeError if x requires grad in grad mode: the module is for
-    inference, under torch.no_grad() or on x.detach().
+    inference, under torch.no_grad() or on x.detach(). Under torch.autocast("cpu") x may be bfloat16
+    or float16; y is float32 all the same.
 
     torch.compile and torch.export see one operator, `fastq::conv2d` (and the padding, where
     padding_mode is not zeros); an exported program needs `import fastq.nn` where it is loaded.

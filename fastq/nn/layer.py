@@ -273,11 +273,22 @@ def operands_of(as_weight: Callable[[Any], Any], geometry: Hashable, state: Stat
 
 
 def accept(name: str, x: Tensor, expected: str, fits: bool) -> Tensor:
-    """x without its gradient; or the reason why it is not accepted, as an error."""
+    """x without its gradient; or the reason why it is not accepted, as an error.
+
+    Autocast hands over what its float layers made, in half precision: that becomes float32 here.
+    """
+    if x.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled("cpu"):
+        x = x.float()
     if x.dtype != torch.float32 or not fits:
         dtype, shape = str(x.dtype).removeprefix("torch."), tuple(x.shape)
         if fits:
-            raise TypeError(f"{name}: x is {dtype} {shape}, wanted float32; x.float() works")
+            hint = "x.float() works"
+            if not x.is_floating_point():
+                hint = (
+                    "the model probably converts to the dtype of a layer's weight: "
+                    "quantize_model(..., skip=) keeps that layer float"
+                )
+            raise TypeError(f"{name}: x is {dtype} {shape}, wanted float32; {hint}")
         raise ValueError(f"{name}: x is {dtype} {shape}, wanted float32 {expected}")
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(

@@ -28,7 +28,8 @@ class QLinear(QLayer):
 
     Raises ValueError for in_features beyond 65,793 (the int32 bound). A call raises TypeError
     unless x is float32, ValueError for a wrong number of features, RuntimeError if x requires grad
-    in grad mode: the module is for inference, under torch.no_grad() or on x.detach().
+    in grad mode: the module is for inference, under torch.no_grad() or on x.detach(). Under
+    torch.autocast("cpu") x may be bfloat16 or float16; y is float32 all the same.
 
     torch.compile and torch.export see one operator, `fastq::linear`; an exported program needs
     `import fastq.nn` where it is loaded.
@@ -74,6 +75,8 @@ class QLinear(QLayer):
         return LinearWeight(data)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_nested and type(x) is Tensor:  # nn.TransformerEncoder makes these of padded input
+            return torch.nested.as_nested_tensor([self.forward(part) for part in x.unbind()])
         shape = x.shape
         fits = len(shape) > 0 and shape[-1] == self.in_features
         if not fits or x.dtype is not float32 or x.requires_grad:
