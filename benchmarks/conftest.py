@@ -1,4 +1,4 @@
-"""For `pytest benchmarks/bench_*.py`: pytest-benchmark on the shapes of the goals, checked first."""
+"""For `pytest benchmarks/bench_*.py`: pytest-benchmark on the goals' shapes, checked first."""
 
 from __future__ import annotations
 

@@ -216,8 +216,9 @@ def _elementwise(
     if x.size == 0:
         return result
     source = np.require(x, requirements=["C", "A"])
-    scales = np.ascontiguousarray(np.broadcast_to(scale, (params,)))
-    zeros = np.ascontiguousarray(np.broadcast_to(zero_point, (params,)), dtype=np.int32)
+    # copies: `out` may lie over the caller's
+    scales = np.array(np.broadcast_to(scale, (params,)), np.float32)
+    zeros = np.array(np.broadcast_to(zero_point, (params,)), np.int32)
     key = (operation, _KIND[source.dtype], _KIND[dtype], layout, rows, columns, params, qmin, qmax)
     places = (address_of(array) for array in (source, result, scales, zeros))
     _elementwise_calls.run(_elementwise_call, key, *places)
@@ -449,10 +450,11 @@ def _bound(
 ) -> Any:
     """The layer bound to these, kept with the weight; it holds them, so their ids stay theirs."""
     folded = int(zero_point) if isinstance(epilogue, Requant) else 0
-    key = (source, isa.current(), id(epilogue), id(x_qparams), folded)
+    tier = isa.current()
+    key = (source, tier, id(epilogue), id(x_qparams), folded)
     layer = weight.panels.get(key)
     if layer is None:
-        layer = kind(weight, epilogue, source, x_qparams, folded, isa.current())
+        layer = kind(weight, epilogue, source, x_qparams, folded, tier)
         bound = [k for k, v in list(weight.panels.items()) if isinstance(v, kind)]
         if len(bound) >= _BOUND_LAYERS:
             weight.panels.pop(bound[0], None)
@@ -475,7 +477,10 @@ def _through_numpy(function: Any, x: Any, parameter: Any, out: Any, **named: Any
         return value.numpy(force=True) if _is_tensor(value) else value
 
     named = {key: array(value) for key, value in named.items()}
-    result = function(array(x), array(parameter), out=array(out), **named)
+    # not forced: a copy of out would be written, and lost
+    result = function(
+        array(x), array(parameter), out=out.numpy() if _is_tensor(out) else out, **named
+    )
     return out if out is not None else torch.from_numpy(result)
 
 
@@ -494,7 +499,7 @@ def _integer(what: str, x: NDArray[Any]) -> np.dtype[Any]:
 
 
 def _array(what: str, x: Any, dtype: Any, ndim: int) -> NDArray[Any]:
-    if not isinstance(x, np.ndarray):
+    if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
         raise TypeError(
             f"{what} is a {type(x).__name__}; wanted a NumPy array (tensor.numpy() shares memory)"
         )
@@ -549,6 +554,8 @@ def _check_float(
     if not isinstance(epilogue, Dequant):
         raise TypeError(f"{name}: epilogue is a {type(epilogue).__name__}; wanted a Dequant")
     _check_weight(name, weight, kind, epilogue)
+    if x_qparams is not None and not isinstance(x_qparams, QParams):
+        raise TypeError(f"{name}: x_qparams is a {type(x_qparams).__name__}; wanted a QParams")
     if x_qparams is not None and (x_qparams.dtype != np.uint8 or x_qparams.axis is not None):
         raise ValueError(
             f"{name}: x_qparams are {x_qparams.dtype}, axis {x_qparams.axis}; "

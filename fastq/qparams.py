@@ -34,16 +34,19 @@ def quantized_dtype(dtype: DTypeLike) -> np.dtype[Any]:
 
 
 def check_scale(name: str, scale: ArrayLike) -> Float32:
-    """`scale` as float32; ValueError unless every element is finite and positive as float32."""
+    """A read-only float32 copy; ValueError unless all of it is finite and greater than 0."""
     given = np.asarray(scale)
     if given.dtype.kind not in "fiu":
         raise TypeError(f"{name}: got dtype {given.dtype}, wanted real numbers")
     with np.errstate(over="ignore"):
-        array = np.asarray(given, dtype=np.float32)
+        array = np.array(given, dtype=np.float32)
+    array.flags.writeable = False
+    if array.ndim > 1:
+        raise ValueError(f"{name}: shape {array.shape}; wanted a scalar or one axis")
     if array.size and not (np.isfinite(array).all() and (array > 0).all()):
         raise ValueError(
             f"{name}: wanted finite values greater than 0 in float32, got values from "
-            f"{given.min()} to {given.max()}; an empty range has scale 1.0"
+            f"{given.min()} to {given.max()}"
         )
     return array
 
@@ -86,9 +89,13 @@ class QParams:
                 f"QParams: scale {scale.shape} and zero_point {zero_point.shape} "
                 "without an axis; wanted scalars, or axis="
             )
-        if self.axis is not None and scale.ndim != 1:
-            raise ValueError(f"QParams: scale {scale.shape} with axis={self.axis}; wanted (n,)")
+        if self.axis is not None and (scale.ndim != 1 or zero_point.shape not in ((), scale.shape)):
+            raise ValueError(
+                f"QParams: scale {scale.shape} and zero_point {zero_point.shape} with "
+                f"axis={self.axis}; wanted (n,) each, or one zero_point"
+            )
         zero_point = np.broadcast_to(zero_point, scale.shape).astype(np.int32)
+        zero_point.flags.writeable = False
         object.__setattr__(self, "dtype", dtype)
         object.__setattr__(self, "scale", scale)
         object.__setattr__(self, "zero_point", zero_point)
@@ -188,6 +195,11 @@ class Requant:
         if zero_point.ndim:
             raise ValueError(f"Requant: zero_point {zero_point.shape}; wanted one integer")
         object.__setattr__(self, "zero_point", int(zero_point))
+        for name in ("qmin", "qmax"):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer):
+                raise TypeError(f"Requant: {name}={value!r}; wanted an int")
+            object.__setattr__(self, name, int(value))
         if not 0 <= self.qmin <= self.qmax <= 255:
             raise ValueError(
                 f"Requant: qmin={self.qmin}, qmax={self.qmax}; wanted 0 <= qmin <= qmax <= 255"
@@ -233,6 +245,7 @@ def _check_bias(where: str, bias: Any, dtype: Any) -> Any:
             f"{where}: bias {array.shape} {array.dtype}; wanted (N,) {np.dtype(dtype)}"
         )
     array = array.astype(dtype)
+    array.flags.writeable = False
     if dtype is np.float32 and not np.isfinite(array).all():
         raise ValueError(f"{where}: bias has NaN or infinite values")
     return array

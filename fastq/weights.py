@@ -22,7 +22,10 @@ def _weight(where: str, data: Any, ndim: int, layout: str) -> NDArray[np.int8]:
             f"{where}: weight {array.shape} {array.dtype}; wanted int8 {layout}. "
             "quantize_weight(w) turns a float32 weight into int8 data and scales"
         )
-    return np.ascontiguousarray(array)
+    if array.flags.writeable or not array.flags.c_contiguous:
+        array = np.array(array, order="C")  # a later write to the caller's array must not matter
+        array.flags.writeable = False
+    return array
 
 
 def _check_k(where: str, k: int) -> None:
@@ -49,11 +52,13 @@ class _Panels:
 class LinearWeight(_Panels):
     """int8 weight of a linear layer, (N, K) as in torch.nn.Linear: N outputs, K inputs.
 
+    The array is copied, unless it is contiguous and read-only.
+
     Raises TypeError unless int8 (N, K), ValueError if K is beyond the int32 bound (65,793).
     """
 
     data: NDArray[np.int8]
-    panels: dict[Any, Any] = field(default_factory=dict, repr=False)
+    panels: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", _weight("LinearWeight", self.data, 2, "(N, K)"))
@@ -68,11 +73,20 @@ class LinearWeight(_Panels):
         return self.data.shape[1]
 
 
+LARGEST = 2**20  # of a stride, a padding or a dilation: products of sizes stay within int64
+
+
 def pair(name: str, value: Pair, least: int) -> tuple[int, int]:
-    """An int or a pair of ints as a pair, each at least `least`."""
-    both = (value, value) if isinstance(value, int | np.integer) else tuple(value)
-    if len(both) != 2 or not all(isinstance(v, int | np.integer) and v >= least for v in both):
-        raise ValueError(f"{name}: got {value!r}, wanted an int or two ints, at least {least}")
+    """An int or a pair of ints as a pair, each from `least` to LARGEST."""
+    both: Any = (value, value) if isinstance(value, int | np.integer) else value
+    if (
+        not isinstance(both, tuple | list)
+        or len(both) != 2
+        or not all(isinstance(v, int | np.integer) and least <= v <= LARGEST for v in both)
+    ):
+        raise ValueError(
+            f"{name}: got {value!r}, wanted an int or two ints, at least {least}, at most {LARGEST}"
+        )
     return int(both[0]), int(both[1])
 
 
@@ -91,6 +105,8 @@ def explicit_padding(
         # torch puts the odd one at the end
         return (total[0] // 2, total[0] - total[0] // 2), (total[1] // 2, total[1] - total[1] // 2)
     if isinstance(padding, tuple | list) and any(isinstance(p, tuple | list) for p in padding):
+        if len(padding) != 2:
+            raise ValueError(f"padding: got {padding!r}, wanted ((top, bottom), (left, right))")
         rows, cols = padding
         return pair("padding", rows, 0), pair("padding", cols, 0)  # type: ignore[arg-type]
     ph, pw = pair("padding", padding, 0)  # type: ignore[arg-type]
@@ -127,10 +143,11 @@ class Conv2dWeight(_Panels):
     ) -> None:
         array = _weight("Conv2dWeight", data, 4, "(N, C/groups, KH, KW)")
         n, c_group, kh, kw = array.shape
-        if groups < 1 or n % groups or min(kh, kw) < 1:
+        whole = isinstance(groups, int | np.integer)
+        if not whole or groups < 1 or n % groups or min(kh, kw) < 1:
             raise ValueError(
                 f"Conv2dWeight: weight {array.shape} with groups={groups}; "
-                "wanted groups >= 1 that divides N, and KH, KW >= 1"
+                "wanted an int >= 1 that divides N, and KH, KW >= 1"
             )
         _check_k("Conv2dWeight", c_group * kh * kw)
         put = object.__setattr__

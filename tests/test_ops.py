@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import inspect
 import mmap
+import signal
 import sys
 from typing import Any
 
@@ -483,6 +485,43 @@ BAD_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "qmin <= qmax",
     ),
+    "requant_bias": (
+        lambda: ops.linear(X, W, Requant(1.0, 0, np.zeros(3, np.int32))),
+        ValueError,
+        "for 4 outputs",
+    ),
+    "scale_axes": (lambda: Dequant(np.ones((2, 2))), ValueError, "a scalar or one axis"),
+    "qparams_shapes": (
+        lambda: QParams(np.ones(3), np.zeros(4, np.int32), axis=0),
+        ValueError,
+        "wanted",
+    ),
+    "qparams_kind": (
+        lambda: ops.linear_float(XF, W, Dequant(1.0), x_qparams=(1, 2)),
+        TypeError,
+        "wanted a QParams",
+    ),
+    "masked": (lambda: ops.linear(np.ma.masked_array(X), W), TypeError, "wanted a NumPy array"),
+    "weight_half_group": (
+        lambda: Conv2dWeight(np.zeros((5, 3, 3, 3), np.int8), groups=2.5),
+        ValueError,
+        "an int >= 1",
+    ),
+    "weight_huge_stride": (
+        lambda: Conv2dWeight(np.zeros((4, 3, 3, 3), np.int8), stride=2**60),
+        ValueError,
+        "at most",
+    ),
+    "weight_no_padding": (
+        lambda: Conv2dWeight(np.zeros((4, 3, 3, 3), np.int8), padding=None),
+        ValueError,
+        "wanted an int or two ints",
+    ),
+    "weight_one_padding": (
+        lambda: Conv2dWeight(np.zeros((4, 3, 3, 3), np.int8), padding=((1, 1),)),
+        ValueError,
+        "top, bottom",
+    ),
     "threads": (lambda: ops.set_num_threads(0), ValueError, "wanted an int from 1"),
     "weight_float": (lambda: LinearWeight(XF), TypeError, r"wanted int8 \(N, K\)"),
     "weight_groups": (
@@ -526,6 +565,72 @@ def test_out_must_be_writeable() -> None:
     out.flags.writeable = False
     with pytest.raises(ValueError, match="writeable"):
         ops.linear(X, W, out=out)
+
+
+def test_operands_are_the_values_given_at_construction(rng: Any) -> None:
+    """A later write to the caller's arrays changes nothing, and fields are read-only."""
+    x, data = u8(rng, 3, 5), s8(rng, 4, 5)
+    multiplier = np.full(4, 1e-3, np.float32)
+    weight, last = LinearWeight(data), Requant(multiplier, 9)
+    want = ops.linear(x, weight, last)
+    data[:], multiplier[:] = 1, 1
+    for zero_point in (0, 3):
+        got = ops.linear(x, weight, last, x_zero_point=zero_point)
+        assert_same(got, reference.linear(x, weight, last, x_zero_point=zero_point))
+    assert_same(ops.linear(x, weight, last), want)
+    for array in (weight.data, last.multiplier, choose_qparams(0, 1).scale, Dequant(1.0).scale):
+        assert not array.flags.writeable
+    kept = s8(rng, 4, 5)
+    kept.flags.writeable = False
+    assert LinearWeight(kept).data is kept  # a read-only array is taken as it is
+
+
+def test_a_replaced_weight_has_panels_of_its_own(rng: Any) -> None:
+    weight, x = LinearWeight(s8(rng, 64, 16)), u8(rng, 9, 16)
+    ops.linear(x, weight)
+    part = dataclasses.replace(weight, data=weight.data[:1])
+    assert_same(ops.linear(x, part), reference.linear(x, part))
+    with pytest.raises(TypeError):
+        LinearWeight(*fastq.quantize_weight(rng.normal(size=(4, 5))))  # type: ignore[call-arg]
+
+
+def test_a_clamp_of_numpy_integers(rng: Any) -> None:
+    x, weight = u8(rng, 5, 6), LinearWeight(s8(rng, 7, 6))
+    last = Requant(1e-3, 10, None, np.uint8(3), np.uint8(250))  # type: ignore[arg-type]
+    assert_same(ops.linear(x, weight, last), reference.linear(x, weight, last))
+    with pytest.raises(TypeError, match="wanted an int"):
+        Requant(1.0, qmin=11.5)  # type: ignore[arg-type]
+
+
+def test_out_may_lie_over_the_scales(rng: Any) -> None:
+    out, q = np.zeros((4, 4), np.float32), s8(rng, 4, 4)
+    out[0] = [1, 2, 3, 4]
+    want = reference.dequantize(q, out[0].copy(), axis=0)
+    assert_same(ops.dequantize(q, out[0], axis=0, out=out), want)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="timers are POSIX's")
+def test_a_signal_handler_may_call(rng: Any) -> None:
+    """It may need more workspace than the call that it interrupts, and replace it."""
+    weight = LinearWeight(s8(rng, 16, 64))
+    small, large = (rng.normal(size=(m, 64)).astype(np.float32) for m in (3, 4000))
+    want = ops.linear_float(small, weight, Dequant(0.1))
+    calls = 0
+
+    def handler(number: int, frame: Any) -> None:
+        nonlocal calls
+        calls += 1
+        ops.linear_float(large[: 100 * calls], weight, Dequant(0.1))
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.005)
+    try:
+        last = Dequant(0.1)
+        while calls < 30:
+            assert_same(ops.linear_float(small, weight, last), want)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_bias_that_could_overflow_is_refused() -> None:

@@ -6,10 +6,10 @@ run one after the other; the tasks of a row are shared among the threads in equa
 Before that, the patches are applied: each writes bases[BASE] + OFFSET to the address FIELD, which
 puts the addresses of a call's arrays into the argument blocks.
 
-Threads come from Numba's pool. With TBB a call from several Python threads, after a fork, or
-inside another parallel region is safe. Numba's OpenMP pool ends a process that was forked, and its
-"workqueue" any process with two parallel regions at once, the user's own among them: there, a
-call runs on its own thread alone. Same bits, and the process lives.
+Threads come from Numba's pool. With TBB a call from several Python threads or inside another
+parallel region is safe. Numba's "workqueue" ends a process with two parallel regions at once, the
+user's own among them: there, a call runs on its own thread alone. So does every call in a forked
+child, whose copy of the pool may hang (TBB) or end the process (OpenMP). Same bits in all cases.
 """
 
 from __future__ import annotations
@@ -129,18 +129,23 @@ class _Pool:
         """Starts Numba's pool, once, and learns which one it is."""
         with self.starting:
             if not self.layer:
+                _serial()  # what a forked child will need, without the compiler
                 nothing = np.zeros((0, 3), np.int64)
                 _parallel()(nothing, nothing, np.zeros(0, np.int64), 1)
                 self.layer = numba.threading_layer()
 
-    def forked(self) -> bool:
-        """Whether this process is a child that may have inherited a running pool."""
-        return os.getpid() != self.process or multiprocessing.parent_process() is not None
-
-    def run(self, table: Table, patches: Table, bases: NDArray[np.int64]) -> None:
+    def usable(self) -> bool:
+        """Whether the pool may be entered here and now."""
+        if os.getpid() != self.process:  # a fork: its pool may have been busy at that moment
+            return False
         if not self.layer:
             self.start()
-        if self.layer == "tbb" or (self.layer == "omp" and not self.forked()):
+        if self.layer == "omp":
+            return multiprocessing.parent_process() is None
+        return self.layer == "tbb"
+
+    def run(self, table: Table, patches: Table, bases: NDArray[np.int64]) -> None:
+        if self.usable():
             _parallel()(table, patches, bases, self.threads)
         else:
             _serial()(table, patches, bases)

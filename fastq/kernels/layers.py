@@ -51,14 +51,15 @@ def address_of(array: NDArray[Any]) -> int:
 class _Workspace(threading.local):
     """Scratch memory of one thread, grown to what its largest call needs."""
 
-    def __init__(self) -> None:
-        self.size = 0
+    held: tuple[Any, int, int] = (None, 0, 0)  # buffer, address, size
 
-    def reserve(self, size: int) -> int:
-        if size > self.size:
-            self.buffer = aligned_empty((size,), np.uint8)
-            self.address, self.size = address_of(self.buffer), size
-        return self.address
+    def reserve(self, size: int) -> tuple[Any, int, int]:
+        """The memory, to be held while it is used: a signal handler may call fastq meanwhile."""
+        held = self.held
+        if size > held[2]:
+            buffer = aligned_empty((size,), np.uint8)
+            held = self.held = (buffer, address_of(buffer), size)
+        return held
 
 
 _workspace = _Workspace()
@@ -113,8 +114,8 @@ class Call:
         bases = self.bases
         for i, address in enumerate(addresses):
             bases[i] = address
-        if self._scratch_bytes:
-            bases[SCRATCH] = _workspace.reserve(self._scratch_bytes)
+        held = _workspace.reserve(self._scratch_bytes)
+        bases[SCRATCH] = held[1]
         executor.run(self.table, self.patches, bases, self.nanoseconds)
 
 
@@ -128,8 +129,8 @@ class Calls:
         """Runs an idle call of this key, or a new one from make(*key), on arrays there."""
         idle = self._idle.get(key)
         if idle is None:
-            if len(self._idle) >= MAX_SHAPES:
-                self._idle.pop(next(iter(self._idle)), None)
+            for oldest in list(self._idle)[: len(self._idle) + 1 - MAX_SHAPES]:
+                self._idle.pop(oldest, None)
             idle = self._idle.setdefault(key, [])
         try:
             call = idle.pop()
@@ -152,9 +153,18 @@ class _Layer:
     ) -> None:
         self.epilogue, self.source, self.x_qparams = epilogue, source, x_qparams
         self.x_zero_point = x_zero_point  # folded into the bias of a Requant
-        self.kind = {Requant: "u8", Dequant: "f32", type(None): "s32"}[type(epilogue)]
+        self.kind = "f32" if isinstance(epilogue, Dequant) else "u8" if epilogue else "s32"
         filters = weight.reshape(len(weight), -1)
         self.col_sums = filters.sum(axis=1, dtype=np.int64)
+        n = len(weight)
+        if epilogue is not None:
+            scale = epilogue.scale if isinstance(epilogue, Dequant) else epilogue.multiplier
+            bias = epilogue.bias
+            if scale.shape not in ((), (n,)) or (bias is not None and bias.shape != (n,)):
+                raise ValueError(
+                    f"epilogue: scale {scale.shape} and bias {None if bias is None else bias.shape}"
+                    f" for {n} outputs; wanted ({n},) each, or a scalar scale, or no bias"
+                )
         if isinstance(epilogue, Requant) and epilogue.bias is not None:
             self._check_bias(filters, epilogue.bias)
         self.calls = Calls()
@@ -190,11 +200,6 @@ class _Layer:
                 # without a bias -0.0 is added: y + -0.0 is y, and -0.0 for y = -0.0
                 bias = np.full(n, -0.0, np.float32) if given is None else given
                 clamp = (fmin, fmax)
-        if (np.ndim(scale) and len(scale) != n) or len(bias) != n:
-            raise ValueError(
-                f"epilogue: scale {np.shape(scale)} and bias {bias.shape} for {n} outputs; "
-                f"wanted ({n},) each, or a scalar scale"
-            )
         full_scale = np.broadcast_to(scale, (n,)).astype(np.float32)
         self.operands: dict[int, Place] = {
             gemm.COL_SUMS: pad_columns(self.col_sums.astype(np.int32), groups, nr),

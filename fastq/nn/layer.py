@@ -81,7 +81,7 @@ class QLayer(nn.Module):
         data, scale = quantize_weight(module.weight.detach().to("cpu", torch.float32).numpy())
         with torch.no_grad():
             self.weight.copy_(torch.from_numpy(data))
-            self.weight_scale.copy_(torch.from_numpy(scale))
+            self.weight_scale.copy_(torch.tensor(scale))
             if self.bias is not None and module.bias is not None:
                 self.bias.copy_(module.bias)
         self.set_input_qparams(input_qparams)
@@ -245,7 +245,9 @@ def _derive(as_weight: Callable[[Any], Any], state: State) -> Operands:
         x_qparams = QParams(_copy(input_scale), _copy(input_zero_point))
     epilogue = Dequant(scale=_copy(weight_scale), bias=None if bias is None else _copy(bias))
     # detach: the array then holds the memory, but not the tensor that _derived has as its key
-    return as_weight(weight.detach().numpy()), epilogue, x_qparams
+    data = weight.detach().numpy()
+    data.flags.writeable = False  # not to be copied: changes of the tensor are watched here
+    return as_weight(data), epilogue, x_qparams
 
 
 def _copy(tensor: Tensor) -> Any:
