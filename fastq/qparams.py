@@ -9,7 +9,7 @@ This room is plain NumPy; every other room imports it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -233,7 +233,6 @@ class Dequant:
 
 
 Epilogue = Requant | Dequant | None
-Dtype = Literal["uint8", "int8", "int32"]
 
 
 def _check_bias(where: str, bias: Any, dtype: Any) -> Any:

@@ -254,10 +254,3 @@ def gemm_kernel(tile: Tile, epilogue: str, rows: str) -> Any:
                 m += mr
 
     return kernel
-
-
-def tasks(block: Any, nr: int) -> int:
-    """Number of tasks of an argument block."""
-    panels = -(-int(block[N]) // nr)
-    blocks = -(-int(block[M]) // int(block[MC]))
-    return int(block[IMAGES] * block[GROUPS]) * panels * blocks

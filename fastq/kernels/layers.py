@@ -287,7 +287,6 @@ class BoundLinear(_Layer):
                 m,
                 {
                     stage.R_ROW: row_stride,
-                    stage.R_M: m,
                     stage.R_K: self.k,
                     stage.R_OUT_K: self.run_length,
                 },

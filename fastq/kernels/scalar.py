@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastq.kernels.simd import call, const, f32, i8, i32, i64, load, ptr, store, vec
+from fastq.kernels.simd import call, clamp, const, f32, i8, i32, i64, load, ptr, store, vec
 from fastq.qparams import FLT_MAX
 
 KINDS = {
@@ -35,10 +35,10 @@ def pointer(typingctx: Any, address: Any, kind: Any) -> Any:
     return result(types.int64, kind), codegen
 
 
-def _clamped_rint(builder: Any, x: Any, lo: Any, hi: Any) -> Any:
-    x = builder.select(builder.fcmp_ordered(">", x, hi), hi, x)
-    x = builder.select(builder.fcmp_ordered("<", x, lo), lo, x)
-    return call(builder, "llvm.lrint.i32.f32", i32, [x])
+def _step(builder: Any, x: Any, lo: Any, hi: Any) -> Any:
+    """int32(rint(clamp(x, lo, hi))), ties to even; NaN gives 0."""
+    x = builder.select(builder.fcmp_unordered("uno", x, x), ir.Constant(f32, 0.0), x)
+    return call(builder, "llvm.lrint.i32.f32", i32, [clamp(builder, x, lo, hi)])
 
 
 @intrinsic
@@ -57,9 +57,7 @@ def quantize_step(typingctx: Any, x: Any, scale: Any, lo: Any, hi: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         x, scale, lo, hi = values
-        x = builder.fdiv(x, scale)
-        x = builder.select(builder.fcmp_unordered("uno", x, x), ir.Constant(f32, 0.0), x)
-        return _clamped_rint(builder, x, lo, hi)
+        return _step(builder, builder.fdiv(x, scale), lo, hi)
 
     return types.int32(types.float32, types.float32, types.float32, types.float32), codegen
 
@@ -70,9 +68,7 @@ def multiply_step(typingctx: Any, x: Any, factor: Any, lo: Any, hi: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         x, factor, lo, hi = values
-        x = builder.fmul(x, factor)
-        x = builder.select(builder.fcmp_unordered("uno", x, x), ir.Constant(f32, 0.0), x)
-        return _clamped_rint(builder, x, lo, hi)
+        return _step(builder, builder.fmul(x, factor), lo, hi)
 
     return types.int32(types.float32, types.float32, types.float32, types.float32), codegen
 

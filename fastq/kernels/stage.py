@@ -33,7 +33,7 @@ from fastq.kernels.signature import SIGNATURE, sources_digest
 from fastq.qparams import FLT_MAX, FLT_MIN
 
 # the argument blocks; strides in bytes
-(R_X, R_ROW, R_M, R_K, R_OUT, R_OUT_K, R_SCALE, R_ZERO_POINT, R_FIELDS) = range(9)
+(R_X, R_ROW, R_K, R_OUT, R_OUT_K, R_SCALE, R_ZERO_POINT, R_FIELDS) = range(8)
 (
     I_X, I_XB, I_XH, I_XW, I_XC, I_H, I_W, I_C, I_TOP, I_LEFT,
     I_OUT, I_HP, I_WP, I_CP, I_SCALE, I_ZERO_POINT, I_FIELDS,
