@@ -44,10 +44,10 @@ from fastq.kernels.simd import KR, address, branch_back, const, emitter, i1, i8,
     A, A_ROW, A_IMAGE, A_GROUP, ROW_TABLE,
     B, B_PANEL, STEPS, OFFSETS,
     OUT, OUT_ROW, OUT_IMAGE, OUT_GROUP,
-    IMAGES, GROUPS, M, MC, N,
+    GROUPS, M, MC, N,
     COL_SUMS, ROW_ZERO_POINT, ROW_SCALE, ROW_STEP, SCALE, BIAS, CLAMP, OUT_ZERO_POINT,
     FIELDS,
-) = range(27)  # fmt: skip
+) = range(26)  # fmt: skip
 
 OUT_BYTES = {"s32": 4, "u8": 1, "f32": 4}
 

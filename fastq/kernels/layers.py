@@ -307,7 +307,6 @@ class BoundLinear(_Layer):
             {
                 gemm.A_ROW: a_row,
                 gemm.OUT_ROW: self.n * gemm.OUT_BYTES[self.kind],
-                gemm.IMAGES: 1,
                 gemm.GROUPS: 1,
                 gemm.M: m,
                 gemm.MC: mc,
@@ -388,10 +387,7 @@ class BoundConv2d(_Layer):
         m = oh * ow
         packed = self.packed
         depthwise = packed.kind == "depthwise"
-        if depthwise:
-            (tile,) = tiles_of(packed.isa, "depthwise")
-        else:
-            tile = choose_tile(packed.isa, packed.nr, m)
+        tile = choose_tile(packed.isa, packed.nr, m, packed.kind)
         call = Call()
         call.nanoseconds = nanoseconds(tile.isa, batch * m * weight.data.size)
         scale, zero = self.x_operands(call, 1, zero_point)
@@ -440,7 +436,6 @@ class BoundConv2d(_Layer):
         a_row = lines if ow == 1 else step
         if affine and image == m * a_row:  # pointwise: all images are one
             images, m = 1, batch * m
-        rows = np.arange(oh)[:, None] * lines + np.arange(ow) * step
         taps = np.arange(kh) * (dh * wp * pixel)
         if depthwise or not self._taps_are_rows():
             taps = np.add.outer(taps, np.arange(kw) * (dw * pixel)).reshape(-1)
@@ -462,7 +457,7 @@ class BoundConv2d(_Layer):
             **self.operands,
         }
         if not affine:
-            places[gemm.ROW_TABLE] = rows.reshape(-1).astype(np.int64)
+            places[gemm.ROW_TABLE] = np.add.outer(np.arange(oh) * lines, np.arange(ow) * step)
         call.row(
             gemm.gemm_kernel(tile, self.kind, "affine" if affine else "table"),
             gemm.FIELDS,
@@ -474,7 +469,6 @@ class BoundConv2d(_Layer):
                 gemm.OUT_ROW: n * out_bytes,
                 gemm.OUT_IMAGE: m * n * out_bytes,
                 gemm.OUT_GROUP: n // self.groups * out_bytes,
-                gemm.IMAGES: images,
                 gemm.GROUPS: self.groups,
                 gemm.M: m,
                 gemm.MC: mc,

@@ -25,9 +25,9 @@ def choose_nr(isa: str, n: int) -> int:
 
 
 @functools.cache
-def choose_tile(isa: str, nr: int, m: int) -> Tile:
+def choose_tile(isa: str, nr: int, m: int, kind: str = "gemm") -> Tile:
     """The tile for m rows of panels NR wide: the least rows computed, then the tallest."""
-    tiles = [t for t in tiles_of(isa) if t.nr == nr]
+    tiles = [t for t in tiles_of(isa, kind) if t.nr == nr]
     return min(tiles, key=lambda t: (_row_cost(t, m), -t.mr))
 
 
