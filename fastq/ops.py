@@ -15,13 +15,16 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from fastq.kernels import elementwise as ew
 from fastq.kernels import isa
 from fastq.kernels.executor import get_num_threads, set_num_threads
+from fastq.kernels.call import SLACK, Call, Calls, address_of
 from fastq.kernels.layers import (
+    ARGUMENTS,
+    OUT,
+    SCALE,
+    ZERO_POINT,
     BoundConv2d,
     BoundLinear,
-    Call,
-    Calls,
     Source,
-    address_of,
+    X,
     range_call,
 )
 from fastq.kernels.tiles import BYTES_PER_NANOSECOND
@@ -236,8 +239,7 @@ def _elementwise_call(
     qmin: int,
     qmax: int,
 ) -> Call:
-    call = Call()
-    call.nanoseconds = rows * columns * 4 / BYTES_PER_NANOSECOND
+    call = Call(ARGUMENTS)
     call.row(
         ew.elementwise_kernel(operation, source, target, layout),
         ew.A_FIELDS,
@@ -249,7 +251,8 @@ def _elementwise_call(
             ew.A_QMIN: qmin,
             ew.A_QMAX: qmax,
         },
-        {ew.A_X: "x", ew.A_OUT: "out", ew.A_SCALE: "scale", ew.A_ZERO_POINT: "zero_point"},
+        {ew.A_X: X, ew.A_OUT: OUT, ew.A_SCALE: SCALE, ew.A_ZERO_POINT: ZERO_POINT},
+        rows * columns * 4 / BYTES_PER_NANOSECOND,
     )
     return call
 
@@ -279,6 +282,7 @@ def linear(
     epilogue: Epilogue = None,
     *,
     x_zero_point: ArrayLike = 0,
+    add: NDArray[np.uint8] | None = None,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
     """acc[m, n] = sum_k (x[m, k] - x_zero_point[m]) * weight[n, k], exact, then the epilogue.
@@ -287,6 +291,7 @@ def linear(
     weight        LinearWeight (N, K); its panels are packed at the first call.
     epilogue      None: int32. Requant: uint8. Dequant: float32. Re-use the object between calls.
     x_zero_point  0 to 255: a scalar, or (M,) where the epilogue is not a Requant.
+    add           uint8 (M, N), summed in by a Requant that has an add_multiplier.
     out           written and returned if given: (M, N) of the epilogue's dtype, C-contiguous.
 
     Raises TypeError and ValueError for other dtypes, shapes or values.
@@ -310,12 +315,14 @@ def linear(
     if x_scale.shape not in ((), (m,)):
         raise ValueError(f"linear: Dequant.x_scale {x_scale.shape} for {m} rows; wanted ({m},)")
     result = _output("linear", out, (m, weight.n), _out_dtype(epilogue), x)
+    added, at = _added("linear", epilogue, add, result)
     if result.size == 0:
         return result
     if x.strides[1] != 1:
         x = np.ascontiguousarray(x)
     layer = _bound(BoundLinear, weight, epilogue, "u8", None, zeros)
-    layer(m, x.strides[0], address_of(x), address_of(result), zeros)
+    layer(m, x.strides[0], address_of(x), address_of(result), zeros, at)
+    del added  # held until here
     return result
 
 
@@ -325,6 +332,7 @@ def conv2d(
     epilogue: Epilogue = None,
     *,
     x_zero_point: int = 0,
+    add: NDArray[np.uint8] | None = None,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
     """2-D cross-correlation of x (B, H, W, C) uint8, exact in int32, then the epilogue.
@@ -336,6 +344,7 @@ def conv2d(
     weight        Conv2dWeight (N, C/groups, KH, KW) with its stride, padding, dilation, groups.
     epilogue      None: int32. Requant: uint8. Dequant (one x_scale): float32.
     x_zero_point  0 to 255; padding has this value, which stands for real 0.
+    add           uint8 of the output's shape, summed in by a Requant that has an add_multiplier.
     out           written and returned if given: (B, OH, OW, N), C-contiguous.
 
     Raises TypeError and ValueError for other dtypes, shapes or values.
@@ -349,8 +358,10 @@ def conv2d(
     if isinstance(epilogue, Dequant) and epilogue.x_scale.ndim:
         raise ValueError(f"conv2d: Dequant.x_scale {epilogue.x_scale.shape}; wanted a scalar")
     result = _conv_output("conv2d", x, weight, _out_dtype(epilogue), out)
+    added, at = _added("conv2d", epilogue, add, result)
     if result.size:
-        _bound(BoundConv2d, weight, epilogue, "u8", None, zero_point)(x, result, zero_point)
+        _bound(BoundConv2d, weight, epilogue, "u8", None, zero_point)(x, result, zero_point, at)
+    del added  # held until here
     return result
 
 
@@ -432,6 +443,26 @@ def conv2d_float(
 
 
 _FLOAT32 = np.dtype(np.float32)
+
+
+def _added(
+    name: str, epilogue: Epilogue, add: Any, out: NDArray[Any]
+) -> tuple[NDArray[np.uint8] | None, int]:
+    """What the epilogue adds, copied to where reading beyond its end is safe, and its address."""
+    wanted = isinstance(epilogue, Requant) and epilogue.add_multiplier is not None
+    if wanted != (add is not None):
+        raise ValueError(
+            f"{name}: got {'no add=' if wanted else 'add='}; it goes with a Requant that has an "
+            "add_multiplier"
+        )
+    if add is None:
+        return None, 0
+    if not isinstance(add, np.ndarray) or add.shape != out.shape or add.dtype != np.uint8:
+        given = f"{add.shape} {add.dtype}" if isinstance(add, np.ndarray) else type(add).__name__
+        raise ValueError(f"{name}: add is {given}; wanted {out.shape} uint8, as the output")
+    copy = np.empty(add.size + SLACK, np.uint8)
+    copy[: add.size] = add.reshape(-1)
+    return copy, address_of(copy)
 
 
 def _out_dtype(epilogue: Epilogue) -> np.dtype[Any]:

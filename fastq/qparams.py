@@ -176,10 +176,15 @@ class Requant:
 
     y = clip(rint(float32(acc + bias) * multiplier) + zero_point, qmin, qmax), ties to even.
 
+    With an add_multiplier, `add`, a uint8 array of the output's shape, is summed in before
+    rounding: ... * multiplier + float32(add - add_zero_point) * add_multiplier ...
+
     multiplier  float32, scalar or (N,): x_scale * weight_scale / y_scale; finite, > 0.
     zero_point  int of the output, within [0, 255].
     bias        int32 (N,) or None: rint(bias / (x_scale * weight_scale)).
     qmin, qmax  the clamp, 0 <= qmin <= qmax <= 255. ReLU is qmin = zero_point.
+    add_multiplier  a float in float32, finite: add_scale / y_scale; or None: nothing is added.
+    add_zero_point  int of what is added, within [0, 255].
     """
 
     multiplier: Float32
@@ -187,14 +192,25 @@ class Requant:
     bias: Int32 | None = None
     qmin: int = 0
     qmax: int = 255
+    add_multiplier: float | None = None
+    add_zero_point: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multiplier", check_scale("Requant: multiplier", self.multiplier))
         object.__setattr__(self, "bias", _check_bias("Requant", self.bias, np.int32))
-        zero_point = check_zero_point("Requant: zero_point", self.zero_point, np.uint8)
-        if zero_point.ndim:
-            raise ValueError(f"Requant: zero_point {zero_point.shape}; wanted one integer")
-        object.__setattr__(self, "zero_point", int(zero_point))
+        for name in ("zero_point", "add_zero_point"):
+            zero_point = check_zero_point(f"Requant: {name}", getattr(self, name), np.uint8)
+            if zero_point.ndim:
+                raise ValueError(f"Requant: {name} {zero_point.shape}; wanted one integer")
+            object.__setattr__(self, name, int(zero_point))
+        if self.add_multiplier is not None:
+            with np.errstate(over="ignore"):
+                factor = float(np.float32(self.add_multiplier))
+            if not np.isfinite(factor):
+                raise ValueError(
+                    f"Requant: add_multiplier={self.add_multiplier!r}; wanted a finite float32"
+                )
+            object.__setattr__(self, "add_multiplier", factor)
         for name in ("qmin", "qmax"):
             value = getattr(self, name)
             if not isinstance(value, int | np.integer):

@@ -120,16 +120,17 @@ def linear(
     epilogue: Epilogue = None,
     *,
     x_zero_point: ArrayLike = 0,
+    add: NDArray[np.uint8] | None = None,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
     """acc[m, n] = sum_k (x[m, k] - x_zero_point[m]) * weight[n, k], then the epilogue.
 
     x (M, K) uint8; weight (N, K) int8; result (M, N): int32 without an epilogue, uint8 with a
-    Requant, float32 with a Dequant.
+    Requant, float32 with a Dequant. `add`, uint8 (M, N), is for a Requant with an add_multiplier.
     """
     steps = x.astype(np.float64) - np.reshape(x_zero_point, (-1, 1))
     acc = steps @ weight.data.T.astype(np.float64)  # exact: |acc| < 2**31 < 2**53
-    return _into(out, _finish(acc.astype(np.int32), epilogue))
+    return _into(out, _finish(acc.astype(np.int32), epilogue, add))
 
 
 def conv2d(
@@ -138,6 +139,7 @@ def conv2d(
     epilogue: Epilogue = None,
     *,
     x_zero_point: int = 0,
+    add: NDArray[np.uint8] | None = None,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
     """2-D cross-correlation of x (B, H, W, C) uint8; result (B, OH, OW, N) as in `linear`.
@@ -160,7 +162,7 @@ def conv2d(
             cols = slice(j * dw, j * dw + sw * (ow - 1) + 1, sw)
             tap = filters[..., i, j].transpose(0, 2, 1)  # (groups, C/groups, N/groups)
             acc += np.matmul(grouped[:, rows, cols, :, None, :], tap)[..., 0, :]
-    return _into(out, _finish(acc.reshape(batch, oh, ow, n).astype(np.int32), epilogue))
+    return _into(out, _finish(acc.reshape(batch, oh, ow, n).astype(np.int32), epilogue, add))
 
 
 def linear_float(
@@ -210,27 +212,34 @@ def _with_x_scale(epilogue: Dequant, x_scale: Any) -> Dequant:
     return Dequant(epilogue.scale, x_scale, epilogue.bias, epilogue.fmin, epilogue.fmax)
 
 
-def _finish(acc: NDArray[np.int32], epilogue: Epilogue) -> NDArray[Any]:
+def _finish(
+    acc: NDArray[np.int32], epilogue: Epilogue, add: NDArray[np.uint8] | None = None
+) -> NDArray[Any]:
     """acc (..., N) int32 through the epilogue; an x_scale (M,) runs along the rows (M, N)."""
     if epilogue is None:
         return acc
     if isinstance(epilogue, Requant):
         if epilogue.bias is not None:
             acc = acc + epilogue.bias
-        return requantize(
-            acc,
-            epilogue.multiplier,
-            epilogue.zero_point,
-            axis=-1,
-            qmin=epilogue.qmin,
-            qmax=epilogue.qmax,
-        )
+        with np.errstate(over="ignore"):
+            y = acc.astype(F32) * _along(epilogue.multiplier, acc.ndim, -1)
+        if add is not None:
+            steps = add.astype(np.int32) - epilogue.add_zero_point
+            y = y + steps.astype(F32) * F32(epilogue.add_multiplier)
+        return to_uint8(y, epilogue.zero_point, epilogue.qmin, epilogue.qmax)
     with np.errstate(over="ignore", invalid="ignore"):
         scale = _along(epilogue.x_scale, acc.ndim, 0) * epilogue.scale
         y = acc.astype(F32) * scale
         if epilogue.bias is not None:
             y = y + epilogue.bias
     return np.clip(y, F32(epilogue.fmin), F32(epilogue.fmax))
+
+
+def to_uint8(
+    y: NDArray[np.float32], zero_point: int, qmin: int = 0, qmax: int = 255
+) -> NDArray[np.uint8]:
+    """clip(rint(y) + zero_point, qmin, qmax): the last step of every requantization."""
+    return np.clip(np.rint(y).astype(np.float64) + zero_point, qmin, qmax).astype(np.uint8)
 
 
 def _into(out: NDArray[Any] | None, result: NDArray[Any]) -> NDArray[Any]:
