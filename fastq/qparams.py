@@ -170,6 +170,12 @@ def quantize_weight(weight: ArrayLike, axis: int = 0) -> tuple[NDArray[np.int8],
     return data, scale
 
 
+def exp_table(scale: float) -> Int32:
+    """exp(-scale * d) for d = 0..255 as int32, 1.0 being 2**23: what `softmax` sums, exactly."""
+    steps = np.exp(-np.float64(np.float32(scale)) * np.arange(256))
+    return np.rint(steps * 2.0**23).astype(np.int32)
+
+
 @dataclass(frozen=True, eq=False)
 class Requant:
     """int32 accumulator -> quantized output, the ONNX QLinearMatMul / QLinearConv rule.
