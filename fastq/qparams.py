@@ -21,6 +21,8 @@ QUANTIZED_DTYPES = tuple(np.dtype(t) for t in (np.uint8, np.int8, np.int32))
 FLT_MIN = float(np.finfo(np.float32).tiny)  # smallest normal float32, the floor of every scale
 FLT_MAX = float(np.finfo(np.float32).max)
 
+HISTOGRAM_KEYS = 1 << 16  # bins of a histogram: one for each upper half of a float32
+
 # |x - zero_point| <= 255 and |w| <= 128: beyond this K an int32 accumulator could overflow.
 MAX_K = (2**31 - 1) // (255 * 128)
 

@@ -96,6 +96,20 @@ def test_quantize_weight() -> None:
     assert_array_equal(scales, scale)
 
 
+def test_histogram_by_hand() -> None:
+    bins, ends = np.zeros((2, 65536, 2), np.int64), np.zeros((2, 2), np.float32)
+    one = 0x3F80  # the upper half of 1.0's bits; a rest of 0x4000 is 2**-9
+    x = [1.0, 1 + 2.0**-9, -1.0, 0.0, -0.0, np.inf, -np.inf, 1e-45]
+    reference.histogram(np.array(x, np.float32), bins, ends)
+    reference.histogram(np.array([[1.0]], np.float32), bins, ends)
+    assert bins[0, one].tolist() == [3, 0x4000]
+    assert bins[0, 0x8000 + one].tolist() == [1, 0]
+    assert bins[0, 0].tolist() == [2, 1]
+    assert bins[0, [0x8000, 0x7F80, 0xFF80], 0].tolist() == [1, 1, 1]
+    assert bins[..., 0].sum() == 9 and not bins[1].any()
+    assert ends.tolist() == [[-1, float(np.float32(1 + 2.0**-9))], [0, 0]]
+
+
 def onnx_op(op: str, inputs: dict[str, np.ndarray], outputs: int = 1, **attributes: Any) -> Any:
     """What ONNX's reference evaluator gives for one node."""
     tensors = [
