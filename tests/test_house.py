@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "kernels": {"qparams", "weights"},
     "ops": {"kernels", "qparams", "weights"},
     "observer": {"ops", "qparams"},
+    "qconfig": {"observer", "qparams"},
     "nn": {"ops", "qparams", "weights"},
     "trace": {"qparams", "nn"},
     "convert": {"trace", "observer", "nn", "ops", "qparams", "weights"},
