@@ -7,6 +7,8 @@ instruction set and for every number of threads. No function needs torch.
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,8 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastq.kernels import elementwise as ew
 from fastq.kernels import histogram as hg
-from fastq.kernels import isa
-from fastq.kernels.call import SLACK, At, Call, Calls, address_of
+from fastq.kernels import isa, pointwise
+from fastq.kernels.call import SLACK, At, Call, Calls, View, address_of
 from fastq.kernels.executor import get_num_threads, set_num_threads
 from fastq.kernels.layers import (
     ARGUMENTS,
@@ -42,6 +44,8 @@ from fastq.qparams import (
 from fastq.weights import Conv2dWeight, LinearWeight
 
 __all__ = [
+    "add",
+    "affine",
     "conv2d",
     "conv2d_float",
     "dequantize",
@@ -50,9 +54,11 @@ __all__ = [
     "histogram",
     "linear",
     "linear_float",
+    "mul",
     "quantize",
     "requantize",
     "set_num_threads",
+    "table",
 ]
 
 _KIND = {
@@ -490,6 +496,150 @@ def conv2d_float(
     return result
 
 
+MAX_FACTOR = 2.0**96  # of a multiplier or shift: nothing overflows float32 before the clamp
+_calls: dict[str, Calls] = defaultdict(Calls)
+
+
+def add(
+    a: NDArray[np.uint8],
+    b: NDArray[np.uint8],
+    a_multiplier: float,
+    b_multiplier: float,
+    *,
+    a_zero_point: int = 0,
+    b_zero_point: int = 0,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = clip(rint((a - za) * a_multiplier + (b - zb) * b_multiplier) + zero_point, qmin, qmax).
+
+    a, b          uint8, of shapes that broadcast as NumPy's.
+    multipliers   a_scale / y_scale and b_scale / y_scale, each product rounded to float32; a
+                  negative one subtracts. Finite, magnitude up to 2**96.
+    zero points   0 to 255; the clamp 0 <= qmin <= qmax <= 255.
+    out           written and returned if given: uint8 of the broadcast shape, C-contiguous.
+
+    Raises TypeError and ValueError for other dtypes, shapes or values.
+    """
+    left, right = _bytes("add: a", a), _bytes("add: b", b)
+    multipliers = (
+        _factor("add: a_multiplier", a_multiplier),
+        _factor("add: b_multiplier", b_multiplier),
+    )
+    zeros = _byte("add: a_zero_point", a_zero_point), _byte("add: b_zero_point", b_zero_point)
+    clamp = _clamp("add", zero_point, qmin, qmax)
+    result = _broadcast_output("add", left, right, out)
+    return _run(pointwise.add_row, [left, right, result], multipliers, zeros, *clamp)
+
+
+def mul(
+    a: NDArray[np.uint8],
+    b: NDArray[np.uint8],
+    multiplier: float,
+    *,
+    a_zero_point: int = 0,
+    b_zero_point: int = 0,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = clip(rint((a - za) * (b - zb) * multiplier) + zero_point, qmin, qmax).
+
+    multiplier is a_scale * b_scale / y_scale; the product before it is exact. Otherwise as `add`:
+    squeeze-and-excitation is (N, 1, 1, C) times (N, H, W, C).
+    """
+    left, right = _bytes("mul: a", a), _bytes("mul: b", b)
+    factor = _factor("mul: multiplier", multiplier)
+    zeros = _byte("mul: a_zero_point", a_zero_point), _byte("mul: b_zero_point", b_zero_point)
+    clamp = _clamp("mul", zero_point, qmin, qmax)
+    result = _broadcast_output("mul", left, right, out)
+    return _run(pointwise.mul_row, [left, right, result], factor, zeros, *clamp)
+
+
+def affine(
+    x: NDArray[np.uint8],
+    multiplier: ArrayLike,
+    shift: ArrayLike = 0.0,
+    *,
+    x_zero_point: int = 0,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = clip(rint((x - x_zero_point) * multiplier + shift) + zero_point, qmin, qmax).
+
+    x           uint8, any shape (..., C).
+    multiplier  a scalar or (C,), float32, finite, magnitude up to 2**96; shift likewise.
+
+    A batch norm without a convolution, or another scale: multiplier = x_scale / y_scale. Other
+    arguments and errors as in `add`.
+    """
+    x = _bytes("affine: x", x)
+    columns = [
+        _factors(f"affine: {name}", values, x)
+        for name, values in (("multiplier", multiplier), ("shift", shift))
+    ]
+    zero = _byte("affine: x_zero_point", x_zero_point)
+    clamp = _clamp("affine", zero_point, qmin, qmax)
+    result = _output("affine", out, x.shape, _UINT8, x)
+    return _run(_affine_row, [x, result], *columns, zero, *clamp)
+
+
+def _affine_row(
+    call: Call, x: View, out: View, multiplier: bytes, shift: bytes, *rest: Any
+) -> None:
+    axis = (-1,)[: len(x.shape)]
+    scale, offset = (np.frombuffer(v, np.float32).reshape(axis) for v in (multiplier, shift))
+    pointwise.affine_row(call, x, out, scale, offset, *rest)
+
+
+def table(
+    x: NDArray[np.uint8], values: NDArray[np.uint8], *, out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """y = values[x]; or y[..., c] = values[c, x[..., c]], a table for each channel.
+
+    x uint8, any shape (..., C); values uint8 (256,) or (C, 256). Any function of one quantized
+    value is such a table. Raises TypeError and ValueError for other dtypes or shapes.
+    """
+    x, values = _bytes("table: x", x), _bytes("table: values", values)
+    if values.shape not in ((256,), (*x.shape[-1:], 256)):
+        raise ValueError(
+            f"table: values {values.shape} for x {x.shape}; wanted (256,), or (C, 256) for the C "
+            "of x's last axis"
+        )
+    result = _output("table", out, x.shape, _UINT8, x)
+    return _run(_table_row, [x, result], values.tobytes())
+
+
+def _table_row(call: Call, x: View, out: View, values: bytes) -> None:
+    tables = np.frombuffer(values, np.uint8).reshape(-1, 256)
+    pointwise.table_row(call, x, out, tables[0] if len(tables) == 1 else tables)
+
+
+def _run(row: Callable[..., None], arrays: list[NDArray[Any]], *parameters: Any) -> NDArray[Any]:
+    """Runs row(call, *views, *parameters) on arrays of which the last is the result."""
+    result = arrays[-1]
+    if result.size:
+        if result.ndim > 4:  # then their axes must join
+            arrays = [*map(np.ascontiguousarray, np.broadcast_arrays(*arrays[:-1])), result]
+        layouts = tuple((a.shape, a.strides) for a in arrays)
+        key = (row, layouts, parameters, get_num_threads())
+        _calls[row.__name__].run(_row_call, key, *map(address_of, arrays))
+    return result
+
+
+def _row_call(row: Callable[..., None], layouts: Any, parameters: Any, threads: int) -> Call:
+    call = Call(len(layouts))
+    views = [View(At(i), shape, strides, "u8") for i, (shape, strides) in enumerate(layouts)]
+    row(call, *views, *parameters)
+    return call
+
+
+_UINT8 = np.dtype(np.uint8)
 _FLOAT32 = np.dtype(np.float32)
 
 
@@ -569,6 +719,56 @@ def _real(what: str, x: ArrayLike) -> NDArray[np.float32]:
         raise TypeError(f"{what} {array.shape} {array.dtype}; wanted float32")
     with np.errstate(over="ignore"):
         return array.astype(np.float32, copy=False)
+
+
+def _bytes(what: str, x: Any) -> NDArray[np.uint8]:
+    """x, with elements of the last axis side by side; TypeError unless it is a uint8 array."""
+    if type(x) is not np.ndarray or x.dtype != np.uint8:
+        given = f"{x.shape} {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
+        raise TypeError(f"{what} is {given}; wanted a NumPy array of uint8")
+    return x if not x.ndim or x.shape[-1] == 1 or x.strides[-1] == 1 else np.ascontiguousarray(x)
+
+
+def _byte(what: str, value: Any) -> int:
+    zero = check_zero_point(what, value, np.uint8)
+    if zero.ndim:
+        raise ValueError(f"{what} {zero.shape}; wanted one integer")
+    return int(zero)
+
+
+def _factor(what: str, value: Any) -> float:
+    factors = np.asarray(value, np.float32)
+    if factors.ndim or not abs(factors) <= MAX_FACTOR:
+        raise ValueError(f"{what}={value!r}; wanted one finite number, magnitude up to 2**96")
+    return float(factors)
+
+
+def _factors(what: str, values: ArrayLike, x: NDArray[Any]) -> bytes:
+    """A scalar or one float32 for each of x's last axis."""
+    factors = np.asarray(values, np.float32)
+    if factors.shape not in ((), x.shape[-1:]):
+        raise ValueError(
+            f"{what} {factors.shape} for x {x.shape}; wanted a scalar or one per channel"
+        )
+    if not (np.abs(factors) <= MAX_FACTOR).all():
+        raise ValueError(f"{what}: wanted finite numbers, magnitude up to 2**96, got {values!r}")
+    return factors.tobytes()
+
+
+def _clamp(name: str, zero_point: Any, qmin: Any, qmax: Any) -> tuple[int, int, int]:
+    """(zero_point, qmin, qmax), checked."""
+    if not 0 <= qmin <= qmax <= 255:
+        raise ValueError(f"{name}: qmin={qmin}, qmax={qmax}; wanted 0 <= qmin <= qmax <= 255")
+    return _byte(f"{name}: zero_point", zero_point), int(qmin), int(qmax)
+
+
+def _broadcast_output(name: str, a: NDArray[Any], b: NDArray[Any], out: Any) -> NDArray[Any]:
+    try:
+        shape = np.broadcast_shapes(a.shape, b.shape)
+    except ValueError:
+        raise ValueError(f"{name}: a {a.shape} and b {b.shape} do not broadcast") from None
+    _output(name, out, shape, _UINT8, a)
+    return _output(name, out, shape, _UINT8, b)
 
 
 def _integer(what: str, x: NDArray[Any]) -> np.dtype[Any]:

@@ -222,6 +222,12 @@ def _least_error_scale(slices: Float32, peak: Float32, qmax: int) -> Float32:
     return best
 
 
+def exp_table(scale: float) -> Int32:
+    """exp(-scale * d) for d = 0..255 as int32, 1.0 being 2**23: what `softmax` sums, exactly."""
+    steps = np.exp(-np.float64(np.float32(scale)) * np.arange(256))
+    return np.rint(steps * 2.0**23).astype(np.int32)
+
+
 @dataclass(frozen=True, eq=False)
 class Requant:
     """int32 accumulator -> quantized output, the ONNX QLinearMatMul / QLinearConv rule.
