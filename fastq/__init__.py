@@ -7,6 +7,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fastq.observer import (
+    EntropyObserver,
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageObserver,
+    PercentileObserver,
+    make_observer,
+)
 from fastq.ops import (
     conv2d,
     conv2d_float,
@@ -19,6 +27,7 @@ from fastq.ops import (
     requantize,
     set_num_threads,
 )
+from fastq.qconfig import QConfig
 from fastq.qparams import Dequant, QParams, Requant, choose_qparams, quantize_weight
 from fastq.weights import Conv2dWeight, LinearWeight
 
@@ -41,7 +50,13 @@ _NEEDS_TORCH = {
 __all__ = [
     "Conv2dWeight",
     "Dequant",
+    "EntropyObserver",
+    "HistogramObserver",
     "LinearWeight",
+    "MinMaxObserver",
+    "MovingAverageObserver",
+    "PercentileObserver",
+    "QConfig",
     "QConv2d",
     "QLinear",
     "QParams",
@@ -55,6 +70,7 @@ __all__ = [
     "linear",
     "linear_float",
     "load",
+    "make_observer",
     "quantize",
     "quantize_model",
     "quantize_weight",

@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastq.qparams import Dequant, Epilogue, QParams, Requant, exp_table, quantized_dtype
+from fastq.qparams import (
+    HISTOGRAM_KEYS,
+    Dequant,
+    Epilogue,
+    QParams,
+    Requant,
+    exp_table,
+    quantized_dtype,
+)
 from fastq.weights import Conv2dWeight, LinearWeight
 
 F32 = np.float32
@@ -112,6 +120,23 @@ def dynamic_qparams(x: NDArray[np.float32], *, per_row: bool = True) -> tuple[An
         scale = np.where(width == 0, F32(1), scale).astype(F32)
         zero_point = np.clip(np.rint(-lo / scale), 0, 255).astype(np.int32)
     return (scale, zero_point) if per_row else (scale[0], zero_point[0])
+
+
+def histogram(x: NDArray[np.float32], bins: NDArray[np.int64], ends: NDArray[np.float32]) -> None:
+    """Adds the values of x to a histogram whose bins are the upper 16 of a float32's 32 bits.
+
+    bins  int64 (lanes, 65536, 2): how many values, and the sum of the integers that their lower
+          16 bits are. Lanes add up; this function adds to the first.
+    ends  float32 (lanes, 2): the smallest and the largest finite value, and 0.
+    """
+    x = np.asarray(x, F32).ravel()
+    bits = x.view(np.uint32)
+    key, rest = bits >> 16, bits & 0xFFFF
+    bins[0, :, 0] += np.bincount(key, minlength=HISTOGRAM_KEYS)
+    bins[0, :, 1] += np.bincount(key, rest, HISTOGRAM_KEYS).astype(np.int64)  # exact below 2**53
+    finite = np.where(np.isfinite(x), x, F32(0))
+    ends[0, 0] = finite.min(initial=ends[0, 0])
+    ends[0, 1] = finite.max(initial=ends[0, 1])
 
 
 def linear(

@@ -22,14 +22,15 @@ MAY_IMPORT = {
     "reference": {"qparams", "weights"},
     "kernels": {"qparams", "weights"},
     "ops": {"kernels", "qparams", "weights"},
-    "observer": {"qparams"},
+    "observer": {"ops", "qparams"},
+    "qconfig": {"observer", "qparams"},
     "nn": {"ops", "qparams", "weights"},
     "trace": {"qparams", "nn"},
     "convert": {"trace", "observer", "nn", "ops", "qparams", "weights"},
     "serialize": {"convert", "trace", "nn", "ops", "qparams", "weights"},
 }
 NUMBA = {"kernels"}
-TORCH = {"nn", "trace", "observer", "convert", "serialize", "demo", "commands"}
+TORCH = {"nn", "trace", "convert", "serialize", "demo", "commands"}
 
 
 def room_of(path: str) -> str:
