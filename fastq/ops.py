@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastq.kernels import elementwise as ew
 from fastq.kernels import histogram as hg
-from fastq.kernels import isa, pointwise
+from fastq.kernels import isa, pointwise, windows
 from fastq.kernels.call import SLACK, At, Call, Calls, View, address_of
 from fastq.kernels.executor import get_num_threads, set_num_threads
 from fastq.kernels.layers import (
@@ -44,8 +44,11 @@ from fastq.qparams import (
 from fastq.weights import Conv2dWeight, LinearWeight
 
 __all__ = [
+    "adaptive_avg_pool2d",
+    "adaptive_max_pool2d",
     "add",
     "affine",
+    "avg_pool2d",
     "conv2d",
     "conv2d_float",
     "dequantize",
@@ -54,11 +57,14 @@ __all__ = [
     "histogram",
     "linear",
     "linear_float",
+    "max_pool2d",
     "mul",
     "quantize",
     "requantize",
     "set_num_threads",
     "table",
+    "upsample_bilinear2d",
+    "upsample_nearest2d",
 ]
 
 _KIND = {
@@ -620,6 +626,137 @@ def _table_row(call: Call, x: View, out: View, values: bytes) -> None:
     pointwise.table_row(call, x, out, tables[0] if len(tables) == 1 else tables)
 
 
+def max_pool2d(
+    x: NDArray[np.uint8],
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    ceil_mode: bool = False,
+    *,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """The largest of each window of x (B, H, W, C) uint8; scale and zero point stay.
+
+    kernel_size, stride (kernel_size unless given), padding (up to half of the kernel), dilation,
+    ceil_mode as in torch.nn.functional.max_pool2d. out as in `conv2d`. Raises TypeError and
+    ValueError for other dtypes, shapes or values.
+    """
+    x = _image("max_pool2d", x)
+    along = _pooling("max_pool2d", x, kernel_size, stride, padding, dilation, bool(ceil_mode))
+    result = _pooled("max_pool2d", x, along, out)
+    parameters = tuple(tuple(p[i] for p in along) for i in range(4))
+    return _run(windows.max_pool2d_row, [x, result], *parameters, bool(ceil_mode))
+
+
+def avg_pool2d(
+    x: NDArray[np.uint8],
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    *,
+    multiplier: float = 1.0,
+    x_zero_point: int = 0,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = clip(rint(sum * (multiplier / count)) + zero_point, qmin, qmax) for each window.
+
+    sum is that of (x - x_zero_point), exact, over a window of x (B, H, W, C) uint8; padding is real
+    0. The windows, and what counts, as in torch.nn.functional.avg_pool2d. multiplier is
+    x_scale / y_scale. Otherwise as `max_pool2d` and `add`.
+    """
+    x = _image("avg_pool2d", x)
+    along = _pooling("avg_pool2d", x, kernel_size, stride, padding, 1, bool(ceil_mode))
+    if divisor_override is not None and not divisor_override > 0:
+        raise ValueError(f"avg_pool2d: divisor_override={divisor_override!r}; wanted an int > 0")
+    requantized = _requantized("avg_pool2d", multiplier, x_zero_point, zero_point, qmin, qmax)
+    result = _pooled("avg_pool2d", x, along, out)
+    parameters = tuple(tuple(p[i] for p in along) for i in range(3))
+    counting = bool(ceil_mode), bool(count_include_pad), divisor_override
+    return _run(windows.avg_pool2d_row, [x, result], *parameters, *counting, *requantized)
+
+
+def adaptive_max_pool2d(
+    x: NDArray[np.uint8],
+    output_size: int | tuple[int, int],
+    *,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """The largest of each of output_size windows of x (B, H, W, C) uint8, as torch's.
+
+    Window i of an axis is floor(i * H / OH) to ceil((i + 1) * H / OH). Errors as `max_pool2d`.
+    """
+    x = _image("adaptive_max_pool2d", x)
+    result = _resized("adaptive_max_pool2d", x, output_size, out)
+    return _run(windows.adaptive_max_pool2d_row, [x, result])
+
+
+def adaptive_avg_pool2d(
+    x: NDArray[np.uint8],
+    output_size: int | tuple[int, int],
+    *,
+    multiplier: float = 1.0,
+    x_zero_point: int = 0,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """The mean of each window, requantized as in `avg_pool2d`; windows of `adaptive_max_pool2d`.
+
+    output_size 1 is the mean over H and W. Arguments and errors as there.
+    """
+    x = _image("adaptive_avg_pool2d", x)
+    requantized = _requantized(
+        "adaptive_avg_pool2d", multiplier, x_zero_point, zero_point, qmin, qmax
+    )
+    result = _resized("adaptive_avg_pool2d", x, output_size, out)
+    return _run(windows.adaptive_avg_pool2d_row, [x, result], *requantized)
+
+
+def upsample_nearest2d(
+    x: NDArray[np.uint8],
+    output_size: int | tuple[int, int],
+    scale_factor: tuple[float, float] | None = None,
+    *,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """x (B, H, W, C) uint8 at min(floor(i * scale), H - 1) of each axis; scale and zero point stay.
+
+    scale is 1 / scale_factor if given, else H / OH, in float32: torch's mode "nearest". Raises
+    TypeError and ValueError for other dtypes, shapes or values.
+    """
+    x = _image("upsample_nearest2d", x)
+    factors = _scale_factor("upsample_nearest2d", scale_factor)
+    result = _resized("upsample_nearest2d", x, output_size, out)
+    return _run(windows.upsample_nearest2d_row, [x, result], factors)
+
+
+def upsample_bilinear2d(
+    x: NDArray[np.uint8],
+    output_size: int | tuple[int, int],
+    align_corners: bool = False,
+    scale_factor: tuple[float, float] | None = None,
+    *,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """x (B, H, W, C) uint8 between its pixels; scale and zero point stay.
+
+    Positions and shares as in torch's mode "bilinear", in float32; rounded half to even; see
+    reference.upsample_bilinear2d. Errors as `upsample_nearest2d`.
+    """
+    x = _image("upsample_bilinear2d", x)
+    factors = _scale_factor("upsample_bilinear2d", scale_factor)
+    result = _resized("upsample_bilinear2d", x, output_size, out)
+    return _run(windows.upsample_bilinear2d_row, [x, result], bool(align_corners), factors)
+
+
 def _run(row: Callable[..., None], arrays: list[NDArray[Any]], *parameters: Any) -> NDArray[Any]:
     """Runs row(call, *views, *parameters) on arrays of which the last is the result."""
     result = arrays[-1]
@@ -753,6 +890,71 @@ def _factors(what: str, values: ArrayLike, x: NDArray[Any]) -> bytes:
     if not (np.abs(factors) <= MAX_FACTOR).all():
         raise ValueError(f"{what}: wanted finite numbers, magnitude up to 2**96, got {values!r}")
     return factors.tobytes()
+
+
+def _requantized(
+    name: str, multiplier: Any, x_zero_point: Any, zero_point: Any, qmin: Any, qmax: Any
+) -> tuple[float, int, int, int, int]:
+    factor = _factor(f"{name}: multiplier", multiplier)
+    zero = _byte(f"{name}: x_zero_point", x_zero_point)
+    return factor, zero, *_clamp(name, zero_point, qmin, qmax)
+
+
+def _image(name: str, x: Any) -> NDArray[np.uint8]:
+    x = _bytes(f"{name}: x", x)
+    if x.ndim != 4 or not (x.shape[1] and x.shape[2]):
+        raise ValueError(f"{name}: x {x.shape}; wanted (B, H, W, C) with H, W > 0")
+    return x
+
+
+def _two(what: str, value: Any, least: int) -> tuple[int, int]:
+    """A pair of ints; an int stands for both."""
+    pair = (value, value) if isinstance(value, int | np.integer) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int | np.integer) and v >= least for v in pair):
+        raise ValueError(f"{what}={value!r}; wanted an int or two, at least {least}")
+    return int(pair[0]), int(pair[1])
+
+
+def _pooling(
+    name: str, x: NDArray[Any], kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool
+) -> list[tuple[int, int, int, int, int]]:
+    """(kernel, stride, padding, dilation, output size) of each axis."""
+    kernels = _two(f"{name}: kernel_size", kernel, 1)
+    strides = kernels if stride is None else _two(f"{name}: stride", stride, 1)
+    paddings = _two(f"{name}: padding", padding, 0)
+    dilations = _two(f"{name}: dilation", dilation, 1)
+    if any(2 * p > k for p, k in zip(paddings, kernels, strict=True)):
+        raise ValueError(f"{name}: padding={padding} for kernel_size={kernel}; wanted up to half")
+    along = []
+    for i, size in enumerate(x.shape[1:3]):
+        one = kernels[i], strides[i], paddings[i], dilations[i]
+        count = windows.pool_size(size, *one, ceil)
+        if count < 1:
+            raise ValueError(
+                f"{name}: x {x.shape} is smaller than the window; kernel_size={kernel}, "
+                f"padding={padding}, dilation={dilation}"
+            )
+        along.append((*one, count))
+    return along
+
+
+def _pooled(name: str, x: NDArray[Any], along: Any, out: Any) -> NDArray[Any]:
+    shape = (x.shape[0], along[0][-1], along[1][-1], x.shape[3])
+    return _output(name, out, shape, _UINT8, x)
+
+
+def _resized(name: str, x: NDArray[Any], output_size: Any, out: Any) -> NDArray[Any]:
+    size = _two(f"{name}: output_size", output_size, 1)
+    return _output(name, out, (x.shape[0], *size, x.shape[3]), _UINT8, x)
+
+
+def _scale_factor(name: str, value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    pair = tuple(float(v) for v in value)
+    if len(pair) != 2 or not all(0 < v < np.inf for v in pair):
+        raise ValueError(f"{name}: scale_factor={value!r}; wanted two finite numbers > 0")
+    return pair[0], pair[1]
 
 
 def _clamp(name: str, zero_point: Any, qmin: Any, qmax: Any) -> tuple[int, int, int]:

@@ -30,14 +30,41 @@ from fastq.kernels.call import (
     dense_strides,
 )
 from fastq.kernels.layers import ACTIVATIONS, PackedConv2d, PackedLinear, stage_image
-from fastq.kernels.pointwise import add_row, affine_row, fill_row, mul_row, pointwise_row, table_row
+from fastq.kernels.pointwise import (
+    add_row,
+    affine_row,
+    fill_row,
+    float_parameters,
+    int_parameters,
+    mul_row,
+    pointwise_row,
+    table_row,
+)
 from fastq.kernels.simd import emitter
+from fastq.kernels.windows import (
+    adaptive_avg_pool2d_row,
+    adaptive_max_pool2d_row,
+    avg_pool2d_row,
+    max_pool2d_row,
+    upsample_bilinear2d_row,
+    upsample_nearest2d_row,
+)
 from fastq.program import Program, Step, slice_index
 
 Array = NDArray[Any]
 Frame = tuple[int, int, int, int]  # top, bottom, left, right
 NO_FRAME: Frame = (0, 0, 0, 0)
 VIEWS = ("reshape", "permute", "slice")
+
+
+IMAGE_ROWS: dict[str, Any] = {
+    "max_pool2d": max_pool2d_row,
+    "avg_pool2d": avg_pool2d_row,
+    "adaptive_avg_pool2d": adaptive_avg_pool2d_row,
+    "adaptive_max_pool2d": adaptive_max_pool2d_row,
+    "upsample_nearest2d": upsample_nearest2d_row,
+    "upsample_bilinear2d": upsample_bilinear2d_row,
+}
 
 
 @dataclass(eq=False)
@@ -419,12 +446,16 @@ class _Planner:
             whole = storage.view(storage.whole, self.kind)
             stage_image(self.call, x, whole, storage.frame[::2], scale, zero_point)
         else:
-            quantize_row(self.call, x, self.stored(step.name), a["scale"], a["zero_point"])
+            floats = float_parameters(a["zero_point"], 0, 255, a["scale"])
+            ints = int_parameters(a["zero_point"])
+            pointwise_row(self.call, "quantize", [self.stored(step.name), x], floats, ints)
 
     def row_dequantize(self, i: int, step: Step) -> None:
         a = step.arguments
         x, out = self.input(i, step.inputs[0]), self.stored(step.name)
-        dequantize_row(self.call, x, out, a["scale"], a["zero_point"])
+        floats = float_parameters(0, 0, 0, a["scale"])
+        ints = int_parameters(0, a["zero_point"])
+        pointwise_row(self.call, "dequantize", [out, x], floats, ints)
 
     def row_constant(self, i: int, step: Step) -> None:
         value = np.ascontiguousarray(step.arguments["value"], np.uint8)
@@ -454,6 +485,15 @@ class _Planner:
     def row_table(self, i: int, step: Step) -> None:
         x, out = self.input(i, step.inputs[0]), self.stored(step.name)
         table_row(self.call, x, out, step.arguments["values"])
+
+    def row_image(self, i: int, step: Step) -> None:
+        """Pooling and resizing, to the size of the output."""
+        arguments = {k: v for k, v in step.arguments.items() if k != "output_size"}
+        x, out = self.input(i, step.inputs[0]), self.stored(step.name)
+        IMAGE_ROWS[step.op](self.call, x, out, **arguments)
+
+    row_max_pool2d = row_avg_pool2d = row_adaptive_avg_pool2d = row_adaptive_max_pool2d = row_image
+    row_upsample_nearest2d = row_upsample_bilinear2d = row_image
 
     def row_slice(self, i: int, step: Step) -> None:
         """A row only where the value is not a view of its input."""

@@ -312,7 +312,7 @@ def max_pool2d(
     *,
     out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
-    """The largest of each window of x (B, H, W, C), as torch's; a window that misses x gives 0."""
+    """The largest of each window of x (B, H, W, C), as torch's; each window meets x."""
     windows = [
         _windows(size, k, s, p, d, ceil_mode)
         for size, k, s, p, d in zip(
@@ -406,12 +406,15 @@ def upsample_nearest2d(
 ) -> NDArray[np.uint8]:
     """x (B, H, W, C) at min(floor(i * scale), H - 1) of each axis, as torch's mode "nearest".
 
-    scale is 1 / scale_factor if given, else H / OH, in float32.
+    scale is 1 / scale_factor if given, else H / OH, in float32. Where OH is H or 2 * H it is 1 or
+    1/2, whatever scale_factor says: so it is in torch.
     """
     index = []
     for axis, n in enumerate(_pair(output_size)):
         size = x.shape[1 + axis]
         step = F32(1 / scale_factor[axis]) if scale_factor else F32(size) / F32(n)
+        if n in (size, 2 * size):
+            step = F32(size / n)
         index.append([min(int(np.floor(F32(i) * step)), size - 1) for i in range(n)])
     return _into(out, x[:, index[0]][:, :, index[1]])
 
@@ -427,14 +430,17 @@ def upsample_bilinear2d(
     """x (B, H, W, C) between its pixels, as torch's mode "bilinear"; the quantization stays.
 
     Position i of an axis is at r = i * (H - 1) / (OH - 1) with align_corners, else at
-    max((i + 0.5) * scale - 0.5, 0), scale as in `upsample_nearest2d`. With h = floor(r), f = r - h
-    and g = 1 - f:  y = rint(((x00 * gw + x01 * fw) * gh) + ((x10 * gw + x11 * fw) * fh)).
+    max((i + 0.5) * scale - 0.5, 0) with scale 1 / scale_factor if given, else H / OH; at i if OH
+    is H. All in float32. With h = floor(r), f = r - h and g = 1 - f:
+    y = rint(((x00 * gw + x01 * fw) * gh) + ((x10 * gw + x11 * fw) * fh)).
     """
     first, second, share = [], [], []
     for axis, n in enumerate(_pair(output_size)):
         size = x.shape[1 + axis]
         i = np.arange(n).astype(F32)
-        if align_corners:
+        if n == size:
+            where = i
+        elif align_corners:
             where = i * (F32(size - 1) / F32(n - 1) if n > 1 else F32(0))
         else:
             step = F32(1 / scale_factor[axis]) if scale_factor else F32(size) / F32(n)
@@ -558,7 +564,7 @@ def _pool(x: NDArray[Any], rows: Any, columns: Any, reduce: Any) -> NDArray[Any]
 
 
 def _largest(window: NDArray[Any]) -> NDArray[Any]:
-    return window.max(axis=(1, 2), initial=0)
+    return window.max(axis=(1, 2))
 
 
 def _total(window: NDArray[Any]) -> NDArray[Any]:

@@ -17,13 +17,15 @@ from typing import Any
 
 from numba import njit
 
+from fastq.kernels import simd
 from fastq.kernels.call import View, collapse
-from fastq.kernels.simd import i64
+from fastq.kernels.simd import clamp, f32, i8, i16, i32, i64, splat, vec
 
 (SHAPE_1, SHAPE_2, SHAPE_3, ROWS, COLUMNS, LINES_FIELDS) = range(6)
 OPERAND_FIELDS = 4  # address, and the strides of axes 0, 1, 2
 BLOCK = 8 * 1024  # elements of a task
 WIDTHS = (32, 8, 1)
+ELEMENT = {"u8": i8, "s16": i16, "s32": i32, "f32": f32}
 
 
 def broadcast(view: View, shape: tuple[int, ...]) -> View:
@@ -111,3 +113,12 @@ def emit_line(
     i = i64(0)
     for width in widths:
         i, _ = emit_loop(b, i, count, width, [], lambda at, width=width: body(at, width))
+
+
+def emit_rounded(b: Any, value: Any, lo: Any, hi: Any, zero_point: Any, element: Any) -> Any:
+    """element(rint(clamp(value, lo, hi)) + zero_point), ties to even; only value is a vector."""
+    width = value.type.count
+    ints = vec(i32, width)
+    rounded = clamp(b, value, splat(b, lo, width), splat(b, hi, width))
+    steps = simd.call(b, f"llvm.lrint.v{width}i32.v{width}f32", ints, [rounded])
+    return b.trunc(b.add(steps, splat(b, zero_point, width)), vec(element, width))

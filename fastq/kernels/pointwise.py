@@ -30,14 +30,15 @@ from numba import cfunc, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from fastq.kernels import simd
 from fastq.kernels.call import ITEM_BYTES, Call, Place, View
 from fastq.kernels.isa import target_features
 from fastq.kernels.lines import (
+    ELEMENT,
     LINES_FIELDS,
     OPERAND_FIELDS,
     broadcast,
     emit_line,
+    emit_rounded,
     join_lines,
     line_address,
     share_lines,
@@ -47,11 +48,9 @@ from fastq.kernels.lookup import emit_lookup, load_table, lookup_widths
 from fastq.kernels.signature import SIGNATURE, sources_digest
 from fastq.kernels.simd import (
     address,
-    clamp,
     const,
     f32,
     i8,
-    i16,
     i32,
     i64,
     load,
@@ -64,7 +63,6 @@ from fastq.kernels.tiles import BYTES_PER_NANOSECOND
 
 OUT, X, Y, Z, FLOATS = range(LINES_FIELDS, LINES_FIELDS + 4 * OPERAND_FIELDS + 1, OPERAND_FIELDS)
 INTS, TABLE, FIELDS = FLOATS + 1, FLOATS + 2, FLOATS + 3
-ELEMENT = {"u8": i8, "s16": i16, "s32": i32, "f32": f32}
 
 
 def emit_pointwise(
@@ -143,9 +141,7 @@ def emit_pointwise(
                 own = address(b, places[2], b.mul(i, i64(steps[2])))
                 value = splat(b, load(b, i8, own, entry), 1)
         if value.type.element == f32:
-            rounded = clamp(b, value, same(lo), same(hi))
-            name = f"llvm.lrint.v{width}i32.v{width}f32"
-            value = b.add(simd.call(b, name, ints_of, [rounded]), same(zp))
+            value = emit_rounded(b, value, lo, hi, zp, ELEMENT[kinds[0]])
         kind = vec(ELEMENT[kinds[0]], width)
         if value.type.element.width > kind.element.width:
             value = b.trunc(value, kind)
