@@ -20,15 +20,18 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
+from fastq.kernels import isa
 from fastq.kernels.call import (
     ITEM_BYTES,
     At,
     Call,
+    Idle,
     View,
     address_of,
     collapse,
     dense_strides,
 )
+from fastq.kernels.executor import get_num_threads
 from fastq.kernels.layers import ACTIVATIONS, PackedConv2d, PackedLinear, stage_image
 from fastq.kernels.pointwise import (
     add_row,
@@ -107,6 +110,52 @@ class Plan:
     outputs: tuple[tuple[int, ...], ...]
     arena: int
     steps: tuple[int, ...]
+
+
+class BoundProgram:
+    """A program on this machine: its packed weights, and a plan for each kind of input.
+
+    Several threads may call it: each runs a plan of its own, on its own memory.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._packed: dict[Any, Any] = {}
+        self._plans = Idle()
+
+    def __call__(self, *inputs: Array) -> list[Array]:
+        """The outputs of `program.reference`, by the kernels: the same bits.
+
+        inputs  float32, any strides, of such shapes as `program.extents` says. NaN counts as 0,
+                infinities saturate. Raises TypeError and ValueError for other inputs.
+        """
+        for x in inputs:
+            if not isinstance(x, np.ndarray) or x.dtype != np.float32:
+                given = x.dtype if isinstance(x, np.ndarray) else type(x).__name__
+                raise TypeError(f"program: an input is {given}; wanted a float32 array")
+        inputs = tuple(x if x.flags.aligned else x.copy() for x in inputs)
+        key, made = self.take(*inputs)
+        outputs = [np.empty(shape, np.float32) for shape in made.outputs]
+        made.call.run(*map(address_of, (*inputs, *outputs)))
+        self._plans.give(key, made)
+        axes = (axes for _, axes in self.program.outputs)
+        return [y.transpose(order) for y, order in zip(outputs, axes, strict=True)]
+
+    def take(self, *inputs: Array) -> tuple[Any, Plan]:
+        """An idle plan for these inputs, or a new one; and its key, to give it back."""
+        shapes, strides = [x.shape for x in inputs], [x.strides for x in inputs]
+        tier = isa.current()
+        key = (tier, get_num_threads(), *shapes, *strides)
+        found: Plan = self._plans.take(key) or plan(
+            self.program, shapes, strides, tier, self._packed
+        )
+        return key, found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"program": self.program}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
 
 def plan(

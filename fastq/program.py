@@ -148,27 +148,6 @@ class Program:
             values[step.name] = run(module, step, *(values[name] for name in step.inputs))
         return values
 
-    def run(self, *inputs: Array) -> list[Array]:
-        """The outputs, by the kernels: the bits of `reference`.
-
-        inputs  float32 arrays, any strides; as many and of such shapes as `extents` say. What has
-                NaN or infinite values: see `quantize`.
-        """
-        arrays = [np.asarray(x) for x in inputs]
-        for x in arrays:
-            if x.dtype != np.float32:
-                raise TypeError(f"program: an input is {x.dtype} {x.shape}; wanted float32")
-        tier, threads = isa.current(), get_num_threads()
-        key = (tier, threads, *((x.shape, x.strides) for x in arrays))
-        plan = self.plans.take(key)
-        if plan is None:
-            shapes, strides = [x.shape for x in arrays], [x.strides for x in arrays]
-            plan = make_plan(self, shapes, strides, tier, self.packed)
-        outputs = [np.empty(shape, np.float32) for shape in plan.outputs]
-        plan.call.run(*map(address_of, (*arrays, *outputs)))
-        self.plans.give(key, plan)
-        return [y.transpose(axes) for y, (_, axes) in zip(outputs, self.outputs, strict=True)]
-
     def __str__(self) -> str:
         lines = [f"program({', '.join(self.inputs)})", *(f"  {step}" for step in self.steps)]
         return "\n".join([*lines, f"  return {', '.join(name for name, _ in self.outputs)}"])

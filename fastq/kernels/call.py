@@ -181,22 +181,40 @@ class Call:
         executor.run(table, patches, bases, self.nanoseconds)
 
 
-class Calls:
-    """Idle calls by key (what their tables were built for); several threads may share it."""
+class Idle:
+    """What was made for a key and is not in use, a few keys back; threads may share it."""
 
     def __init__(self) -> None:
-        self._idle: dict[Any, list[Call]] = {}
+        self._lists: dict[Any, list[Any]] = {}
+
+    def take(self, key: Any) -> Any:
+        """One that nobody uses, or None."""
+        made = self._lists.get(key)
+        if made is None:
+            for oldest in list(self._lists)[: len(self._lists) + 1 - MAX_SHAPES]:
+                self._lists.pop(oldest, None)
+            self._lists.setdefault(key, [])
+            return None
+        try:
+            return made.pop()
+        except IndexError:
+            return None
+
+    def give(self, key: Any, made: Any) -> None:
+        """It may be taken again."""
+        kept = self._lists.get(key)
+        if kept is not None:
+            kept.append(made)
+
+    def __len__(self) -> int:
+        return len(self._lists)
+
+
+class Calls(Idle):
+    """Idle calls by key: what their tables were built for."""
 
     def run(self, make: Callable[..., Call], key: tuple[Any, ...], *addresses: int) -> None:
         """Runs an idle call of this key, or a new one from make(*key), on arrays there."""
-        idle = self._idle.get(key)
-        if idle is None:
-            for oldest in list(self._idle)[: len(self._idle) + 1 - MAX_SHAPES]:
-                self._idle.pop(oldest, None)
-            idle = self._idle.setdefault(key, [])
-        try:
-            call = idle.pop()
-        except IndexError:
-            call = make(*key)
+        call = self.take(key) or make(*key)
         call.run(*addresses)
-        idle.append(call)
+        self.give(key, call)
