@@ -57,8 +57,9 @@ def bench(
         raise click.BadParameter(f"no shape of {suite} matches {pattern!r}", param_hint="--filter")
     # OpenMP and MKL read these when torch is imported, so all other imports come after
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
-    from benchmarks import goals, peak
+    from benchmarks import goals
     from benchmarks.measure import hold_to_limits, machine, measure, use_threads, write_csv
+    from fastq.kernels import peak
 
     click.echo("\n".join(f"{key:9} {value}" for key, value in machine().items()))
     click.echo(f"threads   {threads}\n{peak.report(threads)}")

@@ -7,6 +7,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fastq.explanation import explain
 from fastq.ops import (
     conv2d,
     conv2d_float,
@@ -51,6 +52,7 @@ __all__ = [
     "conv2d_float",
     "dequantize",
     "dynamic_qparams",
+    "explain",
     "get_num_threads",
     "linear",
     "linear_float",

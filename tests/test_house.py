@@ -24,12 +24,13 @@ MAY_IMPORT = {
     "ops": {"kernels", "qparams", "weights"},
     "observer": {"qparams"},
     "nn": {"ops", "qparams", "weights"},
+    "explanation": {"kernels", "nn", "ops", "qparams", "weights"},
     "trace": {"qparams", "nn"},
     "convert": {"trace", "observer", "nn", "ops", "qparams", "weights"},
     "serialize": {"convert", "trace", "nn", "ops", "qparams", "weights"},
 }
 NUMBA = {"kernels"}
-TORCH = {"nn", "trace", "observer", "convert", "serialize", "demo", "commands"}
+TORCH = {"nn", "explanation", "trace", "observer", "convert", "serialize", "demo", "commands"}
 
 
 def room_of(path: str) -> str:
