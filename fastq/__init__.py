@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastq.explanation import explain
+from fastq.kernels.warmup import warmup
 from fastq.ops import (
     conv2d,
     conv2d_float,
@@ -64,6 +65,7 @@ __all__ = [
     "save",
     "set_num_threads",
     "summary",
+    "warmup",
 ]
 
 

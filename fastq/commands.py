@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import click
@@ -45,3 +46,17 @@ def demo(network: str, output: Path | None) -> None:
     comparison = compare(task, path)
     click.echo(f"int8 parameters: {path}")
     Console().print(table(comparison))
+
+
+@cli.command()
+@click.option("--network", help="Only what such networks use: bert, resnet50 or mobilenet.")
+@click.option("--isa", help="Another instruction set than the fastest, as FASTQ_ISA names it.")
+def warmup(network: str | None, isa: str | None) -> None:
+    """Compile the kernels now, into the disk cache, not at their first use."""
+    from tqdm import tqdm
+
+    try:
+        done = fastq.warmup(network, isa=isa, progress=partial(tqdm, unit="kernel"))
+    except (ValueError, RuntimeError) as error:
+        raise click.UsageError(str(error)) from error
+    click.echo(done)

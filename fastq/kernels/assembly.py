@@ -44,15 +44,20 @@ def config_of(kernel: Any) -> tuple[Any, ...]:
     return config[:-1]
 
 
-def name_of(kernel: Any) -> str:
+def name(factory: str, arguments: tuple[Any, ...]) -> str:
     """`u8s8s32_gemm_6x8c4__avx2 u8 affine` of a tile; the factory and its arguments of others."""
-    factory = kernel.__wrapped__.__qualname__.partition(".")[0]
-    config = config_of(kernel)
-    if factory == gemm.gemm_kernel.__name__:
-        words = Tile(*config[:_TILE_FIELDS]), *config[_TILE_FIELDS:]
-    else:
-        words = factory.removesuffix("_kernel"), *config
+    words = arguments
+    if not arguments or not isinstance(arguments[0], Tile):
+        words = (factory.removesuffix("_kernel"), *arguments)
     return " ".join(map(str, words))
+
+
+def name_of(kernel: Any) -> str:
+    """The `name` of a compiled kernel."""
+    factory, config = kernel.__wrapped__.__qualname__.partition(".")[0], config_of(kernel)
+    if factory == gemm.gemm_kernel.__name__:
+        config = (Tile(*config[:_TILE_FIELDS]), *config[_TILE_FIELDS:])
+    return name(factory, config)
 
 
 @functools.cache
