@@ -203,6 +203,38 @@ def hold_to_limits(rows: Iterable[Row]) -> None:
         row.share = row.limit / row.median
 
 
+@dataclass
+class Summary:
+    """fastq over the best peer of each shape in a suite; `worst` has the lowest ratios."""
+
+    suite: str
+    mean: float
+    slower: int
+    shapes: int
+    worst: list[Row]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.suite}: {self.mean:.2f}x the best peer of each shape, geometric mean; "
+            f"{self.slower} of {self.shapes} shapes slower. The lowest:"
+        )
+
+
+def summaries(rows: Iterable[Row], worst: int = 5) -> list[Summary]:
+    """One per suite; of several rows of ours on a shape the first one counts."""
+    suites: dict[str, dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        if row.ours and row.ratio == row.ratio:
+            suites[row.suite].setdefault(row.shape, row)
+    found = []
+    for suite, by_shape in suites.items():
+        ours = sorted(by_shape.values(), key=lambda row: row.ratio)
+        mean = statistics.geometric_mean(row.ratio for row in ours)
+        slower = sum(row.ratio < 1 for row in ours)
+        found.append(Summary(suite, mean, slower, len(ours), ours[:worst]))
+    return found
+
+
 def network_sums(rows: Iterable[Row]) -> dict[str, dict[str, tuple[float, float]]]:
     """{network: {peer: (milliseconds, GOP/s)}}: whole networks, peers that did every layer."""
     times: dict[str, dict[str, Row]] = defaultdict(dict)

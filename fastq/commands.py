@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import click
@@ -46,6 +48,31 @@ def demo(network: str, output: Path | None) -> None:
     comparison = compare(task, path)
     click.echo(f"int8 parameters: {path}")
     Console().print(table(comparison))
+
+
+@cli.command(
+    context_settings={"ignore_unknown_options": True}, add_help_option=False, no_args_is_help=True
+)
+@click.option("--kernels", "module", flag_value="benchmarks.run", help="The integer kernels.")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="...")
+@click.pass_context
+@extra("bench")
+def bench(context: click.Context, module: str | None, options: tuple[str, ...]) -> None:
+    """Time fastq beside other libraries, in a clone of the repository.
+
+    `fastq bench --kernels --help` lists the options that may follow.
+    """
+    if module is None:
+        raise click.UsageError("what to time comes first: fastq bench --kernels ...")
+    root = Path(fastq.__file__).parents[1]
+    if not (root / "pyproject.toml").is_file() or not (root / "benchmarks").is_dir():
+        sys.exit(
+            "fastq: the benchmarks are not installed with the package; in a clone of its "
+            'repository, pip install -e ".[bench]" and run this again'
+        )
+    sys.path.insert(0, str(root))
+    name = f"{context.command_path} --kernels"
+    import_module(module).bench.main(args=list(options), prog_name=name)
 
 
 @cli.command()
