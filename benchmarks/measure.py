@@ -133,12 +133,19 @@ def interleave(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, 
     """Seconds of each call: each gets `seconds` in all, in ROUNDS turns.
 
     A turn starts untimed, until the caches are this one's and the previous one's threads have
-    stopped spinning.
+    stopped spinning. A call that takes ten times as long as that is timed once, before all turns.
     """
     clock = time.perf_counter
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    samples: dict[str, list[float]] = {}
+    for name, run in runs.items():
+        start = clock()
+        run()
+        once = clock() - start
+        samples[name] = [once] if once > 10 * seconds else []
+    turns = [name for name in runs if not samples[name]]
     for _ in range(ROUNDS):
-        for name, run in runs.items():
+        for name in turns:
+            run = runs[name]
             end = clock() + 0.2 * seconds / ROUNDS
             run()
             while clock() < end:
@@ -220,17 +227,25 @@ class Summary:
         )
 
 
-def summaries(rows: Iterable[Row], worst: int = 5) -> list[Summary]:
-    """One per suite; of several rows of ours on a shape the first one counts."""
-    suites: dict[str, dict[str, Row]] = defaultdict(dict)
+def first_of_ours(rows: Iterable[Row]) -> list[Row]:
+    """One row for each suite and shape that has a peer: of several of ours, the first."""
+    first: dict[tuple[str, str], Row] = {}
     for row in rows:
         if row.ours and row.ratio == row.ratio:
-            suites[row.suite].setdefault(row.shape, row)
+            first.setdefault((row.suite, row.shape), row)
+    return list(first.values())
+
+
+def summaries(rows: Iterable[Row], worst: int = 5) -> list[Summary]:
+    """One for each suite."""
+    suites: dict[str, list[Row]] = defaultdict(list)
+    for row in first_of_ours(rows):
+        suites[row.suite].append(row)
     found = []
-    for suite, by_shape in suites.items():
-        ours = sorted(by_shape.values(), key=lambda row: row.ratio)
+    for suite, ours in suites.items():
         mean = statistics.geometric_mean(row.ratio for row in ours)
         slower = sum(row.ratio < 1 for row in ours)
+        ours.sort(key=lambda row: row.ratio)
         found.append(Summary(suite, mean, slower, len(ours), ours[:worst]))
     return found
 

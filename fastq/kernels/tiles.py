@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from fastq.kernels.gemm import TILES, Tile
 
@@ -11,10 +13,32 @@ from fastq.kernels.gemm import TILES, Tile
 _EFFICIENCY = {64: 1.0, 32: 0.97, 16: 0.9, 8: 0.9, 4: 0.8}
 
 
+_offered = TILES
+
+
+@contextmanager
+def only(*tiles: Tile) -> Iterator[None]:
+    """Offers no other tiles inside the `with` block, to weights that were not packed before."""
+    global _offered
+    before = _offered
+    _offered = tiles
+    _forget()
+    try:
+        yield
+    finally:
+        _offered = before
+        _forget()
+
+
+def _forget() -> None:
+    for function in tiles_of, choose_nr, choose_tile:
+        function.cache_clear()
+
+
 @functools.cache
 def tiles_of(isa: str, kind: str = "gemm") -> tuple[Tile, ...]:
     """The tiles of a tier, in the order of the table."""
-    return tuple(t for t in TILES if t.isa == isa and t.kind == kind)
+    return tuple(t for t in _offered if t.isa == isa and t.kind == kind)
 
 
 @functools.cache
