@@ -53,16 +53,17 @@ def demo(network: str, output: Path | None) -> None:
 @cli.command(
     context_settings={"ignore_unknown_options": True}, add_help_option=False, no_args_is_help=True
 )
-@click.option("--kernels", "module", flag_value="benchmarks.run", help="The integer kernels.")
+@click.option("--kernels", "what", flag_value="kernels", help="Kernels, other people's shapes.")
+@click.option("--tiles", "what", flag_value="tiles", help="How good the choice of a tile is.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="...")
 @click.pass_context
 @extra("bench")
-def bench(context: click.Context, module: str | None, options: tuple[str, ...]) -> None:
+def bench(context: click.Context, what: str | None, options: tuple[str, ...]) -> None:
     """Time fastq beside other libraries, in a clone of the repository.
 
     `fastq bench --kernels --help` lists the options that may follow.
     """
-    if module is None:
+    if what is None:
         raise click.UsageError("what to time comes first: fastq bench --kernels ...")
     root = Path(fastq.__file__).parents[1]
     if not (root / "pyproject.toml").is_file() or not (root / "benchmarks").is_dir():
@@ -71,8 +72,8 @@ def bench(context: click.Context, module: str | None, options: tuple[str, ...]) 
             'repository, pip install -e ".[bench]" and run this again'
         )
     sys.path.insert(0, str(root))
-    name = f"{context.command_path} --kernels"
-    import_module(module).bench.main(args=list(options), prog_name=name)
+    module = import_module({"kernels": "benchmarks.run", "tiles": "benchmarks.tiles"}[what])
+    module.bench.main(args=list(options), prog_name=f"{context.command_path} --{what}")
 
 
 @cli.command()
