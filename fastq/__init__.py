@@ -9,6 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from fastq.explanation import explain
 from fastq.kernels.warmup import warmup
+from fastq.observer import (
+    EntropyObserver,
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageObserver,
+    PercentileObserver,
+    make_observer,
+)
 from fastq.ops import (
     conv2d,
     conv2d_float,
@@ -21,6 +29,7 @@ from fastq.ops import (
     requantize,
     set_num_threads,
 )
+from fastq.qconfig import QConfig
 from fastq.qparams import Dequant, QParams, Requant, choose_qparams, quantize_weight
 from fastq.weights import Conv2dWeight, LinearWeight
 
@@ -43,7 +52,13 @@ _NEEDS_TORCH = {
 __all__ = [
     "Conv2dWeight",
     "Dequant",
+    "EntropyObserver",
+    "HistogramObserver",
     "LinearWeight",
+    "MinMaxObserver",
+    "MovingAverageObserver",
+    "PercentileObserver",
+    "QConfig",
     "QConv2d",
     "QLinear",
     "QParams",
@@ -58,6 +73,7 @@ __all__ = [
     "linear",
     "linear_float",
     "load",
+    "make_observer",
     "quantize",
     "quantize_model",
     "quantize_weight",

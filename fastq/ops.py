@@ -7,25 +7,32 @@ instruction set and for every number of threads. No function needs torch.
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastq.kernels import elementwise as ew
-from fastq.kernels import isa
+from fastq.kernels import histogram as hg
+from fastq.kernels import isa, pointwise, windows
+from fastq.kernels.call import SLACK, At, Call, Calls, View, address_of
 from fastq.kernels.executor import get_num_threads, set_num_threads
 from fastq.kernels.layers import (
+    ARGUMENTS,
+    OUT,
+    SCALE,
+    ZERO_POINT,
     BoundConv2d,
     BoundLinear,
-    Call,
-    Calls,
     Source,
-    address_of,
+    X,
     range_call,
 )
 from fastq.kernels.tiles import BYTES_PER_NANOSECOND
 from fastq.qparams import (
+    HISTOGRAM_KEYS,
     Dequant,
     Epilogue,
     QParams,
@@ -37,16 +44,27 @@ from fastq.qparams import (
 from fastq.weights import Conv2dWeight, LinearWeight
 
 __all__ = [
+    "adaptive_avg_pool2d",
+    "adaptive_max_pool2d",
+    "add",
+    "affine",
+    "avg_pool2d",
     "conv2d",
     "conv2d_float",
     "dequantize",
     "dynamic_qparams",
     "get_num_threads",
+    "histogram",
     "linear",
     "linear_float",
+    "max_pool2d",
+    "mul",
     "quantize",
     "requantize",
     "set_num_threads",
+    "table",
+    "upsample_bilinear2d",
+    "upsample_nearest2d",
 ]
 
 _KIND = {
@@ -176,6 +194,7 @@ def requantize(
 _ELEMENTWISE_BLOCK = 16 * 1024  # values per task
 _elementwise_calls = Calls()
 _range_calls = Calls()
+_histogram_calls = Calls()
 
 
 def _elementwise(
@@ -236,8 +255,7 @@ def _elementwise_call(
     qmin: int,
     qmax: int,
 ) -> Call:
-    call = Call()
-    call.nanoseconds = rows * columns * 4 / BYTES_PER_NANOSECOND
+    call = Call(ARGUMENTS)
     call.row(
         ew.elementwise_kernel(operation, source, target, layout),
         ew.A_FIELDS,
@@ -249,7 +267,8 @@ def _elementwise_call(
             ew.A_QMIN: qmin,
             ew.A_QMAX: qmax,
         },
-        {ew.A_X: "x", ew.A_OUT: "out", ew.A_SCALE: "scale", ew.A_ZERO_POINT: "zero_point"},
+        {ew.A_X: X, ew.A_OUT: OUT, ew.A_SCALE: SCALE, ew.A_ZERO_POINT: ZERO_POINT},
+        rows * columns * 4 / BYTES_PER_NANOSECOND,
     )
     return call
 
@@ -273,12 +292,57 @@ def dynamic_qparams(x: NDArray[np.float32], *, per_row: bool = True) -> tuple[An
     return (scale, zero_point) if per_row else (scale[0], zero_point[0])
 
 
+def histogram(x: NDArray[np.float32], bins: NDArray[np.int64], ends: NDArray[np.float32]) -> None:
+    """Adds the values of x to a histogram whose bins are the upper 16 of a float32's 32 bits.
+
+    x     real numbers of any shape and strides, taken as float32.
+    bins  int64 (lanes, 65536, 2), added to: how many values, and the sum of the integers that
+          their lower 16 bits are. Lanes are filled in parallel; only their sum has a meaning.
+    ends  float32 (lanes, 2), widened to the smallest and the largest finite value of x, and 0.
+
+    The sum over the lanes is the same for every order of the data. NaN and infinities are counted
+    under their own bits. Raises TypeError and ValueError for other dtypes, shapes or layouts.
+    """
+    real = _real("histogram: x", x)
+    lanes = len(bins) if bins.ndim else 0
+    for name, array, shape, dtype in (
+        ("bins", bins, (lanes, HISTOGRAM_KEYS, 2), np.int64),
+        ("ends", ends, (lanes, 2), np.float32),
+    ):
+        if array.shape != shape or array.dtype != dtype or not lanes:
+            raise ValueError(
+                f"histogram: {name} {array.shape} {array.dtype}; wanted "
+                f"({', '.join(['lanes', *map(str, shape[1:])])}) {np.dtype(dtype)}, lanes > 0"
+            )
+        if not (array.flags.c_contiguous and array.flags.writeable and array.flags.aligned):
+            raise ValueError(f"histogram: {name} must be C-contiguous, writeable and aligned")
+    if real.size:
+        # in memory's order: what fills its memory, whatever the order of its axes, is not copied
+        source = np.require(real.ravel(order="K"), requirements=["C", "A"])
+        places = (address_of(array) for array in (source, bins, ends))
+        _histogram_calls.run(_histogram_call, (source.size, lanes), *places)
+
+
+def _histogram_call(size: int, lanes: int) -> Call:
+    call = Call(3)
+    call.row(
+        hg.histogram_kernel(),
+        hg.H_FIELDS,
+        lanes,
+        {hg.H_SIZE: size, hg.H_LANES: lanes},
+        {hg.H_X: At(0), hg.H_BINS: At(1), hg.H_ENDS: At(2)},
+        size * 1.0,  # measured: about a nanosecond a value
+    )
+    return call
+
+
 def linear(
     x: NDArray[np.uint8],
     weight: LinearWeight,
     epilogue: Epilogue = None,
     *,
     x_zero_point: ArrayLike = 0,
+    add: NDArray[np.uint8] | None = None,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
     """acc[m, n] = sum_k (x[m, k] - x_zero_point[m]) * weight[n, k], exact, then the epilogue.
@@ -287,6 +351,7 @@ def linear(
     weight        LinearWeight (N, K); its panels are packed at the first call.
     epilogue      None: int32. Requant: uint8. Dequant: float32. Re-use the object between calls.
     x_zero_point  0 to 255: a scalar, or (M,) where the epilogue is not a Requant.
+    add           uint8 (M, N), summed in by a Requant that has an add_multiplier.
     out           written and returned if given: (M, N) of the epilogue's dtype, C-contiguous.
 
     Raises TypeError and ValueError for other dtypes, shapes or values.
@@ -310,12 +375,14 @@ def linear(
     if x_scale.shape not in ((), (m,)):
         raise ValueError(f"linear: Dequant.x_scale {x_scale.shape} for {m} rows; wanted ({m},)")
     result = _output("linear", out, (m, weight.n), _out_dtype(epilogue), x)
+    added, at = _added("linear", epilogue, add, result)
     if result.size == 0:
         return result
     if x.strides[1] != 1:
         x = np.ascontiguousarray(x)
     layer = _bound(BoundLinear, weight, epilogue, "u8", None, zeros)
-    layer(m, x.strides[0], address_of(x), address_of(result), zeros)
+    layer(m, x.strides[0], address_of(x), address_of(result), zeros, at)
+    del added  # held until here
     return result
 
 
@@ -325,6 +392,7 @@ def conv2d(
     epilogue: Epilogue = None,
     *,
     x_zero_point: int = 0,
+    add: NDArray[np.uint8] | None = None,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
     """2-D cross-correlation of x (B, H, W, C) uint8, exact in int32, then the epilogue.
@@ -336,6 +404,7 @@ def conv2d(
     weight        Conv2dWeight (N, C/groups, KH, KW) with its stride, padding, dilation, groups.
     epilogue      None: int32. Requant: uint8. Dequant (one x_scale): float32.
     x_zero_point  0 to 255; padding has this value, which stands for real 0.
+    add           uint8 of the output's shape, summed in by a Requant that has an add_multiplier.
     out           written and returned if given: (B, OH, OW, N), C-contiguous.
 
     Raises TypeError and ValueError for other dtypes, shapes or values.
@@ -349,8 +418,10 @@ def conv2d(
     if isinstance(epilogue, Dequant) and epilogue.x_scale.ndim:
         raise ValueError(f"conv2d: Dequant.x_scale {epilogue.x_scale.shape}; wanted a scalar")
     result = _conv_output("conv2d", x, weight, _out_dtype(epilogue), out)
+    added, at = _added("conv2d", epilogue, add, result)
     if result.size:
-        _bound(BoundConv2d, weight, epilogue, "u8", None, zero_point)(x, result, zero_point)
+        _bound(BoundConv2d, weight, epilogue, "u8", None, zero_point)(x, result, zero_point, at)
+    del added  # held until here
     return result
 
 
@@ -431,7 +502,302 @@ def conv2d_float(
     return result
 
 
+MAX_FACTOR = 2.0**96  # of a multiplier or shift: nothing overflows float32 before the clamp
+_calls: dict[str, Calls] = defaultdict(Calls)
+
+
+def add(
+    a: NDArray[np.uint8],
+    b: NDArray[np.uint8],
+    a_multiplier: float,
+    b_multiplier: float,
+    *,
+    a_zero_point: int = 0,
+    b_zero_point: int = 0,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = clip(rint((a - za) * a_multiplier + (b - zb) * b_multiplier) + zero_point, qmin, qmax).
+
+    a, b          uint8, of shapes that broadcast as NumPy's.
+    multipliers   a_scale / y_scale and b_scale / y_scale, each product rounded to float32; a
+                  negative one subtracts. Finite, magnitude up to 2**96.
+    zero points   0 to 255; the clamp 0 <= qmin <= qmax <= 255.
+    out           written and returned if given: uint8 of the broadcast shape, C-contiguous.
+
+    Raises TypeError and ValueError for other dtypes, shapes or values.
+    """
+    left, right = _bytes("add: a", a), _bytes("add: b", b)
+    multipliers = (
+        _factor("add: a_multiplier", a_multiplier),
+        _factor("add: b_multiplier", b_multiplier),
+    )
+    zeros = _byte("add: a_zero_point", a_zero_point), _byte("add: b_zero_point", b_zero_point)
+    clamp = _clamp("add", zero_point, qmin, qmax)
+    result = _broadcast_output("add", left, right, out)
+    return _run(pointwise.add_row, [left, right, result], multipliers, zeros, *clamp)
+
+
+def mul(
+    a: NDArray[np.uint8],
+    b: NDArray[np.uint8],
+    multiplier: float,
+    *,
+    a_zero_point: int = 0,
+    b_zero_point: int = 0,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = clip(rint((a - za) * (b - zb) * multiplier) + zero_point, qmin, qmax).
+
+    multiplier is a_scale * b_scale / y_scale; the product before it is exact. Otherwise as `add`:
+    squeeze-and-excitation is (N, 1, 1, C) times (N, H, W, C).
+    """
+    left, right = _bytes("mul: a", a), _bytes("mul: b", b)
+    factor = _factor("mul: multiplier", multiplier)
+    zeros = _byte("mul: a_zero_point", a_zero_point), _byte("mul: b_zero_point", b_zero_point)
+    clamp = _clamp("mul", zero_point, qmin, qmax)
+    result = _broadcast_output("mul", left, right, out)
+    return _run(pointwise.mul_row, [left, right, result], factor, zeros, *clamp)
+
+
+def affine(
+    x: NDArray[np.uint8],
+    multiplier: ArrayLike,
+    shift: ArrayLike = 0.0,
+    *,
+    x_zero_point: int = 0,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = clip(rint((x - x_zero_point) * multiplier + shift) + zero_point, qmin, qmax).
+
+    x           uint8, any shape (..., C).
+    multiplier  a scalar or (C,), float32, finite, magnitude up to 2**96; shift likewise.
+
+    A batch norm without a convolution, or another scale: multiplier = x_scale / y_scale. Other
+    arguments and errors as in `add`.
+    """
+    x = _bytes("affine: x", x)
+    columns = [
+        _factors(f"affine: {name}", values, x)
+        for name, values in (("multiplier", multiplier), ("shift", shift))
+    ]
+    zero = _byte("affine: x_zero_point", x_zero_point)
+    clamp = _clamp("affine", zero_point, qmin, qmax)
+    result = _output("affine", out, x.shape, _UINT8, x)
+    return _run(_affine_row, [x, result], *columns, zero, *clamp)
+
+
+def _affine_row(
+    call: Call, x: View, out: View, multiplier: bytes, shift: bytes, *rest: Any
+) -> None:
+    axis = (-1,)[: len(x.shape)]
+    scale, offset = (np.frombuffer(v, np.float32).reshape(axis) for v in (multiplier, shift))
+    pointwise.affine_row(call, x, out, scale, offset, *rest)
+
+
+def table(
+    x: NDArray[np.uint8], values: NDArray[np.uint8], *, out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """y = values[x]; or y[..., c] = values[c, x[..., c]], a table for each channel.
+
+    x uint8, any shape (..., C); values uint8 (256,) or (C, 256). Any function of one quantized
+    value is such a table. Raises TypeError and ValueError for other dtypes or shapes.
+    """
+    x, values = _bytes("table: x", x), _bytes("table: values", values)
+    if values.shape not in ((256,), (*x.shape[-1:], 256)):
+        raise ValueError(
+            f"table: values {values.shape} for x {x.shape}; wanted (256,), or (C, 256) for the C "
+            "of x's last axis"
+        )
+    result = _output("table", out, x.shape, _UINT8, x)
+    return _run(_table_row, [x, result], values.tobytes())
+
+
+def _table_row(call: Call, x: View, out: View, values: bytes) -> None:
+    tables = np.frombuffer(values, np.uint8).reshape(-1, 256)
+    pointwise.table_row(call, x, out, tables[0] if len(tables) == 1 else tables)
+
+
+def max_pool2d(
+    x: NDArray[np.uint8],
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    ceil_mode: bool = False,
+    *,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """The largest of each window of x (B, H, W, C) uint8; scale and zero point stay.
+
+    kernel_size, stride (kernel_size unless given), padding (up to half of the kernel), dilation,
+    ceil_mode as in torch.nn.functional.max_pool2d. out as in `conv2d`. Raises TypeError and
+    ValueError for other dtypes, shapes or values.
+    """
+    x = _image("max_pool2d", x)
+    along = _pooling("max_pool2d", x, kernel_size, stride, padding, dilation, bool(ceil_mode))
+    result = _pooled("max_pool2d", x, along, out)
+    parameters = tuple(tuple(p[i] for p in along) for i in range(4))
+    return _run(windows.max_pool2d_row, [x, result], *parameters, bool(ceil_mode))
+
+
+def avg_pool2d(
+    x: NDArray[np.uint8],
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    *,
+    multiplier: float = 1.0,
+    x_zero_point: int = 0,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = clip(rint(sum * (multiplier / count)) + zero_point, qmin, qmax) for each window.
+
+    sum is that of (x - x_zero_point), exact, over a window of x (B, H, W, C) uint8; padding is real
+    0. The windows, and what counts, as in torch.nn.functional.avg_pool2d. multiplier is
+    x_scale / y_scale. Otherwise as `max_pool2d` and `add`.
+    """
+    x = _image("avg_pool2d", x)
+    along = _pooling("avg_pool2d", x, kernel_size, stride, padding, 1, bool(ceil_mode))
+    if divisor_override is not None and not divisor_override > 0:
+        raise ValueError(f"avg_pool2d: divisor_override={divisor_override!r}; wanted an int > 0")
+    requantized = _requantized("avg_pool2d", multiplier, x_zero_point, zero_point, qmin, qmax)
+    result = _pooled("avg_pool2d", x, along, out)
+    parameters = tuple(tuple(p[i] for p in along) for i in range(3))
+    counting = bool(ceil_mode), bool(count_include_pad), divisor_override
+    return _run(windows.avg_pool2d_row, [x, result], *parameters, *counting, *requantized)
+
+
+def adaptive_max_pool2d(
+    x: NDArray[np.uint8],
+    output_size: int | tuple[int, int],
+    *,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """The largest of each of output_size windows of x (B, H, W, C) uint8, as torch's.
+
+    Window i of an axis is floor(i * H / OH) to ceil((i + 1) * H / OH). Errors as `max_pool2d`.
+    """
+    x = _image("adaptive_max_pool2d", x)
+    result = _resized("adaptive_max_pool2d", x, output_size, out)
+    return _run(windows.adaptive_max_pool2d_row, [x, result])
+
+
+def adaptive_avg_pool2d(
+    x: NDArray[np.uint8],
+    output_size: int | tuple[int, int],
+    *,
+    multiplier: float = 1.0,
+    x_zero_point: int = 0,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """The mean of each window, requantized as in `avg_pool2d`; windows of `adaptive_max_pool2d`.
+
+    output_size 1 is the mean over H and W. Arguments and errors as there.
+    """
+    x = _image("adaptive_avg_pool2d", x)
+    requantized = _requantized(
+        "adaptive_avg_pool2d", multiplier, x_zero_point, zero_point, qmin, qmax
+    )
+    result = _resized("adaptive_avg_pool2d", x, output_size, out)
+    return _run(windows.adaptive_avg_pool2d_row, [x, result], *requantized)
+
+
+def upsample_nearest2d(
+    x: NDArray[np.uint8],
+    output_size: int | tuple[int, int],
+    scale_factor: tuple[float, float] | None = None,
+    *,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """x (B, H, W, C) uint8 at min(floor(i * scale), H - 1) of each axis; scale and zero point stay.
+
+    scale is 1 / scale_factor if given, else H / OH, in float32: torch's mode "nearest". Raises
+    TypeError and ValueError for other dtypes, shapes or values.
+    """
+    x = _image("upsample_nearest2d", x)
+    factors = _scale_factor("upsample_nearest2d", scale_factor)
+    result = _resized("upsample_nearest2d", x, output_size, out)
+    return _run(windows.upsample_nearest2d_row, [x, result], factors)
+
+
+def upsample_bilinear2d(
+    x: NDArray[np.uint8],
+    output_size: int | tuple[int, int],
+    align_corners: bool = False,
+    scale_factor: tuple[float, float] | None = None,
+    *,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """x (B, H, W, C) uint8 between its pixels; scale and zero point stay.
+
+    Positions and shares as in torch's mode "bilinear", in float32; rounded half to even; see
+    reference.upsample_bilinear2d. Errors as `upsample_nearest2d`.
+    """
+    x = _image("upsample_bilinear2d", x)
+    factors = _scale_factor("upsample_bilinear2d", scale_factor)
+    result = _resized("upsample_bilinear2d", x, output_size, out)
+    return _run(windows.upsample_bilinear2d_row, [x, result], bool(align_corners), factors)
+
+
+def _run(row: Callable[..., None], arrays: list[NDArray[Any]], *parameters: Any) -> NDArray[Any]:
+    """Runs row(call, *views, *parameters) on arrays of which the last is the result."""
+    result = arrays[-1]
+    if result.size:
+        if result.ndim > 4:  # then their axes must join
+            arrays = [*map(np.ascontiguousarray, np.broadcast_arrays(*arrays[:-1])), result]
+        layouts = tuple((a.shape, a.strides) for a in arrays)
+        key = (row, layouts, parameters, get_num_threads())
+        _calls[row.__name__].run(_row_call, key, *map(address_of, arrays))
+    return result
+
+
+def _row_call(row: Callable[..., None], layouts: Any, parameters: Any, threads: int) -> Call:
+    call = Call(len(layouts))
+    views = [View(At(i), shape, strides, "u8") for i, (shape, strides) in enumerate(layouts)]
+    row(call, *views, *parameters)
+    return call
+
+
+_UINT8 = np.dtype(np.uint8)
 _FLOAT32 = np.dtype(np.float32)
+
+
+def _added(
+    name: str, epilogue: Epilogue, add: Any, out: NDArray[Any]
+) -> tuple[NDArray[np.uint8] | None, int]:
+    """What the epilogue adds, copied to where reading beyond its end is safe, and its address."""
+    wanted = isinstance(epilogue, Requant) and epilogue.add_multiplier is not None
+    if wanted != (add is not None):
+        raise ValueError(
+            f"{name}: got {'no add=' if wanted else 'add='}; it goes with a Requant that has an "
+            "add_multiplier"
+        )
+    if add is None:
+        return None, 0
+    if not isinstance(add, np.ndarray) or add.shape != out.shape or add.dtype != np.uint8:
+        given = f"{add.shape} {add.dtype}" if isinstance(add, np.ndarray) else type(add).__name__
+        raise ValueError(f"{name}: add is {given}; wanted {out.shape} uint8, as the output")
+    copy = np.empty(add.size + SLACK, np.uint8)
+    copy[: add.size] = add.reshape(-1)
+    return copy, address_of(copy)
 
 
 def _out_dtype(epilogue: Epilogue) -> np.dtype[Any]:
@@ -490,6 +856,121 @@ def _real(what: str, x: ArrayLike) -> NDArray[np.float32]:
         raise TypeError(f"{what} {array.shape} {array.dtype}; wanted float32")
     with np.errstate(over="ignore"):
         return array.astype(np.float32, copy=False)
+
+
+def _bytes(what: str, x: Any) -> NDArray[np.uint8]:
+    """x, with elements of the last axis side by side; TypeError unless it is a uint8 array."""
+    if type(x) is not np.ndarray or x.dtype != np.uint8:
+        given = f"{x.shape} {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
+        raise TypeError(f"{what} is {given}; wanted a NumPy array of uint8")
+    return x if not x.ndim or x.shape[-1] == 1 or x.strides[-1] == 1 else np.ascontiguousarray(x)
+
+
+def _byte(what: str, value: Any) -> int:
+    zero = check_zero_point(what, value, np.uint8)
+    if zero.ndim:
+        raise ValueError(f"{what} {zero.shape}; wanted one integer")
+    return int(zero)
+
+
+def _factor(what: str, value: Any) -> float:
+    factors = np.asarray(value, np.float32)
+    if factors.ndim or not abs(factors) <= MAX_FACTOR:
+        raise ValueError(f"{what}={value!r}; wanted one finite number, magnitude up to 2**96")
+    return float(factors)
+
+
+def _factors(what: str, values: ArrayLike, x: NDArray[Any]) -> bytes:
+    """A scalar or one float32 for each of x's last axis."""
+    factors = np.asarray(values, np.float32)
+    if factors.shape not in ((), x.shape[-1:]):
+        raise ValueError(
+            f"{what} {factors.shape} for x {x.shape}; wanted a scalar or one per channel"
+        )
+    if not (np.abs(factors) <= MAX_FACTOR).all():
+        raise ValueError(f"{what}: wanted finite numbers, magnitude up to 2**96, got {values!r}")
+    return factors.tobytes()
+
+
+def _requantized(
+    name: str, multiplier: Any, x_zero_point: Any, zero_point: Any, qmin: Any, qmax: Any
+) -> tuple[float, int, int, int, int]:
+    factor = _factor(f"{name}: multiplier", multiplier)
+    zero = _byte(f"{name}: x_zero_point", x_zero_point)
+    return factor, zero, *_clamp(name, zero_point, qmin, qmax)
+
+
+def _image(name: str, x: Any) -> NDArray[np.uint8]:
+    x = _bytes(f"{name}: x", x)
+    if x.ndim != 4 or not (x.shape[1] and x.shape[2]):
+        raise ValueError(f"{name}: x {x.shape}; wanted (B, H, W, C) with H, W > 0")
+    return x
+
+
+def _two(what: str, value: Any, least: int) -> tuple[int, int]:
+    """A pair of ints; an int stands for both."""
+    pair = (value, value) if isinstance(value, int | np.integer) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int | np.integer) and v >= least for v in pair):
+        raise ValueError(f"{what}={value!r}; wanted an int or two, at least {least}")
+    return int(pair[0]), int(pair[1])
+
+
+def _pooling(
+    name: str, x: NDArray[Any], kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool
+) -> list[tuple[int, int, int, int, int]]:
+    """(kernel, stride, padding, dilation, output size) of each axis."""
+    kernels = _two(f"{name}: kernel_size", kernel, 1)
+    strides = kernels if stride is None else _two(f"{name}: stride", stride, 1)
+    paddings = _two(f"{name}: padding", padding, 0)
+    dilations = _two(f"{name}: dilation", dilation, 1)
+    if any(2 * p > k for p, k in zip(paddings, kernels, strict=True)):
+        raise ValueError(f"{name}: padding={padding} for kernel_size={kernel}; wanted up to half")
+    along = []
+    for i, size in enumerate(x.shape[1:3]):
+        one = kernels[i], strides[i], paddings[i], dilations[i]
+        count = windows.pool_size(size, *one, ceil)
+        if count < 1:
+            raise ValueError(
+                f"{name}: x {x.shape} is smaller than the window; kernel_size={kernel}, "
+                f"padding={padding}, dilation={dilation}"
+            )
+        along.append((*one, count))
+    return along
+
+
+def _pooled(name: str, x: NDArray[Any], along: Any, out: Any) -> NDArray[Any]:
+    shape = (x.shape[0], along[0][-1], along[1][-1], x.shape[3])
+    return _output(name, out, shape, _UINT8, x)
+
+
+def _resized(name: str, x: NDArray[Any], output_size: Any, out: Any) -> NDArray[Any]:
+    size = _two(f"{name}: output_size", output_size, 1)
+    return _output(name, out, (x.shape[0], *size, x.shape[3]), _UINT8, x)
+
+
+def _scale_factor(name: str, value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    pair = tuple(float(v) for v in value)
+    if len(pair) != 2 or not all(0 < v < np.inf for v in pair):
+        raise ValueError(f"{name}: scale_factor={value!r}; wanted two finite numbers > 0")
+    return pair[0], pair[1]
+
+
+def _clamp(name: str, zero_point: Any, qmin: Any, qmax: Any) -> tuple[int, int, int]:
+    """(zero_point, qmin, qmax), checked."""
+    if not 0 <= qmin <= qmax <= 255:
+        raise ValueError(f"{name}: qmin={qmin}, qmax={qmax}; wanted 0 <= qmin <= qmax <= 255")
+    return _byte(f"{name}: zero_point", zero_point), int(qmin), int(qmax)
+
+
+def _broadcast_output(name: str, a: NDArray[Any], b: NDArray[Any], out: Any) -> NDArray[Any]:
+    try:
+        shape = np.broadcast_shapes(a.shape, b.shape)
+    except ValueError:
+        raise ValueError(f"{name}: a {a.shape} and b {b.shape} do not broadcast") from None
+    _output(name, out, shape, _UINT8, a)
+    return _output(name, out, shape, _UINT8, b)
 
 
 def _integer(what: str, x: NDArray[Any]) -> np.dtype[Any]:

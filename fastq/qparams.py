@@ -9,7 +9,7 @@ This room is plain NumPy; every other room imports it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -20,6 +20,8 @@ Int32 = NDArray[np.int32]
 QUANTIZED_DTYPES = tuple(np.dtype(t) for t in (np.uint8, np.int8, np.int32))
 FLT_MIN = float(np.finfo(np.float32).tiny)  # smallest normal float32, the floor of every scale
 FLT_MAX = float(np.finfo(np.float32).max)
+
+HISTOGRAM_KEYS = 1 << 16  # bins of a histogram: one for each upper half of a float32
 
 # |x - zero_point| <= 255 and |w| <= 128: beyond this K an int32 accumulator could overflow.
 MAX_K = (2**31 - 1) // (255 * 128)
@@ -153,21 +155,77 @@ def _safe_scale(width: NDArray[Any], steps: int) -> Float32:
     return np.asarray(np.where(width == 0, np.float32(1), scale), np.float32)
 
 
-def quantize_weight(weight: ArrayLike, axis: int = 0) -> tuple[NDArray[np.int8], Float32]:
+WeightRange = Literal["max", "mse"]
+
+
+def check_weight_range(name: str, value: object) -> None:
+    """ValueError unless it says how the range of weights is found."""
+    if value not in get_args(WeightRange):
+        raise ValueError(f"{name}={value!r}; wanted 'max' or 'mse'")
+
+
+def check_weight_bits(name: str, value: object) -> None:
+    """TypeError or ValueError unless it is a number of bits that int8 data can have."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}; wanted an int from 2 to 8")
+    if not 2 <= value <= 8:
+        raise ValueError(f"{name}={value}; wanted 2 to 8: the data are stored as int8")
+
+
+def quantize_weight(
+    weight: ArrayLike, axis: int = 0, *, range: WeightRange = "max", bits: int = 8
+) -> tuple[NDArray[np.int8], Float32]:
     """A float32 weight as (int8 data, float32 scale per slice along `axis`), symmetric.
 
-    scale = max|w| / 127 per output channel; data = clip(rint(w / scale), -127, 127).
-    Raises ValueError for non-finite weights.
+    data = clip(rint(w / scale), -qmax, qmax) with qmax = 2**(bits - 1) - 1, 2 <= bits <= 8: fewer
+    bits use less of int8, in the same kernels.
+
+    range  "max": scale = max|w| / qmax, nothing is clipped.
+           "mse": of the scales of 1, 0.99, ... 0.3 times the largest weight, the one of least
+           squared error, for each slice; of equals the largest.
+
+    Raises ValueError for non-finite weights and other ranges and bits.
     """
+    check_weight_range("quantize_weight: range", range)
+    check_weight_bits("quantize_weight: bits", bits)
     w = np.asarray(weight, np.float32)
     if not np.isfinite(w).all():
         raise ValueError("quantize_weight: the weight has NaN or infinite values")
-    peak = np.abs(np.moveaxis(w, axis, -1)).max(axis=tuple(range(w.ndim - 1)), initial=0)
-    scale = choose_qparams(-peak, peak, np.int8, symmetric=True, axis=0).scale
+    slices = np.moveaxis(w, axis, 0)
+    slices = slices.reshape(len(slices), int(np.prod(slices.shape[1:])))
+    qmax = 2 ** (bits - 1) - 1
+    peak = np.abs(slices).max(axis=1, initial=0)
+    scale = _safe_scale(peak, qmax)
+    if range == "mse":
+        scale = _least_error_scale(slices, peak, qmax)
     shape = [1] * w.ndim
     shape[axis] = -1
-    data = np.clip(np.rint(w / scale.reshape(shape)), -127, 127).astype(np.int8)
+    data = np.clip(np.rint(w / scale.reshape(shape)), -qmax, qmax).astype(np.int8)
     return data, scale
+
+
+def _least_error_scale(slices: Float32, peak: Float32, qmax: int) -> Float32:
+    """The scale (n,) of least squared error for each row of slices (n, k)."""
+    best = _safe_scale(peak, qmax)
+    least = np.full(len(slices), np.inf)
+    error = np.empty_like(slices)
+    for percent in np.arange(100, 29, -1):
+        scale = _safe_scale(peak * np.float32(percent / 100), qmax)
+        column = scale[:, None]
+        np.rint(np.divide(slices, column, out=error), out=error)
+        np.clip(error, -qmax, qmax, out=error)
+        error *= column
+        error -= slices
+        squares = np.einsum("nk,nk->n", error, error, dtype=np.float64)
+        best = np.where(squares < least, scale, best)
+        least = np.minimum(squares, least)
+    return best
+
+
+def exp_table(scale: float) -> Int32:
+    """exp(-scale * d) for d = 0..255 as int32, 1.0 being 2**23: what `softmax` sums, exactly."""
+    steps = np.exp(-np.float64(np.float32(scale)) * np.arange(256))
+    return np.rint(steps * 2.0**23).astype(np.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,10 +234,15 @@ class Requant:
 
     y = clip(rint(float32(acc + bias) * multiplier) + zero_point, qmin, qmax), ties to even.
 
+    With an add_multiplier, `add`, a uint8 array of the output's shape, is summed in before
+    rounding: ... * multiplier + float32(add - add_zero_point) * add_multiplier ...
+
     multiplier  float32, scalar or (N,): x_scale * weight_scale / y_scale; finite, > 0.
     zero_point  int of the output, within [0, 255].
     bias        int32 (N,) or None: rint(bias / (x_scale * weight_scale)).
     qmin, qmax  the clamp, 0 <= qmin <= qmax <= 255. ReLU is qmin = zero_point.
+    add_multiplier  a float in float32, finite: add_scale / y_scale; or None: nothing is added.
+    add_zero_point  int of what is added, within [0, 255].
     """
 
     multiplier: Float32
@@ -187,14 +250,25 @@ class Requant:
     bias: Int32 | None = None
     qmin: int = 0
     qmax: int = 255
+    add_multiplier: float | None = None
+    add_zero_point: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multiplier", check_scale("Requant: multiplier", self.multiplier))
         object.__setattr__(self, "bias", _check_bias("Requant", self.bias, np.int32))
-        zero_point = check_zero_point("Requant: zero_point", self.zero_point, np.uint8)
-        if zero_point.ndim:
-            raise ValueError(f"Requant: zero_point {zero_point.shape}; wanted one integer")
-        object.__setattr__(self, "zero_point", int(zero_point))
+        for name in ("zero_point", "add_zero_point"):
+            zero_point = check_zero_point(f"Requant: {name}", getattr(self, name), np.uint8)
+            if zero_point.ndim:
+                raise ValueError(f"Requant: {name} {zero_point.shape}; wanted one integer")
+            object.__setattr__(self, name, int(zero_point))
+        if self.add_multiplier is not None:
+            with np.errstate(over="ignore"):
+                factor = float(np.float32(self.add_multiplier))
+            if not np.isfinite(factor):
+                raise ValueError(
+                    f"Requant: add_multiplier={self.add_multiplier!r}; wanted a finite float32"
+                )
+            object.__setattr__(self, "add_multiplier", factor)
         for name in ("qmin", "qmax"):
             value = getattr(self, name)
             if not isinstance(value, int | np.integer):

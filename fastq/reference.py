@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastq.qparams import Dequant, Epilogue, QParams, Requant, quantized_dtype
+from fastq.qparams import (
+    HISTOGRAM_KEYS,
+    Dequant,
+    Epilogue,
+    QParams,
+    Requant,
+    exp_table,
+    quantized_dtype,
+)
 from fastq.weights import Conv2dWeight, LinearWeight
 
 F32 = np.float32
@@ -114,22 +122,40 @@ def dynamic_qparams(x: NDArray[np.float32], *, per_row: bool = True) -> tuple[An
     return (scale, zero_point) if per_row else (scale[0], zero_point[0])
 
 
+def histogram(x: NDArray[np.float32], bins: NDArray[np.int64], ends: NDArray[np.float32]) -> None:
+    """Adds the values of x to a histogram whose bins are the upper 16 of a float32's 32 bits.
+
+    bins  int64 (lanes, 65536, 2): how many values, and the sum of the integers that their lower
+          16 bits are. Lanes add up; this function adds to the first.
+    ends  float32 (lanes, 2): the smallest and the largest finite value, and 0.
+    """
+    x = np.asarray(x, F32).ravel()
+    bits = x.view(np.uint32)
+    key, rest = bits >> 16, bits & 0xFFFF
+    bins[0, :, 0] += np.bincount(key, minlength=HISTOGRAM_KEYS)
+    bins[0, :, 1] += np.bincount(key, rest, HISTOGRAM_KEYS).astype(np.int64)  # exact below 2**53
+    finite = np.where(np.isfinite(x), x, F32(0))
+    ends[0, 0] = finite.min(initial=ends[0, 0])
+    ends[0, 1] = finite.max(initial=ends[0, 1])
+
+
 def linear(
     x: NDArray[np.uint8],
     weight: LinearWeight,
     epilogue: Epilogue = None,
     *,
     x_zero_point: ArrayLike = 0,
+    add: NDArray[np.uint8] | None = None,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
     """acc[m, n] = sum_k (x[m, k] - x_zero_point[m]) * weight[n, k], then the epilogue.
 
     x (M, K) uint8; weight (N, K) int8; result (M, N): int32 without an epilogue, uint8 with a
-    Requant, float32 with a Dequant.
+    Requant, float32 with a Dequant. `add`, uint8 (M, N), is for a Requant with an add_multiplier.
     """
     steps = x.astype(np.float64) - np.reshape(x_zero_point, (-1, 1))
     acc = steps @ weight.data.T.astype(np.float64)  # exact: |acc| < 2**31 < 2**53
-    return _into(out, _finish(acc.astype(np.int32), epilogue))
+    return _into(out, _finish(acc.astype(np.int32), epilogue, add))
 
 
 def conv2d(
@@ -138,6 +164,7 @@ def conv2d(
     epilogue: Epilogue = None,
     *,
     x_zero_point: int = 0,
+    add: NDArray[np.uint8] | None = None,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
     """2-D cross-correlation of x (B, H, W, C) uint8; result (B, OH, OW, N) as in `linear`.
@@ -160,7 +187,7 @@ def conv2d(
             cols = slice(j * dw, j * dw + sw * (ow - 1) + 1, sw)
             tap = filters[..., i, j].transpose(0, 2, 1)  # (groups, C/groups, N/groups)
             acc += np.matmul(grouped[:, rows, cols, :, None, :], tap)[..., 0, :]
-    return _into(out, _finish(acc.reshape(batch, oh, ow, n).astype(np.int32), epilogue))
+    return _into(out, _finish(acc.reshape(batch, oh, ow, n).astype(np.int32), epilogue, add))
 
 
 def linear_float(
@@ -206,31 +233,376 @@ def conv2d_float(
     return conv2d(q, weight, epilogue, x_zero_point=int(zero_point), out=out)
 
 
+def add(
+    a: NDArray[np.uint8],
+    b: NDArray[np.uint8],
+    a_multiplier: float,
+    b_multiplier: float,
+    *,
+    a_zero_point: int = 0,
+    b_zero_point: int = 0,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = requantize of (a - a_zero_point) * a_multiplier + (b - b_zero_point) * b_multiplier.
+
+    a and b uint8 of shapes that broadcast; a_multiplier is a_scale / y_scale, negative to subtract.
+    """
+    y = _steps(a, a_zero_point) * F32(a_multiplier) + _steps(b, b_zero_point) * F32(b_multiplier)
+    return _into(out, to_uint8(y, zero_point, qmin, qmax))
+
+
+def mul(
+    a: NDArray[np.uint8],
+    b: NDArray[np.uint8],
+    multiplier: float,
+    *,
+    a_zero_point: int = 0,
+    b_zero_point: int = 0,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = requantize of (a - a_zero_point) * (b - b_zero_point) * multiplier; the first is exact.
+
+    a and b uint8 of shapes that broadcast; multiplier is a_scale * b_scale / y_scale.
+    """
+    y = _steps(a, a_zero_point) * _steps(b, b_zero_point) * F32(multiplier)
+    return _into(out, to_uint8(y, zero_point, qmin, qmax))
+
+
+def affine(
+    x: NDArray[np.uint8],
+    multiplier: ArrayLike,
+    shift: ArrayLike = 0.0,
+    *,
+    x_zero_point: int = 0,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = requantize of (x - x_zero_point) * multiplier + shift, scalars or (C,) of the last axis.
+
+    A batch norm: multiplier = weight / sqrt(var + eps) * x_scale / y_scale, shift likewise.
+    """
+    y = _steps(x, x_zero_point) * np.asarray(multiplier, F32) + np.asarray(shift, F32)
+    return _into(out, to_uint8(y, zero_point, qmin, qmax))
+
+
+def table(
+    x: NDArray[np.uint8], values: NDArray[np.uint8], *, out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """y = values[x]; or y[..., c] = values[c, x[..., c]] for values (C, 256). Any function of x."""
+    if values.ndim == 1:
+        return _into(out, values[x])
+    return _into(out, values[np.arange(len(values)), x])
+
+
+def max_pool2d(
+    x: NDArray[np.uint8],
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    ceil_mode: bool = False,
+    *,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """The largest of each window of x (B, H, W, C), as torch's; each window meets x."""
+    windows = [
+        _windows(size, k, s, p, d, ceil_mode)
+        for size, k, s, p, d in zip(
+            x.shape[1:3], *_pool_parameters(kernel_size, stride, padding, dilation), strict=True
+        )
+    ]
+    return _into(out, _pool(x, windows[0], windows[1], _largest))
+
+
+def avg_pool2d(
+    x: NDArray[np.uint8],
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    *,
+    multiplier: float = 1.0,
+    x_zero_point: int = 0,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = requantize of the sum over each window of (x - x_zero_point), times multiplier / count.
+
+    x (B, H, W, C); windows and count as torch's; multiplier is x_scale / y_scale. The quotient
+    is one float32 division.
+    """
+    parameters = _pool_parameters(kernel_size, stride, padding, 1)
+    windows, sizes = [], []
+    for size, k, s, p, d in zip(x.shape[1:3], *parameters, strict=True):
+        along = _windows(size, k, s, p, d, ceil_mode)
+        padded = [min(i * s - p + k, size + p) - (i * s - p) for i in range(len(along))]
+        windows.append(along)
+        sizes.append(padded if count_include_pad else [len(w) for w in along])
+    counts = np.multiply.outer(*sizes) if divisor_override is None else divisor_override
+    counts = np.broadcast_to(counts, (len(windows[0]), len(windows[1])))
+    sums = _pool(_steps(x, x_zero_point).astype(np.int64), windows[0], windows[1], _total)
+    y = sums.astype(F32) * (F32(multiplier) / counts.astype(F32))[..., None]
+    return _into(out, to_uint8(y, zero_point, qmin, qmax))
+
+
+def adaptive_max_pool2d(
+    x: NDArray[np.uint8],
+    output_size: int | tuple[int, int],
+    *,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """The largest of each window of x (B, H, W, C), as torch's.
+
+    Window i of an axis is floor(i * H / OH) to ceil((i + 1) * H / OH).
+    """
+    rows, columns = (
+        _adaptive_windows(size, n) for size, n in zip(x.shape[1:3], _pair(output_size), strict=True)
+    )
+    return _into(out, _pool(x, rows, columns, _largest))
+
+
+def adaptive_avg_pool2d(
+    x: NDArray[np.uint8],
+    output_size: int | tuple[int, int],
+    *,
+    multiplier: float = 1.0,
+    x_zero_point: int = 0,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """The mean of each window, as in `avg_pool2d`; windows as in `adaptive_max_pool2d`.
+
+    output_size 1 is the mean over H and W.
+    """
+    rows, columns = (
+        _adaptive_windows(size, n) for size, n in zip(x.shape[1:3], _pair(output_size), strict=True)
+    )
+    counts = np.multiply.outer([len(w) for w in rows], [len(w) for w in columns])
+    sums = _pool(_steps(x, x_zero_point).astype(np.int64), rows, columns, _total)
+    y = sums.astype(F32) * (F32(multiplier) / counts.astype(F32))[..., None]
+    return _into(out, to_uint8(y, zero_point, qmin, qmax))
+
+
+def upsample_nearest2d(
+    x: NDArray[np.uint8],
+    output_size: int | tuple[int, int],
+    scale_factor: tuple[float, float] | None = None,
+    *,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """x (B, H, W, C) at min(floor(i * scale), H - 1) of each axis, as torch's mode "nearest".
+
+    scale is 1 / scale_factor if given, else H / OH, in float32. Where OH is H or 2 * H it is 1 or
+    1/2, whatever scale_factor says: so it is in torch.
+    """
+    index = []
+    for axis, n in enumerate(_pair(output_size)):
+        size = x.shape[1 + axis]
+        step = F32(1 / scale_factor[axis]) if scale_factor else F32(size) / F32(n)
+        if n in (size, 2 * size):
+            step = F32(size / n)
+        index.append([min(int(np.floor(F32(i) * step)), size - 1) for i in range(n)])
+    return _into(out, x[:, index[0]][:, :, index[1]])
+
+
+def upsample_bilinear2d(
+    x: NDArray[np.uint8],
+    output_size: int | tuple[int, int],
+    align_corners: bool = False,
+    scale_factor: tuple[float, float] | None = None,
+    *,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """x (B, H, W, C) between its pixels, as torch's mode "bilinear"; the quantization stays.
+
+    Position i of an axis is at r = i * (H - 1) / (OH - 1) with align_corners, else at
+    max((i + 0.5) * scale - 0.5, 0) with scale 1 / scale_factor if given, else H / OH; at i if OH
+    is H. All in float32. With h = floor(r), f = r - h and g = 1 - f:
+    y = rint(((x00 * gw + x01 * fw) * gh) + ((x10 * gw + x11 * fw) * fh)).
+    """
+    first, second, share = [], [], []
+    for axis, n in enumerate(_pair(output_size)):
+        size = x.shape[1 + axis]
+        i = np.arange(n).astype(F32)
+        if n == size:
+            where = i
+        elif align_corners:
+            where = i * (F32(size - 1) / F32(n - 1) if n > 1 else F32(0))
+        else:
+            step = F32(1 / scale_factor[axis]) if scale_factor else F32(size) / F32(n)
+            where = np.maximum((i + F32(0.5)) * step - F32(0.5), F32(0))
+        low = np.minimum(np.floor(where).astype(np.int64), size - 1)
+        first.append(low)
+        second.append(np.minimum(low + 1, size - 1))
+        share.append(np.clip(where - low.astype(F32), F32(0), F32(1)))
+    real, fh, fw = x.astype(F32), share[0][:, None, None], share[1][:, None]
+
+    def across(line: NDArray[np.float32]) -> NDArray[np.float32]:
+        return line[:, :, first[1]] * (F32(1) - fw) + line[:, :, second[1]] * fw
+
+    y = across(real[:, first[0]]) * (F32(1) - fh) + across(real[:, second[0]]) * fh
+    return _into(out, to_uint8(y, 0))
+
+
+def softmax(
+    x: NDArray[np.uint8], scale: float, *, out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """softmax of scale * x over the last axis; the result has scale 1 / 255 and zero_point 0.
+
+    e = exp_table(scale)[max(x) - x], y = rint(float32(e) * (255 / float32(sum(e)))), the sum
+    exact. 1 / 255, unlike 1 / 256, holds a probability of 1 exactly.
+    """
+    if x.size == 0:
+        return _into(out, x.copy())
+    peak = x.max(axis=-1, keepdims=True)
+    e = exp_table(scale)[peak - x]
+    total = e.sum(axis=-1, keepdims=True, dtype=np.int64)
+    return _into(out, to_uint8(e.astype(F32) * (F32(255) / total.astype(F32)), 0))
+
+
+def layer_norm(
+    x: NDArray[np.uint8],
+    multiplier: ArrayLike,
+    shift: ArrayLike,
+    epsilon: float,
+    *,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = requantize of (x - mean) / sqrt(var + epsilon) * multiplier + shift, over the last axis.
+
+    In steps of x (its zero point cancels): epsilon = eps / x_scale**2, multiplier = weight /
+    y_scale, shift = bias / y_scale. With N elements, their sum and their squares' sum, exact:
+    d = N * x - sum, r = float32(1 / sqrt(N * squares - sum**2 + N**2 * epsilon)) in float64,
+    y = ((float32(d) * r) * multiplier) + shift.
+    """
+    n = x.shape[-1]
+    q = x.astype(np.int64)
+    total = q.sum(axis=-1, keepdims=True)
+    spread = n * (q * q).sum(axis=-1, keepdims=True) - total * total
+    factor = (1.0 / np.sqrt(spread.astype(np.float64) + float(n) * float(n) * epsilon)).astype(F32)
+    y = (n * q - total).astype(F32) * factor * np.asarray(multiplier, F32) + np.asarray(shift, F32)
+    return _into(out, to_uint8(y, zero_point, qmin, qmax))
+
+
+def matmul(
+    a: NDArray[np.uint8],
+    b: NDArray[np.uint8],
+    multiplier: float,
+    *,
+    a_zero_point: int = 0,
+    transpose_b: bool = False,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = requantize of sum_k (a[..., m, k] - a_zero_point) * (b[..., k, n] - 128) * multiplier.
+
+    a (..., M, K) uint8; b (..., K, N), or (..., N, K) with transpose_b, uint8 with zero_point 128:
+    symmetric. Leading axes broadcast. multiplier is a_scale * b_scale / y_scale.
+    """
+    right = _steps(b.swapaxes(-1, -2) if transpose_b else b, 128).astype(np.float64)
+    acc = _steps(a, a_zero_point).astype(np.float64) @ right  # exact
+    return _into(out, to_uint8(acc.astype(F32) * F32(multiplier), zero_point, qmin, qmax))
+
+
+def _steps(x: NDArray[np.uint8], zero_point: int) -> NDArray[np.float32]:
+    """x - zero_point, exact in float32."""
+    return (x.astype(np.int32) - zero_point).astype(F32)
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
+
+
+def _pool_parameters(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> Any:
+    """(kernel, stride, padding, dilation), a pair each."""
+    step = kernel_size if stride is None else stride
+    return tuple(_pair(value) for value in (kernel_size, step, padding, dilation))
+
+
+def _windows(
+    size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
+) -> list[list[int]]:
+    """The positions within an axis of `size` that each window of a pooling reads."""
+    span = size + 2 * padding - dilation * (kernel - 1) - 1
+    count = (span + (stride - 1 if ceil_mode else 0)) // stride + 1
+    if ceil_mode and (count - 1) * stride >= size + padding:
+        count -= 1  # a window begins in the input or the padding before it
+    taps = [[i * stride - padding + k * dilation for k in range(kernel)] for i in range(count)]
+    return [[t for t in window if 0 <= t < size] for window in taps]
+
+
+def _adaptive_windows(size: int, count: int) -> list[list[int]]:
+    return [list(range(i * size // count, -(-(i + 1) * size // count))) for i in range(count)]
+
+
+def _pool(x: NDArray[Any], rows: Any, columns: Any, reduce: Any) -> NDArray[Any]:
+    """reduce(window of (B, h, w, C)) for each row and column window."""
+    y = np.zeros((x.shape[0], len(rows), len(columns), x.shape[3]), x.dtype)
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            y[:, i, j] = reduce(x[:, row][:, :, column])
+    return y
+
+
+def _largest(window: NDArray[Any]) -> NDArray[Any]:
+    return window.max(axis=(1, 2))
+
+
+def _total(window: NDArray[Any]) -> NDArray[Any]:
+    return window.sum(axis=(1, 2))
+
+
 def _with_x_scale(epilogue: Dequant, x_scale: Any) -> Dequant:
     return Dequant(epilogue.scale, x_scale, epilogue.bias, epilogue.fmin, epilogue.fmax)
 
 
-def _finish(acc: NDArray[np.int32], epilogue: Epilogue) -> NDArray[Any]:
+def _finish(
+    acc: NDArray[np.int32], epilogue: Epilogue, add: NDArray[np.uint8] | None = None
+) -> NDArray[Any]:
     """acc (..., N) int32 through the epilogue; an x_scale (M,) runs along the rows (M, N)."""
     if epilogue is None:
         return acc
     if isinstance(epilogue, Requant):
         if epilogue.bias is not None:
             acc = acc + epilogue.bias
-        return requantize(
-            acc,
-            epilogue.multiplier,
-            epilogue.zero_point,
-            axis=-1,
-            qmin=epilogue.qmin,
-            qmax=epilogue.qmax,
-        )
+        with np.errstate(over="ignore"):
+            y = acc.astype(F32) * _along(epilogue.multiplier, acc.ndim, -1)
+        if add is not None:
+            steps = add.astype(np.int32) - epilogue.add_zero_point
+            y = y + steps.astype(F32) * F32(epilogue.add_multiplier)
+        return to_uint8(y, epilogue.zero_point, epilogue.qmin, epilogue.qmax)
     with np.errstate(over="ignore", invalid="ignore"):
         scale = _along(epilogue.x_scale, acc.ndim, 0) * epilogue.scale
         y = acc.astype(F32) * scale
         if epilogue.bias is not None:
             y = y + epilogue.bias
     return np.clip(y, F32(epilogue.fmin), F32(epilogue.fmax))
+
+
+def to_uint8(
+    y: NDArray[np.float32], zero_point: int, qmin: int = 0, qmax: int = 255
+) -> NDArray[np.uint8]:
+    """clip(rint(y) + zero_point, qmin, qmax): the last step of every requantization."""
+    return np.clip(np.rint(y).astype(np.float64) + zero_point, qmin, qmax).astype(np.uint8)
 
 
 def _into(out: NDArray[Any] | None, result: NDArray[Any]) -> NDArray[Any]:

@@ -73,10 +73,10 @@ def trace(
     failures = []
     for name, capture in captures[args is None :]:
         try:
-            twin = _twin(model)
-            root = twin if forward is None else _Forward(twin, forward)
-            names = {module: name for name, module in twin.named_modules()}
-            with _quiet(), torch.no_grad():
+            copied = twin(model)
+            root = copied if forward is None else _Forward(copied, forward)
+            names = {module: name for name, module in copied.named_modules()}
+            with quiet(), torch.no_grad():
                 return capture(root, names, args, dict(kwargs or {}))
         except Exception as error:  # both raise whatever their innards or the model raised
             message = str(error).strip().splitlines() or [""]
@@ -92,8 +92,8 @@ def plain_layer(module: nn.Linear | nn.Conv2d) -> nn.Module | None:
     None if it does anything else.
     """
     try:
-        with _quiet():
-            graph = fx.Tracer().trace(_twin(module))
+        with quiet():
+            graph = fx.Tracer().trace(twin(module))
     except Exception:  # control flow on sizes, or whatever the module raises
         return None
     chain = [node for node in graph.nodes if node.op != "get_attr"]
@@ -147,7 +147,7 @@ def _plain_call(module: Any, node: fx.Node) -> nn.Module | None:
     return layer.train(module.training)
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def twin(model: nn.Module) -> nn.Module:
     """A copy that shares the parameters and buffers, to trace.
 
     A forward may store what it computes on its module, and while tracing that is no real tensor.
@@ -169,7 +169,7 @@ class _Forward(nn.Module):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No warnings: a failed capture is a reason in a summary, not a page on the terminal."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from fastq import ops
+from fastq.kernels import executor
 from fastq.kernels import isa as isa_room
 
 
@@ -33,6 +35,25 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Seeded by the test's name: a test's data do not depend on the order of the tests."""
     return np.random.default_rng(list(request.node.name.encode()))
+
+
+@pytest.fixture(params=["u8", "s16"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """How activations are held in memory."""
+    return str(request.param)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Runs the test on one thread and on two, each row in parallel where it can be."""
+    monkeypatch.setattr(executor, "PARALLEL_NANOSECONDS", 0.0)
+    monkeypatch.setattr(executor, "PARALLEL_ROW_NANOSECONDS", 0.0)
+    most = ops.get_num_threads()
+    if request.param > most:
+        pytest.skip("this CPU lacks a second core")
+    ops.set_num_threads(request.param)
+    yield request.param
+    ops.set_num_threads(most)
 
 
 def pytest_report_header() -> str:

@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "reference": {"qparams", "weights"},
     "kernels": {"qparams", "weights"},
     "ops": {"kernels", "qparams", "weights"},
-    "observer": {"qparams"},
+    "observer": {"ops", "qparams"},
+    "qconfig": {"observer", "qparams"},
     "nn": {"ops", "qparams", "weights"},
     "explanation": {"kernels", "nn", "ops", "qparams", "weights"},
     "trace": {"qparams", "nn"},
@@ -30,7 +31,7 @@ MAY_IMPORT = {
     "serialize": {"convert", "trace", "nn", "ops", "qparams", "weights"},
 }
 NUMBA = {"kernels"}
-TORCH = {"nn", "explanation", "trace", "observer", "convert", "serialize", "demo", "commands"}
+TORCH = {"nn", "explanation", "trace", "convert", "serialize", "demo", "commands"}
 
 
 def room_of(path: str) -> str:

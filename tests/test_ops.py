@@ -382,6 +382,44 @@ def test_dynamic_qparams(rng: Any, shape: tuple[int, ...]) -> None:
             assert_same(np.asarray(got[1]), np.asarray(want[1]))
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 4096), (2, 64, 50, 7)], ids=str)
+def test_histogram(rng: Any, shape: tuple[int, ...]) -> None:
+    x = special(rng, shape)
+    x.reshape(-1)[5::3] = 0
+    want = np.zeros((1, 65536, 2), np.int64), np.zeros((1, 2), np.float32)
+    reference.histogram(x, *want)
+    for array in (
+        x,
+        x.T,
+        np.repeat(x[..., None], 2, axis=-1)[..., 1],
+        x[..., ::-1] if shape else x,
+    ):
+        for lanes in (1, 2, 5):
+            bins, ends = np.zeros((lanes, 65536, 2), np.int64), np.zeros((lanes, 2), np.float32)
+            ops.histogram(array, bins, ends)
+            assert_array_equal(bins.sum(axis=0), want[0][0])
+            assert_array_equal([ends[:, 0].min(), ends[:, 1].max()], want[1][0])
+            ops.histogram(array, bins, ends)
+            assert_array_equal(bins.sum(axis=0), 2 * want[0][0])
+
+
+def test_histogram_refuses_other_operands() -> None:
+    x = np.ones(3, np.float32)
+    bins, ends = np.zeros((2, 65536, 2), np.int64), np.zeros((2, 2), np.float32)
+    with pytest.raises(ValueError, match=r"bins \(2, 65536, 2\) int32; wanted \(lanes, 65536, 2\)"):
+        ops.histogram(x, bins.astype(np.int32), ends)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"bins \(2, 9, 2\)"):
+        ops.histogram(x, bins[:, :9], ends)
+    with pytest.raises(ValueError, match=r"bins \(0, 65536, 2\)"):
+        ops.histogram(x, bins[:0], ends[:0])
+    with pytest.raises(ValueError, match=r"ends \(1, 2\) float32; wanted \(lanes, 2\)"):
+        ops.histogram(x, bins, ends[:1])
+    with pytest.raises(ValueError, match="bins must be C-contiguous"):
+        ops.histogram(x, np.asfortranarray(bins), ends)
+    with pytest.raises(TypeError, match=r"x .* complex"):
+        ops.histogram(x.astype(np.complex64), bins, ends)  # type: ignore[arg-type]
+
+
 def test_a_range_wider_than_float32() -> None:
     x = np.array([[3e38, -3e38, 1.0, 0.0]], np.float32)
     weight = LinearWeight(np.eye(4, dtype=np.int8))

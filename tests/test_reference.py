@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx.helper as oh
 import pytest
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 from onnx.backend.test.loader import load_model_tests
 from onnx.reference import ReferenceEvaluator
 
@@ -94,6 +94,76 @@ def test_quantize_weight() -> None:
     by_column, scales = quantize_weight(w.T, axis=1)
     assert_array_equal(by_column, data.T)
     assert_array_equal(scales, scale)
+
+
+def test_fewer_bits_by_hand() -> None:
+    w = np.array([[7.0, -3.4, 0.5, 1.5], [0.0, 0.0, 0.0, 0.0]], np.float32)
+    data, scale = quantize_weight(w, bits=4)
+    assert data.tolist() == [[7, -3, 0, 2], [0, 0, 0, 0]]
+    assert scale.tolist() == [1, 1]
+    data, scale = quantize_weight(w, bits=2)
+    assert data.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
+    assert scale.tolist() == [7, 1]
+    for bits in range(2, 9):
+        data, _ = quantize_weight(np.linspace(-3, 3, 999)[None], bits=bits)
+        assert (data.min(), data.max()) == (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_least_squared_error_of_weights(rng: Any, bits: int) -> None:
+    w = np.concatenate([rng.normal(size=(5, 200)), rng.laplace(size=(5, 200))]).astype(np.float32)
+    w[3] *= 1e-6
+    qmax = 2 ** (bits - 1) - 1
+
+    def errors(data: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        return ((data * scale.astype(np.float64)[:, None] - w) ** 2).sum(axis=1)
+
+    whole, found = quantize_weight(w, bits=bits), quantize_weight(w, range="mse", bits=bits)
+    assert np.abs(found[0]).max() == qmax
+    assert (errors(*found) <= errors(*whole)).all()
+    tried = [
+        errors(np.clip(np.rint(w / s[:, None]), -qmax, qmax), s)
+        for s in np.outer(np.linspace(0.3, 1, 141), whole[1]).astype(np.float32)
+    ]
+    assert_allclose(errors(*found), np.min(tried, axis=0), rtol=0.1)
+    if bits < 8:
+        assert (errors(*found) < 0.9 * errors(*whole)).all()
+    by_column = quantize_weight(w.T, axis=1, range="mse", bits=bits)
+    assert_array_equal(by_column[0], found[0].T)
+    assert_array_equal(by_column[1], found[1])
+
+
+def test_equal_errors_keep_the_largest_weight() -> None:
+    w = np.array([[127, -64, 3], [0, 0, 0], [1e-45, 0, 0]], np.float32)  # on the grid already
+    for got, want in zip(quantize_weight(w, range="mse"), quantize_weight(w), strict=True):
+        assert_array_equal(got, want)
+    empty = quantize_weight(np.zeros((3, 0), np.float32), range="mse")
+    assert empty[0].shape == (3, 0) and empty[1].tolist() == [1, 1, 1]
+    assert quantize_weight(np.zeros((0, 3, 3, 3), np.float32), range="mse")[1].shape == (0,)
+
+
+def test_ranges_and_bits_that_cannot_be() -> None:
+    w = np.ones((1, 1), np.float32)
+    with pytest.raises(ValueError, match="range='min'; wanted 'max' or 'mse'"):
+        quantize_weight(w, range="min")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="bits=9; wanted 2 to 8"):
+        quantize_weight(w, bits=9)
+    with pytest.raises(TypeError, match=r"bits=4\.0; wanted an int"):
+        quantize_weight(w, bits=4.0)  # type: ignore[arg-type]
+
+
+def test_histogram_by_hand() -> None:
+    bins, ends = np.zeros((2, 65536, 2), np.int64), np.zeros((2, 2), np.float32)
+    one = 0x3F80  # the upper half of 1.0's bits; a rest of 0x4000 is 2**-9
+    x = [1.0, 1 + 2.0**-9, -1.0, 0.0, -0.0, np.inf, -np.inf, 1e-45]
+    reference.histogram(np.array(x, np.float32), bins, ends)
+    reference.histogram(np.array([[1.0]], np.float32), bins, ends)
+    assert bins[0, one].tolist() == [3, 0x4000]
+    assert bins[0, 0x8000 + one].tolist() == [1, 0]
+    assert bins[0, 0].tolist() == [2, 1]
+    assert bins[0, [0x8000, 0x7F80, 0xFF80], 0].tolist() == [1, 1, 1]
+    assert bins[..., 0].sum() == 9 and not bins[1].any()
+    assert ends.tolist() == [[-1, float(np.float32(1 + 2.0**-9))], [0, 0]]
 
 
 def onnx_op(op: str, inputs: dict[str, np.ndarray], outputs: int = 1, **attributes: Any) -> Any:

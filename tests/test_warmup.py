@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +73,18 @@ def call_conv(h: int, w: int, weight: Conv2dWeight) -> None:
         fastq.conv2d(x, weight, epilogue)
     for qparams in (None, QParams(SCALE)):
         fastq.conv2d_float(x.astype(np.float32), weight, Dequant(SCALE), x_qparams=qparams)
+
+
+def test_every_factory_has_a_row() -> None:
+    names = [path.stem for path in Path(warmup.__file__).parent.glob("*.py")]
+    rooms = [vars(import_module(f"fastq.kernels.{name}")) for name in names if name[0] != "_"]
+    factories = {
+        value
+        for room in rooms
+        for key, value in room.items()
+        if key.endswith("_kernel") and key[0] != "_"
+    }
+    assert factories <= {row.factory for row in warmup.FAMILIES}
 
 
 def test_all_that_layers_use_is_listed(isa: str, used: set[str]) -> None:

@@ -1,7 +1,8 @@
 """The executor: runs a table of kernels. The package's one parallel loop is here.
 
-A row of the table is (address of a kernel, address of its argument block, number of tasks). Rows
-run one after the other; the tasks of a row are shared among the threads in equal ranges.
+A row of the table is (address of a kernel, address of its argument block, number of tasks, most
+threads that it pays to use). Rows run one after the other; the tasks of a row are shared among
+the threads in equal ranges.
 
 Before that, the patches are applied: each writes bases[BASE] + OFFSET to the address FIELD, which
 puts the addresses of a call's arrays into the argument blocks.
@@ -32,8 +33,8 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-Table = NDArray[np.int64]  # (rows, 3)
-KERNEL, ARGS, TASKS = range(3)
+Table = NDArray[np.int64]  # (rows, COLUMNS)
+KERNEL, ARGS, TASKS, THREADS, COLUMNS = range(5)
 FIELD, BASE, OFFSET = range(3)
 
 
@@ -90,7 +91,7 @@ def _parallel() -> Any:
         _fill(patches, bases)
         for row in range(table.shape[0]):
             tasks = table[row, TASKS]
-            parts = min(threads, tasks)
+            parts = min(threads, tasks, table[row, THREADS])
             if parts <= 1:
                 _call(table[row, KERNEL], table[row, ARGS], 0, tasks)
             else:
@@ -132,8 +133,8 @@ class _Pool:
         with self.starting:
             if not self.layer:
                 _serial()  # what a forked child will need, without the compiler
-                nothing = np.zeros((0, 3), np.int64)
-                _parallel()(nothing, nothing, np.zeros(0, np.int64), 1)
+                nothing = np.zeros((0, COLUMNS), np.int64)
+                _parallel()(nothing, np.zeros((0, 3), np.int64), np.zeros(0, np.int64), 1)
                 self.layer = numba.threading_layer()
 
     def usable(self) -> bool:
@@ -175,6 +176,8 @@ def get_num_threads() -> int:
 # Entering the pool and leaving it takes about 10 microseconds: below twice that, one thread is
 # faster.
 PARALLEL_NANOSECONDS = 20_000.0
+# Sharing one row in a call that runs in the pool costs one or two.
+PARALLEL_ROW_NANOSECONDS = 5_000.0
 
 
 class Run(NamedTuple):

@@ -6,10 +6,13 @@ A convolution is a product whose K loop walks a padded NHWC image by a table of 
 im2col. A linear layer is one whose offsets are 0, 4, 8, ...
 
     a     activations, uint8 or int16 as the tier's `a_bytes` says. Row m of image i and group g
-          starts at A + i*A_IMAGE + g*A_GROUP + m*A_ROW ("affine") or + ROW_TABLE[m] ("table").
+          starts at A + i*A_IMAGE + g*A_GROUP + m*A_ROW ("affine") or + ROW_TABLE[m, 0] ("table").
           Four activations are read at each of the STEPS int32 OFFSETS, in bytes.
     b     int8 panels of NR columns and STEPS steps, B_PANEL bytes each, see pack.py
-    out   row m starts at OUT + i*OUT_IMAGE + g*OUT_GROUP + m*OUT_ROW: int32, uint8 or float32.
+    out   row m starts at OUT + i*OUT_IMAGE + g*OUT_GROUP + m*OUT_ROW or ROW_TABLE[m, 1]: int32,
+          float32, uint8, or uint8 values as int16.
+    add   of the output's shape and kind, for an epilogue that ends in "+add": row m starts at
+          ADD + i*ADD_IMAGE + g*ADD_GROUP + m*ADD_ROW or ROW_TABLE[m, 2]. Whole vectors are read.
 
           NR columns               a K-step of 4 is one row of the panel
         +-----------+  MR rows      a: MR broadcasts, b: NR/cols loads, MR*NR/cols dot products
@@ -34,23 +37,12 @@ from llvmlite import ir
 from numba import cfunc, types
 from numba.extending import intrinsic
 
+from fastq.kernels import block as f
+from fastq.kernels.call import ITEM_BYTES
 from fastq.kernels.depthwise import emit_tap_loop
 from fastq.kernels.requantize import emit_epilogue
 from fastq.kernels.signature import SIGNATURE, sources_digest
 from fastq.kernels.simd import KR, address, branch_back, const, emitter, i1, i8, i32, i64, load, ptr
-
-# the argument block
-(
-    A, A_ROW, A_IMAGE, A_GROUP, ROW_TABLE,
-    B, B_PANEL, STEPS, OFFSETS,
-    OUT, OUT_ROW, OUT_IMAGE, OUT_GROUP,
-    GROUPS, M, MC, N,
-    COL_SUMS, ROW_ZERO_POINT, ROW_SCALE, ROW_STEP, SCALE, BIAS, CLAMP, OUT_ZERO_POINT,
-    FIELDS,
-) = range(26)  # fmt: skip
-
-OUT_BYTES = {"s32": 4, "u8": 1, "f32": 4}
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -65,7 +57,7 @@ class Tile:
     @property
     def a_bytes(self) -> int:
         """Bytes of one activation as the tile reads it."""
-        return 1 if self.kind == "depthwise" else emitter(self.isa).a_bytes
+        return emitter(self.isa).a_bytes
 
     def __str__(self) -> str:
         kr = emitter(self.isa).taps_at_once if self.kind == "depthwise" else KR
@@ -111,26 +103,30 @@ def emit_tile(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: An
     def field(index: int, kind: Any = i64) -> Any:
         return load(b, kind, block, 8 * index)
 
-    def at(index: int, offset: Any) -> Any:
-        return address(b, field(index, ptr), offset)
-
-    # rows of the tile: their index in the image, their address in a
-    a_base = at(A, b.add(b.mul(image, field(A_IMAGE)), b.mul(group, field(A_GROUP))))
+    # rows of the tile: those beyond `mr` repeat the last valid one
     row_index: list[Any] = []
-    a_rows: list[Any] = []
     for i in range(tile.mr):
         index = b.add(m, i64(i))
         if i:
             index = b.select(b.icmp_signed("<", i64(i), mr), index, row_index[-1])
         row_index.append(index)
+
+    def rows_of(base: int, column: int, first: Any = None) -> list[Any]:
+        """Addresses of an operand's rows, from the byte `first` on; fields: base, row, image, group."""
+        image_at, group_at = b.mul(image, field(base + 2)), b.mul(group, field(base + 3))
+        start = address(b, field(base, ptr), b.add(image_at, group_at))
+        if first is not None:
+            start = address(b, start, first)
         if rows == "affine":
-            offset = b.mul(index, field(A_ROW))
-        else:
-            offset = load(b, i64, field(ROW_TABLE, ptr), b.mul(index, i64(8)))
-        a_rows.append(address(b, a_base, offset))
+            return [address(b, start, b.mul(index, field(base + 1))) for index in row_index]
+        table = field(f.ROW_TABLE, ptr)
+        entries = [b.add(b.mul(index, i64(24)), i64(8 * column)) for index in row_index]
+        return [address(b, start, load(b, i64, table, entry)) for entry in entries]
+
+    a_rows = rows_of(f.A, 0)
 
     # panels of the tile: beyond the last one it is repeated, and what it gives not copied
-    count = b.udiv(b.add(field(N), i64(tile.nr - 1)), i64(tile.nr))
+    count = b.udiv(b.add(field(f.N), i64(tile.nr - 1)), i64(tile.nr))
     first = b.mul(panel, i64(tile.panels))
     last = b.sub(count, i64(1))
     here = [first]
@@ -138,31 +134,31 @@ def emit_tile(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: An
         index = b.add(first, i64(j))
         here.append(b.select(b.icmp_signed("<", index, last), index, last))
     here = [b.add(b.mul(group, count), index) for index in here]
-    weights = [at(B, b.mul(index, field(B_PANEL))) for index in here]
-    offsets, steps = field(OFFSETS, ptr), field(STEPS)
+    weights = [address(b, field(f.B, ptr), b.mul(index, field(f.B_PANEL))) for index in here]
+    offsets, steps = field(f.OFFSETS, ptr), field(f.STEPS)
     if tile.kind == "depthwise":
-        a_rows = [address(b, row, b.mul(panel, i64(tile.nr))) for row in a_rows]
+        a_rows = [address(b, row, b.mul(panel, i64(tile.nr * tile.a_bytes))) for row in a_rows]
         accs = emit_tap_loop(b, tile.isa, a_rows, weights[0], offsets, steps)
     else:
         accs = _emit_k_loop(b, tile, a_rows, weights, offsets, steps)
 
     # the edge: a tile that is not full in N goes to a scratch tile first
-    out_bytes, width = OUT_BYTES[epilogue], tile.nr * tile.panels
+    kind, _, added = epilogue.partition("+")
+    out_bytes, width = ITEM_BYTES[kind], tile.nr * tile.panels
     with b.goto_entry_block():
         scratch = b.alloca(ir.ArrayType(i8, tile.mr * width * out_bytes))
         scratch.align = 64
         scratch.type = ptr  # llvmlite gives it a typed pointer, which LLVM no longer knows
     scratch_rows = [address(b, scratch, i * width * out_bytes) for i in range(tile.mr)]
     first_column = b.mul(panel, i64(width))
-    valid = b.sub(field(N), first_column)
+    valid = b.sub(field(f.N), first_column)
     edge = b.icmp_signed("<", valid, i64(width))
-    offset = b.add(b.mul(image, field(OUT_IMAGE)), b.mul(group, field(OUT_GROUP)))
-    out_base = at(OUT, b.add(offset, b.mul(first_column, i64(out_bytes))))
-    out_rows = [address(b, out_base, b.mul(index, field(OUT_ROW))) for index in row_index]
+    out_rows = rows_of(f.OUT, 1, b.mul(first_column, i64(out_bytes)))
     targets = [b.select(edge, s, o) for s, o in zip(scratch_rows, out_rows, strict=True)]
-    absolute = [b.add(b.mul(image, field(M)), index) for index in row_index]
+    add_rows = rows_of(f.ADD, 2, b.mul(first_column, i64(out_bytes))) if added else None
+    absolute = [b.add(b.mul(image, field(f.M)), index) for index in row_index]
     columns = [b.mul(index, i64(4 * tile.nr)) for index in here]
-    emit_epilogue(b, epilogue, accs, targets, columns, absolute, field)
+    emit_epilogue(b, kind, accs, targets, columns, absolute, field, add_rows)
     with b.if_then(edge):
         size = b.mul(valid, i64(out_bytes))
         for scratch_row, out_row in zip(scratch_rows, out_rows, strict=True):
@@ -231,9 +227,14 @@ def _gemm_tile(
 
 @functools.cache
 def gemm_kernel(tile: Tile, epilogue: str, rows: str) -> Any:
-    """The compiled kernel of a tile. epilogue "s32", "u8" or "f32"; rows "affine" or "table"."""
+    """The compiled kernel of a tile.
+
+    epilogue "s32", "f32", "u8", "s16" (uint8 values), "u8+add" or "s16+add"; rows "affine" or
+    "table".
+    """
     config = (*astuple(tile), epilogue, rows, sources_digest())
     mr_max = tile.mr
+    M, MC, N, GROUPS = f.M, f.MC, f.N, f.GROUPS
     width = tile.nr * tile.panels
 
     @cfunc(SIGNATURE, cache=True)

@@ -18,6 +18,7 @@ KINDS = {
     "f32": types.float32,
     "s32": types.int32,
     "s64": types.int64,
+    "u32": types.uint32,
     "s16": types.int16,
     "u8": types.uint8,
     "s8": types.int8,

@@ -199,7 +199,7 @@ class Madd:
         ]
 
     def load_channels(self, b: Any, base: Any) -> Any:
-        return b.zext(load(b, vec(i8, self.lanes * 2), base), self.operand)
+        return load(b, self.operand, base)
 
     def interleave(self, b: Any, taps: list[Any]) -> list[Any]:
         return unpack(b, taps[0], taps[1])

@@ -44,7 +44,7 @@ STRIP = 512  # pixels of a strip that is quantized before it is spread over the 
 
 
 @njit
-def _finite_range(address, count):  # type: ignore[no-untyped-def]
+def finite_range(address, count):  # type: ignore[no-untyped-def]
     """Smallest and largest of the finite ones of `count` float32 at `address`, and 0."""
     buffer = stack_bytes(RANGE_BYTES)
     steps = count // RANGE_LANES
@@ -97,7 +97,7 @@ def stage_rows_kernel(source: str, target: str) -> Any:
                 x = pointer(row, "f32")
                 s = 0
                 if config[0] == "dynamic":
-                    lo, hi = _finite_range(row, k)
+                    lo, hi = finite_range(row, k)
                     _range_to_qparams(lo, hi, scale, zero_point, m)
                     s = m
                 step, zp = scale[s], zero_point[s]
@@ -193,7 +193,7 @@ def range_parts_kernel() -> Any:
             first = part * args[P_BLOCK]
             count = min(args[P_BLOCK], args[P_COLUMNS] - first)
             address = args[P_X] + 4 * (row * args[P_COLUMNS] + first)
-            parts[2 * task], parts[2 * task + 1] = _finite_range(address, count)
+            parts[2 * task], parts[2 * task + 1] = finite_range(address, count)
 
     return kernel
 
@@ -209,7 +209,7 @@ def range_qparams_kernel() -> Any:
         scale, zero_point = pointer(args[P_SCALE], "f32"), pointer(args[P_ZERO_POINT], "s32")
         values = 2 * args[P_PARTS_A_ROW]
         for row in range(begin, end):
-            lo, hi = _finite_range(args[P_PARTS] + 4 * row * values, values)
+            lo, hi = finite_range(args[P_PARTS] + 4 * row * values, values)
             _range_to_qparams(lo, hi, scale, zero_point, row)
 
     return kernel

@@ -1,4 +1,8 @@
-"""Every kernel that a tier may use, in one table, to compile them before they are needed."""
+"""The kernels that a tier may use, in one table, to compile them before they are needed.
+
+Of those that are made for one stride or one window the usual ones are here; others compile at
+their first use.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,12 @@ from typing import Any, NamedTuple
 
 from numba.core.ccallback import CFunc
 
-from fastq.kernels import elementwise, executor, gemm, stage
+from fastq.kernels import elementwise, executor, gemm, histogram, pointwise, stage, windows
 from fastq.kernels import isa as isa_room
+from fastq.kernels.call import ITEM_BYTES
 from fastq.kernels.simd import emitter
 from fastq.kernels.tiles import tiles_of
 
-EPILOGUES = ("u8", "f32", "s32")
 INTEGERS = ("u8", "s8", "s32")
 LAYOUTS = ("tensor", "row", "column")
 
@@ -32,6 +36,28 @@ def _activations(tier: str) -> str:
     return "s16" if emitter(tier).a_bytes == 2 else "u8"
 
 
+def _epilogues(tier: str) -> tuple[str, ...]:
+    """Of a layer of its own, then what is left of a program's."""
+    between = _activations(tier)
+    return tuple(dict.fromkeys(("u8", "f32", "s32", between, f"{between}+add", "u8+add")))
+
+
+def _pointwise(tier: str) -> Iterable[tuple[Any, ...]]:
+    """Lines whose operands lie side by side, as a program's do."""
+    item = ITEM_BYTES[kind := _activations(tier)]
+    yield from product(("add", "multiply"), [(kind,) * 3], [(item,) * 3])
+    yield "affine", (kind, kind, "f32", "f32"), (item, item, 4, 4)
+    yield "table", (kind, kind), (item, item)
+    yield "fill", (kind,), (item,)
+
+
+def _windows(tier: str) -> Iterable[tuple[Any, ...]]:
+    """Max pooling of 2 x 2 and 3 x 3, and the mean of a whole image."""
+    kind = _activations(tier)
+    yield from (("max", kind, size, size, "") for size in (2, 3))
+    yield "sum", kind, 0, 0, "window"
+
+
 def _elementwise(tier: str) -> Iterable[tuple[Any, ...]]:
     yield from product(("divide", "multiply"), ("f32",), INTEGERS, LAYOUTS)
     yield from product(("multiply",), ("s32",), INTEGERS, LAYOUTS)
@@ -44,17 +70,17 @@ FAMILIES = (
     Family(
         "linear",
         gemm.gemm_kernel,
-        lambda tier: product(tiles_of(tier), EPILOGUES, ("affine",)),
+        lambda tier: product(tiles_of(tier), _epilogues(tier), ("affine",)),
     ),
     Family(
         "conv",
         gemm.gemm_kernel,
-        lambda tier: product(tiles_of(tier), EPILOGUES, ("affine", "table")),
+        lambda tier: product(tiles_of(tier), _epilogues(tier), ("affine", "table")),
     ),
     Family(
         "depthwise",
         gemm.gemm_kernel,
-        lambda tier: product(tiles_of(tier, "depthwise"), EPILOGUES, ("affine", "table")),
+        lambda tier: product(tiles_of(tier, "depthwise"), _epilogues(tier), ("affine", "table")),
     ),
     Family(
         "linear",
@@ -66,10 +92,12 @@ FAMILIES = (
         stage.stage_image_kernel,
         lambda tier: product(("f32", "u8"), (_activations(tier),)),
     ),
-    Family("depthwise", stage.stage_image_kernel, lambda tier: product(("f32", "u8"), ("u8",))),
     Family("conv", stage.range_parts_kernel, lambda tier: [()]),
     Family("conv", stage.range_qparams_kernel, lambda tier: [()]),
+    Family("conv", pointwise.pointwise_kernel, _pointwise),
+    Family("conv", windows.windows_kernel, _windows),
     Family("array", elementwise.elementwise_kernel, _elementwise),
+    Family("array", histogram.histogram_kernel, lambda tier: [()]),
 )
 
 # networks by their layers; others have the kernels of one of these

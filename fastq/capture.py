@@ -1,0 +1,782 @@
+"""From an unmodified nn.Module to a `Graph`: torch.export, and aten operators into ours.
+
+A capture is of one example and has its sizes in it. To know which of them belong to the network and
+which to the example, the network is captured again with another batch size and, for images and
+sequences, another extent: what is the same in both is the network's, a size that follows the
+batch becomes a `Batch`, and a graph that differs in anything else holds for that extent only.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fastq.graph import Batch, Graph, Node, Ref
+from fastq.trace import quiet, twin
+
+_aten = torch.ops.aten
+
+POINTWISE_NAMESPACE = "fastq_pointwise"  # of operators made by `fastq.pointwise`
+_POINTWISE = frozenset(
+    "relu relu6 hardtanh clamp clamp_min clamp_max hardswish hardsigmoid silu gelu sigmoid tanh elu "
+    "leaky_relu mish softplus selu celu exp expm1 log log1p sqrt rsqrt abs neg square pow "
+    "reciprocal sin cos erf threshold hardshrink softshrink tanhshrink log_sigmoid softsign "
+    "rsub sign floor ceil round trunc sigmoid_ add sub mul div".split()
+)
+_SAME = frozenset("dropout feature_dropout alpha_dropout contiguous clone alias detach lift_fresh_copy "
+                  "detach_ identity".split())  # fmt: skip
+_VIEWS = frozenset("reshape permute slice alias view transpose".split())
+
+
+class CannotCapture(Exception):
+    """Why there is no graph of a model."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph, how its flat inputs and outputs are arranged, and which extents it holds for.
+
+    in_spec, out_spec   pytree specs of (args, kwargs) and of the result.
+    any_extent          whether images of other sizes (sequences of other lengths) may go through;
+                        the batch size may always differ.
+    """
+
+    graph: Graph
+    in_spec: Any
+    out_spec: Any
+    any_extent: bool
+
+
+def capture(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> Captured:
+    """The graph of `model(*args, **kwargs)`, in eval mode, for any batch size.
+
+    Raises CannotCapture when torch.export cannot follow the model, or when the graph depends on
+    the batch size in a way that has no name here.
+    """
+    kwargs = dict(kwargs or {})
+    leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
+    failures: list[str] = []
+    for stretch in (1, 0):
+        try:
+            pair = [
+                _export(model, pytree.tree_unflatten([_resized(x, *how) for x in leaves], spec))
+                for how in ((2, 0), (3, stretch))
+            ]
+            first, second = (_Reader(model, program).graph() for program in pair)
+            _generalize(first, second)
+        except Exception as error:  # torch.export raises whatever its innards or the model raised
+            message = str(error).strip().splitlines() or [""]
+            failures.append(f"{type(error).__name__}: {message[0]:.160}")
+            continue
+        first.remove_unused()
+        return Captured(first, spec, pair[0].call_spec.out_spec, bool(stretch))
+    raise CannotCapture(failures[-1])
+
+
+def _resized(x: Any, batch: int, stretch: int) -> Any:
+    """An example of another batch size, and with `stretch` of a greater extent."""
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        return x
+    repeats = -(-batch // max(len(x), 1))
+    x = torch.cat([x] * repeats)[:batch]
+    if stretch:
+        axes = {4: (2, 3), 3: (2,), 5: (2, 3, 4)}.get(x.dim(), ())
+        if x.dim() == 2 and not x.is_floating_point():
+            axes = (1,)
+        for axis in axes:
+            more = 32 if x.dim() == 4 else 8
+            x = torch.cat([x, x.narrow(axis, 0, 1).expand(*_grown(x.shape, axis, more))], axis)
+    return x.clone()
+
+
+def _grown(shape: Sequence[int], axis: int, more: int) -> list[int]:
+    sizes = list(shape)
+    sizes[axis] = more
+    return sizes
+
+
+def _export(model: nn.Module, example: tuple[Any, Any]) -> Any:
+    with quiet(), torch.no_grad():
+        return torch.export.export(twin(model), example[0], example[1], strict=False)
+
+
+def _generalize(first: Graph, second: Graph) -> None:
+    """Turns what differs with the batch into Batch, in `first`; CannotCapture for other differences."""
+    if len(first.nodes) != len(second.nodes):
+        raise CannotCapture("the graph depends on the size of the input")
+    pairs = dict(zip(first.nodes, second.nodes, strict=True))
+    for one, two in pairs.items():
+        inputs = [pairs.get(node) for node in one.inputs]
+        if one.op != two.op or inputs != two.inputs:
+            raise CannotCapture(f"{one.name}: the graph depends on the size of the input")
+        if one.op == "reshape":
+            groups = (node.attrs["groups"] for node in (one, two))
+            one.attrs["groups"] = _joined_groups(one.name, *groups)
+        else:
+            one.attrs = _joined(one.name, one.attrs, two.attrs)
+    if len(first.outputs) != len(second.outputs):
+        raise CannotCapture("the number of outputs depends on the size of the input")
+
+
+def _joined_groups(name: str, one: Any, two: Any) -> Any:
+    """The groups of a reshape: a size that differs becomes None, "what is left" of its group."""
+    groups = []
+    for (axes, sizes), (axes_too, sizes_too) in zip(one, two, strict=True):
+        if axes != axes_too or len(sizes) != len(sizes_too):
+            raise CannotCapture(f"{name}: the shape depends on the size of the input")
+        parts = tuple(a if a == b else None for a, b in zip(sizes, sizes_too, strict=True))
+        if parts.count(None) > 1:
+            raise CannotCapture(f"{name}: two sizes that may vary in one group of axes")
+        groups.append((axes, parts))
+    return tuple(groups)
+
+
+def _joined(name: str, one: Any, two: Any) -> Any:
+    if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
+        return {key: _joined(name, one[key], two[key]) for key in one}
+    if isinstance(one, list | tuple) and type(one) is type(two) and len(one) == len(two):
+        return type(one)(_joined(name, a, b) for a, b in zip(one, two, strict=True))
+    if type(one) is type(two) and (one == two or one is two):
+        return one
+    if type(one) is int and type(two) is int and one % 2 == 0 and one // 2 * 3 == two:
+        return Batch(one // 2)
+    raise CannotCapture(f"{name}: {one} and {two} for two sizes of the input")
+
+
+class _Reader:
+    """One exported program into a Graph."""
+
+    def __init__(self, model: nn.Module, program: Any) -> None:
+        self.model, self.program = model, program
+        self.values: dict[fx.Node, Any] = {}
+        self.nodes: list[Node] = []
+        self.names: set[str] = set()
+
+    def graph(self) -> Graph:
+        signature = self.program.graph_signature
+        tensors = {**dict(self.model.named_parameters(remove_duplicate=False)),
+                   **dict(self.model.named_buffers(remove_duplicate=False))}  # fmt: skip
+        given = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        constants = signature.inputs_to_lifted_tensor_constants
+        inputs = []
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                if node.name in given:
+                    self.values[node] = tensors[given[node.name]].detach()
+                elif node.name in constants:
+                    self.values[node] = self.program.constants[constants[node.name]]
+                else:
+                    value = self.add(node, "input")
+                    self.values[node] = value
+                    inputs.append(value)
+            elif node.op == "output":
+                flat = node.args[0]
+                outputs = [self.values[v] if isinstance(v, fx.Node) else v for v in flat]
+            elif node.op == "call_function":
+                self.values[node] = self.call(node)
+            else:
+                raise CannotCapture(f"{node.name}: {node.op}")
+        if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+            raise CannotCapture("the model changes its buffers or its inputs when it is called")
+        outputs = [
+            self.constant(f"output_{i}", v) if isinstance(v, Tensor) else v
+            for i, v in enumerate(outputs)
+        ]
+        return Graph(self.nodes, inputs, outputs)
+
+    def add(self, node: fx.Node | str, op: str, inputs: Sequence[Node] = (), **parts: Any) -> Node:
+        name = node if isinstance(node, str) else node.name
+        while name in self.names:
+            name += "_"
+        self.names.add(name)
+        new = Node(name, op, list(inputs), parts.get("attrs") or {}, parts.get("tensors") or {})
+        if isinstance(node, fx.Node):
+            stack = list((node.meta.get("nn_module_stack") or {}).values())
+            if stack:
+                path, kind = stack[-1]
+                new.layer = path
+                new.kind = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+            value = node.meta.get("val")
+            new.shape = tuple(map(int, value.shape)) if isinstance(value, Tensor) else ()
+        if parts.get("shape") is not None:
+            new.shape = parts["shape"]
+        self.nodes.append(new)
+        return new
+
+    def constant(self, name: str, value: Tensor) -> Node:
+        return self.add(name, "constant", tensors={"value": value}, shape=tuple(value.shape))
+
+    def call(self, node: fx.Node) -> Any:
+        target: Any = node.target
+        if not isinstance(target, torch._ops.OpOverload):
+            if target is operator.getitem:
+                source, index = self.values[node.args[0]], node.args[1]  # type: ignore[index]
+                if isinstance(source, list):
+                    return source[index]
+                return self.add(node, "aten", [source], attrs={
+                    "target": "getitem", "args": (Ref(0), index), "kwargs": {}})  # fmt: skip
+            raise CannotCapture(f"{node.name}: {target}")
+        arguments = _arguments(node, target)
+        name = target._schema.name.split("::")[1]
+        if name.startswith("_assert"):
+            return None
+        in_place = name.endswith("_") and not name.startswith("_")
+        plain = name.rstrip("_") if in_place else name
+        result: Any = None
+        given = {key: self.look_up(value) for key, value in arguments.items()}
+        if target.namespace in ("aten", POINTWISE_NAMESPACE) and node.meta.get("val") is not None:
+            result = self.convert(node, plain, target, given)
+        if result is None:
+            if in_place:
+                target = self.functional(target, plain)
+            result = self.other(node, target, arguments)
+        if in_place and result is not given.get("self", given.get("input")):
+            self.overwrite(node, result)
+        return result
+
+    def functional(self, target: Any, plain: str) -> Any:
+        """The operator that returns what this one writes."""
+        packet = getattr(getattr(torch.ops, target.namespace), plain, None)
+        if packet is None or target._overloadname not in packet.overloads():
+            raise CannotCapture(f"{target} changes its input")
+        return getattr(packet, target._overloadname)
+
+    def overwrite(self, node: fx.Node, result: Node) -> None:
+        """Who reads the changed value later shall get the new one."""
+        changed: Any = node.args[0]
+        old = self.values[changed]
+        if isinstance(old, Tensor):
+            raise CannotCapture(f"{node.name} changes a parameter or buffer")
+        aliases = [v for v in self.values.values() if isinstance(v, Node) and v is not old]
+        if any(old in v.inputs and v.op in ("reshape", "permute", "slice") for v in aliases):
+            raise CannotCapture(f"{node.name} changes a tensor that has views")
+        if old.op in ("reshape", "permute", "slice", "input"):
+            raise CannotCapture(f"{node.name} changes a view or an input")
+        for key, value in self.values.items():
+            if value is old:
+                self.values[key] = result
+
+    def look_up(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return self.values[value]
+        if isinstance(value, list | tuple):
+            return [self.look_up(v) for v in value]
+        return value
+
+    def other(self, node: fx.Node, target: Any, arguments: dict[str, Any]) -> Node:
+        """Any operator that stays float."""
+        inputs: list[Node] = []
+        tensors: dict[str, Tensor] = {}
+
+        def hold(value: Any) -> Any:
+            if isinstance(value, list | tuple):
+                return [hold(v) for v in value]
+            if isinstance(value, Node):
+                if value not in inputs:
+                    inputs.append(value)
+                return Ref(inputs.index(value))
+            if isinstance(value, Tensor):
+                tensors[f"t{len(tensors)}"] = value
+                return f"%t{len(tensors) - 1}"
+            return value
+
+        schema = {a.name: a for a in target._schema.arguments}
+        args, kwargs = [], {}
+        for key, value in arguments.items():
+            held = hold(self.look_up(value))
+            if schema[key].kwarg_only:
+                kwargs[key] = held
+            else:
+                args.append(held)
+        name = f"{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
+        attrs = {"target": name, "args": tuple(args), "kwargs": kwargs}
+        return self.add(node, "aten", inputs, attrs=attrs, tensors=tensors)
+
+    # ------------------------------------------------------------------ one operator each
+
+    def convert(self, node: fx.Node, name: str, target: Any, a: dict[str, Any]) -> Any:
+        """The value of an operator that has a name here, or None."""
+        value = node.meta["val"]
+        if isinstance(value, Tensor) and value.dtype != torch.float32:
+            return None
+        x = a.get("self", a.get("input", a.get("query")))
+        if name in _SAME and isinstance(x, Node) and _off(a):
+            return x
+        if target.namespace == POINTWISE_NAMESPACE:
+            return self.pointwise(node, target, a)
+        read = getattr(self, f"read_{name}", None)
+        if read is not None:
+            result = read(node, a)
+            if result is not None:
+                return result
+        if name in _POINTWISE:
+            return self.pointwise(node, target, a)
+        return None
+
+    def pointwise(self, node: fx.Node, target: Any, a: dict[str, Any]) -> Node | None:
+        """An operator of one tensor and numbers."""
+        nodes = [v for v in a.values() if isinstance(v, Node)]
+        tensors = [v for v in a.values() if isinstance(v, Tensor)]
+        if len(nodes) != 1 or any(v.numel() != 1 for v in tensors):
+            return None
+        if nodes[0].shape != tuple(node.meta["val"].shape):
+            return None
+        if target._schema.is_mutable:
+            target = self.functional(target, target._schema.name.split("::")[1].rstrip("_"))
+        schema = {arg.name: arg for arg in target._schema.arguments}
+        args, kwargs = [], {}
+        for key, value in a.items():
+            if isinstance(value, Tensor):
+                value = value.item()
+                if target._overloadname == "Tensor":
+                    value = torch.tensor(value)
+            held = Ref(0) if isinstance(value, Node) else value
+            if key in schema and schema[key].kwarg_only:
+                kwargs[key] = held
+            elif key in schema:
+                args.append(held)
+        name = f"{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
+        if any(isinstance(v, Tensor) for v in args):
+            args = [v.item() if isinstance(v, Tensor) else v for v in args]
+            name = name.rpartition(".")[0] + ".Tensor"
+        return self.add(node, "pointwise", nodes, attrs={"calls": [(name, tuple(args), kwargs)]})
+
+    def read_conv2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x, weight, bias = a["input"], a["weight"], a.get("bias")
+        if not isinstance(x, Node) or not isinstance(weight, Tensor) or len(x.shape) != 4:
+            return None
+        if bias is not None and not isinstance(bias, Tensor):
+            return None
+        stride, dilation = _two(a["stride"]), _two(a["dilation"])
+        padding = a["padding"]
+        if isinstance(padding, str):
+            ahead = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+            sides = [(0, 0) if padding == "valid" else (n // 2, n - n // 2) for n in ahead]
+        else:
+            sides = [(p, p) for p in _two(padding)]
+        attrs = {"stride": stride, "padding": tuple(sides), "dilation": dilation}
+        attrs["groups"] = a["groups"]
+        tensors = {"weight": weight, **({} if bias is None else {"bias": bias})}
+        return self.add(node, "conv2d", [x], attrs=attrs, tensors=tensors)
+
+    def read_conv1d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        """A convolution of images one line high."""
+        x, weight, bias = a["input"], a["weight"], a.get("bias")
+        if not isinstance(x, Node) or not isinstance(weight, Tensor) or len(x.shape) != 3:
+            return None
+        if bias is not None and not isinstance(bias, Tensor):
+            return None
+        if isinstance(a["padding"], str):
+            total = _one(a["dilation"]) * (weight.shape[2] - 1)
+            sides = (0, 0) if a["padding"] == "valid" else (total // 2, total - total // 2)
+        else:
+            sides = (_one(a["padding"]),) * 2
+        b, c, length = x.shape
+        line = self.add(f"{node.name}_line", "reshape", [x], shape=(b, c, 1, length),
+                        attrs={"groups": (((0,), (None,)), ((1,), (None, 1)), ((2,), (None,)))})  # fmt: skip
+        attrs = {"stride": (1, _one(a["stride"])), "padding": ((0, 0), sides),
+                 "dilation": (1, _one(a["dilation"])), "groups": a["groups"]}  # fmt: skip
+        out = tuple(node.meta["val"].shape)
+        tensors = {"weight": weight.unsqueeze(2), **({} if bias is None else {"bias": bias})}
+        y = self.add(node, "conv2d", [line], attrs=attrs, tensors=tensors,
+                     shape=(out[0], out[1], 1, out[2]))  # fmt: skip
+        return self.add(f"{node.name}_sequence", "reshape", [y], shape=out,
+                        attrs={"groups": (((0,), (None,)), ((1, 2), (None,)), ((3,), (None,)))})  # fmt: skip
+
+    def read_conv_transpose2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x, weight, bias = a["input"], a["weight"], a.get("bias")
+        if not isinstance(x, Node) or not isinstance(weight, Tensor) or len(x.shape) != 4:
+            return None
+        attrs = {key: _two(a[key]) for key in ("stride", "padding", "output_padding", "dilation")}
+        tensors = {"weight": weight, **({} if bias is None else {"bias": bias})}
+        return self.add(node, "conv_transpose2d", [x], attrs={**attrs, "groups": a["groups"]},
+                        tensors=tensors)  # fmt: skip
+
+    def read_linear(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x, weight, bias = a["input"], a["weight"], a.get("bias")
+        if not isinstance(x, Node) or not isinstance(weight, Tensor) or weight.dim() != 2:
+            return None
+        if bias is not None and not isinstance(bias, Tensor):
+            return None
+        tensors = {"weight": weight, **({} if bias is None else {"bias": bias})}
+        return self.add(node, "linear", [x], tensors=tensors)
+
+    def read_addmm(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        bias, x, weight = a["self"], a["mat1"], a["mat2"]
+        if a.get("beta", 1) != 1 or a.get("alpha", 1) != 1 or not isinstance(x, Node):
+            return None
+        if not isinstance(weight, Tensor) or not isinstance(bias, Tensor) or bias.dim() != 1:
+            return None
+        return self.add(node, "linear", [x], tensors={"weight": weight.t(), "bias": bias})
+
+    def read_batch_norm(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x, mean, variance = a["input"], a["running_mean"], a["running_var"]
+        if a["training"] or not isinstance(x, Node) or not isinstance(mean, Tensor):
+            return None
+        if not isinstance(variance, Tensor):
+            return None
+        factor = 1 / (variance.double() + a["eps"]).sqrt()
+        if isinstance(a.get("weight"), Tensor):
+            factor = factor * a["weight"].double()
+        shift = -mean.double() * factor
+        if isinstance(a.get("bias"), Tensor):
+            shift = shift + a["bias"].double()
+        if not bool(factor.isfinite().all() and shift.isfinite().all()):
+            return None
+        # float64: folded into a convolution, it is rounded once
+        return self.add(node, "affine", [x], tensors={"factor": factor, "shift": shift})
+
+    def read_layer_norm(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a["input"]
+        if not isinstance(x, Node) or len(a["normalized_shape"]) != 1:
+            return None
+        tensors = {k: a[k] for k in ("weight", "bias") if isinstance(a.get(k), Tensor)}
+        return self.add(node, "layer_norm", [x], attrs={"eps": float(a["eps"])}, tensors=tensors)
+
+    def read_add(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.binary(node, "add", a, float(a.get("alpha") or 1))
+
+    def read_sub(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.binary(node, "add", a, -float(a.get("alpha") or 1))
+
+    def read_mul(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.binary(node, "mul", a)
+
+    def read_div(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        other = a["other"]
+        if a.get("rounding_mode") is None and isinstance(other, Tensor) and other.numel() > 1:
+            return self.binary(node, "mul", {**a, "other": 1 / other})
+        return None
+
+    def binary(self, node: fx.Node, op: str, a: dict[str, Any], alpha: float = 1.0) -> Node | None:
+        """Of two activations, or of one and a constant tensor."""
+        x, y = a["self"], a["other"]
+        if not (isinstance(x, Node | Tensor) and isinstance(y, Node | Tensor)):
+            return None
+        tensors = [v for v in (x, y) if isinstance(v, Tensor)]
+        if len(tensors) == 2 or any(v.numel() == 1 for v in tensors):
+            return None
+        if any(v.dtype != torch.float32 for v in tensors):
+            return None
+        sides = [
+            self.constant(f"{node.name}_constant", v) if isinstance(v, Tensor) else v
+            for v in (x, y)
+        ]
+        attrs = {"alpha": alpha} if alpha != 1 else {}
+        return self.add(node, op, sides, attrs=attrs)
+
+    def read_relu(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.clamped(node, a["self"], 0.0, None)
+
+    def read_relu6(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.clamped(node, a["self"], 0.0, 6.0)
+
+    def read_hardtanh(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.clamped(node, a["self"], a["min_val"], a["max_val"])
+
+    def read_clamp(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.clamped(node, a["self"], a.get("min"), a.get("max"))
+
+    def read_clamp_min(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.clamped(node, a["self"], a["min"], None)
+
+    def read_clamp_max(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.clamped(node, a["self"], None, a["max"])
+
+    def clamped(self, node: fx.Node, x: Any, lo: Any, hi: Any) -> Node | None:
+        """A pointwise function that is a clamp: the product before it can do it."""
+        if not isinstance(x, Node) or not all(isinstance(v, int | float | None) for v in (lo, hi)):
+            return None
+        bounds = (-float("inf") if lo is None else float(lo), float("inf") if hi is None else float(hi))
+        call = ("aten.clamp.default", (Ref(0), lo, hi), {})
+        return self.add(node, "pointwise", [x], attrs={"calls": [call], "clamp_only": bounds})
+
+    def read_prelu(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        if not isinstance(a["self"], Node) or not isinstance(a["weight"], Tensor):
+            return None
+        return self.add(node, "prelu", [a["self"]], tensors={"weight": a["weight"]})
+
+    def read_softmax(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a["self"]
+        dim = a["dim"] % len(x.shape) if isinstance(x, Node) else 0
+        if not isinstance(x, Node) or dim != len(x.shape) - 1:
+            return None
+        return self.add(node, "softmax", [x], attrs={"dim": dim})
+
+    def read_matmul(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x, y = a["self"], a.get("other", a.get("mat2"))
+        if isinstance(x, Node) and isinstance(y, Tensor) and y.dim() == 2:
+            return self.add(node, "linear", [x], tensors={"weight": y.t()})
+        if not isinstance(x, Node) or not isinstance(y, Node):
+            return None
+        if len(x.shape) != len(y.shape) or x.shape[:-2] != y.shape[:-2]:
+            return None
+        return self.add(node, "matmul", [x, y])
+
+    read_bmm = read_matmul
+
+    def read_scaled_dot_product_attention(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        q, k, v = a["query"], a["key"], a["value"]
+        if a.get("attn_mask") is not None or a.get("is_causal") or a.get("dropout_p"):
+            return None
+        if not all(isinstance(n, Node) for n in (q, k, v)) or a.get("enable_gqa"):
+            return None
+        if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
+            return None
+        rank = len(k.shape)
+        dims = (*range(rank - 2), rank - 1, rank - 2)
+        turned = self.add(f"{node.name}_key", "permute", [k], attrs={"dims": dims},
+                          shape=tuple(k.shape[d] for d in dims))  # fmt: skip
+        scale = a.get("scale") or q.shape[-1] ** -0.5
+        shape = (*q.shape[:-1], k.shape[-2])
+        scores = self.add(f"{node.name}_scores", "matmul", [q, turned], shape=shape,
+                          attrs={"factor": float(scale)})  # fmt: skip
+        weights = self.add(f"{node.name}_weights", "softmax", [scores], shape=shape,
+                           attrs={"dim": rank - 1})  # fmt: skip
+        for made in (scores, weights):
+            made.layer, made.kind = self.where(node)
+        return self.add(node, "matmul", [weights, v])
+
+    def where(self, node: fx.Node) -> tuple[str, str]:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        if not stack:
+            return "", ""
+        path, kind = stack[-1]
+        return path, (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+
+    def read_max_pool2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        if not isinstance(a["self"], Node) or len(a["self"].shape) != 4:
+            return None
+        pool = {key: _two(a[key]) for key in ("kernel_size", "padding", "dilation")}
+        pool["stride"] = _two(a["stride"]) if a.get("stride") else pool["kernel_size"]
+        return self.add(node, "max_pool2d", [a["self"]],
+                        attrs={"pool": {**pool, "ceil_mode": bool(a["ceil_mode"])}})  # fmt: skip
+
+    def read_avg_pool2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        if not isinstance(a["self"], Node) or len(a["self"].shape) != 4:
+            return None
+        pool: dict[str, Any] = {key: _two(a[key]) for key in ("kernel_size", "padding")}
+        pool["stride"] = _two(a["stride"]) if a.get("stride") else pool["kernel_size"]
+        for key in ("ceil_mode", "count_include_pad", "divisor_override"):
+            pool[key] = a[key]
+        return self.add(node, "avg_pool2d", [a["self"]], attrs={"pool": pool})
+
+    def read_adaptive_avg_pool2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.adaptive(node, "adaptive_avg_pool2d", a)
+
+    def adaptive(self, node: fx.Node, op: str, a: dict[str, Any]) -> Node | None:
+        x, size = a["self"], tuple(a["output_size"])
+        if not isinstance(x, Node) or len(x.shape) != 4:
+            return None
+        return self.add(node, op, [x], attrs={"output_size": size})
+
+    def read_adaptive_max_pool2d(self, node: fx.Node, a: dict[str, Any]) -> Any:
+        """It returns indices as well; a list, of which getitem takes the first."""
+        x = a["self"]
+        if not isinstance(x, Node) or len(x.shape) != 4:
+            return None
+        if any(user.args[1] != 0 for user in node.users if user.target is operator.getitem):
+            return None
+        y = self.add(node, "adaptive_max_pool2d", [x], attrs={"output_size": tuple(a["output_size"])},
+                     shape=tuple(node.meta["val"][0].shape))  # fmt: skip
+        return [y]
+
+    def read_mean(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a["self"]
+        if not isinstance(x, Node) or len(x.shape) != 4 or a.get("dim") is None:
+            return None
+        if sorted(d % 4 for d in a["dim"]) != [2, 3]:
+            return None
+        y = self.add(f"{node.name}_pool", "adaptive_avg_pool2d", [x],
+                     attrs={"output_size": (1, 1)}, shape=(*x.shape[:2], 1, 1))  # fmt: skip
+        y.layer, y.kind = self.where(node)
+        return y if a.get("keepdim") else self.reshape(node, y, x.shape[:2])
+
+    def read_upsample_nearest2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        if not isinstance(a.get("input", a.get("self")), Node):
+            return None
+        return self.add(node, "upsample_nearest2d", [a.get("input", a.get("self"))],
+                        attrs={"size": _size(node, a)})  # fmt: skip
+
+    def read_upsample_bilinear2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        if not isinstance(a.get("input", a.get("self")), Node):
+            return None
+        return self.add(node, "upsample_bilinear2d", [a.get("input", a.get("self"))],
+                        attrs={"size": _size(node, a), "align_corners": a["align_corners"]})  # fmt: skip
+
+    def read_cat(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        parts = a["tensors"]
+        if not all(isinstance(v, Node) and len(v.shape) == len(parts[0].shape) for v in parts):
+            return None
+        dim = (a.get("dim") or 0) % len(parts[0].shape)
+        return parts[0] if len(parts) == 1 else self.add(node, "concat", parts, attrs={"dim": dim})
+
+    def read_chunk(self, node: fx.Node, a: dict[str, Any]) -> Any:
+        return self.parts(node, a["self"], a.get("dim") or 0)
+
+    read_split = read_split_with_sizes = read_chunk
+
+    def parts(self, node: fx.Node, x: Any, dim: int) -> Any:
+        """split and chunk are slices, as long as the sizes are those of the example."""
+        if not isinstance(x, Node):
+            return None
+        dim %= len(x.shape)
+        if dim == 0:
+            return None
+        found, start = [], 0
+        for i, value in enumerate(node.meta["val"]):
+            end = start + value.shape[dim]
+            found.append(self.add(f"{node.name}_{i}", "slice", [x], shape=tuple(value.shape),
+                                  attrs={"dim": dim, "start": start, "end": end, "step": 1}))  # fmt: skip
+            start = end
+        return found
+
+    def read_slice(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a["self"]
+        if not isinstance(x, Node):
+            return None
+        dim = (a.get("dim") or 0) % len(x.shape)
+        start, end, step = a.get("start") or 0, a.get("end"), a.get("step") or 1
+        if end is not None and end >= 2**31:
+            end = None
+        if (start, end, step) == (0, None, 1):
+            return x
+        attrs = {"dim": dim, "start": start, "end": end, "step": step}
+        return self.add(node, "slice", [x], attrs=attrs)
+
+    def read_select(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a["self"]
+        if not isinstance(x, Node):
+            return None
+        dim, index = a["dim"] % len(x.shape), a["index"]
+        shape = list(x.shape)
+        shape[dim] = 1
+        end = None if index == -1 else index + 1
+        y = self.add(f"{node.name}_slice", "slice", [x], shape=tuple(shape),
+                     attrs={"dim": dim, "start": index, "end": end, "step": 1})  # fmt: skip
+        return self.reshape(node, y, shape[:dim] + shape[dim + 1 :])
+
+    def read_reshape(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a["self"]
+        return self.reshape(node, x, node.meta["val"].shape) if isinstance(x, Node) else None
+
+    read_view = read_flatten = read_unflatten = read_squeeze = read_unsqueeze = read_reshape
+    read__unsafe_view = read_reshape
+
+    def reshape(self, node: fx.Node, x: Node, shape: Sequence[int]) -> Node | None:
+        groups = reshape_groups(x.shape, [int(n) for n in shape])
+        if groups is None:
+            return None
+        if all(len(axes) == 1 and len(sizes) == 1 for axes, sizes in groups):
+            return x
+        return self.add(node, "reshape", [x], attrs={"groups": groups})
+
+    def read_permute(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a["self"]
+        return self.permute(node, x, a["dims"]) if isinstance(x, Node) else None
+
+    def read_transpose(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a["self"]
+        if not isinstance(x, Node):
+            return None
+        dims = list(range(len(x.shape)))
+        i, j = a["dim0"] % len(dims), a["dim1"] % len(dims)
+        dims[i], dims[j] = dims[j], dims[i]
+        return self.permute(node, x, dims)
+
+    def read_t(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a["self"]
+        if not isinstance(x, Node) or len(x.shape) != 2:
+            return None
+        return self.permute(node, x, (1, 0))
+
+    def permute(self, node: fx.Node, x: Node, dims: Sequence[int]) -> Node:
+        dims = tuple(d % len(dims) for d in dims)
+        if dims == tuple(range(len(dims))):
+            return x
+        return self.add(node, "permute", [x], attrs={"dims": dims})
+
+    def read_pad(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a["self"]
+        if not isinstance(x, Node) or a.get("mode", "constant") != "constant" or a.get("value"):
+            return None
+        return self.add(node, "pad", [x], attrs={"pad": tuple(a["pad"])})
+
+    def read_constant_pad_nd(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.read_pad(node, a)
+
+
+def _arguments(node: fx.Node, target: Any) -> dict[str, Any]:
+    """All arguments by their names in the operator's schema."""
+    given: dict[str, Any] = {}
+    for i, argument in enumerate(target._schema.arguments):
+        if i < len(node.args):
+            given[argument.name] = node.args[i]
+        elif argument.name in node.kwargs:
+            given[argument.name] = node.kwargs[argument.name]
+        elif argument.has_default_value():
+            given[argument.name] = argument.default_value
+    return given
+
+
+def _off(a: dict[str, Any]) -> bool:
+    return not a.get("train", a.get("training", False))
+
+
+def _two(value: Any) -> tuple[int, int]:
+    both = [value, value] if isinstance(value, int) else list(value)
+    return (both[0], both[-1])
+
+
+def _one(value: Any) -> int:
+    return value if isinstance(value, int) else int(value[0])
+
+
+def _size(node: fx.Node, a: dict[str, Any]) -> dict[str, Any]:
+    """The scale where one is given: it holds for images of any size."""
+    factors = a.get("scale_factors")
+    if factors is None and a.get("scales_h") is not None:
+        factors = [a["scales_h"], a["scales_w"]]
+    if factors:
+        return {"scale_factor": tuple(float(f) for f in factors)}
+    return {"size": tuple(int(n) for n in node.meta["val"].shape[2:])}
+
+
+def reshape_groups(old: Sequence[int], new: Sequence[int]) -> Any:
+    """A reshape as groups: (axes that are joined, the sizes they become); None if there is none.
+
+    A size is None, "what is left", where it is the only one of its group.
+    """
+    groups: list[tuple[tuple[int, ...], tuple[int | None, ...]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        axes, sizes = [], []
+        have = want = 1
+        if i < len(old):
+            axes, have, i = [i], old[i], i + 1
+        if j < len(new):
+            sizes, want, j = [new[j]], new[j], j + 1
+        while have != want:
+            if have < want and i < len(old):
+                axes.append(i)
+                have, i = have * old[i], i + 1
+            elif want < have and j < len(new):
+                sizes.append(new[j])
+                want, j = want * new[j], j + 1
+            else:
+                return None
+        # ones that follow belong to this group, unless both sides have one
+        while i < len(old) and old[i] == 1 and not (j < len(new) and new[j] == 1):
+            axes.append(i)
+            i += 1
+        while j < len(new) and new[j] == 1 and not (i < len(old) and old[i] == 1):
+            sizes.append(1)
+            j += 1
+        groups.append((tuple(axes), tuple(sizes)))
+    return tuple((axes, (None,) if len(sizes) == 1 and axes else sizes) for axes, sizes in groups)

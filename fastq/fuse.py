@@ -1,0 +1,161 @@
+"""Fewer, larger operations: what an integer kernel does in one step becomes one node.
+
+    pad, conv2d                  -> conv2d with that padding
+    conv2d | linear, affine      -> conv2d | linear                (batch norm)
+    pointwise, pointwise         -> pointwise                      (x * sigmoid(x) too)
+    conv2d | linear, add         -> conv2d | linear with a second input
+    ... , clamp                  -> ... with attrs["clamp"]        (ReLU, ReLU6)
+
+A fused node computes what its parts did; only float rounding differs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fastq.graph import Graph, Node, Ref
+
+CLAMPING = ("conv2d", "linear", "conv_transpose2d", "add", "mul", "affine", "avg_pool2d",
+            "adaptive_avg_pool2d")  # fmt: skip
+
+
+def fuse(graph: Graph) -> None:
+    """All of the above, in the graph itself."""
+    for fuse_one in (_pad, _affine, _pointwise, _add, _clamp):
+        fuse_one(graph)
+        graph.remove_unused()
+
+
+def _only_user(graph: Graph, users: dict[Node, list[Node]], node: Node) -> Node | None:
+    """The one node that takes this one's value."""
+    if len(users[node]) != 1 or node in graph.output_nodes():
+        return None
+    return users[node][0]
+
+
+def _pad(graph: Graph) -> None:
+    users = graph.users()
+    for node in graph.nodes:
+        follower = _only_user(graph, users, node) if node.op == "pad" else None
+        if follower is None or follower.op != "conv2d" or len(node.attrs["pad"]) > 4:
+            continue
+        left, right, top, bottom = (*node.attrs["pad"], 0, 0, 0, 0)[:4]
+        if min(left, right, top, bottom) < 0:
+            continue
+        (t, b), (l, r) = follower.attrs["padding"]
+        follower.attrs["padding"] = ((t + top, b + bottom), (l + left, r + right))
+        follower.inputs[0] = node.inputs[0]
+
+
+def _affine(graph: Graph) -> None:
+    users = graph.users()
+    for node in graph.nodes:
+        if node.op != "affine":
+            continue
+        (layer,) = node.inputs
+        fits = layer.op in ("conv2d", "conv_transpose2d") or (
+            layer.op == "linear" and len(layer.shape) == 2
+        )
+        if not fits or _only_user(graph, users, layer) is not node:
+            continue
+        factor, shift = (node.tensors[name].double() for name in ("factor", "shift"))
+        weight = layer.tensors["weight"].double()
+        if layer.op == "conv_transpose2d":  # (C, N / groups, KH, KW)
+            groups = layer.attrs["groups"]
+            split = weight.reshape(groups, -1, *weight.shape[1:])
+            weight = (split * factor.reshape(groups, 1, -1, 1, 1)).reshape(weight.shape)
+        else:
+            weight = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
+        bias = layer.tensors.get("bias")
+        bias = shift if bias is None else bias.double() * factor + shift
+        if not bool(weight.float().isfinite().all() and bias.float().isfinite().all()):
+            continue
+        layer.tensors = {"weight": weight.float(), "bias": bias.float()}
+        layer.attrs["folded"] = (*layer.attrs.get("folded", ()), node.layer)
+        graph.replace(node, layer)
+
+
+def _pointwise(graph: Graph) -> None:
+    """A chain becomes one function of its first input, and so does a product of two functions of it."""
+    for node in list(graph.nodes):
+        users = graph.users()
+        if node.op == "pointwise":
+            (before,) = node.inputs
+            if before.op == "pointwise" and _only_user(graph, users, before) is node:
+                node.attrs = {"calls": _chained(before.attrs["calls"], node.attrs["calls"])}
+                node.inputs = list(before.inputs)
+        elif node.op in ("add", "mul") and node.attrs.get("alpha", 1) == 1:
+            x, y = node.inputs
+            name = f"aten.{node.op}.Tensor"
+            for function, root in ((x, y), (y, x)):
+                if (
+                    function.op == "pointwise"
+                    and function.inputs[0] is root
+                    and _only_user(graph, users, function) is node
+                ):
+                    calls = function.attrs["calls"]
+                    node.op, node.inputs = "pointwise", [root]
+                    node.attrs = {"calls": [*calls, (name, (Ref(0), Ref(len(calls))), {})]}
+                    break
+
+
+def _chained(first: list[Any], then: list[Any]) -> list[Any]:
+    """The calls of `then` on the result of `first`."""
+    shift = len(first)
+
+    def moved(value: object) -> object:
+        if isinstance(value, Ref):
+            return Ref(value.index + shift)
+        return value
+
+    return [
+        *first,
+        *(
+            (name, tuple(moved(v) for v in args), {k: moved(v) for k, v in kwargs.items()})
+            for name, args, kwargs in then
+        ),
+    ]
+
+
+def _add(graph: Graph) -> None:
+    """The later of two products takes the sum: the earlier one's result is there by then."""
+    for node in list(graph.nodes):
+        if node.op != "add" or node.attrs.get("alpha", 1) != 1:
+            continue
+        users = graph.users()
+        x, y = node.inputs
+        candidates = [
+            layer
+            for layer, other in ((x, y), (y, x))
+            if layer.op in ("conv2d", "linear")
+            and len(layer.inputs) == 1
+            and layer is not other
+            and layer.shape == other.shape
+            and other.op != "constant"
+            and _only_user(graph, users, layer) is node
+        ]
+        if not candidates:
+            continue
+        layer = max(candidates, key=graph.nodes.index)
+        layer.inputs.append(y if layer is x else x)
+        graph.nodes.remove(layer)
+        graph.nodes[graph.nodes.index(node)] = layer
+        graph.replace(node, layer)
+
+
+def _clamp(graph: Graph) -> None:
+    users = graph.users()
+    for node in graph.nodes:
+        if node.op != "pointwise" or "clamp_only" not in node.attrs:
+            continue
+        (before,) = node.inputs
+        if before.op not in CLAMPING or _only_user(graph, users, before) is not node:
+            continue
+        lo, hi = node.attrs["clamp_only"]
+        low, high = before.attrs.get("clamp", (-math.inf, math.inf))
+        if max(low, lo) > min(high, hi):
+            continue
+        before.attrs["clamp"] = (max(low, lo), min(high, hi))
+        graph.replace(node, before)
+        users = graph.users()

@@ -1,0 +1,274 @@
+"""A float network as a list of nodes: what `trace` captures, and what everything that thinks about a
+whole network works on: fusing, calibration, remedies, training, lowering to an integer program.
+
+Operations have torch's names and torch's meaning and order of axes (NCHW). What has no name here is
+an "aten" node: any other torch operator, which stays float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Values = dict["Node", Any]
+
+
+@dataclass(frozen=True)
+class Ref:
+    """In the arguments of an "aten" node: its input number `index`."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A size that is `factor` times the batch size: shape[0] of the network's first input."""
+
+    factor: int
+
+
+@dataclass(eq=False)
+class Node:
+    """One operation.
+
+    op       a key of OPERATIONS, "input", "constant" or "aten".
+    inputs   the nodes whose values it takes.
+    attrs    the operation's arguments that are no tensors, by torch's names.
+    tensors  its parameters: "weight", "bias", and so on; the float network's own memory.
+    layer    the module that computes it, by its name in the model; "" is the model itself.
+    kind     the module's class.
+    shape    of its value for the example that was traced; () if that is no tensor.
+    """
+
+    name: str
+    op: str
+    inputs: list[Node] = field(default_factory=list)
+    attrs: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    layer: str = ""
+    kind: str = ""
+    shape: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(node.name for node in self.inputs)
+        return f"{self.name} = {self.op}({inputs})"
+
+
+@dataclass(eq=False)
+class Graph:
+    """Nodes in an order in which each comes after its inputs.
+
+    inputs   the "input" nodes, in the order of the flattened arguments.
+    outputs  what the flattened result is made of: nodes, and constants that are no tensors.
+    """
+
+    nodes: list[Node]
+    inputs: list[Node]
+    outputs: list[Any]
+
+    def users(self) -> dict[Node, list[Node]]:
+        """Node -> the nodes that take its value, once for each time."""
+        users: dict[Node, list[Node]] = {node: [] for node in self.nodes}
+        for node in self.nodes:
+            for value in node.inputs:
+                users[value].append(node)
+        return users
+
+    def output_nodes(self) -> set[Node]:
+        return {value for value in self.outputs if isinstance(value, Node)}
+
+    def remove_unused(self) -> None:
+        """Drop the nodes that no output depends on; inputs stay."""
+        needed = self.output_nodes() | set(self.inputs)
+        for node in reversed(self.nodes):
+            if node in needed:
+                needed.update(node.inputs)
+        self.nodes = [node for node in self.nodes if node in needed]
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Let all users of `old`, and the outputs, take `new` instead."""
+        for node in self.nodes:
+            node.inputs = [new if value is old else value for value in node.inputs]
+        self.outputs = [new if value is old else value for value in self.outputs]
+
+    def run(
+        self, arguments: Iterable[Any], watch: Callable[[Node, Any], Any] | None = None
+    ) -> list[Any]:
+        """The network in float; `watch(node, value)` sees each value, and may return another."""
+        given = list(arguments)
+        batch = next((len(x) for x in given if isinstance(x, Tensor) and x.dim()), 1)
+        last = {value: node for node in self.nodes for value in node.inputs}
+        kept = self.output_nodes()
+        values: Values = {}
+        for node in self.nodes:
+            if node.op == "input":
+                value = given[self.inputs.index(node)]
+            else:
+                value = evaluate(node, [values[v] for v in node.inputs], batch)
+            if watch is not None:
+                changed = watch(node, value)
+                value = value if changed is None else changed
+            values[node] = value
+            for taken in set(node.inputs):  # its memory is free as soon as nobody waits for it
+                if last[taken] is node and taken not in kept:
+                    del values[taken]
+        return [values[v] if isinstance(v, Node) else v for v in self.outputs]
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+    def __str__(self) -> str:
+        return "\n".join(map(repr, self.nodes))
+
+
+def evaluate(node: Node, inputs: list[Any], batch: int = 1) -> Any:
+    """The value of a node, in float."""
+    if node.op == "constant":
+        return node.tensors["value"]
+    if node.op == "aten":
+        fill = _filler(inputs, node.tensors, batch)
+        return _target(node.attrs["target"])(
+            *map(fill, node.attrs["args"]), **{k: fill(v) for k, v in node.attrs["kwargs"].items()}
+        )
+    y = OPERATIONS[node.op](node, *inputs)
+    if "clamp" in node.attrs:
+        lo, hi = node.attrs["clamp"]
+        y = y.clamp(lo, hi)
+    return y
+
+
+def _filler(inputs: list[Any], tensors: dict[str, Tensor], batch: int) -> Callable[[Any], Any]:
+    def fill(value: Any) -> Any:
+        if isinstance(value, Ref):
+            return inputs[value.index]
+        if isinstance(value, Batch):
+            return value.factor * batch
+        if isinstance(value, str) and value.startswith("%"):
+            return tensors[value[1:]]
+        if isinstance(value, list | tuple):
+            return type(value)(fill(v) for v in value)
+        return value
+
+    return fill
+
+
+def _target(name: str) -> Any:
+    """The function of an "aten" node: "getitem", or an operator by "namespace.name.overload"."""
+    if name == "getitem":
+        return lambda values, index: values[index]
+    namespace, packet, overload = name.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+
+
+def pointwise(calls: list[Any], x: Tensor) -> Tensor:
+    """A chain of (target, args, kwargs): Ref(0) is x, Ref(i) the result of call i."""
+    values = [x]
+    for target, args, kwargs in calls:
+        fill = _filler(values, {}, 1)
+        values.append(_target(target)(*map(fill, args), **{k: fill(v) for k, v in kwargs.items()}))
+    return values[-1]
+
+
+def _conv2d(node: Node, x: Tensor, *add: Tensor) -> Tensor:
+    a = node.attrs
+    (top, bottom), (left, right) = a["padding"]
+    if (top, left) == (bottom, right):
+        padding = (top, left)
+    else:
+        x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
+    y = F.conv2d(
+        x, node.tensors["weight"], node.tensors.get("bias"), a["stride"], padding, a["dilation"],
+        a["groups"],
+    )  # fmt: skip
+    return y + add[0] if add else y
+
+
+def _linear(node: Node, x: Tensor, *add: Tensor) -> Tensor:
+    y = F.linear(x, node.tensors["weight"], node.tensors.get("bias"))
+    return y + add[0] if add else y
+
+
+def _conv_transpose2d(node: Node, x: Tensor) -> Tensor:
+    a = node.attrs
+    return F.conv_transpose2d(
+        x, node.tensors["weight"], node.tensors.get("bias"), a["stride"], a["padding"],
+        a["output_padding"], a["groups"], a["dilation"],
+    )  # fmt: skip
+
+
+def _affine(node: Node, x: Tensor) -> Tensor:
+    """x * factor + shift along axis 1."""
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    factor, shift = (node.tensors[name].to(x.dtype).reshape(shape) for name in ("factor", "shift"))
+    return x * factor + shift
+
+
+def _prelu(node: Node, x: Tensor) -> Tensor:
+    return F.prelu(x, node.tensors["weight"])
+
+
+def _reshape(node: Node, x: Tensor) -> Tensor:
+    return x.reshape(reshaped(x.shape, node.attrs["groups"]))
+
+
+def reshaped(shape: Iterable[int], groups: Any) -> list[int]:
+    """The new shape: `groups` are pairs (axes that are joined, sizes that they are split into).
+
+    At most one of the sizes is None: what is left of the group.
+    """
+    sizes = list(shape)
+    result: list[int] = []
+    for axes, parts in groups:
+        total = 1
+        for axis in axes:
+            total *= sizes[axis]
+        known = 1
+        for part in parts:
+            known *= 1 if part is None else part
+        result += [total // known if part is None else part for part in parts]
+    return result
+
+
+def _slice(node: Node, x: Tensor) -> Tensor:
+    a = node.attrs
+    index = [slice(None)] * x.dim()
+    index[a["dim"]] = slice(a["start"], a["end"], a["step"])
+    return x[tuple(index)]
+
+
+OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    "conv2d": _conv2d,
+    "linear": _linear,
+    "conv_transpose2d": _conv_transpose2d,
+    "affine": _affine,
+    "prelu": _prelu,
+    "pointwise": lambda node, x: pointwise(node.attrs["calls"], x),
+    "add": lambda node, x, y: torch.add(x, y, alpha=node.attrs.get("alpha", 1)),
+    "mul": lambda node, x, y: x * y,
+    "matmul": lambda node, x, y: torch.matmul(x, y) * node.attrs.get("factor", 1.0),
+    "softmax": lambda node, x: torch.softmax(x, node.attrs["dim"]),
+    "layer_norm": lambda node, x: F.layer_norm(
+        x, x.shape[-1:], node.tensors.get("weight"), node.tensors.get("bias"), node.attrs["eps"]
+    ),
+    "max_pool2d": lambda node, x: F.max_pool2d(x, **node.attrs["pool"]),
+    "avg_pool2d": lambda node, x: F.avg_pool2d(x, **node.attrs["pool"]),
+    "adaptive_avg_pool2d": lambda node, x: F.adaptive_avg_pool2d(x, node.attrs["output_size"]),
+    "adaptive_max_pool2d": lambda node, x: F.adaptive_max_pool2d(x, node.attrs["output_size"]),
+    "upsample_nearest2d": lambda node, x: F.interpolate(x, **node.attrs["size"], mode="nearest"),
+    "upsample_bilinear2d": lambda node, x: F.interpolate(
+        x, **node.attrs["size"], mode="bilinear", align_corners=node.attrs["align_corners"]
+    ),
+    "concat": lambda node, *x: torch.cat(x, node.attrs["dim"]),
+    "reshape": _reshape,
+    "permute": lambda node, x: x.permute(node.attrs["dims"]),
+    "slice": _slice,
+    "pad": lambda node, x: F.pad(x, node.attrs["pad"]),
+}  # fmt: skip
+
+# Operations that compute with weights: what int8 wins most on.
+PRODUCTS = ("conv2d", "linear", "conv_transpose2d", "matmul")

@@ -1,0 +1,220 @@
+"""A call: rows of the executor's table, with argument blocks that wait for a few addresses.
+
+Kernels read their operands from views: strided arrays whose place is an array that is kept, or an
+offset from a base that is known when the call runs: the thread's workspace, or an argument.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastq.kernels import executor
+from fastq.kernels.pack import aligned_empty
+
+MAX_SHAPES = 16  # input shapes whose calls are kept
+SLACK = 256  # bytes beyond the workspace that a kernel's vector loads may touch
+ITEM_BYTES = {"u8": 1, "s8": 1, "s16": 2, "s32": 4, "f32": 4}
+
+
+@dataclass(frozen=True)
+class At:
+    """`offset` bytes from a base: SCRATCH, or the call's argument 0, 1, ..."""
+
+    base: int
+    offset: int = 0
+
+    def __add__(self, size: int) -> At:
+        return At(self.base, self.offset + size)
+
+
+SCRATCH = -1  # the base that stands for the thread's workspace
+Place = NDArray[Any] | At
+
+
+@dataclass(frozen=True)
+class View:
+    """A strided operand. kind is a key of ITEM_BYTES; "s16" holds uint8 values; strides in bytes."""
+
+    place: Place
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    kind: str
+
+    @property
+    def item(self) -> int:
+        return ITEM_BYTES[self.kind]
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is C-contiguous."""
+        return self.strides == dense_strides(self.shape, self.item)
+
+
+def dense_strides(shape: Sequence[int], item: int) -> tuple[int, ...]:
+    """Strides in bytes of a C-contiguous array."""
+    strides = [item]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides)) if shape else ()
+
+
+def collapse(views: Sequence[View], rank: int, keep: int = 0) -> tuple[Any, list[tuple[int, ...]]]:
+    """The views' common shape in exactly `rank` axes, and the strides of each.
+
+    Axes that lie one in the other in every view become one, size 1 is dropped, and 1 is put in
+    front; the last `keep` axes stay as they are. ValueError if more than `rank` are left.
+    """
+    shape = views[0].shape
+    middle = len(shape) - keep
+    sizes: list[int] = []
+    strides: list[list[int]] = [[] for _ in views]
+    for axis in range(middle):
+        size, steps = shape[axis], [view.strides[axis] for view in views]
+        if size == 1:
+            continue
+        if sizes and all(s[-1] == size * step for s, step in zip(strides, steps, strict=True)):
+            sizes[-1] *= size
+            for s, step in zip(strides, steps, strict=True):
+                s[-1] = step
+        else:
+            sizes.append(size)
+            for s, step in zip(strides, steps, strict=True):
+                s.append(step)
+    missing = rank - keep - len(sizes)
+    if missing < 0:
+        raise ValueError(f"{len(sizes) + keep} axes that do not join, wanted at most {rank}")
+    joined = [(0,) * missing + tuple(s) for s in strides]
+    return (1,) * missing + tuple(sizes) + tuple(shape[middle:]), [
+        j + tuple(v.strides[middle:]) for j, v in zip(joined, views, strict=True)
+    ]
+
+
+def address_of(array: NDArray[Any]) -> int:
+    """Address of an array's first element."""
+    return array.__array_interface__["data"][0]  # type: ignore[no-any-return]
+
+
+class _Workspace(threading.local):
+    """Scratch memory of one thread, grown to what its largest call needs."""
+
+    held: tuple[Any, int, int] = (None, 0, 0)  # buffer, address, size
+
+    def reserve(self, size: int) -> tuple[Any, int, int]:
+        """The memory, to be held while it is used: a signal handler may call fastq meanwhile."""
+        held = self.held
+        if size > held[2]:
+            buffer = aligned_empty((size + SLACK,), np.uint8)
+            held = self.held = (buffer, address_of(buffer), size)
+        return held
+
+
+_workspace = _Workspace()
+
+
+class Call:
+    """A table for one input shape, and the patches for the addresses that it waits for."""
+
+    def __init__(self, arguments: int) -> None:
+        self.nanoseconds = 0.0  # that it takes one thread, roughly
+        self.labels: list[str] = []  # of the rows
+        self._rows: list[tuple[int, int, int, int]] = []
+        self._patches: list[tuple[int, int, int]] = []
+        self._bases = np.zeros(arguments + 1, np.int64)  # the last one is SCRATCH's
+        self._tables: tuple[executor.Table, executor.Table] | None = None
+        self._kept: list[Any] = []  # what the table and the blocks point to
+        self.scratch_bytes = 0
+
+    def scratch(self, size: int) -> At:
+        """`size` fresh bytes of the workspace, 64-byte aligned."""
+        offset = self.scratch_bytes
+        self.scratch_bytes += -(-size // 64) * 64
+        return At(SCRATCH, offset)
+
+    def row(
+        self,
+        kernel: Any,
+        fields: int,
+        tasks: int,
+        values: dict[int, int],
+        places: dict[int, Place],
+        nanoseconds: float = 0.0,
+        label: str = "",
+    ) -> None:
+        """Appends a kernel with its argument block; nanoseconds is what it takes one thread."""
+        block = np.zeros(fields, np.int64)
+        for field, value in values.items():
+            block[field] = value
+        last = len(self._bases) - 1
+        for field, place in places.items():
+            if isinstance(place, At):
+                base = last if place.base == SCRATCH else place.base
+                self._patches.append((address_of(block) + 8 * field, base, place.offset))
+            else:
+                block[field] = address_of(place)
+                self._kept.append(place)
+        self._kept += [kernel, block]
+        threads = 1 if nanoseconds < executor.PARALLEL_ROW_NANOSECONDS else tasks
+        self._rows.append((kernel.address, address_of(block), tasks, threads))
+        self.labels.append(label)
+        self.nanoseconds += nanoseconds
+        self._tables = None
+
+    def run(self, *addresses: int) -> None:
+        """Runs it on arguments at these addresses."""
+        if self._tables is None:
+            self._tables = (
+                np.array(self._rows, np.int64).reshape(-1, executor.COLUMNS),
+                np.array(self._patches, np.int64).reshape(-1, 3),
+            )
+        table, patches = self._tables
+        bases = self._bases
+        for i, address in enumerate(addresses):
+            bases[i] = address
+        held = _workspace.reserve(self.scratch_bytes)
+        bases[-1] = held[1]
+        executor.run(table, patches, bases, self.nanoseconds)
+
+
+class Idle:
+    """What was made for a key and is not in use, a few keys back; threads may share it."""
+
+    def __init__(self) -> None:
+        self._lists: dict[Any, list[Any]] = {}
+
+    def take(self, key: Any) -> Any:
+        """One that nobody uses, or None."""
+        made = self._lists.get(key)
+        if made is None:
+            for oldest in list(self._lists)[: len(self._lists) + 1 - MAX_SHAPES]:
+                self._lists.pop(oldest, None)
+            self._lists.setdefault(key, [])
+            return None
+        try:
+            return made.pop()
+        except IndexError:
+            return None
+
+    def give(self, key: Any, made: Any) -> None:
+        """It may be taken again."""
+        kept = self._lists.get(key)
+        if kept is not None:
+            kept.append(made)
+
+    def __len__(self) -> int:
+        return len(self._lists)
+
+
+class Calls(Idle):
+    """Idle calls by key: what their tables were built for."""
+
+    def run(self, make: Callable[..., Call], key: tuple[Any, ...], *addresses: int) -> None:
+        """Runs an idle call of this key, or a new one from make(*key), on arrays there."""
+        call = self.take(key) or make(*key)
+        call.run(*addresses)
+        self.give(key, call)

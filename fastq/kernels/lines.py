@@ -1,0 +1,124 @@
+"""Lines: how a kernel over whole arrays walks its operands, and shares them among tasks.
+
+The axes of all operands are joined until four are left, (N0, N1, N2, N3). The last is a line, whose
+elements lie side by side in the output; an operand that broadcasts has a stride of 0.
+
+    task = one block of ROWS lines of axis 2, COLUMNS elements each, at one place of axes 0 and 1
+
+A line is computed by vectors of `WIDTHS` elements, the widest first: nothing beyond it is read or
+written, and each step reads its operands before it writes, so that the output may be an operand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from numba import njit
+
+from fastq.kernels import simd
+from fastq.kernels.call import View, collapse
+from fastq.kernels.simd import clamp, f32, i8, i16, i32, i64, splat, vec
+
+(SHAPE_1, SHAPE_2, SHAPE_3, ROWS, COLUMNS, LINES_FIELDS) = range(6)
+OPERAND_FIELDS = 4  # address, and the strides of axes 0, 1, 2
+BLOCK = 8 * 1024  # elements of a task
+WIDTHS = (32, 8, 1)
+ELEMENT = {"u8": i8, "s16": i16, "s32": i32, "f32": f32}
+
+
+def broadcast(view: View, shape: tuple[int, ...]) -> View:
+    """The view with NumPy's broadcasting to a shape: stride 0 along what is repeated."""
+    missing = len(shape) - len(view.shape)
+    strides = [0] * missing
+    for size, stride, wanted in zip(view.shape, view.strides, shape[missing:], strict=True):
+        if size not in (1, wanted):
+            raise ValueError(f"{view.shape} does not broadcast to {shape}")
+        strides.append(stride if size == wanted else 0)
+    return replace(view, shape=shape, strides=tuple(strides))
+
+
+def join_lines(views: Sequence[View]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """The common shape in four axes and the strides of each; the first view is the output."""
+    shape, strides = collapse(views, 4)
+    fits = all(s[-1] in (v.item, 0) for s, v in zip(strides, views, strict=True))
+    if shape[-1] > 1 and not (fits and strides[0][-1] == views[0].item):
+        shape, strides = collapse(views, 4, keep=1)
+    if shape[-1] == 1:  # then no stride counts: one kernel for all
+        strides = [(*s[:-1], v.item) for s, v in zip(strides, views, strict=True)]
+    return shape, strides
+
+
+def share_lines(shape: Sequence[int]) -> tuple[int, dict[int, int]]:
+    """The number of tasks of a shape in four axes, and the fields that say so."""
+    columns = max(min(shape[3], BLOCK), 1)
+    rows = max(min(shape[2], BLOCK // columns), 1)
+    tasks = shape[0] * shape[1] * -(-shape[2] // rows) * -(-shape[3] // columns)
+    values = {SHAPE_1: shape[1], SHAPE_2: shape[2], SHAPE_3: shape[3]}
+    return tasks, values | {ROWS: rows, COLUMNS: columns}
+
+
+@njit
+def task_lines(args, task):  # type: ignore[no-untyped-def]
+    """A task: place on axes 0 and 1, range on axis 2, first column and their count."""
+    across = (args[SHAPE_3] + args[COLUMNS] - 1) // args[COLUMNS]
+    down = (args[SHAPE_2] + args[ROWS] - 1) // args[ROWS]
+    column = task % across * args[COLUMNS]
+    row = task // across % down * args[ROWS]
+    outer = task // (across * down)
+    last = min(row + args[ROWS], args[SHAPE_2])
+    count = min(args[COLUMNS], args[SHAPE_3] - column)
+    return outer // args[SHAPE_1], outer % args[SHAPE_1], row, last, column, count
+
+
+@njit
+def line_address(args, operand, i, j, row):  # type: ignore[no-untyped-def]
+    """Where the line (i, j, row) of an operand begins; `operand` is its first field."""
+    return args[operand] + i * args[operand + 1] + j * args[operand + 2] + row * args[operand + 3]
+
+
+def emit_loop(
+    b: Any, first: Any, last: Any, step: int, carried: Sequence[Any], body: Callable[..., Any]
+) -> tuple[Any, list[Any]]:
+    """Emits: for i = first; i + step <= last; i += step: carried = body(i, *carried).
+
+    Returns i and what is carried after the loop.
+    """
+    entry = b.block
+    loop, inside, done = (b.append_basic_block(n) for n in ("loop", "loop.body", "loop.done"))
+    b.branch(loop)
+    b.position_at_end(loop)
+    i = b.phi(i64)
+    held = [b.phi(value.type) for value in carried]
+    following = b.add(i, i64(step))
+    b.cbranch(b.icmp_signed("<=", following, last), inside, done)
+    b.position_at_end(inside)
+    results = body(i, *held) or []
+    end = b.block
+    b.branch(loop)
+    for phi, before, after in zip(
+        [i, *held], [first, *carried], [following, *results], strict=True
+    ):
+        phi.add_incoming(before, entry)
+        phi.add_incoming(after, end)
+    b.position_at_end(done)
+    return i, held
+
+
+def emit_line(
+    b: Any, count: Any, body: Callable[[Any, int], None], widths: Sequence[int] = WIDTHS
+) -> None:
+    """Emits body(i, width) over the elements 0..count: the widest vectors first, then the rest."""
+    i = i64(0)
+    for width in widths:
+        i, _ = emit_loop(b, i, count, width, [], lambda at, width=width: body(at, width))
+
+
+def emit_rounded(b: Any, value: Any, lo: Any, hi: Any, zero_point: Any, element: Any) -> Any:
+    """element(rint(clamp(value, lo, hi)) + zero_point), ties to even; only value is a vector."""
+    width = value.type.count
+    ints = vec(i32, width)
+    rounded = clamp(b, value, splat(b, lo, width), splat(b, hi, width))
+    steps = simd.call(b, f"llvm.lrint.v{width}i32.v{width}f32", ints, [rounded])
+    return b.trunc(b.add(steps, splat(b, zero_point, width)), vec(element, width))

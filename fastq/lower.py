@@ -1,0 +1,593 @@
+"""From a fused float graph and the ranges of its values to integer programs.
+
+The nodes that have an integer form make up regions, as large as the network allows; what lies
+between them stays float. A region becomes one `Program`: torch's axes become the program's (images
+NHWC), ranges become scales and zero points, batch norms and activations are already part of
+the products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastq.graph import PRODUCTS, Graph, Node, pointwise
+from fastq.program import Program, Step
+from fastq.qparams import MAX_K, Dequant, QParams, Requant, quantize_weight
+from fastq.weights import Conv2dWeight, LinearWeight
+
+Weights = Callable[[Node], tuple[Any, Any]]  # a node's (int8 data, float32 scale per output)
+
+NHWC = (0, 2, 3, 1)
+# Values that keep the quantization of what they are made from.
+MOVES = ("reshape", "permute", "slice", "pad", "concat", "max_pool2d", "adaptive_max_pool2d",
+         "upsample_nearest2d", "upsample_bilinear2d")  # fmt: skip
+SOFTMAX_QPARAMS = QParams(np.float32(1 / 255))
+
+
+def why_float(node: Node) -> str:
+    """Why a node has no integer form; "" if it has one."""
+    if node.op == "input":
+        return "an input"
+    if node.op == "aten":
+        return f"{node.attrs['target']} has no integer form"
+    if node.op in ("conv2d", "linear", "conv_transpose2d"):
+        weight = node.tensors["weight"]
+        if weight.dtype is not torch.float32 or weight.device.type != "cpu":
+            return f"weight is {weight.dtype} on {weight.device}, wanted float32 on the CPU"
+        if not all(bool(t.isfinite().all()) for t in node.tensors.values()):
+            return "weight or bias has NaN or infinite values"
+        k = weight[:, 0].numel() if node.op == "conv_transpose2d" else weight[0].numel()
+        if k > MAX_K:
+            return f"sums {k} products, and int32 is exact up to {MAX_K}"
+    if node.op == "conv_transpose2d":
+        for size, p, d in zip(weight.shape[2:], node.attrs["padding"], node.attrs["dilation"],
+                              strict=True):  # fmt: skip
+            if p > d * (size - 1):
+                return "its padding crops the input"
+    if node.op == "matmul" and node.inputs[0].shape[-1] > MAX_K:
+        return f"sums {node.inputs[0].shape[-1]} products, and int32 is exact up to {MAX_K}"
+    if node.op in ("add", "mul"):
+        x, y = (n.shape for n in node.inputs)
+        if len(x) != len(y) or len(x) > 4:
+            return "its operands have different numbers of axes, or more than 4"
+        if node.op == "mul" and any(n.op == "constant" for n in node.inputs):
+            return "multiplies by a constant tensor"
+    if node.op == "pad" and (len(node.attrs["pad"]) % 2 or min(node.attrs["pad"]) < 0):
+        return "its padding is negative"
+    if node.op in ("affine", "prelu") and not 2 <= len(node.shape) <= 4:
+        return f"has {len(node.shape)} axes, wanted 2 to 4"
+    if len(node.shape) > 6:
+        return f"has {len(node.shape)} axes, wanted at most 6"
+    return ""
+
+
+@dataclass(eq=False)
+class Region:
+    """Nodes that become one program; `inputs` are the float values that it takes."""
+
+    nodes: list[Node]
+    inputs: list[Node] = field(default_factory=list)
+    outputs: list[Node] = field(default_factory=list)
+
+
+def find_regions(graph: Graph, keep_float: Mapping[Node, str]) -> tuple[list[Region], dict[Node, str]]:
+    """The regions, and why each of the other nodes stays float.
+
+    keep_float gives reasons for nodes that have an integer form and shall not take it.
+    """
+    reasons = {node: keep_float.get(node) or why_float(node) for node in graph.nodes}
+    for node in graph.nodes:  # a constant is taken along where it is used
+        if node.op == "constant" and len(node.shape) > 4:
+            reasons[node] = "a constant of more than 4 axes"
+    while True:
+        depth = _depths(graph, reasons)
+        members: dict[int, list[Node]] = {}
+        for node in graph.nodes:
+            if not reasons[node]:
+                members.setdefault(depth[node], []).append(node)
+        idle = [
+            nodes for nodes in members.values() if not any(n.op in PRODUCTS for n in nodes)
+        ]
+        if not idle:
+            break
+        for node in (n for nodes in idle for n in nodes):
+            reasons[node] = "no product near it to share integers with"
+    users, kept = graph.users(), graph.output_nodes()
+    regions = []
+    for key in sorted(members):
+        nodes = members[key]
+        inside = set(nodes)
+        inputs = dict.fromkeys(v for n in nodes for v in n.inputs if v not in inside)
+        outputs = [n for n in nodes if n in kept or any(u not in inside for u in users[n])]
+        regions.append(Region(nodes, list(inputs), outputs))
+    return regions, {node: reason for node, reason in reasons.items() if reason}
+
+
+def _depths(graph: Graph, reasons: Mapping[Node, str]) -> dict[Node, int]:
+    """How often the way to a node has changed between float and integer: no way leads from a
+    region back into it."""
+    depth: dict[Node, int] = {}
+    for node in graph.nodes:
+        depth[node] = max(
+            (depth[v] + (bool(reasons[v]) != bool(reasons[node])) for v in node.inputs),
+            default=0 if reasons[node] else 1,
+        )
+    return depth
+
+
+class Ranges:
+    """Which values of the regions share one quantization, and which have a fixed one."""
+
+    def __init__(self, regions: Sequence[Region]) -> None:
+        self.parent: dict[Node, Node] = {}
+        self.fixed: dict[Node, QParams] = {}
+        self.symmetric: set[Node] = set()
+        for region in regions:
+            for node in (*region.inputs, *region.nodes):
+                self.parent.setdefault(node, node)
+        for region in regions:
+            for node in region.nodes:
+                if node.op == "softmax":
+                    self.fixed[node] = SOFTMAX_QPARAMS
+                if node.op in MOVES:
+                    for value in node.inputs:
+                        if value.op != "softmax" or node.op != "concat":
+                            self._join(value, node)
+        for region in regions:
+            for node in region.nodes:
+                if node.op == "matmul":
+                    self.symmetric.add(self.find(node.inputs[1]))
+        for node, qparams in list(self.fixed.items()):
+            self.fixed[self.find(node)] = qparams
+
+    def find(self, node: Node) -> Node:
+        while self.parent[node] is not node:
+            node = self.parent[node]
+        return node
+
+    def _join(self, x: Node, y: Node) -> None:
+        self.parent[self.find(x)] = self.find(y)
+
+    def watched(self) -> dict[Node, Node]:
+        """Each node whose values say something about a range -> the node that stands for it."""
+        return {
+            node: self.find(node)
+            for node in self.parent
+            if self.find(node) not in self.fixed and (node.op not in MOVES or node.op == "concat")
+        }
+
+
+def default_weights(node: Node) -> tuple[Any, Any]:
+    """(int8 data, float32 scale) of a product's weight, per output channel."""
+    return quantize_weight(weight_of(node).numpy())
+
+
+def weight_of(node: Node) -> Tensor:
+    """The float weight with its outputs first: a transposed convolution's as the convolution's
+    that it is on pixels set apart."""
+    weight = node.tensors["weight"].detach()
+    if node.op != "conv_transpose2d":
+        return weight
+    groups = node.attrs["groups"]
+    c, n, kh, kw = weight.shape
+    split = weight.reshape(groups, c // groups, n, kh, kw).transpose(1, 2)
+    return split.reshape(groups * n, c // groups, kh, kw).flip(2, 3).contiguous()
+
+
+def lower(
+    region: Region,
+    qparams: Callable[[Node], QParams],
+    weights: Weights = default_weights,
+    any_extent: bool = True,
+) -> Program:
+    """The program of a region. qparams(node) is the uint8 quantization of a value."""
+    return _Lowering(region, qparams, weights, any_extent).program()
+
+
+class _Lowering:
+    def __init__(
+        self, region: Region, qparams: Callable[[Node], QParams], weights: Weights, any_extent: bool
+    ) -> None:
+        self.region, self.qparams, self.weights = region, qparams, weights
+        self.any_extent = any_extent
+        self.steps: list[Step] = []
+        self.axes: dict[str, tuple[int, ...]] = {}  # value -> the torch axis of each of its axes
+        self.names: dict[Node, str] = {}
+        self.users = {
+            n: [u for u in region.nodes for v in u.inputs if v is n] for n in region.nodes
+        }
+
+    def program(self) -> Program:
+        region = self.region
+        for node in region.inputs:
+            if node.op == "constant":
+                self.constant(node)
+                continue
+            axes = NHWC if len(node.shape) == 4 else tuple(range(len(node.shape)))
+            q = self.qparams(node)
+            self.names[node] = self.emit(
+                "quantize", f"{node.name}_u8", [node.name], axes, node,
+                scale=float(q.scale), zero_point=int(q.zero_point), axes=axes,
+            )  # fmt: skip
+        for node in region.nodes:
+            if node.op == "constant":
+                self.constant(node)
+            else:
+                self.names[node] = getattr(self, f"lower_{node.op}", self.lower_unary)(node)
+        outputs = []
+        for node in region.outputs:
+            name = self.names[node]
+            if not self.ends_float(node):
+                q = self.qparams(node)
+                name = self.emit(
+                    "dequantize", f"{node.name}_f32", [name], self.axes[name], node,
+                    scale=float(q.scale), zero_point=int(q.zero_point),
+                )  # fmt: skip
+            order = self.axes[name]
+            outputs.append((name, tuple(order.index(d) for d in range(len(order)))))
+        given = [node for node in region.inputs if node.op != "constant"]
+        extents = tuple(self.extent(node) for node in given)
+        names = tuple(node.name for node in given)
+        return Program(names, tuple(self.steps), tuple(outputs), extents)
+
+    def extent(self, node: Node) -> tuple[int | None, ...]:
+        """Which sizes of an input may vary: the batch, and an image's height and width."""
+        free = {0} | (set(range(2, len(node.shape))) if self.any_extent else set())
+        if self.any_extent and len(node.shape) == 3:
+            free = {0, 1, 2}
+        return tuple(None if i in free else n for i, n in enumerate(node.shape))
+
+    def emit(
+        self,
+        op: str,
+        name: str,
+        inputs: Sequence[str],
+        axes: tuple[int, ...],
+        node: Node,
+        /,
+        **arguments: Any,
+    ) -> str:
+        self.steps.append(Step(op, name, tuple(inputs), arguments, node.layer))
+        self.axes[name] = axes
+        return name
+
+    def constant(self, node: Node) -> None:
+        q = self.qparams(node)
+        axes = NHWC if len(node.shape) == 4 else tuple(range(len(node.shape)))
+        value = node.tensors["value"].detach().permute(axes).numpy()
+        steps = np.rint(value / q.scale) + q.zero_point
+        data = np.clip(steps, 0, 255).astype(np.uint8)
+        self.names[node] = self.emit("constant", node.name, [], axes, node, value=data)
+
+    def in_order(self, node: Node, axes: tuple[int, ...], user: Node) -> str:
+        """The value of a node with its axes in this order."""
+        name = self.names[node]
+        have = self.axes[name]
+        if have == axes:
+            return name
+        moved = f"{name}_{''.join(map(str, axes))}"
+        if moved not in self.axes:
+            self.emit("permute", moved, [name], axes, user,
+                      axes=tuple(have.index(d) for d in axes))  # fmt: skip
+        return moved
+
+    def image(self, node: Node, user: Node) -> str:
+        return self.in_order(node, NHWC, user)
+
+    def features_last(self, node: Node, user: Node, axis: int | None = None) -> str:
+        """With the torch axis (default: the last one) at the end; the others stay in order."""
+        axis = len(node.shape) - 1 if axis is None else axis
+        axes = self.axes[self.names[node]]
+        if axes[-1] == axis:
+            return self.names[node]
+        return self.in_order(node, (*(a for a in axes if a != axis), axis), user)
+
+    # ------------------------------------------------------------------ arithmetic
+
+    def scale(self, node: Node) -> float:
+        return float(self.qparams(node).scale)
+
+    def zero_point(self, node: Node) -> int:
+        return int(self.qparams(node).zero_point)
+
+    def limits(self, node: Node) -> dict[str, int]:
+        """qmin and qmax of a node: its clamp in steps."""
+        lo, hi = node.attrs.get("clamp", (-math.inf, math.inf))
+        scale, zero_point = self.scale(node), self.zero_point(node)
+
+        def step(value: float) -> int:
+            return int(np.clip(np.rint(np.clip(value / scale, -1e9, 1e9)) + zero_point, 0, 255))
+
+        return {"qmin": step(lo), "qmax": step(hi)}
+
+    def requantized(self, node: Node) -> dict[str, int]:
+        return {"zero_point": self.zero_point(node), **self.limits(node)}
+
+    def ends_float(self, node: Node) -> bool:
+        """Whether a product gives float32 itself: nobody in the region takes its value."""
+        return (
+            node in self.region.outputs
+            and node.op in ("conv2d", "linear", "conv_transpose2d")
+            and len(node.inputs) == 1
+            and not self.users[node]
+        )
+
+    def product(self, node: Node) -> tuple[Any, Requant | Dequant]:
+        """(int8 weight, epilogue) of a convolution or a linear layer."""
+        data, scale = self.weights(node)
+        bias = node.tensors.get("bias")
+        real = None if bias is None else bias.detach().numpy()
+        x_scale = self.scale(node.inputs[0])
+        if self.ends_float(node):
+            fmin, fmax = node.attrs.get("clamp", (-math.inf, math.inf))
+            return data, Dequant(scale, np.float32(x_scale), real, fmin, fmax)
+        step = np.float64(x_scale) * scale.astype(np.float64)
+        y_scale = self.scale(node)
+        limits = self.requantized(node)
+        add: dict[str, Any] = {}
+        if len(node.inputs) == 2:
+            add["add_multiplier"] = self.scale(node.inputs[1]) / y_scale
+            add["add_zero_point"] = self.zero_point(node.inputs[1])
+        wanted = None if real is None else np.rint(real.astype(np.float64) / step)
+        if wanted is not None:
+            # |sum of products| < 2**30 for most layers: the bias takes the other half
+            wanted = np.clip(wanted, -(2**30), 2**30).astype(np.int32)
+        multiplier = np.maximum((step / y_scale).astype(np.float32), np.finfo(np.float32).tiny)
+        return data, Requant(multiplier, bias=wanted, **limits, **add)
+
+    def lower_conv2d(self, node: Node) -> str:
+        data, epilogue = self.product(node)
+        a = node.attrs
+        weight = Conv2dWeight(data, a["stride"], a["padding"], a["dilation"], a["groups"])
+        return self.emit(
+            "conv2d", node.name, [self.image(v, node) for v in node.inputs], NHWC, node,
+            weight=weight, epilogue=epilogue, x_zero_point=self.zero_point(node.inputs[0]),
+        )  # fmt: skip
+
+    def lower_conv_transpose2d(self, node: Node) -> str:
+        """A convolution with stride 1 of pixels that are set `stride` apart."""
+        data, epilogue = self.product(node)
+        a, (x,) = node.attrs, node.inputs
+        padding = tuple(
+            (d * (k - 1) - p, d * (k - 1) - p + more)
+            for d, k, p, more in zip(
+                a["dilation"], data.shape[2:], a["padding"], a["output_padding"], strict=True
+            )
+        )
+        zero_point = self.zero_point(x)
+        apart = self.emit(
+            "dilate", f"{node.name}_apart", [self.image(x, node)], NHWC, node,
+            stride=a["stride"], padding=padding, value=zero_point,
+        )  # fmt: skip
+        weight = Conv2dWeight(data, dilation=a["dilation"], groups=a["groups"])
+        return self.emit("conv2d", node.name, [apart], NHWC, node, weight=weight,
+                         epilogue=epilogue, x_zero_point=zero_point)  # fmt: skip
+
+    def lower_linear(self, node: Node) -> str:
+        data, epilogue = self.product(node)
+        inputs = [self.features_last(node.inputs[0], node)]
+        axes = self.axes[inputs[0]]
+        if len(node.inputs) == 2:
+            inputs.append(self.in_order(node.inputs[1], axes, node))
+        return self.emit(
+            "linear", node.name, inputs, axes, node, weight=LinearWeight(data),
+            epilogue=epilogue, x_zero_point=self.zero_point(node.inputs[0]),
+        )  # fmt: skip
+
+    def lower_matmul(self, node: Node) -> str:
+        a, b = node.inputs
+        rank = len(a.shape)
+        plain = tuple(range(rank))
+        turned = (*plain[:-2], rank - 1, rank - 2)
+        # what was transposed is read as it lies
+        transposed = self.axes[self.names[b]][-1] == rank - 2
+        arguments: dict[str, Any] = {"transpose_b": transposed}
+        factor = node.attrs.get("factor", 1.0)
+        return self.emit(
+            "matmul", node.name,
+            [self.in_order(a, plain, node), self.in_order(b, turned if transposed else plain, node)],
+            plain, node, multiplier=self.scale(a) * self.scale(b) * factor / self.scale(node),
+            a_zero_point=self.zero_point(a), **arguments, **self.requantized(node),
+        )  # fmt: skip
+
+    def lower_add(self, node: Node) -> str:
+        a, b = node.inputs
+        axes = self.axes[self.names[a if a.op != "constant" else b]]
+        scale = self.scale(node)
+        return self.emit(
+            "add", node.name, [self.in_order(a, axes, node), self.in_order(b, axes, node)], axes,
+            node, a_multiplier=self.scale(a) / scale,
+            b_multiplier=self.scale(b) * node.attrs.get("alpha", 1.0) / scale,
+            a_zero_point=self.zero_point(a), b_zero_point=self.zero_point(b),
+            **self.requantized(node),
+        )  # fmt: skip
+
+    def lower_mul(self, node: Node) -> str:
+        a, b = node.inputs
+        axes = self.axes[self.names[a]]
+        if a.shape != node.shape:  # the operand that is broadcast comes second
+            a, b = b, a
+            axes = self.axes[self.names[a]]
+        return self.emit(
+            "mul", node.name, [self.in_order(a, axes, node), self.in_order(b, axes, node)], axes,
+            node, multiplier=self.scale(a) * self.scale(b) / self.scale(node),
+            a_zero_point=self.zero_point(a), b_zero_point=self.zero_point(b),
+            **self.requantized(node),
+        )  # fmt: skip
+
+    def lower_affine(self, node: Node) -> str:
+        (x,) = node.inputs
+        name = self.features_last(x, node, 1)
+        factor, shift = (node.tensors[k].double().numpy() for k in ("factor", "shift"))
+        scale = self.scale(node)
+        return self.emit(
+            "affine", node.name, [name], self.axes[name], node,
+            multiplier=(factor * self.scale(x) / scale).astype(np.float32),
+            shift=(shift / scale).astype(np.float32), x_zero_point=self.zero_point(x),
+            **self.requantized(node),
+        )  # fmt: skip
+
+    def lower_pointwise(self, node: Node) -> str:
+        (x,) = node.inputs
+        real = self.grid(x)
+        with torch.no_grad():
+            y = pointwise(node.attrs["calls"], torch.from_numpy(real)).numpy()
+        return self.table(node, self.names[x], self.quantized(node, y))
+
+    def lower_prelu(self, node: Node) -> str:
+        (x,) = node.inputs
+        real, slope = self.grid(x), node.tensors["weight"].detach().float().numpy()
+        y = np.where(real >= 0, real, slope[:, None] * real)
+        values = self.quantized(node, y)
+        if len(slope) == 1:
+            return self.table(node, self.names[x], values[0])
+        return self.table(node, self.features_last(x, node, 1), values)
+
+    def grid(self, node: Node) -> Any:
+        """The 256 reals that a value can be."""
+        steps = np.arange(256, dtype=np.float32) - np.float32(self.zero_point(node))
+        return steps * np.float32(self.scale(node))
+
+    def quantized(self, node: Node, real: Any) -> Any:
+        y = np.nan_to_num(real.astype(np.float64) / self.scale(node), nan=0.0)
+        return np.clip(np.rint(y) + self.zero_point(node), 0, 255).astype(np.uint8)
+
+    def table(self, node: Node, name: str, values: Any) -> str:
+        return self.emit("table", node.name, [name], self.axes[name], node, values=values)
+
+    def lower_softmax(self, node: Node) -> str:
+        name = self.features_last(node.inputs[0], node)
+        return self.emit("softmax", node.name, [name], self.axes[name], node,
+                         scale=self.scale(node.inputs[0]))  # fmt: skip
+
+    def lower_layer_norm(self, node: Node) -> str:
+        (x,) = node.inputs
+        name = self.features_last(x, node)
+        n, scale, x_scale = x.shape[-1], self.scale(node), self.scale(x)
+        weight = node.tensors.get("weight", torch.ones(n)).detach().double().numpy()
+        bias = node.tensors.get("bias", torch.zeros(n)).detach().double().numpy()
+        return self.emit(
+            "layer_norm", node.name, [name], self.axes[name], node,
+            multiplier=(weight / scale).astype(np.float32), shift=(bias / scale).astype(np.float32),
+            epsilon=node.attrs["eps"] / x_scale**2, **self.requantized(node),
+        )  # fmt: skip
+
+    def lower_avg_pool2d(self, node: Node) -> str:
+        return self.average(node, **node.attrs["pool"])
+
+    def lower_adaptive_avg_pool2d(self, node: Node) -> str:
+        return self.average(node, output_size=tuple(node.attrs["output_size"]))
+
+    def average(self, node: Node, **arguments: Any) -> str:
+        (x,) = node.inputs
+        return self.emit(
+            node.op, node.name, [self.image(x, node)], NHWC, node, **arguments,
+            multiplier=self.scale(x) / self.scale(node), x_zero_point=self.zero_point(x),
+            **self.requantized(node),
+        )  # fmt: skip
+
+    def lower_unary(self, node: Node) -> str:
+        """Pooling and resizing: images, and arguments that are torch's."""
+        a, (x,) = node.attrs, node.inputs
+        arguments: dict[str, Any] = {}
+        match node.op:
+            case "max_pool2d":
+                arguments = a["pool"]
+            case "adaptive_max_pool2d":
+                arguments = {"output_size": tuple(a["output_size"])}
+            case "upsample_nearest2d" | "upsample_bilinear2d":
+                arguments = {
+                    "output_size": a["size"].get("size"),
+                    "scale_factor": a["size"].get("scale_factor"),
+                }
+                if node.op == "upsample_bilinear2d":
+                    arguments["align_corners"] = a["align_corners"]
+        return self.emit(node.op, node.name, [self.image(x, node)], NHWC, node, **arguments)
+
+    # ------------------------------------------------------------------ moving
+
+    def lower_concat(self, node: Node) -> str:
+        axes = self.axes[self.names[node.inputs[0]]]
+        parts = []
+        for i, value in enumerate(node.inputs):
+            name = self.in_order(value, axes, node)
+            if self.qparams(value) != self.qparams(node):
+                name = self.emit(
+                    "affine", f"{node.name}_part{i}", [name], axes, node,
+                    multiplier=np.float32(self.scale(value) / self.scale(node)),
+                    shift=np.float32(0), x_zero_point=self.zero_point(value),
+                    zero_point=self.zero_point(node),
+                )  # fmt: skip
+            parts.append(name)
+        return self.emit("concat", node.name, parts, axes, node,
+                         axis=axes.index(node.attrs["dim"]))  # fmt: skip
+
+    def lower_slice(self, node: Node) -> str:
+        name = self.names[node.inputs[0]]
+        a = node.attrs
+        return self.emit(
+            "slice", node.name, [name], self.axes[name], node, axis=self.axes[name].index(a["dim"]),
+            start=a["start"], end=a["end"], step=a["step"],
+        )  # fmt: skip
+
+    def lower_pad(self, node: Node) -> str:
+        name = self.names[node.inputs[0]]
+        pad = node.attrs["pad"]
+        rank = len(node.shape)
+        widths = [(0, 0)] * rank
+        for i in range(len(pad) // 2):
+            widths[rank - 1 - i] = (pad[2 * i], pad[2 * i + 1])
+        axes = self.axes[name]
+        return self.emit("pad", node.name, [name], axes, node, value=self.zero_point(node),
+                         widths=tuple(widths[d] for d in axes))  # fmt: skip
+
+    def lower_permute(self, node: Node) -> str:
+        """No step: only the names of the axes change."""
+        name = self.names[node.inputs[0]]
+        dims = node.attrs["dims"]
+        self.axes[node.name] = tuple(dims.index(d) for d in self.axes[name])
+        return self.emit("reshape", node.name, [name], self.axes[node.name], node,
+                         sizes=tuple(((i,), 1) for i in range(len(dims))), ones=())  # fmt: skip
+
+    def lower_reshape(self, node: Node) -> str:
+        (x,) = node.inputs
+        groups = node.attrs["groups"]
+        axes = list(self.axes[self.names[x]])
+        for joined, _ in groups:  # the axes of a group side by side, where the last of them is
+            wide = [d for d in joined if x.shape[d] != 1]
+            places = [axes.index(d) for d in wide]
+            if len(wide) > 1 and places != list(range(places[0], places[0] + len(wide))):
+                at = axes[max(places)]
+                rest = [d for d in axes if d not in wide]
+                before = axes[: axes.index(at)]
+                k = sum(d in rest for d in before)
+                axes = rest[:k] + wide + rest[k:]
+        name = self.in_order(x, tuple(axes), node)
+        first = 0
+        sizes: dict[int, list[tuple[int, Any]]] = {}
+        ones: list[int] = []
+        for joined, parts in groups:
+            wide = [d for d in joined if x.shape[d] != 1]
+            ones += [axes.index(d) for d in joined if x.shape[d] == 1 and len(joined) > 1]
+            place = min((axes.index(d) for d in wide or joined), default=len(axes))
+            known = prod(p for p in parts if p is not None)
+            from_axes = tuple(axes.index(d) for d in joined)
+            made = [
+                (first + i, part if part is not None else (from_axes, known))
+                for i, part in enumerate(parts)
+            ]
+            sizes.setdefault(place, []).extend(made)
+            first += len(parts)
+        ordered = [entry for place in sorted(sizes) for entry in sizes[place]]
+        return self.emit(
+            "reshape", node.name, [name], tuple(d for d, _ in ordered), node,
+            sizes=tuple(size for _, size in ordered), ones=tuple(ones),
+        )  # fmt: skip

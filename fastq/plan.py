@@ -1,0 +1,593 @@
+"""A program on this machine: where its values lie, and the rows of kernels that compute them.
+
+Every uint8 value lies in a storage, a piece of one arena. A storage may be wider than a value: it
+has the frame of zero points that convolutions read beyond an image, and values that are
+concatenated lie in it side by side, written there by the steps that make them. Reshapes, slices
+and permutes are views where strides can say so. Storages that are not needed at the same time
+share memory.
+
+A plan holds for one set of input shapes and strides, one tier and one number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+
+from fastq.kernels import isa
+from fastq.kernels.call import (
+    ITEM_BYTES,
+    At,
+    Call,
+    Idle,
+    View,
+    address_of,
+    collapse,
+    dense_strides,
+)
+from fastq.kernels.executor import get_num_threads
+from fastq.kernels.layers import ACTIVATIONS, PackedConv2d, PackedLinear, stage_image
+from fastq.kernels.pointwise import (
+    add_row,
+    affine_row,
+    fill_row,
+    float_parameters,
+    int_parameters,
+    mul_row,
+    pointwise_row,
+    table_row,
+)
+from fastq.kernels.simd import emitter
+from fastq.kernels.windows import (
+    adaptive_avg_pool2d_row,
+    adaptive_max_pool2d_row,
+    avg_pool2d_row,
+    max_pool2d_row,
+    upsample_bilinear2d_row,
+    upsample_nearest2d_row,
+)
+from fastq.program import Program, Step, slice_index
+
+Array = NDArray[Any]
+Frame = tuple[int, int, int, int]  # top, bottom, left, right
+NO_FRAME: Frame = (0, 0, 0, 0)
+VIEWS = ("reshape", "permute", "slice")
+
+
+IMAGE_ROWS: dict[str, Any] = {
+    "max_pool2d": max_pool2d_row,
+    "avg_pool2d": avg_pool2d_row,
+    "adaptive_avg_pool2d": adaptive_avg_pool2d_row,
+    "adaptive_max_pool2d": adaptive_max_pool2d_row,
+    "upsample_nearest2d": upsample_nearest2d_row,
+    "upsample_bilinear2d": upsample_bilinear2d_row,
+}
+
+
+@dataclass(eq=False)
+class Storage:
+    """Memory from step `first` to step `last`; the frame is filled with `border`."""
+
+    shape: tuple[int, ...]
+    item: int
+    frame: Frame
+    border: int
+    first: int
+    last: int
+    whole: Array  # a stand-in: its strides and addresses count, nothing is read or written
+    place: At = At(0)
+
+    @property
+    def mold(self) -> Array:
+        """The stand-in without the frame."""
+        if self.frame == NO_FRAME:
+            return self.whole
+        top, bottom, left, right = self.frame
+        h, w = self.whole.shape[1:3]
+        return self.whole[:, top : h - bottom, left : w - right]
+
+    def view(self, mold: Array, kind: str) -> View:
+        offset = address_of(mold) - address_of(self.whole)
+        return View(self.place + offset, mold.shape, mold.strides, kind)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A call that runs a program on the addresses of its inputs and outputs.
+
+    outputs  shapes of the float32 outputs, each C-contiguous, before they are transposed.
+    arena    bytes that all values take.
+    steps    for each row of the call the step that it belongs to.
+    """
+
+    call: Call
+    outputs: tuple[tuple[int, ...], ...]
+    arena: int
+    steps: tuple[int, ...]
+
+
+class BoundProgram:
+    """A program on this machine: its packed weights, and a plan for each kind of input.
+
+    Several threads may call it: each runs a plan of its own, on its own memory.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._packed: dict[Any, Any] = {}
+        self._plans = Idle()
+
+    def __call__(self, *inputs: Array) -> list[Array]:
+        """The outputs of `program.reference`, by the kernels: the same bits.
+
+        inputs  float32, any strides, of such shapes as `program.extents` says. NaN counts as 0,
+                infinities saturate. Raises TypeError and ValueError for other inputs.
+        """
+        for x in inputs:
+            if not isinstance(x, np.ndarray) or x.dtype != np.float32:
+                given = x.dtype if isinstance(x, np.ndarray) else type(x).__name__
+                raise TypeError(f"program: an input is {given}; wanted a float32 array")
+        inputs = tuple(x if x.flags.aligned else x.copy() for x in inputs)
+        key, made = self.take(*inputs)
+        outputs = [np.empty(shape, np.float32) for shape in made.outputs]
+        made.call.run(*map(address_of, (*inputs, *outputs)))
+        self._plans.give(key, made)
+        axes = (axes for _, axes in self.program.outputs)
+        return [y.transpose(order) for y, order in zip(outputs, axes, strict=True)]
+
+    def take(self, *inputs: Array) -> tuple[Any, Plan]:
+        """An idle plan for these inputs, or a new one; and its key, to give it back."""
+        shapes, strides = [x.shape for x in inputs], [x.strides for x in inputs]
+        tier = isa.current()
+        key = (tier, get_num_threads(), *shapes, *strides)
+        found: Plan = self._plans.take(key) or plan(
+            self.program, shapes, strides, tier, self._packed
+        )
+        return key, found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"program": self.program}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def plan(
+    program: Program,
+    shapes: Sequence[tuple[int, ...]],
+    strides: Sequence[tuple[int, ...]],
+    isa: str,
+    packed: dict[Any, Any],
+) -> Plan:
+    """The plan for float32 inputs of these shapes and strides; `packed` keeps packed weights."""
+    return _Planner(program, shapes, strides, isa, packed).plan()
+
+
+class _Planner:
+    def __init__(
+        self,
+        program: Program,
+        shapes: Sequence[tuple[int, ...]],
+        strides: Sequence[tuple[int, ...]],
+        isa: str,
+        packed: dict[Any, Any],
+    ) -> None:
+        self.program, self.isa, self.packed = program, isa, packed
+        self.kind = ACTIVATIONS[emitter(isa).a_bytes]
+        self.item = ITEM_BYTES[self.kind]
+        self.steps, self.shapes = program.steps, program.shapes(*shapes)
+        self.index = {step.name: i for i, step in enumerate(self.steps)}
+        self.users: dict[str, list[int]] = {name: [] for name in self.shapes}
+        for i, step in enumerate(self.steps):
+            for name in step.inputs:
+                self.users[name].append(i)
+        outputs = [name for name, _ in program.outputs]
+        self.call = Call(len(shapes) + len(outputs))
+        self.floats: dict[str, View] = {}
+        for i, (name, shape, steps) in enumerate(zip(program.inputs, shapes, strides, strict=True)):
+            self.floats[name] = View(At(i), tuple(shape), tuple(steps), "f32")
+        for i, name in enumerate(outputs, len(shapes)):
+            shape = self.shapes[name]
+            self.floats[name] = View(At(i), shape, dense_strides(shape, 4), "f32")
+        self.outputs = tuple(self.shapes[name] for name in outputs)
+        self.storages: list[Storage] = []
+        self.placed: dict[str, tuple[str, int]] = {}  # value -> concatenation, first channel
+        self.frames: dict[str, Frame] = {}  # root value -> frame
+        self.values: dict[str, tuple[Storage, Array]] = {}
+        self.copies: dict[tuple[int, str], tuple[Storage, Array]] = {}  # for one step alone
+
+    def plan(self) -> Plan:
+        self.place_concatenations()
+        self.find_frames()
+        for i, step in enumerate(self.steps):
+            if step.name not in self.floats:
+                self.values[step.name] = self.mold(i, step)
+            self.copy_inputs(i, step)
+        arena = self.lay_out()
+        rows: list[int] = []
+        for i, step in enumerate(self.steps):
+            self.fill_frames(i, step)
+            for (at, name), (storage, mold) in self.copies.items():
+                if at == i:
+                    source, target = self.stored(name), storage.view(mold, self.kind)
+                    pointwise_row(self.call, "copy", [target, source])
+            getattr(self, f"row_{step.op}")(i, step)
+            rows += [i] * (len(self.call.labels) - len(rows))
+        return Plan(self.call, self.outputs, arena, tuple(rows))
+
+    # ------------------------------------------------------------------ where values lie
+
+    def place_concatenations(self) -> None:
+        """Lets what is concatenated along the last axis be written in its place, from the last
+        concatenation on: an earlier one whose parts already lie side by side is there as well."""
+        for step in reversed(self.steps):
+            if step.op != "concat" or step.arguments["axis"] != len(self.shapes[step.name]) - 1:
+                continue
+            widths = [self.shapes[name][-1] for name in step.inputs]
+            starts = np.cumsum([0, *widths])[:-1]
+            homes = [self.placed.get(name) for name in step.inputs]
+            first = homes[0]
+            if first is not None and step.name not in self.placed:
+                wanted = [(first[0], first[1] + int(start)) for start in starts]
+                if homes == wanted:
+                    self.placed[step.name] = first
+                    continue
+            for name, start in zip(step.inputs, starts, strict=True):
+                maker = self.steps[self.index[name]] if name in self.index else None
+                if (
+                    maker is not None
+                    and maker.op not in (*VIEWS, "constant")
+                    and name not in self.placed
+                    and step.inputs.count(name) == 1
+                ):
+                    self.placed[name] = (step.name, int(start))
+
+    def root(self, name: str) -> str:
+        """The value whose storage, and frame, this one shares as an image."""
+        while True:
+            if name in self.placed:
+                name = self.placed[name][0]
+                continue
+            step = self.steps[self.index[name]]
+            if not self.shares_frame(step):
+                return name
+            name = step.inputs[0]
+
+    def shares_frame(self, step: Step) -> bool:
+        """Whether a value is some channels of another, or all of it under another name."""
+        if len(self.shapes[step.name]) != 4:
+            return False
+        if step.op == "slice":
+            return bool(step.arguments["axis"] == 3)
+        return step.op == "reshape" and step.arguments["sizes"] == tuple(
+            ((i,), 1) for i in range(4)
+        )
+
+    def find_frames(self) -> None:
+        for step in self.steps:
+            if step.op == "conv2d" and step.inputs[0] in self.index:
+                (top, bottom), (left, right) = step.arguments["weight"].padding
+                root = self.root(step.inputs[0])
+                have = self.frames.get(root, NO_FRAME)
+                wanted = (top, bottom, left, right)
+                self.frames[root] = tuple(map(max, have, wanted))  # type: ignore[assignment]
+
+    def storage(
+        self, shape: tuple[int, ...], frame: Frame, border: int, first: int, last: int
+    ) -> Storage:
+        whole = shape
+        if frame != NO_FRAME:
+            b, h, w, c = shape
+            whole = (b, h + frame[0] + frame[1], w + frame[2] + frame[3], c)
+        stand_in: Array = np.zeros(1, [None, np.uint8, np.int16][self.item])
+        mold = as_strided(stand_in, whole, dense_strides(whole, self.item))
+        made = Storage(shape, self.item, frame, border, first, last, mold)
+        self.storages.append(made)
+        return made
+
+    def mold(self, i: int, step: Step) -> tuple[Storage, Array]:
+        """The storage of a value, alive at step i, and the value's place in it."""
+        name = step.name
+        if name in self.placed:
+            parent, start = self.placed[name]
+            storage, mold = self.mold_of(parent, i)
+            part = mold[..., start : start + self.shapes[name][-1]]
+            storage.last = max(storage.last, i, *self.users[name])
+            return storage, part
+        if step.op in VIEWS and step.inputs[0] in self.values:
+            storage, mold = self.values[step.inputs[0]]
+            seen = self.seen(step, mold)
+            # a frame of its own, where it cannot share: then it is copied
+            if seen is not None and (self.shares_frame(step) or self.frames.get(name) is None):
+                storage.last = max(storage.last, i, *self.users[name])
+                return storage, seen
+        storage, mold = self.mold_of(name, i)
+        storage.last = max(storage.last, i, *self.users[name])
+        return storage, mold
+
+    def mold_of(self, name: str, i: int) -> tuple[Storage, Array]:
+        """The same for a value that may be made later: a concatenation, by its first part."""
+        if name in self.values:
+            storage, mold = self.values[name]
+            storage.first = min(storage.first, i)
+            return storage, mold
+        if name in self.placed:
+            parent, start = self.placed[name]
+            storage, mold = self.mold_of(parent, i)
+            self.values[name] = storage, mold[..., start : start + self.shapes[name][-1]]
+        else:
+            frame = self.frames.get(name, NO_FRAME)
+            storage = self.storage(self.shapes[name], frame, self.zero_point(name), i, i)
+            self.values[name] = storage, storage.mold
+        return self.values[name]
+
+    def seen(self, step: Step, mold: Array) -> Array | None:
+        """What a view step sees of its input, or None where strides cannot say it."""
+        if step.op == "slice":
+            return mold[slice_index(step, mold.ndim)]
+        if step.op == "permute":
+            return mold.transpose(step.arguments["axes"])
+        try:
+            return np.reshape(mold, self.shapes[step.name], copy=False)
+        except ValueError:
+            return None
+
+    def zero_point(self, name: str) -> int:
+        """The zero point of an image, as the convolutions that read it know it."""
+        pending, found = [name], set()
+        while pending:
+            value = pending.pop()
+            for i in self.users[value]:
+                step = self.steps[i]
+                if step.op == "conv2d" and step.inputs[0] == value:
+                    return int(step.arguments["x_zero_point"])
+                if step.op == "concat" or self.shares_frame(step):
+                    pending.append(step.name)
+            found.add(value)
+            pending += [v for v, (parent, _) in self.placed.items()
+                        if parent == value and v not in found]  # fmt: skip
+        return 0
+
+    def copy_inputs(self, i: int, step: Step) -> None:
+        """Copies inputs whose strides, or whose missing frame, a step's kernels cannot take."""
+        for k, name in enumerate(step.inputs):
+            if name not in self.values or step.op in VIEWS:
+                continue
+            storage, mold = self.values[name]
+            strides = mold.strides
+            fits = mold.shape[-1] == 1 or strides[-1] == self.item or step.op == "concat"
+            frame = NO_FRAME
+            if step.op == "conv2d" and k == 0:
+                packed = self.layer(step)
+                (top, bottom), (left, right) = step.arguments["weight"].padding
+                frame = (top, bottom, left, right)
+                shared = self.root(name) in self.values and (
+                    self.values[self.root(name)][0] is storage
+                )
+                enough = all(map(int.__le__, frame, storage.frame)) and shared
+                fits &= frame == NO_FRAME or enough
+                dense = strides[2] == mold.shape[3] * self.item
+                fits &= dense or not packed.needs_dense_pixels()
+            elif step.op == "linear":
+                try:
+                    collapse([View(At(0), mold.shape, strides, self.kind)], 2, keep=1)
+                except ValueError:
+                    fits = False
+            if not fits:
+                border = int(step.arguments.get("x_zero_point", 0))
+                copy = self.storage(mold.shape, frame, border, i, i)
+                self.copies[i, name] = copy, copy.mold
+
+    def lay_out(self) -> int:
+        """Gives each storage its place: the largest first, where no other is at the same time."""
+        taken: list[tuple[int, int, Storage]] = []
+        for storage in sorted(self.storages, key=lambda s: -prod(s.whole.shape)):
+            size = -(-prod(storage.whole.shape) * self.item // 64) * 64
+            offset = 0
+            for begin, end, other in sorted(taken, key=lambda t: t[0]):
+                apart = other.last < storage.first or storage.last < other.first
+                if not apart and begin < offset + size and offset < end:
+                    offset = end
+            taken.append((offset, offset + size, storage))
+            storage.place = At(0, offset)
+        total = max((end for _, end, _ in taken), default=0)
+        base = self.call.scratch(total)
+        for storage in self.storages:
+            storage.place = base + storage.place.offset
+        return total
+
+    def fill_frames(self, i: int, step: Step) -> None:
+        """Writes the zero points around the images that are made from step i on."""
+        for storage in self.storages:
+            if storage.first != i or storage.frame == NO_FRAME:
+                continue
+            if step.op == "quantize" and self.is_staged(step):
+                continue  # writes its frame as well
+            top, bottom, left, right = storage.frame
+            whole = storage.whole
+            h, w = whole.shape[1:3]
+            for part in (
+                whole[:, :top],
+                whole[:, h - bottom :],
+                whole[:, top : h - bottom, :left],
+                whole[:, top : h - bottom, w - right :],
+            ):
+                if part.size:
+                    fill_row(self.call, storage.view(part, self.kind), storage.border)
+
+    # ------------------------------------------------------------------ rows
+
+    def stored(self, name: str) -> View:
+        """A value's view, float32 or in the arena."""
+        if name in self.floats:
+            return self.floats[name]
+        storage, mold = self.values[name]
+        return storage.view(mold, self.kind)
+
+    def input(self, i: int, name: str) -> View:
+        """The view that step i reads: of the value, or of its copy."""
+        if (i, name) in self.copies:
+            storage, mold = self.copies[i, name]
+            return storage.view(mold, self.kind)
+        return self.stored(name)
+
+    def layer(self, step: Step) -> Any:
+        """The packed weight of a product, shared by all plans of the program."""
+        key = (self.isa, step.name)
+        if key not in self.packed:
+            a = step.arguments
+            kind = PackedConv2d if step.op == "conv2d" else PackedLinear
+            self.packed[key] = kind(a["weight"], a["epilogue"], a["x_zero_point"], self.isa)
+        return self.packed[key]
+
+    def row_conv2d(self, i: int, step: Step) -> None:
+        x = self.input(i, step.inputs[0])
+        (top, bottom), (left, right) = step.arguments["weight"].padding
+        b, h, w, c = x.shape
+        corner = x.place + -(top * x.strides[1] + left * x.strides[2])  # type: ignore[operator]
+        padded = View(corner, (b, h + top + bottom, w + left + right, c), x.strides, x.kind)
+        self.layer(step).rows(
+            self.call, padded, self.stored(step.name), *self.added(i, step), **self.scales(step)
+        )
+
+    def added(self, i: int, step: Step) -> list[View]:
+        return [self.input(i, name) for name in step.inputs[1:]]
+
+    def scales(self, step: Step) -> dict[str, Any]:
+        """What a Dequant reads of the input."""
+        a = step.arguments
+        if not hasattr(a["epilogue"], "x_scale"):
+            return {}
+        return {
+            "scale": np.array([a["epilogue"].x_scale], np.float32),
+            "zero_point": np.array([a["x_zero_point"]], np.int32),
+        }
+
+    def row_linear(self, i: int, step: Step) -> None:
+        views = [self.input(i, step.inputs[0]), self.stored(step.name), *self.added(i, step)]
+        shape, strides = collapse(views, 2, keep=1)
+        flat = [
+            View(view.place, (shape[0], view.shape[-1]), steps, view.kind)
+            for view, steps in zip(views, strides, strict=True)
+        ]
+        self.layer(step).rows(self.call, *flat, **self.scales(step))
+
+    def is_staged(self, step: Step) -> bool:
+        """Whether an input is quantized as an image, with its frame, into a storage of its own."""
+        storage, mold = self.values[step.name]
+        return mold.ndim == 4 and mold.shape == storage.shape
+
+    def row_quantize(self, i: int, step: Step) -> None:
+        a = step.arguments
+        x = self.floats[step.inputs[0]]
+        axes = a["axes"]
+        x = View(x.place, tuple(x.shape[d] for d in axes), tuple(x.strides[d] for d in axes), "f32")
+        if self.is_staged(step):
+            storage, _ = self.values[step.name]
+            scale = np.array([a["scale"]], np.float32)
+            zero_point = np.array([a["zero_point"]], np.int32)
+            whole = storage.view(storage.whole, self.kind)
+            stage_image(self.call, x, whole, storage.frame[::2], scale, zero_point)
+        else:
+            floats = float_parameters(a["zero_point"], 0, 255, a["scale"])
+            ints = int_parameters(a["zero_point"])
+            pointwise_row(self.call, "quantize", [self.stored(step.name), x], floats, ints)
+
+    def row_dequantize(self, i: int, step: Step) -> None:
+        a = step.arguments
+        x, out = self.input(i, step.inputs[0]), self.stored(step.name)
+        floats = float_parameters(0, 0, 0, a["scale"])
+        ints = int_parameters(0, a["zero_point"])
+        pointwise_row(self.call, "dequantize", [out, x], floats, ints)
+
+    def row_constant(self, i: int, step: Step) -> None:
+        value = np.ascontiguousarray(step.arguments["value"], np.uint8)
+        source = View(value, value.shape, value.strides, "u8")
+        pointwise_row(self.call, "copy", [self.stored(step.name), source])
+
+    def row_add(self, i: int, step: Step) -> None:
+        a, b = (self.input(i, name) for name in step.inputs)
+        p = step.arguments
+        add_row(
+            self.call, a, b, self.stored(step.name), (p["a_multiplier"], p["b_multiplier"]),
+            (p["a_zero_point"], p["b_zero_point"]), p["zero_point"], p["qmin"], p["qmax"],
+        )  # fmt: skip
+
+    def row_mul(self, i: int, step: Step) -> None:
+        a, b = (self.input(i, name) for name in step.inputs)
+        p = step.arguments
+        mul_row(
+            self.call, a, b, self.stored(step.name), p["multiplier"],
+            (p["a_zero_point"], p["b_zero_point"]), p["zero_point"], p["qmin"], p["qmax"],
+        )  # fmt: skip
+
+    def row_affine(self, i: int, step: Step) -> None:
+        affine_row(self.call, self.input(i, step.inputs[0]), self.stored(step.name),
+                   **step.arguments)  # fmt: skip
+
+    def row_table(self, i: int, step: Step) -> None:
+        x, out = self.input(i, step.inputs[0]), self.stored(step.name)
+        table_row(self.call, x, out, step.arguments["values"])
+
+    def row_image(self, i: int, step: Step) -> None:
+        """Pooling and resizing, to the size of the output."""
+        arguments = {k: v for k, v in step.arguments.items() if k != "output_size"}
+        x, out = self.input(i, step.inputs[0]), self.stored(step.name)
+        IMAGE_ROWS[step.op](self.call, x, out, **arguments)
+
+    row_max_pool2d = row_avg_pool2d = row_adaptive_avg_pool2d = row_adaptive_max_pool2d = row_image
+    row_upsample_nearest2d = row_upsample_bilinear2d = row_image
+
+    def row_slice(self, i: int, step: Step) -> None:
+        """A row only where the value is not a view of its input."""
+        source, target = self.values[step.inputs[0]], self.values[step.name]
+        if source[0] is target[0]:
+            return
+        seen = self.seen(step, source[1])
+        out = target[0].view(target[1], self.kind)
+        if seen is None:  # a reshape: through the input's shape
+            dense = np.reshape(target[1], self.shapes[step.inputs[0]], copy=False)
+            out, seen = target[0].view(dense, self.kind), source[1]
+        pointwise_row(self.call, "copy", [out, source[0].view(seen, self.kind)])
+
+    row_reshape = row_permute = row_slice
+
+    def row_concat(self, i: int, step: Step) -> None:
+        """Rows for the parts that were not written in their place."""
+        storage, mold = self.values[step.name]
+        axis, start = step.arguments["axis"], 0
+        for name in step.inputs:
+            end = start + self.shapes[name][axis]
+            index = [slice(None)] * mold.ndim
+            index[axis] = slice(start, end)
+            target = storage.view(mold[tuple(index)], self.kind)
+            source = self.input(i, name)
+            if source.place != target.place:
+                pointwise_row(self.call, "copy", [target, source])
+            start = end
+
+    def row_pad(self, i: int, step: Step) -> None:
+        storage, mold = self.values[step.name]
+        fill_row(self.call, storage.view(mold, self.kind), step.arguments["value"])
+        index = tuple(
+            slice(before, n - after)
+            for n, (before, after) in zip(mold.shape, step.arguments["widths"], strict=True)
+        )
+        target = storage.view(mold[index], self.kind)
+        pointwise_row(self.call, "copy", [target, self.input(i, step.inputs[0])])
+
+    def row_dilate(self, i: int, step: Step) -> None:
+        a = step.arguments
+        storage, mold = self.values[step.name]
+        x = self.input(i, step.inputs[0])
+        fill_row(self.call, storage.view(mold, self.kind), a["value"])
+        (top, _), (left, _), (sh, sw) = *a["padding"], a["stride"]
+        h, w = (x.shape[1] - 1) * sh + 1, (x.shape[2] - 1) * sw + 1
+        target = storage.view(mold[:, top : top + h : sh, left : left + w : sw], self.kind)
+        pointwise_row(self.call, "copy", [target, x])

@@ -1,0 +1,360 @@
+"""An integer program: the steps of a network, or of a part of one, between float inputs and outputs.
+
+A step is a function of `reference` with its arguments: the specification in NumPy and the fast
+kernels run the same steps, and give the same bits. Values are NumPy arrays, images NHWC. A
+program needs no torch.
+
+    quantize    float32 -> uint8, the way in            (one for each input that is used)
+    ...         uint8 -> uint8
+    dequantize  uint8 -> float32, the way out; conv2d and linear may end in float32 themselves
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastq import reference
+
+Array = NDArray[Any]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """name = op(*inputs, **arguments).
+
+    op         a key of OPERATIONS.
+    arguments  by the names of the function of `reference`; plain values, arrays, weights, epilogues.
+    layer      the float network's module that this is, for reports.
+    """
+
+    op: str
+    name: str
+    inputs: tuple[str, ...]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    layer: str = ""
+
+    def __str__(self) -> str:
+        shown = ", ".join(
+            [*self.inputs, *(f"{k}={_short(v)}" for k, v in self.arguments.items())]
+        )
+        return f"{self.name} = {self.op}({shown})"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"
+    data = getattr(value, "data", None)
+    if isinstance(data, np.ndarray):
+        return f"s8{list(data.shape)}"
+    if hasattr(value, "multiplier"):
+        return f"u8(zero_point={value.zero_point}, {value.qmin}..{value.qmax})"
+    if hasattr(value, "fmin"):
+        return "f32"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """What a step of this kind computes, and the shape of its value.
+
+    run    function(module, step, *arrays): module is `reference` or `ops`, which has it fast.
+    shape  function(step, *shapes) -> shape; raises ValueError for shapes that do not fit.
+    """
+
+    run: Callable[..., Array]
+    shape: Callable[..., Shape]
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Steps in an order in which each comes after its inputs.
+
+    inputs   the names of the float32 inputs, in order.
+    outputs  for each output its name and `axes`: the result is its value transposed by them.
+    extents  the inputs' shapes that it was made for, where other ones may not be given: sizes
+             that are None may differ. One tuple for each input.
+    """
+
+    inputs: tuple[str, ...]
+    steps: tuple[Step, ...]
+    outputs: tuple[tuple[str, tuple[int, ...]], ...]
+    extents: tuple[tuple[int | None, ...], ...]
+
+    def __post_init__(self) -> None:
+        known = set(self.inputs)
+        for step in self.steps:
+            if step.op not in OPERATIONS:
+                raise ValueError(f"Program: {step.name} is a {step.op!r}, which is no operation")
+            missing = [name for name in step.inputs if name not in known]
+            if missing or step.name in known:
+                raise ValueError(
+                    f"Program: {step.name} takes {missing}, which no step before it makes"
+                    if missing
+                    else f"Program: two values are called {step.name}"
+                )
+            known.add(step.name)
+        wrong = [name for name, _ in self.outputs if name not in known]
+        if wrong or len(self.extents) != len(self.inputs):
+            raise ValueError(f"Program: outputs {wrong} are made by no step")
+
+    def shapes(self, *inputs: Shape) -> dict[str, Shape]:
+        """The shape of every value; ValueError for inputs that do not fit."""
+        self.check(inputs)
+        shapes = dict(zip(self.inputs, map(tuple, inputs), strict=True))
+        for step in self.steps:
+            shape = OPERATIONS[step.op].shape
+            try:
+                shapes[step.name] = tuple(map(int, shape(step, *(shapes[i] for i in step.inputs))))
+            except ValueError as error:
+                error.add_note(f"in {step} of inputs {', '.join(map(str, inputs))}")
+                raise
+        return shapes
+
+    def check(self, inputs: Sequence[Shape]) -> None:
+        """ValueError unless the inputs have these shapes."""
+        fits = len(inputs) == len(self.extents) and all(
+            len(shape) == len(extent)
+            and all(e is None or n == e for n, e in zip(shape, extent, strict=True))
+            for shape, extent in zip(inputs, self.extents, strict=False)
+        )
+        if not fits:
+            wanted = ", ".join(
+                "(" + ", ".join("any" if n is None else str(n) for n in e) + ")"
+                for e in self.extents
+            )
+            raise ValueError(
+                f"program: inputs {', '.join(map(str, inputs))}; wanted {wanted}. Sizes that are "
+                "fixed are part of the network, as it was captured"
+            )
+
+    def reference(self, *inputs: Array, module: Any = reference) -> list[Array]:
+        """The outputs by the specification, step by step; or with `module=ops` by its functions."""
+        values = self.values(*inputs, module=module)
+        return [values[name].transpose(axes) for name, axes in self.outputs]
+
+    def values(self, *inputs: Array, module: Any = reference) -> dict[str, Array]:
+        """Every value of the program, by the specification."""
+        self.check([x.shape for x in inputs])
+        values = dict(zip(self.inputs, inputs, strict=True))
+        for step in self.steps:
+            run = OPERATIONS[step.op].run
+            values[step.name] = run(module, step, *(values[name] for name in step.inputs))
+        return values
+
+    def __str__(self) -> str:
+        lines = [f"program({', '.join(self.inputs)})", *(f"  {step}" for step in self.steps)]
+        return "\n".join([*lines, f"  return {', '.join(name for name, _ in self.outputs)}"])
+
+
+# ------------------------------------------------------------------------------ what steps compute
+
+
+def _plain(module: Any, step: Step, *arrays: Array) -> Array:
+    """The function of this name."""
+    return getattr(module, step.op)(*arrays, **step.arguments)  # type: ignore[no-any-return]
+
+
+def _product(module: Any, step: Step, x: Array, *add: Array) -> Array:
+    """conv2d, and linear of any number of leading axes."""
+    arguments = dict(step.arguments)
+    weight, epilogue = arguments.pop("weight"), arguments.pop("epilogue")
+    if step.op == "conv2d":
+        extra = {"add": add[0]} if add else {}
+        return module.conv2d(x, weight, epilogue, **arguments, **extra)  # type: ignore[no-any-return]
+    extra = {"add": add[0].reshape(-1, weight.n)} if add else {}
+    y = module.linear(x.reshape(-1, x.shape[-1]), weight, epilogue, **arguments, **extra)
+    return y.reshape(*x.shape[:-1], weight.n)  # type: ignore[no-any-return]
+
+
+def _quantize(module: Any, step: Step, x: Array) -> Array:
+    a = step.arguments
+    x = np.ascontiguousarray(x.transpose(a["axes"]))
+    return module.quantize(x, scale=a["scale"], zero_point=a["zero_point"])  # type: ignore[no-any-return]
+
+
+def _upsample(module: Any, step: Step, x: Array) -> Array:
+    arguments = {**step.arguments, "output_size": _upsampled(step, x.shape)[1:3]}
+    return getattr(module, step.op)(x, **arguments)  # type: ignore[no-any-return]
+
+
+def _reshape(module: Any, step: Step, x: Array) -> Array:
+    return x.reshape(_reshaped(step, x.shape))
+
+
+def _permute(module: Any, step: Step, x: Array) -> Array:
+    return np.ascontiguousarray(x.transpose(step.arguments["axes"]))
+
+
+def _slice(module: Any, step: Step, x: Array) -> Array:
+    return np.ascontiguousarray(x[slice_index(step, x.ndim)])
+
+
+def slice_index(step: Step, rank: int) -> tuple[slice, ...]:
+    """The index that a slice takes."""
+    a = step.arguments
+    index = [slice(None)] * rank
+    index[a["axis"]] = slice(a["start"], a["end"], a["step"])
+    return tuple(index)
+
+
+def _concat(module: Any, step: Step, *arrays: Array) -> Array:
+    return np.concatenate(arrays, step.arguments["axis"])
+
+
+def _pad(module: Any, step: Step, x: Array) -> Array:
+    a = step.arguments
+    return np.pad(x, a["widths"], constant_values=a["value"])
+
+
+def _dilate(module: Any, step: Step, x: Array) -> Array:
+    """Pixels apart: what a transposed convolution reads."""
+    a = step.arguments
+    y = np.full(_dilated(step, x.shape), a["value"], np.uint8)
+    (top, _), (left, _), (sh, sw) = *a["padding"], a["stride"]
+    h, w = (x.shape[1] - 1) * sh + 1, (x.shape[2] - 1) * sw + 1
+    y[:, top : top + h : sh, left : left + w : sw] = x
+    return y
+
+
+# ---------------------------------------------------------------------------------- and the shapes
+
+
+def _same(step: Step, x: Shape, *others: Shape) -> Shape:
+    return x
+
+
+def _broadcast(step: Step, x: Shape, y: Shape) -> Shape:
+    return np.broadcast_shapes(x, y)
+
+
+def _conv2d(step: Step, x: Shape, *add: Shape) -> Shape:
+    weight = step.arguments["weight"]
+    if len(x) != 4 or x[3] != weight.c:
+        raise ValueError(f"conv2d: x {x}, wanted (B, H, W, {weight.c})")
+    y = (x[0], *weight.output_size(*x[1:3]), weight.n)
+    if add and add[0] != y:
+        raise ValueError(f"conv2d: add {add[0]}, wanted {y}")
+    return y
+
+
+def _linear(step: Step, x: Shape, *add: Shape) -> Shape:
+    weight = step.arguments["weight"]
+    if not x or x[-1] != weight.k:
+        raise ValueError(f"linear: x {x}, wanted (..., {weight.k})")
+    y = (*x[:-1], weight.n)
+    if add and add[0] != y:
+        raise ValueError(f"linear: add {add[0]}, wanted {y}")
+    return y
+
+
+def _pooled(step: Step, x: Shape) -> Shape:
+    """The windows' number does not depend on the values: the reference counts them."""
+    a = step.arguments
+    stride = a.get("stride") or a["kernel_size"]
+    sizes = []
+    for axis in range(2):
+        k, s, p = a["kernel_size"][axis], stride[axis], a["padding"][axis]
+        d = a.get("dilation", (1, 1))[axis]
+        span = x[1 + axis] + 2 * p - d * (k - 1) - 1
+        if span < 0:
+            raise ValueError(f"{step.op}: input {x} is smaller than the window {a['kernel_size']}")
+        count = (span + (s - 1 if a["ceil_mode"] else 0)) // s + 1
+        if a["ceil_mode"] and (count - 1) * s >= x[1 + axis] + p:
+            count -= 1
+        sizes.append(count)
+    return (x[0], *sizes, x[3])
+
+
+def _adaptive(step: Step, x: Shape) -> Shape:
+    size = step.arguments["output_size"]
+    return (x[0], *(n if n is not None else m for n, m in zip(size, x[1:3], strict=True)), x[3])
+
+
+def _upsampled(step: Step, x: Shape) -> Shape:
+    a = step.arguments
+    if a.get("output_size"):
+        return (x[0], *a["output_size"], x[3])
+    sizes = [int(n * f) for n, f in zip(x[1:3], a["scale_factor"], strict=True)]
+    return (x[0], *sizes, x[3])
+
+
+def _matmul(step: Step, a: Shape, b: Shape) -> Shape:
+    k, n = b[-2:][:: -1 if step.arguments.get("transpose_b") else 1]
+    if a[-1] != k:
+        raise ValueError(f"matmul: {a} by {b}")
+    return (*np.broadcast_shapes(a[:-2], b[:-2]), a[-2], n)
+
+
+def _reshaped(step: Step, x: Shape) -> Shape:
+    a = step.arguments
+    if any(x[axis] != 1 for axis in a["ones"]):
+        raise ValueError(f"reshape: {x}, wanted size 1 on the axes {a['ones']}")
+    shape = tuple(n if isinstance(n, int) else prod(x[i] for i in n[0]) // n[1] for n in a["sizes"])
+    if prod(shape) != prod(x):
+        raise ValueError(f"reshape: {x} into {shape}")
+    return shape
+
+
+def _permuted(step: Step, x: Shape) -> Shape:
+    return tuple(x[axis] for axis in step.arguments["axes"])
+
+
+def _sliced(step: Step, x: Shape) -> Shape:
+    index = slice_index(step, len(x))
+    return tuple(len(range(*s.indices(n))) for s, n in zip(index, x, strict=True))
+
+
+def _concatenated(step: Step, *xs: Shape) -> Shape:
+    axis = step.arguments["axis"]
+    if any(x[:axis] + x[axis + 1 :] != xs[0][:axis] + xs[0][axis + 1 :] for x in xs):
+        raise ValueError(f"concat: {', '.join(map(str, xs))} along axis {axis}")
+    return (*xs[0][:axis], sum(x[axis] for x in xs), *xs[0][axis + 1 :])
+
+
+def _padded(step: Step, x: Shape) -> Shape:
+    return tuple(n + sum(w) for n, w in zip(x, step.arguments["widths"], strict=True))
+
+
+def _dilated(step: Step, x: Shape) -> Shape:
+    a = step.arguments
+    sizes = [
+        (n - 1) * s + 1 + sum(p) for n, s, p in zip(x[1:3], a["stride"], a["padding"], strict=True)
+    ]
+    return (x[0], *sizes, x[3])
+
+
+OPERATIONS: dict[str, Operation] = {
+    "quantize": Operation(_quantize, _permuted),
+    "dequantize": Operation(_plain, _same),
+    "constant": Operation(
+        lambda module, step: step.arguments["value"], lambda step: step.arguments["value"].shape
+    ),
+    "conv2d": Operation(_product, _conv2d),
+    "linear": Operation(_product, _linear),
+    "matmul": Operation(_plain, _matmul),
+    "add": Operation(_plain, _broadcast),
+    "mul": Operation(_plain, _broadcast),
+    "affine": Operation(_plain, _same),
+    "table": Operation(_plain, _same),
+    "softmax": Operation(_plain, _same),
+    "layer_norm": Operation(_plain, _same),
+    "max_pool2d": Operation(_plain, _pooled),
+    "avg_pool2d": Operation(_plain, _pooled),
+    "adaptive_avg_pool2d": Operation(_plain, _adaptive),
+    "adaptive_max_pool2d": Operation(_plain, _adaptive),
+    "upsample_nearest2d": Operation(_upsample, _upsampled),
+    "upsample_bilinear2d": Operation(_upsample, _upsampled),
+    "reshape": Operation(_reshape, _reshaped),
+    "permute": Operation(_permute, _permuted),
+    "slice": Operation(_slice, _sliced),
+    "concat": Operation(_concat, _concatenated),
+    "pad": Operation(_pad, _padded),
+    "dilate": Operation(_dilate, _dilated),
+}

@@ -1,0 +1,31 @@
+"""How one layer is quantized: what a user may choose, checked when it is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastq.observer import ObserverSpec, make_observer
+from fastq.qparams import WeightRange, check_weight_bits, check_weight_range
+
+
+@dataclass(frozen=True)
+class QConfig:
+    """How one layer is quantized.
+
+    observer      how the range of its input is found: a name ("minmax", "moving_average",
+                  "histogram", "percentile", "entropy"), or a class or function without arguments
+                  that makes an observer; see `fastq.make_observer`.
+    weight_range  how its weights' range is found: "max" or "mse"; see `fastq.quantize_weight`.
+    weight_bits   2 to 8 bits for the weights, stored as int8.
+
+    Raises TypeError and ValueError for anything else.
+    """
+
+    observer: ObserverSpec = "histogram"
+    weight_range: WeightRange = "max"
+    weight_bits: int = 8
+
+    def __post_init__(self) -> None:
+        make_observer(self.observer)
+        check_weight_range("QConfig: weight_range", self.weight_range)
+        check_weight_bits("QConfig: weight_bits", self.weight_bits)

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from fastq import HistogramObserver, QConfig
+
+
+def test_the_default_and_a_choice() -> None:
+    assert QConfig() == QConfig("histogram", "max", 8)
+    config = QConfig(observer=HistogramObserver, weight_range="mse", weight_bits=4)
+    assert dataclasses.replace(config, weight_bits=2).observer is HistogramObserver
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.weight_bits = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "field, value, error, message",
+    [
+        ("observer", "mean", ValueError, "'mean'; wanted one of minmax"),
+        ("observer", None, TypeError, "got None; wanted a name"),
+        ("weight_range", "kl", ValueError, "QConfig: weight_range='kl'; wanted 'max' or 'mse'"),
+        ("weight_bits", 1, ValueError, "QConfig: weight_bits=1; wanted 2 to 8"),
+        ("weight_bits", 9, ValueError, "QConfig: weight_bits=9; wanted 2 to 8"),
+        ("weight_bits", 4.0, TypeError, "QConfig: weight_bits=4.0; wanted an int"),
+        ("weight_bits", True, TypeError, "QConfig: weight_bits=True; wanted an int"),
+    ],
+)
+def test_what_cannot_be_is_said(
+    field: str, value: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        QConfig(**{field: value})
