@@ -7,8 +7,8 @@ an "aten" node: any other torch operator, which stays float.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -97,9 +97,15 @@ class Graph:
         self.outputs = [new if value is old else value for value in self.outputs]
 
     def run(
-        self, arguments: Iterable[Any], watch: Callable[[Node, Any], Any] | None = None
+        self,
+        arguments: Iterable[Any],
+        watch: Callable[[Node, Any], Any] | None = None,
+        tensors: Mapping[Node, dict[str, Tensor]] | None = None,
     ) -> list[Any]:
-        """The network in float; `watch(node, value)` sees each value, and may return another."""
+        """The network in float; `watch(node, value)` sees each value, and may return another.
+
+        tensors  parameters to take instead of a node's own.
+        """
         given = list(arguments)
         batch = next((len(x) for x in given if isinstance(x, Tensor) and x.dim()), 1)
         last = {value: node for node in self.nodes for value in node.inputs}
@@ -109,7 +115,9 @@ class Graph:
             if node.op == "input":
                 value = given[self.inputs.index(node)]
             else:
-                value = evaluate(node, [values[v] for v in node.inputs], batch)
+                own = (tensors or {}).get(node)
+                stand_in = node if own is None else replace(node, tensors=own)
+                value = evaluate(stand_in, [values[v] for v in node.inputs], batch)
             if watch is not None:
                 changed = watch(node, value)
                 value = value if changed is None else changed

@@ -216,7 +216,7 @@ class _Planner:
             for (at, name), (storage, mold) in self.copies.items():
                 if at == i:
                     source, target = self.stored(name), storage.view(mold, self.kind)
-                    pointwise_row(self.call, "copy", [target, source])
+                    self.copy(target, source)
             getattr(self, f"row_{step.op}")(i, step)
             rows += [i] * (len(self.call.labels) - len(rows))
         return Plan(self.call, self.outputs, arena, tuple(rows))
@@ -437,6 +437,20 @@ class _Planner:
             return storage.view(mold, self.kind)
         return self.stored(name)
 
+    def copy(self, target: View, source: View) -> None:
+        """Rows for target = source; a row takes four axes that do not join."""
+        try:
+            collapse([target, source], 4)
+        except ValueError:
+            for index in range(target.shape[0]):
+                parts = [
+                    View(v.place + index * v.strides[0], v.shape[1:], v.strides[1:], v.kind)  # type: ignore[operator]
+                    for v in (target, source)
+                ]
+                self.copy(*parts)
+        else:
+            pointwise_row(self.call, "copy", [target, source])
+
     def layer(self, step: Step) -> Any:
         """The packed weight of a product, shared by all plans of the program."""
         key = (self.isa, step.name)
@@ -509,7 +523,7 @@ class _Planner:
     def row_constant(self, i: int, step: Step) -> None:
         value = np.ascontiguousarray(step.arguments["value"], np.uint8)
         source = View(value, value.shape, value.strides, "u8")
-        pointwise_row(self.call, "copy", [self.stored(step.name), source])
+        self.copy(self.stored(step.name), source)
 
     def row_add(self, i: int, step: Step) -> None:
         a, b = (self.input(i, name) for name in step.inputs)
@@ -554,7 +568,7 @@ class _Planner:
         if seen is None:  # a reshape: through the input's shape
             dense = np.reshape(target[1], self.shapes[step.inputs[0]], copy=False)
             out, seen = target[0].view(dense, self.kind), source[1]
-        pointwise_row(self.call, "copy", [out, source[0].view(seen, self.kind)])
+        self.copy(out, source[0].view(seen, self.kind))
 
     row_reshape = row_permute = row_slice
 
@@ -569,7 +583,7 @@ class _Planner:
             target = storage.view(mold[tuple(index)], self.kind)
             source = self.input(i, name)
             if source.place != target.place:
-                pointwise_row(self.call, "copy", [target, source])
+                self.copy(target, source)
             start = end
 
     def row_pad(self, i: int, step: Step) -> None:
@@ -580,7 +594,7 @@ class _Planner:
             for n, (before, after) in zip(mold.shape, step.arguments["widths"], strict=True)
         )
         target = storage.view(mold[index], self.kind)
-        pointwise_row(self.call, "copy", [target, self.input(i, step.inputs[0])])
+        self.copy(target, self.input(i, step.inputs[0]))
 
     def row_dilate(self, i: int, step: Step) -> None:
         a = step.arguments
@@ -590,4 +604,4 @@ class _Planner:
         (top, _), (left, _), (sh, sw) = *a["padding"], a["stride"]
         h, w = (x.shape[1] - 1) * sh + 1, (x.shape[2] - 1) * sw + 1
         target = storage.view(mold[:, top : top + h : sh, left : left + w : sw], self.kind)
-        pointwise_row(self.call, "copy", [target, x])
+        self.copy(target, x)

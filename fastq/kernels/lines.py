@@ -122,3 +122,11 @@ def emit_rounded(b: Any, value: Any, lo: Any, hi: Any, zero_point: Any, element:
     rounded = clamp(b, value, splat(b, lo, width), splat(b, hi, width))
     steps = simd.call(b, f"llvm.lrint.v{width}i32.v{width}f32", ints, [rounded])
     return b.trunc(b.add(steps, splat(b, zero_point, width)), vec(element, width))
+
+
+def emit_converted(b: Any, value: Any, element: Any) -> Any:
+    """A vector of uint8 values held in another type of integers; a type of floats stays."""
+    kind = vec(element, value.type.count)
+    if value.type == kind:
+        return value
+    return (b.trunc if value.type.element.width > element.width else b.zext)(value, kind)

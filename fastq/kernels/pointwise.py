@@ -37,6 +37,7 @@ from fastq.kernels.lines import (
     LINES_FIELDS,
     OPERAND_FIELDS,
     broadcast,
+    emit_converted,
     emit_line,
     emit_rounded,
     join_lines,
@@ -62,6 +63,7 @@ from fastq.kernels.simd import (
 from fastq.kernels.tiles import BYTES_PER_NANOSECOND
 
 OUT, X, Y, Z, FLOATS = range(LINES_FIELDS, LINES_FIELDS + 4 * OPERAND_FIELDS + 1, OPERAND_FIELDS)
+REQUANTIZED = ("add", "multiply", "affine", "normalize", "scale", "quantize")
 INTS, TABLE, FIELDS = FLOATS + 1, FLOATS + 2, FLOATS + 3
 
 
@@ -85,6 +87,7 @@ def emit_pointwise(
         for kind, step, place in zip(kinds, steps, places, strict=True)
     ]
     rows = load_table(b, lookup, table) if operation == "table" else []
+    element = ELEMENT[kinds[0]]
 
     def body(i: Any, width: int) -> None:
         ints_of, floats_of = vec(i32, width), vec(f32, width)
@@ -140,13 +143,9 @@ def emit_pointwise(
                 entry = b.zext(b.extract_element(operand(1), i32(0)), i64)
                 own = address(b, places[2], b.mul(i, i64(steps[2])))
                 value = splat(b, load(b, i8, own, entry), 1)
-        if value.type.element == f32:
-            value = emit_rounded(b, value, lo, hi, zp, ELEMENT[kinds[0]])
-        kind = vec(ELEMENT[kinds[0]], width)
-        if value.type.element.width > kind.element.width:
-            value = b.trunc(value, kind)
-        elif value.type.element.width < kind.element.width:
-            value = b.zext(value, kind)
+        if operation in REQUANTIZED:
+            value = emit_rounded(b, value, lo, hi, zp, element)
+        value = emit_converted(b, value, element)
         store(b, value, places[0], b.mul(i, i64(ITEM_BYTES[kinds[0]])))
 
     if operation == "tables":

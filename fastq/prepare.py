@@ -1,0 +1,202 @@
+"""A network between float and integers: its fused graph, what was seen of its values, and what its
+weights shall become. Calibration fills it, remedies change it, `lower` gives the programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastq.capture import Captured, capture
+from fastq.fuse import fuse
+from fastq.graph import Graph, Node
+from fastq.lower import Ranges, Region, find_regions, lower, weight_of
+from fastq.observer import Observer, make_observer
+from fastq.program import Program
+from fastq.qconfig import QConfig
+from fastq.qparams import QParams, quantize_weight
+
+WEIGHTED = ("conv2d", "linear", "conv_transpose2d")
+Weight = tuple[Any, Any]  # (int8 data, float32 scale per output)
+
+
+@dataclass(eq=False)
+class Prepared:
+    """What a network needs to become integer programs.
+
+    graph      the fused float graph; remedies may change its tensors.
+    regions    which nodes become which program.    reasons  why the other nodes stay float.
+    ranges     which values share one quantization.
+    observers  what was seen, by the value that stands for its range.
+    chosen     weights that a remedy has chosen: node -> (int8 data, float32 scale per output),
+               outputs first as in `weight_of`. All others are rounded to nearest.
+    """
+
+    captured: Captured
+    regions: list[Region]
+    reasons: dict[Node, str]
+    ranges: Ranges
+    configs: Callable[[Node], QConfig]
+    observers: dict[Node, Observer] = field(default_factory=dict)
+    chosen: dict[Node, Weight] = field(default_factory=dict)
+    _rounded: dict[Node, tuple[Any, Weight]] = field(default_factory=dict)
+    _qparams: dict[Node, QParams] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> Graph:
+        return self.captured.graph
+
+    def integer_nodes(self) -> list[Node]:
+        return [node for region in self.regions for node in region.nodes]
+
+    def layers(self) -> list[Node]:
+        """The nodes with weights that become integers."""
+        return [node for node in self.integer_nodes() if node.op in WEIGHTED]
+
+    def observe(self, arguments: Iterable[Any]) -> list[Any]:
+        """One float pass over flat arguments, watched; the outputs. Ranges grow."""
+        watched = self.ranges.watched()
+        self._qparams.clear()
+
+        def watch(node: Node, value: Any) -> None:
+            stands = watched.get(node)
+            if stands is not None:
+                if stands not in self.observers:
+                    self.observers[stands] = make_observer(self.configs(stands).observer)
+                self.observers[stands].update(value.detach().numpy())
+
+        with torch.no_grad():
+            return self.graph.run(arguments, watch)
+
+    def forget(self) -> None:
+        """Drop what was seen: the graph's values have changed."""
+        self.observers.clear()
+        self._qparams.clear()
+
+    def qparams(self, node: Node) -> QParams:
+        """The uint8 quantization of a value; ValueError when nothing finite was seen of it."""
+        stands = self.ranges.find(node)
+        if stands in self.ranges.fixed:
+            return self.ranges.fixed[stands]
+        found = self._qparams.get(stands)
+        if found is None:
+            observer = self.observers.get(stands)
+            if observer is None or not observer.count:
+                raise ValueError(f"{node.name}: no finite value was seen of it")
+            found = observer.qparams()
+            if stands in self.ranges.symmetric:  # int8 by another name: b - 128
+                scale, zero_point = float(found.scale), int(found.zero_point)
+                peak = scale * max(zero_point, 255 - zero_point)
+                found = QParams(np.float32(peak / 127), np.int32(128))
+            self._qparams[stands] = found
+        return found
+
+    def set_qparams(self, node: Node, qparams: QParams) -> None:
+        """Let a value have this quantization, until more is observed."""
+        self._qparams[self.ranges.find(node)] = qparams
+
+    def weight(self, node: Node) -> Weight:
+        """(int8 data, float32 scale per output) of a layer, outputs first."""
+        if node in self.chosen:
+            return self.chosen[node]
+        given = node.tensors["weight"]
+        kept = self._rounded.get(node)
+        if kept is None or kept[0] is not given:
+            config = self.configs(node)
+            real = weight_of(node).float().numpy()
+            data, scale = quantize_weight(
+                real, range=config.weight_range, bits=config.weight_bits
+            )
+            kept = self._rounded[node] = (given, (data, scale))
+        return kept[1]
+
+    def programs(self) -> list[Program]:
+        """A program for each region."""
+        return [
+            lower(region, self.qparams, self.weight, self.captured.any_extent)
+            for region in self.regions
+        ]
+
+    def simulate(
+        self, arguments: Iterable[Any], watch: Callable[[Node, Any], Any] | None = None
+    ) -> list[Any]:
+        """The network with its values and weights on their grids, in float: what the integers
+        compute but for rounding in the last bit. `watch` sees each value after quantization."""
+        inside = {node for region in self.regions for node in (*region.inputs, *region.nodes)}
+        floats = {
+            node
+            for region in self.regions
+            for node in region.outputs
+            if node.op in WEIGHTED and len(node.inputs) == 1
+        }
+        users = self.graph.users()
+        integers = set(self.integer_nodes())
+        twins = {node: self._with_grid_weight(node) for node in self.layers()}
+
+        def on_grid(node: Node, value: Any) -> Any:
+            given = value
+            if node in inside and isinstance(value, Tensor):
+                ends = node in floats and not any(user in integers for user in users[node])
+                if not ends:
+                    value = fake_quantize(value, self.qparams(node))
+            changed = watch(node, value) if watch is not None else None
+            if changed is not None:
+                return changed
+            return None if value is given else value
+
+        with torch.no_grad():
+            return self.graph.run(arguments, on_grid, twins)
+
+    def _with_grid_weight(self, node: Node) -> dict[str, Tensor]:
+        data, scale = self.weight(node)
+        real = torch.from_numpy(data * scale.reshape(-1, *[1] * (data.ndim - 1)))
+        if node.op == "conv_transpose2d":
+            groups = node.attrs["groups"]
+            n, c, kh, kw = real.shape
+            split = real.flip(2, 3).reshape(groups, n // groups, c, kh, kw).transpose(1, 2)
+            real = split.reshape(groups * c, n // groups, kh, kw)
+        return {**node.tensors, "weight": real.contiguous()}
+
+
+def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
+    """x on the grid of qparams, in float32."""
+    scale, zero_point = float(qparams.scale), int(qparams.zero_point)
+    q = torch.clamp(torch.round(x / scale) + zero_point, 0, 255)
+    return (q - zero_point) * scale
+
+
+def prepare(
+    model: nn.Module,
+    args: Iterable[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    config: QConfig | Callable[[Node], QConfig | None] = QConfig(),
+) -> Prepared:
+    """Capture and fuse the network that `model(*args, **kwargs)` runs, ready to be calibrated.
+
+    config  for all nodes, or a function of a node: None keeps it float.
+
+    Raises CannotCapture when there is no graph of the model.
+    """
+    captured = capture(model, list(args), dict(kwargs or {}))
+    fuse(captured.graph)
+    return prepare_graph(captured, config)
+
+
+def prepare_graph(
+    captured: Captured, config: QConfig | Callable[[Node], QConfig | None] = QConfig()
+) -> Prepared:
+    """`prepare` of a graph that was captured and fused."""
+
+    def asked(node: Node) -> QConfig | None:
+        return config if isinstance(config, QConfig) else config(node)
+
+    graph = captured.graph
+    kept = {node: "as asked" for node in graph.nodes if asked(node) is None}
+    regions, reasons = find_regions(graph, kept)
+    return Prepared(captured, regions, reasons, Ranges(regions), lambda n: asked(n) or QConfig())
