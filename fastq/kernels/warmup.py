@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from numba.core.ccallback import CFunc
 
-from fastq.kernels import elementwise, executor, gemm, histogram, pointwise, stage, windows
+from fastq.kernels import elementwise, executor, gemm, histogram, layout, pointwise, stage, windows
 from fastq.kernels import isa as isa_room
 from fastq.kernels.call import ITEM_BYTES
 from fastq.kernels.simd import emitter
@@ -49,6 +49,11 @@ def _pointwise(tier: str) -> Iterable[tuple[Any, ...]]:
     yield "affine", (kind, kind, "f32", "f32"), (item, item, 4, 4)
     yield "table", (kind, kind), (item, item)
     yield "fill", (kind,), (item,)
+
+
+def _copies(tier: str) -> Iterable[tuple[Any, ...]]:
+    kind = _activations(tier)
+    return product((kind,), (kind,), ("lines", "tiles", "elements"))
 
 
 def _windows(tier: str) -> Iterable[tuple[Any, ...]]:
@@ -96,6 +101,8 @@ FAMILIES = (
     Family("conv", stage.range_qparams_kernel, lambda tier: [()]),
     Family("conv", pointwise.pointwise_kernel, _pointwise),
     Family("conv", windows.windows_kernel, _windows),
+    Family("conv", layout.border_kernel, lambda tier: [(_activations(tier),)]),
+    Family("conv", layout.copy_kernel, _copies),
     Family("array", elementwise.elementwise_kernel, _elementwise),
     Family("array", histogram.histogram_kernel, lambda tier: [()]),
 )
