@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from fastq.kernels.gemm import TILES, Tile
 from fastq.kernels.simd import emitter
 
-# What a load from the first cache costs in the K loop, beside a dot product of 1: fitted with
-# `python -m benchmarks.tiles`. With VNNI a dot product is one instruction, else two.
+# What a load from the first cache costs in the K loop, beside a dot product of 1. With VNNI, from
+# the shares of the peak that NR 64, 32 and 16 reach (100, 97, 90 %); else, where a dot product is
+# two instructions, fitted on AVX2 with `fastq bench --tiles`.
 _LOAD = {"avx512_vnni": 0.2, "avx_vnni": 0.2}
 _LOAD_OTHERWISE = 0.5
 _MANY_ROWS = 1000  # what a weight is packed for
 
-
-_offered = TILES
+_offered: tuple[Tile, ...] = TILES
 
 
 @contextmanager
