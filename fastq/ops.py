@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastq.kernels import elementwise as ew
-from fastq.kernels import isa, pointwise, windows
+from fastq.kernels import isa, norms, pointwise, windows
 from fastq.kernels.call import SLACK, At, Call, Calls, View, address_of
 from fastq.kernels.executor import get_num_threads, set_num_threads
 from fastq.kernels.layers import (
@@ -31,6 +31,7 @@ from fastq.kernels.layers import (
 )
 from fastq.kernels.tiles import BYTES_PER_NANOSECOND
 from fastq.qparams import (
+    MAX_FEATURES,
     Dequant,
     Epilogue,
     QParams,
@@ -52,6 +53,7 @@ __all__ = [
     "dequantize",
     "dynamic_qparams",
     "get_num_threads",
+    "layer_norm",
     "linear",
     "linear_float",
     "max_pool2d",
@@ -59,6 +61,7 @@ __all__ = [
     "quantize",
     "requantize",
     "set_num_threads",
+    "softmax",
     "table",
     "upsample_bilinear2d",
     "upsample_nearest2d",
@@ -709,6 +712,62 @@ def upsample_bilinear2d(
     return _run(windows.upsample_bilinear2d_row, [x, result], bool(align_corners), factors)
 
 
+def softmax(
+    x: NDArray[np.uint8], scale: float, *, out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """softmax of scale * x over the last axis; the result has scale 1 / 255 and zero_point 0.
+
+    x uint8, any shape (..., N), N > 0; its zero point cancels. scale finite, > 0, float32. The sum
+    of the exponentials is exact, see reference.softmax. Raises TypeError and ValueError for other
+    dtypes, shapes or values.
+    """
+    x = _lines("softmax", x)
+    steps = check_scale("softmax: scale", scale)
+    if steps.ndim:
+        raise ValueError(f"softmax: scale {steps.shape}; wanted one number")
+    result = _output("softmax", out, x.shape, _UINT8, x)
+    return _run(norms.softmax_row, [x, result], float(steps))
+
+
+def layer_norm(
+    x: NDArray[np.uint8],
+    multiplier: ArrayLike,
+    shift: ArrayLike,
+    epsilon: float,
+    *,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = clip(rint((x - mean) / sqrt(var + epsilon) * multiplier + shift) + zero_point, ...).
+
+    Mean and variance, exact, over the last axis of x uint8 (..., N), 0 < N <= 2**19; x's zero point
+    cancels. With torch's eps, weight and bias: epsilon = eps / x_scale**2 > 0, multiplier =
+    weight / y_scale and shift = bias / y_scale, scalars or (N,) as in `affine`. The order of the
+    float operations is that of reference.layer_norm. Errors as in `affine`.
+    """
+    x = _lines("layer_norm", x)
+    if x.shape[-1] > MAX_FEATURES:
+        raise ValueError(f"layer_norm: x {x.shape}; exact up to {MAX_FEATURES} features")
+    columns = [
+        _factors(f"layer_norm: {name}", values, x)
+        for name, values in (("multiplier", multiplier), ("shift", shift))
+    ]
+    if not 0 < epsilon < np.inf:
+        raise ValueError(f"layer_norm: epsilon={epsilon!r}; wanted a finite number > 0")
+    clamp = _clamp("layer_norm", zero_point, qmin, qmax)
+    result = _output("layer_norm", out, x.shape, _UINT8, x)
+    return _run(_layer_norm_row, [x, result], *columns, float(epsilon), *clamp)
+
+
+def _layer_norm_row(
+    call: Call, x: View, out: View, multiplier: bytes, shift: bytes, *rest: Any
+) -> None:
+    scale, offset = (np.frombuffer(values, np.float32) for values in (multiplier, shift))
+    norms.layer_norm_row(call, x, out, scale, offset, *rest)
+
+
 def _run(row: Callable[..., None], arrays: list[NDArray[Any]], *parameters: Any) -> NDArray[Any]:
     """Runs row(call, *views, *parameters) on arrays of which the last is the result."""
     result = arrays[-1]
@@ -816,6 +875,14 @@ def _bytes(what: str, x: Any) -> NDArray[np.uint8]:
         given = f"{x.shape} {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
         raise TypeError(f"{what} is {given}; wanted a NumPy array of uint8")
     return x if not x.ndim or x.shape[-1] == 1 or x.strides[-1] == 1 else np.ascontiguousarray(x)
+
+
+def _lines(name: str, x: Any) -> NDArray[np.uint8]:
+    """x (..., N), N > 0."""
+    x = _bytes(f"{name}: x", x)
+    if not x.ndim or not x.shape[-1]:
+        raise ValueError(f"{name}: x {x.shape}; wanted (..., N) with N > 0")
+    return x
 
 
 def _byte(what: str, value: Any) -> int:

@@ -23,6 +23,8 @@ FLT_MAX = float(np.finfo(np.float32).max)
 
 # |x - zero_point| <= 255 and |w| <= 128: beyond this K an int32 accumulator could overflow.
 MAX_K = (2**31 - 1) // (255 * 128)
+# the squares of 16 values at a time stay in int32
+MAX_FEATURES = 2**19  # of a layer norm
 
 
 def quantized_dtype(dtype: DTypeLike) -> np.dtype[Any]:
