@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastq.kernels import elementwise as ew
 from fastq.kernels import isa, norms, pointwise, windows
+from fastq.kernels import matmul as products
 from fastq.kernels.call import SLACK, At, Call, Calls, View, address_of
 from fastq.kernels.executor import get_num_threads, set_num_threads
 from fastq.kernels.layers import (
@@ -32,6 +33,7 @@ from fastq.kernels.layers import (
 from fastq.kernels.tiles import BYTES_PER_NANOSECOND
 from fastq.qparams import (
     MAX_FEATURES,
+    MAX_K,
     Dequant,
     Epilogue,
     QParams,
@@ -56,6 +58,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_float",
+    "matmul",
     "max_pool2d",
     "mul",
     "quantize",
@@ -766,6 +769,62 @@ def _layer_norm_row(
 ) -> None:
     scale, offset = (np.frombuffer(values, np.float32) for values in (multiplier, shift))
     norms.layer_norm_row(call, x, out, scale, offset, *rest)
+
+
+def matmul(
+    a: NDArray[np.uint8],
+    b: NDArray[np.uint8],
+    multiplier: float,
+    *,
+    a_zero_point: int = 0,
+    transpose_b: bool = False,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = clip(rint(float32(acc) * multiplier) + zero_point, qmin, qmax) of two activations.
+
+    acc[..., m, n] = sum_k (a[..., m, k] - a_zero_point) * (b[..., k, n] - 128), exact in int32.
+
+    a     uint8 (..., M, K).
+    b     uint8 (..., K, N), or (..., N, K) with transpose_b; quantized symmetrically: its zero
+          point is 128. The leading axes of a and b broadcast. K up to MAX_K.
+
+    multiplier is a_scale * b_scale / y_scale. Other arguments and errors as in `add`.
+    """
+    left, right = _bytes("matmul: a", a), _bytes("matmul: b", b)
+    if left.ndim < 2 or right.ndim < 2 or left.shape[-1] != right.shape[-1 if transpose_b else -2]:
+        raise ValueError(
+            f"matmul: a {left.shape} and b {right.shape} with transpose_b={bool(transpose_b)}; "
+            "wanted (..., M, K) and (..., K, N), or (..., N, K) with transpose_b"
+        )
+    if left.shape[-1] > MAX_K:
+        raise ValueError(f"matmul: K={left.shape[-1]}; the sums are exact up to K={MAX_K}")
+    try:
+        leading = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    except ValueError:
+        raise ValueError(
+            f"matmul: leading axes of a {left.shape} and b {right.shape} do not broadcast"
+        ) from None
+    factor = _factor("matmul: multiplier", multiplier)
+    zero = _byte("matmul: a_zero_point", a_zero_point)
+    clamp = _clamp("matmul", zero_point, qmin, qmax)
+    shape = (*leading, left.shape[-2], right.shape[-2 if transpose_b else -1])
+    _output("matmul", out, shape, _UINT8, left)
+    result = _output("matmul", out, shape, _UINT8, right)
+    if result.size == 0:
+        return result
+    target = result
+    if len(leading) > 2:  # then they must join
+        left, right = (
+            np.broadcast_to(x, (*leading, *x.shape[-2:])).reshape(-1, *x.shape[-2:])
+            for x in (left, right)
+        )
+        target = result.reshape(-1, *shape[-2:])
+    parameters = factor, zero, bool(transpose_b), *clamp
+    _run(products.matmul_array_row, [left, right, target], isa.current(), *parameters)
+    return result
 
 
 def _run(row: Callable[..., None], arrays: list[NDArray[Any]], *parameters: Any) -> NDArray[Any]:

@@ -21,7 +21,7 @@ from numba import cfunc, types
 from numba.extending import intrinsic
 
 from fastq.kernels.call import ITEM_BYTES, Call, View, collapse, dense_strides
-from fastq.kernels.lines import ELEMENT, emit_converted, emit_line, join_lines
+from fastq.kernels.lines import ELEMENT, emit_converted, emit_interleaved, emit_line, join_lines
 from fastq.kernels.pointwise import (
     float_parameters,
     int_parameters,
@@ -46,15 +46,6 @@ BLOCK_ELEMENTS = 8 * 1024  # of a task, roughly
 ELEMENT_NANOSECONDS = 0.5  # of an element copied by itself
 
 
-def _interleave(b: Any, lines: list[Any]) -> Any:
-    """One vector with element 0 of all lines in order, then element 1, ..."""
-    if len(lines) == 1:
-        return lines[0]
-    first, second = _interleave(b, lines[::2]), _interleave(b, lines[1::2])
-    count = first.type.count
-    return shuffle(b, first, second, [i // 2 + i % 2 * count for i in range(2 * count)])
-
-
 @intrinsic(prefer_literal=True)
 def _tile(typingctx: Any, config: Any, x: Any, x_q: Any, out: Any, out_p: Any, size_q: Any) -> Any:
     """TP elements of P at x, times all of Q."""
@@ -71,7 +62,9 @@ def _tile(typingctx: Any, config: Any, x: Any, x_q: Any, out: Any, out_p: Any, s
                 load(b, vec(ELEMENT[source], TP), x, b.mul(b.add(q, i64(i)), x_q))
                 for i in range(width)
             ]
-            groups = _interleave(b, [emit_converted(b, line, ELEMENT[target]) for line in lines])
+            groups = emit_interleaved(
+                b, [emit_converted(b, line, ELEMENT[target]) for line in lines]
+            )
             start = address(b, out, b.mul(q, i64(item)))
             dense = b.icmp_signed("==", out_p, i64(width * item))
             with b.if_else(dense) as (whole, parts):
