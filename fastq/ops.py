@@ -40,6 +40,7 @@ from fastq.qparams import (
     Requant,
     check_scale,
     check_zero_point,
+    limits,
     quantized_dtype,
 )
 from fastq.weights import Conv2dWeight, LinearWeight
@@ -124,10 +125,9 @@ def quantize(
                 "quantize: a quantize_factor has no zero_point; "
                 "scale=1/quantize_factor with zero_point= is the affine form"
             )
-    limits = np.iinfo(kind)
     zeros = check_zero_point("quantize: zero_point", zero_point, kind)
     return _elementwise("quantize", operation, real, kind, steps, zeros, axis,
-                        int(limits.min), int(limits.max), out)  # fmt: skip
+                        *limits(kind), out)  # fmt: skip
 
 
 def dequantize(
@@ -180,13 +180,13 @@ def requantize(
     if integers.dtype != np.int32:
         raise TypeError(f"requantize: acc {integers.shape} {integers.dtype}; wanted int32")
     kind = quantized_dtype(dtype)
-    limits = np.iinfo(kind)
-    low = limits.min if qmin is None else qmin
-    high = limits.max if qmax is None else qmax
-    if not limits.min <= low <= high <= limits.max:
+    least, most = limits(kind)
+    low = least if qmin is None else qmin
+    high = most if qmax is None else qmax
+    if not least <= low <= high <= most:
         raise ValueError(
-            f"requantize: qmin={qmin}, qmax={qmax}; wanted {limits.min} <= qmin <= qmax "
-            f"<= {limits.max} for {kind}"
+            f"requantize: qmin={qmin}, qmax={qmax}; wanted {least} <= qmin <= qmax "
+            f"<= {most} for {kind}"
         )
     steps = check_scale("requantize: multiplier", multiplier)
     zeros = check_zero_point("requantize: zero_point", zero_point, kind)
@@ -238,8 +238,8 @@ def _elementwise(
         return result
     source = np.require(x, requirements=["C", "A"])
     # copies: `out` may lie over the caller's
-    scales = np.array(np.broadcast_to(scale, (params,)), np.float32)
-    zeros = np.array(np.broadcast_to(zero_point, (params,)), np.int32)
+    scales = np.full(params, scale, np.float32)
+    zeros = np.full(params, zero_point, np.int32)
     key = (operation, _KIND[source.dtype], _KIND[dtype], layout, rows, columns, params, qmin, qmax)
     places = (address_of(array) for array in (source, result, scales, zeros))
     _elementwise_calls.run(_elementwise_call, key, *places)
@@ -811,7 +811,8 @@ def matmul(
     zero = _byte("matmul: a_zero_point", a_zero_point)
     clamp = _clamp("matmul", zero_point, qmin, qmax)
     shape = (*leading, left.shape[-2], right.shape[-2 if transpose_b else -1])
-    _output("matmul", out, shape, _UINT8, left)
+    if out is not None:
+        _output("matmul", out, shape, _UINT8, left)
     result = _output("matmul", out, shape, _UINT8, right)
     if result.size == 0:
         return result
@@ -945,6 +946,8 @@ def _lines(name: str, x: Any) -> NDArray[np.uint8]:
 
 
 def _byte(what: str, value: Any) -> int:
+    if type(value) is int and 0 <= value <= 255:
+        return value
     zero = check_zero_point(what, value, np.uint8)
     if zero.ndim:
         raise ValueError(f"{what} {zero.shape}; wanted one integer")
@@ -952,7 +955,8 @@ def _byte(what: str, value: Any) -> int:
 
 
 def _factor(what: str, value: Any) -> float:
-    factors = np.asarray(value, np.float32)
+    with np.errstate(over="ignore"):
+        factors = np.asarray(value, np.float32)
     if factors.ndim or not abs(factors) <= MAX_FACTOR:
         raise ValueError(f"{what}={value!r}; wanted one finite number, magnitude up to 2**96")
     return float(factors)
@@ -960,7 +964,8 @@ def _factor(what: str, value: Any) -> float:
 
 def _factors(what: str, values: ArrayLike, x: NDArray[Any]) -> bytes:
     """A scalar or one float32 for each of x's last axis."""
-    factors = np.asarray(values, np.float32)
+    with np.errstate(over="ignore"):
+        factors = np.asarray(values, np.float32)
     if factors.shape not in ((), x.shape[-1:]):
         raise ValueError(
             f"{what} {factors.shape} for x {x.shape}; wanted a scalar or one per channel"
@@ -1043,11 +1048,14 @@ def _clamp(name: str, zero_point: Any, qmin: Any, qmax: Any) -> tuple[int, int, 
 
 
 def _broadcast_output(name: str, a: NDArray[Any], b: NDArray[Any], out: Any) -> NDArray[Any]:
-    try:
-        shape = np.broadcast_shapes(a.shape, b.shape)
-    except ValueError:
-        raise ValueError(f"{name}: a {a.shape} and b {b.shape} do not broadcast") from None
-    _output(name, out, shape, _UINT8, a)
+    shape = a.shape
+    if b.shape != shape:
+        try:
+            shape = np.broadcast_shapes(a.shape, b.shape)
+        except ValueError:
+            raise ValueError(f"{name}: a {a.shape} and b {b.shape} do not broadcast") from None
+    if out is not None:
+        _output(name, out, shape, _UINT8, a)
     return _output(name, out, shape, _UINT8, b)
 
 

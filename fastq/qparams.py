@@ -8,6 +8,7 @@ This room is plain NumPy; every other room imports it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,13 @@ def quantized_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     return result
 
 
+@functools.cache
+def limits(dtype: np.dtype[Any]) -> tuple[int, int]:
+    """The smallest and the largest integer of a dtype; np.iinfo takes its time."""
+    info = np.iinfo(dtype)
+    return int(info.min), int(info.max)
+
+
 def check_scale(name: str, scale: ArrayLike) -> Float32:
     """A read-only float32 copy; ValueError unless all of it is finite and greater than 0."""
     given = np.asarray(scale)
@@ -45,7 +53,11 @@ def check_scale(name: str, scale: ArrayLike) -> Float32:
     array.flags.writeable = False
     if array.ndim > 1:
         raise ValueError(f"{name}: shape {array.shape}; wanted a scalar or one axis")
-    if array.size and not (np.isfinite(array).all() and (array > 0).all()):
+    if not array.ndim:
+        valid = 0 < array.item() < np.inf
+    else:
+        valid = bool(np.isfinite(array).all() and (array > 0).all())
+    if not valid:
         raise ValueError(
             f"{name}: wanted finite values greater than 0 in float32, got values from "
             f"{given.min()} to {given.max()}"
@@ -55,14 +67,18 @@ def check_scale(name: str, scale: ArrayLike) -> Float32:
 
 def check_zero_point(name: str, zero_point: ArrayLike, dtype: DTypeLike) -> Int32:
     """`zero_point` as int32; ValueError unless integral and within the range of `dtype`."""
-    info = np.iinfo(quantized_dtype(dtype))
+    least, most = limits(quantized_dtype(dtype))
     array = np.asarray(zero_point)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name}: got dtype {array.dtype}, wanted integers")
-    if array.size and (int(array.min()) < info.min or int(array.max()) > info.max):
+    if not array.ndim:
+        valid = least <= array.item() <= most
+    else:
+        valid = not array.size or (int(array.min()) >= least and int(array.max()) <= most)
+    if not valid:
         raise ValueError(
             f"{name}: got values from {array.min()} to {array.max()}, "
-            f"wanted {info.min} to {info.max} for {info.dtype}"
+            f"wanted {least} to {most} for {np.dtype(dtype)}"
         )
     return array.astype(np.int32)
 
