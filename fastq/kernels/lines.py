@@ -130,3 +130,12 @@ def emit_converted(b: Any, value: Any, element: Any) -> Any:
     if value.type == kind:
         return value
     return (b.trunc if value.type.element.width > element.width else b.zext)(value, kind)
+
+
+def emit_interleaved(b: Any, lines: list[Any]) -> Any:
+    """One vector: element 0 of all lines in order, then element 1, ...; a power of two lines."""
+    if len(lines) == 1:
+        return lines[0]
+    first, second = emit_interleaved(b, lines[::2]), emit_interleaved(b, lines[1::2])
+    count = first.type.count
+    return simd.shuffle(b, first, second, [i // 2 + i % 2 * count for i in range(2 * count)])
