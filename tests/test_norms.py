@@ -51,6 +51,15 @@ def test_layer_norm(kind: str, threads: int, rng: Any, shape: tuple[int, ...]) -
     assert_array_equal(ops.layer_norm(x, 20.0, 0.5, 1.0, zero_point=128), plain)
 
 
+def test_any_multiplier(rng: Any) -> None:
+    x = u8(rng, 5, 70)
+    for multiplier in (0.0, 1e-9, -3e7, 2.0**96):
+        for shift in (0.0, 1e9):
+            want = reference.layer_norm(x, multiplier, shift, 1.0, zero_point=9, qmin=1)
+            got = ops.layer_norm(x, multiplier, shift, 1.0, zero_point=9, qmin=1)
+            assert_array_equal(got, want)
+
+
 def test_the_most_features() -> None:
     x = np.full((2, MAX_FEATURES), 255, np.uint8)
     x[1, ::2] = 0

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import inspect
-import mmap
 import signal
 import sys
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+from rows import guarded
 
 import fastq
 from fastq import ops, reference
@@ -279,22 +278,6 @@ def test_threads_do_not_change_the_result(
         assert_same(ops.conv2d(image, conv), reference.conv2d(image, conv))
     finally:
         ops.set_num_threads(most)
-
-
-def guarded(array: np.ndarray) -> np.ndarray:
-    """A copy whose last byte is the last before a page that must not be touched."""
-    page = mmap.PAGESIZE
-    pages = -(-max(array.nbytes, 1) // page)
-    memory = mmap.mmap(-1, (pages + 1) * page)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    libc = ctypes.CDLL(None, use_errno=True)
-    protect = libc.mprotect(ctypes.c_void_p(base + pages * page), page, 0)
-    assert protect == 0
-    whole = np.frombuffer(memory, np.uint8)
-    tail = whole[pages * page - array.nbytes : pages * page]
-    copy = tail.view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="guard pages are made with Linux's mprotect")
@@ -684,14 +667,14 @@ def test_a_bias_that_could_overflow_is_refused() -> None:
 
 def test_a_weight_keeps_a_bounded_number_of_layers_and_shapes(rng: Any) -> None:
     weight = LinearWeight(s8(rng, 8, 8))
-    for m in range(1, 3 * layers.MAX_SHAPES):
+    for m in range(1, 3 * call.MAX_SHAPES):
         ops.linear(u8(rng, m, 8), weight, Dequant(float(m)))
     bound = [v for v in weight.panels.values() if isinstance(v, layers.BoundLinear)]
     assert len(bound) <= 8
-    for m in range(1, 3 * layers.MAX_SHAPES):
+    for m in range(1, 3 * call.MAX_SHAPES):
         ops.linear(u8(rng, m, 8), weight)
     calls = [len(v.calls._idle) for v in weight.panels.values() if isinstance(v, type(bound[0]))]
-    assert max(calls) <= layers.MAX_SHAPES
+    assert max(calls) <= call.MAX_SHAPES
 
 
 def test_every_tile_is_exact(isa: str, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -260,16 +260,17 @@ def quantize_row(
 ) -> None:
     """Appends out = reference.quantize(x): float32 of any strides into uint8 values of any."""
     floats = float_parameters(zero_point, 0, 255, scale)
-    parameters = floats, int_parameters(zero_point), label
+    ints = int_parameters(zero_point)
     if _lines_match([out, x]):
-        pointwise_row(call, "quantize", [out, x], *parameters)
+        pointwise_row(call, "quantize", [out, x], floats, ints, label, largest=np.inf)
         return
     if not _has_lines(x):
         dense = _scratch(call, x, "f32")
         copy_row(call, x, dense)
         x = dense
     held, order = _scratch(call, x, out.kind), _by_stride(x)
-    pointwise_row(call, "quantize", [permuted(held, order), permuted(x, order)], *parameters)
+    views = [permuted(held, order), permuted(x, order)]
+    pointwise_row(call, "quantize", views, floats, ints, label, largest=np.inf)
     copy_row(call, held, out)
 
 

@@ -27,6 +27,7 @@ from fastq.kernels.lines import (
     COLUMNS,
     ELEMENT,
     LINES_FIELDS,
+    MAX_BOUNDED,
     OPERAND_FIELDS,
     ROWS,
     emit_loop,
@@ -175,11 +176,12 @@ def softmax_kernel(kind: str) -> Any:
 
 
 @functools.cache
-def layer_norm_kernel(kind: str) -> Any:
+def layer_norm_kernel(kind: str, bounded: bool) -> Any:
     """kind "u8" or "s16", of x and out."""
     config = (kind, sources_digest())
     item = ITEM_BYTES[kind]
-    normalized = line_config("normalize", (kind, kind, "f32", "f32"), (item, item, 4, 4))
+    kinds, steps = (kind, kind, "f32", "f32"), (item, item, 4, 4)
+    normalized = line_config("normalize", kinds, steps, bounded)
 
     @cfunc(SIGNATURE, cache=True)
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
@@ -223,6 +225,8 @@ def layer_norm_row(
 ) -> None:
     """Appends reference.layer_norm; multiplier and shift are scalars or (N,). out may be x."""
     n = x.shape[-1]
+    if n == 0:
+        return
     if n > MAX_FEATURES:
         raise ValueError(f"layer_norm: {n} features; exact up to {MAX_FEATURES}")
     columns = [np.array(np.broadcast_to(v, (n,)), np.float32) for v in (multiplier, shift)]
@@ -231,7 +235,10 @@ def layer_norm_row(
         Z: columns[1],
         EPSILON: np.array([float(n) * float(n) * epsilon]),
     }
-    _line_row(call, layer_norm_kernel(x.kind), x, out, places, (zero_point, qmin, qmax),
+    # |d * r| is under the root of N, up to rounding
+    largest = 2 * n**0.5 * np.abs(columns[0]).max() + np.abs(columns[1]).max()
+    kernel = layer_norm_kernel(x.kind, bool(largest <= MAX_BOUNDED))
+    _line_row(call, kernel, x, out, places, (zero_point, qmin, qmax),
               NORM_NANOSECONDS, label or f"layer_norm_{x.kind}")  # fmt: skip
 
 
