@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fastq.convert import quantize_layers, summary
     from fastq.network import quantize_model
     from fastq.nn import QConv2d, QLinear, QuantizedModel
+    from fastq.profiling import profile
     from fastq.serialize import load, save
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ _NEEDS_TORCH = {
     "QLinear": "fastq.nn",
     "QuantizedModel": "fastq.nn",
     "load": "fastq.serialize",
+    "profile": "fastq.profiling",
     "quantize_layers": "fastq.convert",
     "quantize_model": "fastq.network",
     "save": "fastq.serialize",
@@ -78,6 +80,7 @@ __all__ = [
     "linear_float",
     "load",
     "make_observer",
+    "profile",
     "quantize",
     "quantize_layers",
     "quantize_model",

@@ -54,6 +54,7 @@ def demo(network: str, output: Path | None) -> None:
     context_settings={"ignore_unknown_options": True}, add_help_option=False, no_args_is_help=True
 )
 @click.option("--kernels", "what", flag_value="kernels", help="Kernels, other people's shapes.")
+@click.option("--models", "what", flag_value="models", help="Whole networks.")
 @click.option("--tiles", "what", flag_value="tiles", help="How good the choice of a tile is.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="...")
 @click.pass_context
@@ -72,7 +73,8 @@ def bench(context: click.Context, what: str | None, options: tuple[str, ...]) ->
             'repository, pip install -e ".[bench]" and run this again'
         )
     sys.path.insert(0, str(root))
-    module = import_module({"kernels": "benchmarks.run", "tiles": "benchmarks.tiles"}[what])
+    rooms = {"kernels": "run", "models": "models", "tiles": "tiles"}
+    module = import_module(f"benchmarks.{rooms[what]}")
     module.bench.main(args=list(options), prog_name=f"{context.command_path} --{what}")
 
 

@@ -216,7 +216,10 @@ def finish(prepared: Prepared, model: nn.Module, *, strict: bool = False) -> Qua
             stages.append(Stage("program", given, made, {}, number))
         else:
             inputs = tuple(n.name for n in item.inputs)
-            stages.append(Stage(item.op, inputs, (item.name,), item.attrs))
+            why = prepared.reasons.get(item, "")
+            stages.append(
+                Stage(item.op, inputs, (item.name,), item.attrs, layer=item.layer, why=why)
+            )
             tensors |= {f"{item.name}.{k}": v.clone() for k, v in item.tensors.items()}
     inputs = [node.name if isinstance(node, Node) else None for node in captured.arguments]
     outputs = [v.name if isinstance(v, Node) else ("constant", v) for v in graph.outputs]

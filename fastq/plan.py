@@ -132,7 +132,7 @@ class BoundProgram:
         key, made = self.take(*inputs)
         outputs = [np.empty(shape, np.float32) for shape in made.outputs]
         made.call.run(*map(address_of, (*inputs, *outputs)))
-        self._plans.give(key, made)
+        self.give(key, made)
         axes = (axes for _, axes in self.program.outputs)
         return [y.transpose(order) for y, order in zip(outputs, axes, strict=True)]
 
@@ -145,6 +145,10 @@ class BoundProgram:
             self.program, shapes, strides, tier, self._packed
         )
         return key, found
+
+    def give(self, key: Any, made: Plan) -> None:
+        """Another call may take the plan again."""
+        self._plans.give(key, made)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"program": self.program}

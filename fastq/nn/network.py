@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -24,6 +24,7 @@ class Stage:
     """One thing to do: run program number `program`, or evaluate a float node.
 
     inputs, outputs  names of values.      attrs  of an "aten" node or an operation of `graph`.
+    layer, why       of a float node, for reports: its module, and why it has no integer form.
     """
 
     op: str
@@ -31,6 +32,8 @@ class Stage:
     outputs: tuple[str, ...]
     attrs: Mapping[str, Any]
     program: int = -1
+    layer: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,25 @@ class QuantizedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the float network returned for these arguments, in int8's precision."""
+        bound = self._bound()
+
+        def compute(stage: Stage, inputs: list[Any], batch: int) -> list[Any]:
+            if stage.program < 0:
+                return [self.evaluate(stage, inputs, batch)]
+            program = bound[stage.program]
+            return [torch.from_numpy(y) for y in program(*self.arrays(program, stage, inputs))]
+
+        return self.walk(compute, args, kwargs)
+
+    def walk(
+        self,
+        compute: Callable[[Stage, list[Any], int], list[Any]],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """The result for these arguments; compute(stage, inputs, batch) gives a stage's values."""
         layout = self.layout
-        leaves = self._leaves(args, kwargs)
+        leaves = self._leaves(tuple(args), dict(kwargs))
         values: dict[str, Any] = {}
         for i, (name, leaf) in enumerate(zip(layout.inputs, leaves, strict=True)):
             if name is not None:
@@ -117,14 +137,9 @@ class QuantizedModel(nn.Module):
                     f"captured with {layout.constants[str(i)]!r}, which is part of it now"
                 )
         batch = next((len(x) for x in leaves if isinstance(x, Tensor) and x.dim()), 1)
-        bound = self._bound()
         for stage in layout.stages:
-            inputs = [values[name] for name in stage.inputs]
-            if stage.program >= 0:
-                results = self._run(bound[stage.program], stage, inputs)
-                values.update(zip(stage.outputs, results, strict=True))
-            else:
-                values[stage.outputs[0]] = self._evaluate(stage, inputs, batch)
+            results = compute(stage, [values[name] for name in stage.inputs], batch)
+            values.update(zip(stage.outputs, results, strict=True))
         outputs = [values[out] if isinstance(out, str) else out[1] for out in layout.outputs]
         return pytree.tree_unflatten(outputs, self.out_spec)
 
@@ -148,7 +163,8 @@ class QuantizedModel(nn.Module):
             )
         return leaves
 
-    def _run(self, bound: BoundProgram, stage: Stage, inputs: list[Any]) -> list[Tensor]:
+    def arrays(self, bound: BoundProgram, stage: Stage, inputs: list[Any]) -> list[Any]:
+        """The float32 tensors that a program takes, as arrays; TypeError, ValueError for others."""
         arrays = []
         for name, x, extent in zip(stage.inputs, inputs, bound.program.extents, strict=True):
             if not isinstance(x, Tensor):
@@ -159,9 +175,10 @@ class QuantizedModel(nn.Module):
             if x.device.type != "cpu":
                 raise ValueError(f"{type(self).__name__}: {name} is on {x.device}, wanted the CPU")
             arrays.append(as_array(x))
-        return [torch.from_numpy(y) for y in bound(*arrays)]
+        return arrays
 
-    def _evaluate(self, stage: Stage, inputs: list[Any], batch: int) -> Any:
+    def evaluate(self, stage: Stage, inputs: list[Any], batch: int) -> Any:
+        """The value of a float operator."""
         name = stage.outputs[0]
         module = self._modules.get(name)
         tensors: dict[str, Tensor] = {} if module is None else dict(module._buffers)  # type: ignore[arg-type]
@@ -246,6 +263,8 @@ def encode_layout(layout: Layout) -> dict[str, Any]:
             "outputs": list(stage.outputs),
             "attrs": {k: _encode(v) for k, v in stage.attrs.items() if k not in NOTES},
             "program": stage.program,
+            "layer": stage.layer,
+            "why": stage.why,
         }
         for stage in layout.stages
     ]
@@ -270,6 +289,8 @@ def decode_layout(given: Any) -> Layout:
                 tuple(s["outputs"]),
                 {k: _decode(v) for k, v in s["attrs"].items()},
                 s["program"],
+                s["layer"],
+                s["why"],
             )
             for s in given["stages"]
         )
@@ -344,7 +365,8 @@ def _check(layout: Layout) -> None:
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("names and specs are strings")
     for stage in layout.stages:
-        if not all(isinstance(name, str) for name in (*stage.inputs, *stage.outputs)):
+        texts = [*stage.inputs, *stage.outputs, stage.layer, stage.why]
+        if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{stage!r:.80}: names are strings")
         if missing := [name for name in stage.inputs if name not in known]:
             raise ValueError(f"{stage.outputs} takes {missing}, which no stage before it makes")
