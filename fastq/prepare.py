@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastq.capture import Captured, capture
 from fastq.fuse import fuse
 from fastq.graph import Graph, Node
-from fastq.lower import Ranges, Region, find_regions, lower, weight_of
+from fastq.lower import Ranges, Region, find_regions, inputs_first, lower, weight_of
 from fastq.observer import Observer, make_observer
 from fastq.program import Program
 from fastq.qconfig import QConfig
@@ -155,12 +155,7 @@ class Prepared:
     def _with_grid_weight(self, node: Node) -> dict[str, Tensor]:
         data, scale = self.weight(node)
         real = torch.from_numpy(data * scale.reshape(-1, *[1] * (data.ndim - 1)))
-        if node.op == "conv_transpose2d":
-            groups = node.attrs["groups"]
-            n, c, kh, kw = real.shape
-            split = real.flip(2, 3).reshape(groups, n // groups, c, kh, kw).transpose(1, 2)
-            real = split.reshape(groups * c, n // groups, kh, kw)
-        return {**node.tensors, "weight": real.contiguous()}
+        return {**node.tensors, "weight": inputs_first(node, real)}
 
 
 def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
