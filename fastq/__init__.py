@@ -32,8 +32,9 @@ from fastq.qparams import Dequant, QParams, Requant, choose_qparams, quantize_we
 from fastq.weights import Conv2dWeight, LinearWeight
 
 if TYPE_CHECKING:
-    from fastq.convert import quantize_model, summary
-    from fastq.nn import QConv2d, QLinear
+    from fastq.convert import quantize_layers, summary
+    from fastq.network import quantize_model
+    from fastq.nn import QConv2d, QLinear, QuantizedModel
     from fastq.serialize import load, save
 
 __version__ = "0.1.0"
@@ -41,8 +42,10 @@ __version__ = "0.1.0"
 _NEEDS_TORCH = {
     "QConv2d": "fastq.nn",
     "QLinear": "fastq.nn",
+    "QuantizedModel": "fastq.nn",
     "load": "fastq.serialize",
-    "quantize_model": "fastq.convert",
+    "quantize_layers": "fastq.convert",
+    "quantize_model": "fastq.network",
     "save": "fastq.serialize",
     "summary": "fastq.convert",
 }
@@ -60,6 +63,7 @@ __all__ = [
     "QConv2d",
     "QLinear",
     "QParams",
+    "QuantizedModel",
     "Requant",
     "choose_qparams",
     "conv2d",
@@ -72,6 +76,7 @@ __all__ = [
     "load",
     "make_observer",
     "quantize",
+    "quantize_layers",
     "quantize_model",
     "quantize_weight",
     "requantize",

@@ -9,7 +9,7 @@ batch becomes a `Batch`, and a graph that differs in anything else holds for tha
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +24,60 @@ _aten = torch.ops.aten
 
 POINTWISE_NAMESPACE = "fastq_pointwise"  # of operators made by `fastq.pointwise`
 _POINTWISE = frozenset(
-    "relu relu6 hardtanh clamp clamp_min clamp_max hardswish hardsigmoid silu gelu sigmoid tanh elu "
-    "leaky_relu mish softplus selu celu exp expm1 log log1p sqrt rsqrt abs neg square pow "
-    "reciprocal sin cos erf threshold hardshrink softshrink tanhshrink log_sigmoid softsign "
-    "rsub sign floor ceil round trunc sigmoid_ add sub mul div".split()
+    [
+        "relu",
+        "relu6",
+        "hardtanh",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "hardswish",
+        "hardsigmoid",
+        "silu",
+        "gelu",
+        "sigmoid",
+        "tanh",
+        "elu",
+        "leaky_relu",
+        "mish",
+        "softplus",
+        "selu",
+        "celu",
+        "exp",
+        "expm1",
+        "log",
+        "log1p",
+        "sqrt",
+        "rsqrt",
+        "abs",
+        "neg",
+        "square",
+        "pow",
+        "reciprocal",
+        "sin",
+        "cos",
+        "erf",
+        "threshold",
+        "hardshrink",
+        "softshrink",
+        "tanhshrink",
+        "log_sigmoid",
+        "softsign",
+        "rsub",
+        "sign",
+        "floor",
+        "ceil",
+        "round",
+        "trunc",
+        "sigmoid_",
+        "add",
+        "sub",
+        "mul",
+        "div",
+    ]
 )
-_SAME = frozenset("dropout feature_dropout alpha_dropout contiguous clone alias detach lift_fresh_copy "
-                  "detach_ identity".split())  # fmt: skip
-_VIEWS = frozenset("reshape permute slice alias view transpose".split())
+_SAME = frozenset(["dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach", "lift_fresh_copy", "detach_", "identity"])  # fmt: skip
+_VIEWS = frozenset(["reshape", "permute", "slice", "alias", "view", "transpose"])
 
 
 class CannotCapture(Exception):
@@ -42,18 +88,23 @@ class CannotCapture(Exception):
 class Captured:
     """A graph, how its flat inputs and outputs are arranged, and which extents it holds for.
 
+    arguments           for each leaf of (args, kwargs) its input node, or the leaf itself if it
+                        is no tensor.
     in_spec, out_spec   pytree specs of (args, kwargs) and of the result.
     any_extent          whether images of other sizes (sequences of other lengths) may go through;
                         the batch size may always differ.
     """
 
     graph: Graph
+    arguments: tuple[Any, ...]
     in_spec: Any
     out_spec: Any
     any_extent: bool
 
 
-def capture(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> Captured:
+def capture(
+    model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None = None
+) -> Captured:
     """The graph of `model(*args, **kwargs)`, in eval mode, for any batch size.
 
     Raises CannotCapture when torch.export cannot follow the model, or when the graph depends on
@@ -75,7 +126,9 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None
             failures.append(f"{type(error).__name__}: {message[0]:.160}")
             continue
         first.remove_unused()
-        return Captured(first, spec, pair[0].call_spec.out_spec, bool(stretch))
+        nodes = iter(first.inputs)
+        arguments = tuple(next(nodes) if isinstance(x, Tensor) else x for x in leaves)
+        return Captured(first, arguments, spec, pair[0].call_spec.out_spec, bool(stretch))
     raise CannotCapture(failures[-1])
 
 
@@ -171,6 +224,8 @@ class _Reader:
                     self.values[node] = tensors[given[node.name]].detach()
                 elif node.name in constants:
                     self.values[node] = self.program.constants[constants[node.name]]
+                elif not isinstance(node.meta.get("val"), Tensor):
+                    self.values[node] = node.meta.get("val")  # a number or None: a constant
                 else:
                     value = self.add(node, "input")
                     self.values[node] = value
@@ -493,7 +548,10 @@ class _Reader:
         """A pointwise function that is a clamp: the product before it can do it."""
         if not isinstance(x, Node) or not all(isinstance(v, int | float | None) for v in (lo, hi)):
             return None
-        bounds = (-float("inf") if lo is None else float(lo), float("inf") if hi is None else float(hi))
+        bounds = (
+            -float("inf") if lo is None else float(lo),
+            float("inf") if hi is None else float(hi),
+        )
         call = ("aten.clamp.default", (Ref(0), lo, hi), {})
         return self.add(node, "pointwise", [x], attrs={"calls": [call], "clamp_only": bounds})
 

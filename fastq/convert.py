@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import fnmatch
 import itertools
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
@@ -19,9 +18,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
-from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
+from fastq.batches import Batches, arguments_of, explain
 from fastq.nn import QConv2d, QLinear
 from fastq.nn.layer import QLayer
 from fastq.observer import MinMaxObserver
@@ -69,12 +68,14 @@ class Row:
 class QuantizationSummary:
     """What became of each layer that computes with weights. Printed, it is a table.
 
+    note     what else there is to say of the whole model.
     rebuilt  the modules of a class derived from nn.Linear or nn.Conv2d that were first rebuilt
              from torch's own layers: an nn.Conv2d that pads in its forward, for example.
     """
 
     rows: tuple[Row, ...]
     rebuilt: tuple[str, ...] = ()
+    note: str = ""
 
     def __str__(self) -> str:
         head = ("layer", "kind", "result", "why")
@@ -85,7 +86,8 @@ class QuantizationSummary:
             for line in (head, *lines)
         ]
         counts = Counter(row.result for row in self.rows)
-        return "\n".join([*table, ", ".join(f"{n} {result}" for result, n in counts.items())])
+        total = ", ".join(f"{n} {result}" for result, n in counts.items())
+        return "\n".join([*table, total, *([self.note] if self.note else [])])
 
 
 def summary(model: nn.Module) -> QuantizationSummary:
@@ -102,7 +104,7 @@ def summary(model: nn.Module) -> QuantizationSummary:
     return found
 
 
-def quantize_model(
+def quantize_layers(
     model: nn.Module,
     calibration_data: Any = None,
     *,
@@ -113,7 +115,7 @@ def quantize_model(
     inplace: bool = False,
     progress: bool = True,
 ) -> nn.Module:
-    """The model in int8: same class, same call, in eval mode, for inference.
+    """The model with int8 layers: same class, same call, in eval mode, for inference.
 
     Every nn.Linear and nn.Conv2d becomes a QLinear or QConv2d, after the batch norm that follows
     it, if any, was folded into it; a subclass too, if its forward is no more than one of them
@@ -143,12 +145,12 @@ def quantize_model(
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
-            f"quantize_model: got {type(model).__name__}, wanted a torch.nn.Module, not scripted"
+            f"quantize_layers: got {type(model).__name__}, wanted a torch.nn.Module, not scripted"
         )
     try:
         result = model if inplace else copy.deepcopy(model)
     except Exception as error:
-        error.add_note("quantize_model copied the model; inplace=True changes it without a copy")
+        error.add_note("quantize_layers copied the model; inplace=True changes it without a copy")
         raise
     undo = _remember(result)
     try:
@@ -170,12 +172,12 @@ def _quantize(
     strict: bool,
     progress: bool,
 ) -> nn.Module:
-    """`quantize_model` on this very model."""
+    """`quantize_layers` on this very model."""
     result.eval()
     leave_fast_path(result)
     names = module_names(result)
-    skipped = _select(names, skip, "skip")
-    left_dynamic = _select(names, dynamic, "dynamic")
+    skipped = select(names, skip, "skip")
+    left_dynamic = select(names, dynamic, "dynamic")
     rebuilt = []
     for module, paths in names.items():
         plain = rebuild(module) if module not in skipped else None
@@ -215,7 +217,7 @@ def _quantize(
     report = QuantizationSummary(tuple(layer.row() for layer in plan), tuple(rebuilt))
     if strict and any(layer.result == "float" and not layer.asked for layer in plan):
         raise ValueError(
-            "quantize_model: strict=True, and layers stay float; name them in skip= to accept "
+            "quantize_layers: strict=True, and layers stay float; name them in skip= to accept "
             f"that\n{report}"
         )
 
@@ -365,12 +367,12 @@ def _refuse_nothing(model: nn.Module, plan: list[_Layer]) -> None:
         return
     table = f"\n{QuantizationSummary(tuple(x.row() for x in plan))}" if plan else ""
     raise ValueError(
-        f"quantize_model: no layer of this {type(model).__name__} can become int8; wanted at "
+        f"quantize_layers: no layer of this {type(model).__name__} can become int8; wanted at "
         f"least one plain nn.Linear or nn.Conv2d, float32, on the CPU{table}"
     )
 
 
-def _select(names: Names, selectors: Any, argument: str) -> set[nn.Module]:
+def select(names: Names, selectors: Any, argument: str) -> set[nn.Module]:
     """The modules that match a name, pattern or class, and all modules within them."""
     if isinstance(selectors, str | type):
         selectors = (selectors,)
@@ -383,13 +385,13 @@ def _select(names: Names, selectors: Any, argument: str) -> set[nn.Module]:
             found = {name for name, module in modules.items() if isinstance(module, selector)}
         else:
             raise TypeError(
-                f"quantize_model: {argument} has {selector!r}, wanted names, patterns such as "
+                f"quantize_layers: {argument} has {selector!r}, wanted names, patterns such as "
                 "'*.attn.*', or classes of modules"
             )
         if not found:
             listed = [name for name, module in modules.items() if isinstance(module, LISTED)]
             raise ValueError(
-                f"quantize_model: {argument} has {selector!r}, which matches nothing; "
+                f"quantize_layers: {argument} has {selector!r}, which matches nothing; "
                 f"the layers are {', '.join(map(repr, listed))}"
             )
         hits |= found
@@ -405,22 +407,14 @@ def _calibrate(
     model: nn.Module, data: Any, forward: Forward | None, plan: list[_Layer], progress: bool
 ) -> tuple[Trace, Any]:
     """Run the model on all batches, watched; the trace on the first batch, and the last batch."""
-    if isinstance(data, Tensor | Mapping):
-        data = [data]
-    elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        raise TypeError(
-            f"quantize_model: calibration_data is a {type(data).__name__}, which gives single "
-            "samples; wanted batches: torch.utils.data.DataLoader(dataset, batch_size=32)"
-        )
-    elif not isinstance(data, Iterable):
-        raise TypeError(
-            f"quantize_model: calibration_data is a {type(data).__name__}, wanted a tensor, a "
-            "dict, or an iterable of batches such as a DataLoader"
-        )
+    batches = data if isinstance(data, Batches) else Batches(data)
+    batches.first()
     traced = None
     batch = None
     handles = []
-    bar = tqdm(data, "calibrate", unit="batch", disable=None if progress else True)
+    bar = tqdm(
+        batches, "calibrate", unit="batch", total=batches.total, disable=None if progress else True
+    )
     try:
         for number, batch in enumerate(bar):
             if traced is None:
@@ -436,29 +430,13 @@ def _calibrate(
         bar.close()
         for handle in handles:
             handle.remove()
-    if traced is None:
-        raise ValueError(
-            "quantize_model: calibration_data has no batches; an iterator that was read to its "
-            "end has none left. calibration_data=None quantizes all layers dynamically"
-        )
+    assert traced is not None  # there is a first batch
     return traced, batch
 
 
 def _arguments(batch: Any, forward: Forward | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments that a batch gives to the model, or to `forward` after the model."""
-    if forward is not None:
-        return (batch,), {}
-    given = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if isinstance(given, Tensor):
-        return (given,), {}
-    if isinstance(given, Mapping):
-        return (), dict(given)
-    where = "" if given is batch else f" that starts with a {type(given).__name__}"
-    raise TypeError(
-        f"quantize_model: a calibration batch is a {type(batch).__name__}{where}; wanted a "
-        "tensor, a dict of arguments, or a tuple or list that starts with one of these; "
-        "forward=lambda model, batch: ... takes any other kind"
-    )
+    return ((batch,), {}) if forward is not None else arguments_of(batch)
 
 
 def _run(model: nn.Module, batch: Any, forward: Forward | None, what: str) -> None:
@@ -470,13 +448,8 @@ def _run(model: nn.Module, batch: Any, forward: Forward | None, what: str) -> No
             else:
                 forward(model, *args)
     except Exception as error:
-        error.add_note(f"quantize_model ran {what}")
-        several = forward is None and isinstance(batch, tuple | list) and len(batch) > 1
-        if several and re.search(r"missing .*positional argument", str(error)):
-            error.add_note(
-                "a batch (a, b) means (input, label), and only the input is passed; "
-                "forward=lambda model, batch: model(*batch) passes all of it"
-            )
+        error.add_note(f"quantize_layers ran {what}")
+        explain(error, batch, forward)
         raise
 
 

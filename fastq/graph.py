@@ -107,11 +107,11 @@ class Graph:
         watch: Callable[[Node, Any], Any] | None = None,
         tensors: Mapping[Node, dict[str, Tensor]] | None = None,
     ) -> list[Any]:
-        """The network in float; `watch(node, value)` sees each value, and may return another.
+        """The network in float, of the leaves of its arguments; `watch(node, value)` sees each value, and may return another.
 
         tensors  parameters to take instead of a node's own.
         """
-        given = list(arguments)
+        given = [x for x in arguments if isinstance(x, Tensor)]
         batch = next((len(x) for x in given if isinstance(x, Tensor) and x.dim()), 1)
         last = {value: node for node in self.nodes for value in node.inputs}
         kept = self.output_nodes()
@@ -190,6 +190,21 @@ def _target(name: str) -> Any:
         return lambda values, index: values[index]
     namespace, packet, overload = name.split(".")
     return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+
+
+def check_target(name: Any) -> None:
+    """ValueError unless this names an operator that only computes: a file may have named it."""
+    parts = name.split(".") if isinstance(name, str) else []
+    if name == "getitem":
+        return
+    if len(parts) == 3 and parts[0] == "aten" and parts[1] not in TOUCH_FILES:
+        packet = getattr(torch.ops.aten, parts[1], None)
+        if packet is not None and parts[2] in packet.overloads():
+            return
+    raise ValueError(f"{name!r:.80} is no operator of torch that only computes")
+
+
+TOUCH_FILES = ("from_file",)
 
 
 def pointwise(calls: list[Any], x: Tensor) -> Tensor:

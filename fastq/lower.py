@@ -78,7 +78,9 @@ class Region:
     outputs: list[Node] = field(default_factory=list)
 
 
-def find_regions(graph: Graph, keep_float: Mapping[Node, str]) -> tuple[list[Region], dict[Node, str]]:
+def find_regions(
+    graph: Graph, keep_float: Mapping[Node, str]
+) -> tuple[list[Region], dict[Node, str]]:
     """The regions, and why each of the other nodes stays float.
 
     keep_float gives reasons for nodes that have an integer form and shall not take it.
@@ -93,9 +95,7 @@ def find_regions(graph: Graph, keep_float: Mapping[Node, str]) -> tuple[list[Reg
         for node in graph.nodes:
             if not reasons[node]:
                 members.setdefault(depth[node], []).append(node)
-        idle = [
-            nodes for nodes in members.values() if not any(n.op in PRODUCTS for n in nodes)
-        ]
+        idle = [nodes for nodes in members.values() if not any(n.op in PRODUCTS for n in nodes)]
         if not idle:
             break
         for node in (n for nodes in idle for n in nodes):
@@ -559,9 +559,9 @@ class _Lowering:
             if self.qparams(value) != self.qparams(node):
                 name = self.emit(
                     "affine", f"{node.name}_part{i}", [name], axes, node,
-                    multiplier=np.float32(self.scale(value) / self.scale(node)),
-                    shift=np.float32(0), x_zero_point=self.zero_point(value),
-                    zero_point=self.zero_point(node),
+                    multiplier=np.array(self.scale(value) / self.scale(node), np.float32),
+                    shift=np.zeros((), np.float32), x_zero_point=self.zero_point(value),
+                    zero_point=self.zero_point(node), qmin=0, qmax=255,
                 )  # fmt: skip
             parts.append(name)
         return self.emit("concat", node.name, parts, axes, node,

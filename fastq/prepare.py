@@ -109,9 +109,7 @@ class Prepared:
         if kept is None or kept[0] is not given:
             config = self.configs(node)
             real = weight_of(node).float().numpy()
-            data, scale = quantize_weight(
-                real, range=config.weight_range, bits=config.weight_bits
-            )
+            data, scale = quantize_weight(real, range=config.weight_range, bits=config.weight_bits)
             kept = self._rounded[node] = (given, (data, scale))
         return kept[1]
 

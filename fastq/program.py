@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastq import reference
+from fastq.arguments import check_arguments, check_channels
+from fastq.qparams import Dequant
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
@@ -41,9 +43,7 @@ class Step:
     layer: str = ""
 
     def __str__(self) -> str:
-        shown = ", ".join(
-            [*self.inputs, *(f"{k}={_short(v)}" for k, v in self.arguments.items())]
-        )
+        shown = ", ".join([*self.inputs, *(f"{k}={_short(v)}" for k, v in self.arguments.items())])
         return f"{self.name} = {self.op}({shown})"
 
 
@@ -88,21 +88,31 @@ class Program:
     extents: tuple[tuple[int | None, ...], ...]
 
     def __post_init__(self) -> None:
-        known = set(self.inputs)
+        kinds = dict.fromkeys(self.inputs, "float32")
         for step in self.steps:
             if step.op not in OPERATIONS:
                 raise ValueError(f"Program: {step.name} is a {step.op!r}, which is no operation")
-            missing = [name for name in step.inputs if name not in known]
-            if missing or step.name in known:
-                raise ValueError(
-                    f"Program: {step.name} takes {missing}, which no step before it makes"
-                    if missing
-                    else f"Program: two values are called {step.name}"
-                )
-            known.add(step.name)
-        wrong = [name for name, _ in self.outputs if name not in known]
-        if wrong or len(self.extents) != len(self.inputs):
-            raise ValueError(f"Program: outputs {wrong} are made by no step")
+            if step.name in kinds:
+                raise ValueError(f"Program: two values are called {step.name}")
+            wanted = "float32" if step.op == "quantize" else "uint8"
+            for name in step.inputs:
+                if kinds.get(name) != wanted:
+                    raise ValueError(
+                        f"Program: {step.name} takes {name}, which is {kinds.get(name, 'unknown')}; "
+                        f"wanted a {wanted} value that a step before it makes"
+                    )
+            check_arguments(step)
+            ends = step.op == "dequantize" or isinstance(step.arguments.get("epilogue"), Dequant)
+            kinds[step.name] = "float32" if ends else "uint8"
+        names = [name for name, _ in self.outputs]
+        if any(kinds.get(n) != "float32" or n in self.inputs for n in names) or len(
+            set(names)
+        ) != len(names):
+            raise ValueError(f"Program: outputs {names}; wanted different float32 values of steps")
+        if len(self.extents) != len(self.inputs) or not all(
+            n is None or (isinstance(n, int) and n >= 0) for e in self.extents for n in e
+        ):
+            raise ValueError(f"Program: extents {self.extents} for inputs {self.inputs}")
 
     def shapes(self, *inputs: Shape) -> dict[str, Shape]:
         """The shape of every value; ValueError for inputs that do not fit."""
@@ -112,9 +122,14 @@ class Program:
             shape = OPERATIONS[step.op].shape
             try:
                 shapes[step.name] = tuple(map(int, shape(step, *(shapes[i] for i in step.inputs))))
-            except ValueError as error:
-                error.add_note(f"in {step} of inputs {', '.join(map(str, inputs))}")
-                raise
+                check_channels(step, shapes[step.inputs[0]] if step.inputs else ())
+            except (ValueError, IndexError) as error:
+                raise ValueError(
+                    f"{step.name}: {error}; inputs of the program: {', '.join(map(str, inputs))}"
+                ) from error
+        for name, axes in self.outputs:
+            if sorted(axes) != list(range(len(shapes[name]))):
+                raise ValueError(f"{name}: axes {axes} for a value of shape {shapes[name]}")
         return shapes
 
     def check(self, inputs: Sequence[Shape]) -> None:

@@ -1,7 +1,14 @@
-"""One file for a quantized model: tensors as safetensors, and a JSON header that says which
-layers they belong to. No pickle, and nothing from the file is run.
+"""One file for a quantized model: tensors as safetensors, and a JSON header that says what they
+belong to. No pickle, and nothing from the file is run but torch's own operators by name.
 
-The metadata of the safetensors file has one entry, "fastq", which is the header:
+The metadata of the safetensors file has one entry, "fastq", which is the header. That of a whole
+network is complete; `load` needs nothing else:
+
+    sha256, format, version, summary   as below
+    note, rebuilt                      see QuantizationSummary
+    network  the Layout of a QuantizedModel: its programs (encode.py), and what is between them
+
+That of a model with int8 layers says which layers of a float model they replace:
 
     sha256   the digest, see below
     format   "fastq"            version  1
@@ -44,8 +51,9 @@ from fastq.convert import (
     rebuild,
     replace,
 )
-from fastq.nn import QConv2d, QLinear
+from fastq.nn import QConv2d, QLinear, QuantizedModel
 from fastq.nn.layer import QLayer
+from fastq.nn.network import decode_layout, encode_layout
 
 VERSION = 1
 
@@ -77,6 +85,14 @@ HEADER = {
     "tied": dict,
     "summary": list,
 }
+NETWORK_HEADER = {
+    "format": str,
+    "version": int,
+    "network": dict,
+    "rebuilt": list,
+    "summary": list,
+    "note": str,
+}
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -89,6 +105,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"save: got {type(model).__name__}, wanted the model, then the path")
+    report = getattr(model, "_fastq_summary", QuantizationSummary(()))
+    if isinstance(model, QuantizedModel):
+        _save_network(model, report, path)
+        return
     layers = {
         names[0]: _arguments(module)
         for module, names in module_names(model).items()
@@ -99,7 +119,6 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"save: this {type(model).__name__} has no int8 layer; wanted what "
             "fastq.quantize_model returned. torch.save(model.state_dict()) saves a float model"
         )
-    report = getattr(model, "_fastq_summary", QuantizationSummary(()))
     tensors, tied = _distinct(model.state_dict())
     header = {
         "format": "fastq",
@@ -114,22 +133,31 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     _write(Path(os.path.realpath(path)), safetensors.torch.save(tensors, {"fastq": text}))
 
 
-def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
-    """The quantized model that `save` wrote, as a copy of a float `model` of its architecture.
+def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """The quantized model that `save` wrote.
 
-    model  an instance of the class that was quantized, such as Net(), with any weights. It stays
-           as it is; the copy is in eval mode and has requires_grad=False throughout.
+    model  not needed for a whole network, which is complete in its file. For a model with int8
+           layers: an instance of the class that was quantized, such as Net(), with any weights.
+           It stays as it is; what is returned is a copy of it with the file's layers, in eval
+           mode and with requires_grad=False throughout.
 
     Raises ValueError for a file that is truncated, altered, of another version or not from
     fastq, and for a model whose layers or tensors differ from the file's; TypeError unless
     `model` is a module; OSError if the file cannot be read.
     """
-    if not isinstance(model, nn.Module):
+    if model is not None and not isinstance(model, nn.Module):
         raise TypeError(
             f"load: got {type(model).__name__}, wanted the path, then a float model such as Net()"
         )
     where = f"load: {os.fspath(path)}"
     header, tensors = _read(where, path)
+    if "network" in header:
+        return _load_network(where, header, tensors)
+    if model is None:
+        raise TypeError(
+            f"{where} has int8 layers without the network around them; wanted a float model of "
+            "its architecture as well: load(path, Net())"
+        )
     result = copy.deepcopy(model).eval()
     leave_fast_path(result)
     for name in header["rebuilt"]:
@@ -149,6 +177,31 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     _fill(where, result, tensors, header["tied"])
     for parameter in result.parameters():
         parameter.requires_grad = False
+    result._fastq_summary = _summary(where, header)  # type: ignore[assignment]
+    return result
+
+
+def _save_network(
+    model: QuantizedModel, report: QuantizationSummary, path: str | os.PathLike[str]
+) -> None:
+    tensors, _ = _distinct({name: t.clone() for name, t in model.state_dict().items()})
+    header = {
+        "format": "fastq",
+        "version": VERSION,
+        "network": encode_layout(model.layout),
+        "rebuilt": report.rebuilt,
+        "summary": [[row.name, row.kind, row.result, row.reason] for row in report.rows],
+        "note": report.note,
+    }
+    text = json.dumps({"sha256": _digest(header, tensors), **header})
+    _write(Path(os.path.realpath(path)), safetensors.torch.save(tensors, {"fastq": text}))
+
+
+def _load_network(where: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> QuantizedModel:
+    try:
+        result = QuantizedModel(decode_layout(header["network"]), tensors)
+    except ValueError as error:
+        raise ValueError(f"{where} holds no network in order: {error}") from error
     result._fastq_summary = _summary(where, header)  # type: ignore[assignment]
     return result
 
@@ -245,12 +298,12 @@ def _read(where: str, path: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
         )
     if header.pop("sha256", None) != _digest(header, tensors):
         raise ValueError(f"{where} was altered: its digest is not that of its content")
-    for key, kind in HEADER.items():
+    for key, kind in (NETWORK_HEADER if "network" in header else HEADER).items():
         if not isinstance(header.get(key), kind):
             raise ValueError(
                 f"{where}: header's {key} is {header.get(key)!r:.80}, wanted {kind.__name__}"
             )
-    texts = [*header["folded"], *header["rebuilt"], *header["tied"].values()]
+    texts = [*header.get("folded", ()), *header["rebuilt"], *header.get("tied", {}).values()]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{where}: header's folded, rebuilt and tied want names as strings")
     return header, tensors
@@ -320,4 +373,4 @@ def _summary(where: str, header: dict[str, Any]) -> QuantizationSummary:
                 f"{where}: header's summary has {row!r:.80}, wanted name, kind, result, reason"
             )
         rows.append(Row(*row))
-    return QuantizationSummary(tuple(rows), tuple(header["rebuilt"]))
+    return QuantizationSummary(tuple(rows), tuple(header["rebuilt"]), header.get("note", ""))

@@ -44,6 +44,7 @@ from fastq.kernels.requantize import emit_epilogue
 from fastq.kernels.signature import SIGNATURE, sources_digest
 from fastq.kernels.simd import KR, address, branch_back, const, emitter, i1, i8, i32, i64, load, ptr
 
+
 @dataclass(frozen=True)
 class Tile:
     """A register tile for one instruction set: MR rows x (`panels` panels of NR columns)."""

@@ -426,9 +426,7 @@ class BoundLinear(PackedLinear):
         x_scales = getattr(self.epilogue, "x_scale", np.ones(()))
         per_row = self.source == "dynamic" or bool(np.ndim(zero_point) or np.ndim(x_scales))
         rows = m if per_row else 1
-        scale, zero = x_operands(
-            call, self.epilogue, self.source, self.x_qparams, rows, zero_point
-        )
+        scale, zero = x_operands(call, self.epilogue, self.source, self.x_qparams, rows, zero_point)
         kind = ACTIVATIONS[emitter(self.isa).a_bytes]
         item = ITEM_BYTES[kind]
         x = View(X, (m, self.k), (row_stride, 1), "u8")
@@ -454,9 +452,7 @@ class BoundLinear(PackedLinear):
             )
         shape = (m, self.n)
         out = View(OUT, shape, dense_strides(shape, ITEM_BYTES[self.kind]), self.kind)
-        self.rows(
-            call, x, out, self.added(out), scale=scale, zero_point=zero, per_row=per_row
-        )
+        self.rows(call, x, out, self.added(out), scale=scale, zero_point=zero, per_row=per_row)
         return call
 
 

@@ -16,7 +16,21 @@ from __future__ import annotations
 from typing import Any
 
 from fastq.kernels import block
-from fastq.kernels.simd import address, clamp, f32, i8, i16, i32, i64, load, ptr, rint, splat, store, vec
+from fastq.kernels.simd import (
+    address,
+    clamp,
+    f32,
+    i8,
+    i16,
+    i32,
+    i64,
+    load,
+    ptr,
+    rint,
+    splat,
+    store,
+    vec,
+)
 
 
 def emit_epilogue(

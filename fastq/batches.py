@@ -1,0 +1,82 @@
+"""Calibration data: batches, and what a batch gives to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+
+class Batches:
+    """Batches of one tensor, one dict, or any iterable; the first may be looked at before.
+
+    An iterator is read once, and one batch is held at a time.
+    """
+
+    def __init__(self, data: Any) -> None:
+        if isinstance(data, Tensor | Mapping):
+            data = [data]
+        elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+            raise TypeError(
+                f"calibration_data is a {type(data).__name__}, which gives single samples; wanted "
+                "batches: torch.utils.data.DataLoader(dataset, batch_size=32)"
+            )
+        elif not isinstance(data, Iterable):
+            raise TypeError(
+                f"calibration_data is a {type(data).__name__}, wanted a tensor, a dict, or an "
+                "iterable of batches such as a DataLoader"
+            )
+        self._length = len(data) if hasattr(data, "__len__") else None
+        self._rest = iter(data)
+        self._head: list[Any] = []
+
+    @property
+    def total(self) -> int | None:
+        """How many batches there are, where that is known."""
+        return self._length
+
+    def first(self) -> Any:
+        """The first batch, which will still be iterated over; ValueError if there is none."""
+        if not self._head:
+            for batch in self._rest:
+                self._head.append(batch)
+                break
+            else:
+                raise ValueError(
+                    "calibration_data has no batches; an iterator that was read to its end has "
+                    "none left. calibration_data=None quantizes all layers dynamically"
+                )
+        return self._head[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        while self._head:
+            yield self._head.pop()
+        yield from self._rest
+
+
+def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) that a batch gives to a model."""
+    given = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if isinstance(given, Tensor):
+        return (given,), {}
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    where = "" if given is batch else f" that starts with a {type(given).__name__}"
+    raise TypeError(
+        f"a calibration batch is a {type(batch).__name__}{where}; wanted a tensor, a dict of "
+        "arguments, or a tuple or list that starts with one of these; "
+        "forward=lambda model, batch: ... takes any other kind"
+    )
+
+
+def explain(error: Exception, batch: Any, forward: Any) -> None:
+    """Adds what may have been meant to an error that a model raised on a batch."""
+    several = forward is None and isinstance(batch, tuple | list) and len(batch) > 1
+    text = str(error)
+    if several and "missing" in text and "positional argument" in text:
+        error.add_note(
+            "a batch (a, b) means (input, label), and only the input is passed; "
+            "forward=lambda model, batch: model(*batch) passes all of it"
+        )

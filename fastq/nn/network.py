@@ -1,0 +1,370 @@
+"""A whole network, or most of it, in integers: programs, and float operators between them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastq.encode import decode_program, encode_program
+from fastq.graph import OPERATIONS, Batch, Node, Ref, check_target, evaluate
+from fastq.nn.layer import accept, as_array
+from fastq.plan import BoundProgram
+from fastq.program import Program
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One thing to do: run program number `program`, or evaluate a float node.
+
+    inputs, outputs  names of values.      attrs  of an "aten" node or an operation of `graph`.
+    """
+
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attrs: Mapping[str, Any]
+    program: int = -1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a network is put together; with the tensors of its state it is all of it.
+
+    inputs    a name for each leaf of (args, kwargs); None for one that is no tensor.
+    constants the leaves that are no tensors, by their place.
+    outputs   for each leaf of the result a name, or ("constant", value).
+    specs     of (args, kwargs) and of the result, as pytree's JSON.
+    names     of the parameters of the float network's forward.
+    """
+
+    stages: tuple[Stage, ...]
+    programs: tuple[Mapping[str, Any], ...]
+    inputs: tuple[str | None, ...]
+    constants: Mapping[str, Any]
+    outputs: tuple[Any, ...]
+    specs: tuple[str, str]
+    names: tuple[str, ...]
+
+
+class QuantizedModel(nn.Module):
+    """A network whose forward runs integer programs; it takes and returns what the float one did.
+
+    `fastq.quantize_model` and `fastq.load` make it. For inference, on the CPU, float32 in and
+    out; any batch size, and any image size unless the network fixes it. The state is plain
+    tensors, "step.weight" and so on. Several threads may call it at the same time.
+    """
+
+    def __init__(self, layout: Layout, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.layout = layout
+        for name, tensor in tensors.items():
+            step, _, part = name.rpartition(".")
+            if step not in self._modules:
+                self.add_module(step, nn.Module())
+            self.get_submodule(step).register_buffer(part, tensor.detach())
+        self.in_spec, self.out_spec = (pytree.treespec_loads(text) for text in layout.specs)
+        self._ready: tuple[Any, list[BoundProgram]] | None = None
+        self._bound()
+        self.eval()
+
+    @property
+    def programs(self) -> list[Program]:
+        """The integer programs, in the order in which they run; printed, one is readable."""
+        return [bound.program for bound in self._bound()]
+
+    @property
+    def program(self) -> Program:
+        """The one integer program of the network; ValueError if there are several."""
+        programs = self.programs
+        if len(programs) != 1:
+            raise ValueError(f"this network has {len(programs)} programs: see .programs")
+        return programs[0]
+
+    def _bound(self) -> list[BoundProgram]:
+        """The programs on this machine, made anew when a tensor of the state has changed."""
+        state = {
+            f"{step}.{part}": tensor
+            for step, module in self._modules.items()
+            for part, tensor in module._buffers.items()  # type: ignore[union-attr]
+        }
+        seen = [
+            (id(t), -1 if t.is_inference() else t._version, t.data_ptr()) for t in state.values()
+        ]
+        if self._ready is None or self._ready[0] != seen:
+            arrays = {name: t.detach().numpy() for name, t in state.items()}
+            programs = [decode_program(given, arrays) for given in self.layout.programs]
+            self._ready = seen, [BoundProgram(program) for program in programs]
+        return self._ready[1]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the float network returned for these arguments, in int8's precision."""
+        layout = self.layout
+        leaves = self._leaves(args, kwargs)
+        values: dict[str, Any] = {}
+        for i, (name, leaf) in enumerate(zip(layout.inputs, leaves, strict=True)):
+            if name is not None:
+                values[name] = leaf
+            elif leaf != layout.constants[str(i)]:
+                raise ValueError(
+                    f"{type(self).__name__}: argument number {i} is {leaf!r}; the network was "
+                    f"captured with {layout.constants[str(i)]!r}, which is part of it now"
+                )
+        batch = next((len(x) for x in leaves if isinstance(x, Tensor) and x.dim()), 1)
+        bound = self._bound()
+        for stage in layout.stages:
+            inputs = [values[name] for name in stage.inputs]
+            if stage.program >= 0:
+                results = self._run(bound[stage.program], stage, inputs)
+                values.update(zip(stage.outputs, results, strict=True))
+            else:
+                values[stage.outputs[0]] = self._evaluate(stage, inputs, batch)
+        outputs = [values[out] if isinstance(out, str) else out[1] for out in layout.outputs]
+        return pytree.tree_unflatten(outputs, self.out_spec)
+
+    def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec == self.in_spec:
+            return leaves
+        wanted_args, wanted_kwargs = pytree.tree_unflatten(list(self.layout.inputs), self.in_spec)
+        names = self.layout.names
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        try:  # the same arguments, by position instead of by name or the other way round
+            moved = tuple(given.pop(names[i]) for i in range(len(wanted_args)))
+            leaves, spec = pytree.tree_flatten((moved, {k: given.pop(k) for k in wanted_kwargs}))
+        except (KeyError, IndexError):
+            spec = None
+        if spec != self.in_spec or any(v is not None for v in given.values()):
+            shown = [*map(str, names[: len(wanted_args)]), *(f"{k}=" for k in wanted_kwargs)]
+            raise TypeError(
+                f"{type(self).__name__}: got {len(args)} arguments and {sorted(kwargs)}; wanted "
+                f"({', '.join(shown)}), as in the calibration data"
+            )
+        return leaves
+
+    def _run(self, bound: BoundProgram, stage: Stage, inputs: list[Any]) -> list[Tensor]:
+        arrays = []
+        for name, x, extent in zip(stage.inputs, inputs, bound.program.extents, strict=True):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{type(self).__name__}: {name} is a {type(x).__name__}; wanted a "
+                                "float32 tensor")  # fmt: skip
+            sizes = ", ".join("any" if n is None else str(n) for n in extent)
+            x = accept(f"{type(self).__name__}: {name}", x, f"({sizes})", x.dim() == len(extent))
+            if x.device.type != "cpu":
+                raise ValueError(f"{type(self).__name__}: {name} is on {x.device}, wanted the CPU")
+            arrays.append(as_array(x))
+        return [torch.from_numpy(y) for y in bound(*arrays)]
+
+    def _evaluate(self, stage: Stage, inputs: list[Any], batch: int) -> Any:
+        name = stage.outputs[0]
+        module = self._modules.get(name)
+        tensors: dict[str, Tensor] = {} if module is None else dict(module._buffers)  # type: ignore[arg-type]
+        node = Node(name, stage.op, attrs=dict(stage.attrs), tensors=tensors)
+        return evaluate(node, inputs, batch)
+
+    def extra_repr(self) -> str:
+        steps = sum(len(p.steps) for p in self.programs)
+        floats = sum(stage.program < 0 for stage in self.layout.stages)
+        return f"{len(self.layout.programs)} integer program(s) of {steps} steps, {floats} float operators"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ready": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items()})
+        return twin
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            result: Tensor = fn(tensor)
+            if result.device.type != "cpu":
+                raise RuntimeError(
+                    f"{type(self).__name__}: cannot move to {result.device}, the int8 kernels run "
+                    "on the CPU"
+                )
+            return result if result.dtype == tensor.dtype else tensor
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def assemble(
+    stages: Sequence[Stage],
+    programs: Sequence[Program],
+    float_tensors: Mapping[str, Tensor],
+    inputs: Sequence[str | None],
+    constants: Mapping[str, Any],
+    outputs: Sequence[Any],
+    specs: tuple[Any, Any],
+    names: Sequence[str],
+) -> QuantizedModel:
+    """A network from its parts; float_tensors are called "node.name"."""
+    tensors = dict(float_tensors)
+
+    def keep(name: str, array: Any) -> str:
+        tensors[name] = torch.from_numpy(array.copy())
+        return name
+
+    layout = Layout(
+        tuple(stages),
+        tuple(encode_program(program, keep) for program in programs),
+        tuple(inputs),
+        constants,
+        tuple(outputs),
+        (pytree.treespec_dumps(specs[0]), pytree.treespec_dumps(specs[1])),
+        tuple(names),
+    )
+    return QuantizedModel(layout, tensors)
+
+
+# How torch's own kinds of values are written in a file; all others are encode.py's.
+NAMED: dict[str, dict[str, Any]] = {
+    "dtype": {str(v).removeprefix("torch."): v for v in (
+        torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool, torch.uint8,
+        torch.int8, torch.int16, torch.int32, torch.int64)},
+    "layout": {"strided": torch.strided},
+    "memory_format": {str(v).removeprefix("torch."): v for v in (
+        torch.contiguous_format, torch.channels_last, torch.preserve_format)},
+    "device": {"cpu": torch.device("cpu")},
+}  # fmt: skip
+
+
+def encode_layout(layout: Layout) -> dict[str, Any]:
+    """A layout as JSON; TypeError for an operator's argument that has no form there."""
+    stages = [
+        {
+            "op": stage.op,
+            "inputs": list(stage.inputs),
+            "outputs": list(stage.outputs),
+            "attrs": {k: _encode(v) for k, v in stage.attrs.items() if k not in NOTES},
+            "program": stage.program,
+        }
+        for stage in layout.stages
+    ]
+    return {
+        "stages": stages,
+        "programs": list(layout.programs),
+        "inputs": list(layout.inputs),
+        "constants": {k: _encode(v) for k, v in layout.constants.items()},
+        "outputs": [out if isinstance(out, str) else [_encode(out[1])] for out in layout.outputs],
+        "specs": list(layout.specs),
+        "names": list(layout.names),
+    }
+
+
+def decode_layout(given: Any) -> Layout:
+    """The layout again; ValueError for what `encode_layout` does not write."""
+    try:
+        stages = tuple(
+            Stage(
+                s["op"],
+                tuple(s["inputs"]),
+                tuple(s["outputs"]),
+                {k: _decode(v) for k, v in s["attrs"].items()},
+                s["program"],
+            )
+            for s in given["stages"]
+        )
+        layout = Layout(
+            stages,
+            tuple(given["programs"]),
+            tuple(given["inputs"]),
+            {k: _decode(v) for k, v in given["constants"].items()},
+            tuple(
+                out if isinstance(out, str) else ("constant", _decode(out[0]))
+                for out in given["outputs"]
+            ),
+            (given["specs"][0], given["specs"][1]),
+            tuple(given["names"]),
+        )
+        _check(layout)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"a layout is not in order: {type(error).__name__}: {error}") from error
+    return layout
+
+
+NOTES = ("folded",)  # of a graph, not needed to run it
+
+
+def _encode(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, list | tuple):
+        return {type(value).__name__: [_encode(v) for v in value]}
+    if isinstance(value, dict):
+        return {"dict": {str(k): _encode(v) for k, v in value.items()}}
+    if isinstance(value, Ref):
+        return {"ref": value.index}
+    if isinstance(value, Batch):
+        return {"batch": value.factor}
+    for kind, names in NAMED.items():
+        for name, known in names.items():
+            if type(value) is type(known) and value == known:
+                return {kind: name}
+    raise TypeError(f"an operator takes {value!r:.80}, which has no form in a file")
+
+
+def _decode(given: Any) -> Any:
+    if not isinstance(given, dict):
+        if isinstance(given, list):
+            raise ValueError(f"wanted an object, got {given!r:.80}")
+        return given
+    ((kind, content),) = given.items()
+    match kind:
+        case "float" if content in ("inf", "-inf", "nan"):
+            return float(content)
+        case "list" | "tuple":
+            values = [_decode(v) for v in content]
+            return values if kind == "list" else tuple(values)
+        case "dict":
+            return {k: _decode(v) for k, v in content.items()}
+        case "ref" if type(content) is int and content >= 0:
+            return Ref(content)
+        case "batch" if type(content) is int:
+            return Batch(content)
+        case _ if content in NAMED.get(kind, {}):
+            return NAMED[kind][content]
+    raise ValueError(f"{given!r:.80} is no value of an operator")
+
+
+def _check(layout: Layout) -> None:
+    """ValueError unless each stage takes what is there and names an operator that may run."""
+    known = {name for name in layout.inputs if name is not None}
+    texts = [*layout.specs, *layout.names, *known]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("names and specs are strings")
+    for stage in layout.stages:
+        if not all(isinstance(name, str) for name in (*stage.inputs, *stage.outputs)):
+            raise ValueError(f"{stage!r:.80}: names are strings")
+        if missing := [name for name in stage.inputs if name not in known]:
+            raise ValueError(f"{stage.outputs} takes {missing}, which no stage before it makes")
+        known.update(stage.outputs)
+        if stage.op == "program":
+            programs = layout.programs
+            if type(stage.program) is not int or not 0 <= stage.program < len(programs):
+                raise ValueError(f"there is no program {stage.program!r}")
+            taken, made = programs[stage.program]["inputs"], programs[stage.program]["outputs"]
+            if len(taken) != len(stage.inputs) or len(made) != len(stage.outputs):
+                raise ValueError(f"{stage.outputs}: another number of inputs or outputs")
+        elif stage.op == "aten":
+            check_target(stage.attrs["target"])
+        elif stage.op == "pointwise":
+            for target, _, _ in stage.attrs["calls"]:
+                check_target(target)
+        elif stage.op not in OPERATIONS and stage.op != "constant":
+            raise ValueError(f"{stage.op!r} is no operation")
+        if stage.op != "program" and (stage.program != -1 or len(stage.outputs) != 1):
+            raise ValueError(f"{stage.outputs}: a float operator has one output")
+    wanted = [out for out in layout.outputs if isinstance(out, str)]
+    if missing := [name for name in wanted if name not in known]:
+        raise ValueError(f"no stage makes the outputs {missing}")
