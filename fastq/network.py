@@ -205,6 +205,23 @@ def finish(prepared: Prepared, model: nn.Module, *, strict: bool = False) -> Qua
             "quantize_model: strict=True, and layers stay float; name them in skip= to accept "
             f"that\n{report}"
         )
+    return build(prepared, forward_names(model), report)
+
+
+def forward_names(model: nn.Module) -> list[str]:
+    """The parameters of its forward that may be given by position."""
+    return [
+        p.name
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+
+
+def build(prepared: Prepared, names: Sequence[str], report: QuantizationSummary) -> QuantizedModel:
+    """The integer network with the ranges and weights that `prepared` has.
+
+    names  of the parameters of the float network's forward.
+    """
     captured, graph = prepared.captured, prepared.graph
     tensors: dict[str, Tensor] = {}
     stages = []
@@ -223,11 +240,6 @@ def finish(prepared: Prepared, model: nn.Module, *, strict: bool = False) -> Qua
     constants = {
         str(i): leaf for i, leaf in enumerate(captured.arguments) if not isinstance(leaf, Node)
     }
-    names = [
-        p.name
-        for p in inspect.signature(model.forward).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
     network = assemble(
         stages, prepared.programs(), tensors, inputs, constants, outputs,
         (captured.in_spec, captured.out_spec), names,

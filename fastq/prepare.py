@@ -89,10 +89,8 @@ class Prepared:
             if observer is None or not observer.count:
                 raise ValueError(f"{node.name}: no finite value was seen of it")
             found = observer.qparams()
-            if stands in self.ranges.symmetric:  # int8 by another name: b - 128
-                scale, zero_point = float(found.scale), int(found.zero_point)
-                peak = scale * max(zero_point, 255 - zero_point)
-                found = QParams(np.float32(peak / 127), np.int32(128))
+            if stands in self.ranges.symmetric:
+                found = symmetric(found)
             self._qparams[stands] = found
         return found
 
@@ -154,6 +152,13 @@ class Prepared:
         data, scale = self.weight(node)
         real = torch.from_numpy(data * scale.reshape(-1, *[1] * (data.ndim - 1)))
         return {**node.tensors, "weight": inputs_first(node, real)}
+
+
+def symmetric(qparams: QParams) -> QParams:
+    """The range of qparams with zero_point 128: int8 by another name."""
+    scale, zero_point = float(qparams.scale), int(qparams.zero_point)
+    peak = scale * max(zero_point, 255 - zero_point)
+    return QParams(np.float32(peak / 127), np.int32(128))
 
 
 def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:

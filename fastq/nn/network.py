@@ -106,16 +106,13 @@ class QuantizedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the float network returned for these arguments, in int8's precision."""
         layout = self.layout
-        leaves = self._leaves(args, kwargs)
+        leaves = leaves_of(self, args, kwargs, self.in_spec, layout.inputs, layout.names)
         values: dict[str, Any] = {}
         for i, (name, leaf) in enumerate(zip(layout.inputs, leaves, strict=True)):
             if name is not None:
                 values[name] = leaf
-            elif leaf != layout.constants[str(i)]:
-                raise ValueError(
-                    f"{type(self).__name__}: argument number {i} is {leaf!r}; the network was "
-                    f"captured with {layout.constants[str(i)]!r}, which is part of it now"
-                )
+            else:
+                check_constant(self, i, leaf, layout.constants[str(i)])
         batch = next((len(x) for x in leaves if isinstance(x, Tensor) and x.dim()), 1)
         bound = self._bound()
         for stage in layout.stages:
@@ -128,37 +125,11 @@ class QuantizedModel(nn.Module):
         outputs = [values[out] if isinstance(out, str) else out[1] for out in layout.outputs]
         return pytree.tree_unflatten(outputs, self.out_spec)
 
-    def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if spec == self.in_spec:
-            return leaves
-        wanted_args, wanted_kwargs = pytree.tree_unflatten(list(self.layout.inputs), self.in_spec)
-        names = self.layout.names
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        try:  # the same arguments, by position instead of by name or the other way round
-            moved = tuple(given.pop(names[i]) for i in range(len(wanted_args)))
-            leaves, spec = pytree.tree_flatten((moved, {k: given.pop(k) for k in wanted_kwargs}))
-        except (KeyError, IndexError):
-            spec = None
-        if spec != self.in_spec or any(v is not None for v in given.values()):
-            shown = [*map(str, names[: len(wanted_args)]), *(f"{k}=" for k in wanted_kwargs)]
-            raise TypeError(
-                f"{type(self).__name__}: got {len(args)} arguments and {sorted(kwargs)}; wanted "
-                f"({', '.join(shown)}), as in the calibration data"
-            )
-        return leaves
-
     def _run(self, bound: BoundProgram, stage: Stage, inputs: list[Any]) -> list[Tensor]:
-        arrays = []
-        for name, x, extent in zip(stage.inputs, inputs, bound.program.extents, strict=True):
-            if not isinstance(x, Tensor):
-                raise TypeError(f"{type(self).__name__}: {name} is a {type(x).__name__}; wanted a "
-                                "float32 tensor")  # fmt: skip
-            sizes = ", ".join("any" if n is None else str(n) for n in extent)
-            x = accept(f"{type(self).__name__}: {name}", x, f"({sizes})", x.dim() == len(extent))
-            if x.device.type != "cpu":
-                raise ValueError(f"{type(self).__name__}: {name} is on {x.device}, wanted the CPU")
-            arrays.append(as_array(x))
+        arrays = [
+            as_input(f"{type(self).__name__}: {name}", x, extent)
+            for name, x, extent in zip(stage.inputs, inputs, bound.program.extents, strict=True)
+        ]
         return [torch.from_numpy(y) for y in bound(*arrays)]
 
     def _evaluate(self, stage: Stage, inputs: list[Any], batch: int) -> Any:
@@ -194,6 +165,57 @@ class QuantizedModel(nn.Module):
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def leaves_of(
+    network: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    spec: Any,
+    inputs: Sequence[Any],
+    names: Sequence[str],
+) -> list[Any]:
+    """The leaves of the arguments in the order of `spec`, which has one for each of `inputs`.
+
+    names  of the parameters of the float network's forward. TypeError for other arguments.
+    """
+    leaves, given_spec = pytree.tree_flatten((args, kwargs))
+    if given_spec == spec:
+        return leaves
+    wanted_args, wanted_kwargs = pytree.tree_unflatten(list(inputs), spec)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    try:  # the same arguments, by position instead of by name or the other way round
+        moved = tuple(given.pop(names[i]) for i in range(len(wanted_args)))
+        leaves, given_spec = pytree.tree_flatten((moved, {k: given.pop(k) for k in wanted_kwargs}))
+    except (KeyError, IndexError):
+        given_spec = None
+    if given_spec != spec or any(v is not None for v in given.values()):
+        shown = [*map(str, names[: len(wanted_args)]), *(f"{k}=" for k in wanted_kwargs)]
+        raise TypeError(
+            f"{type(network).__name__}: got {len(args)} arguments and {sorted(kwargs)}; wanted "
+            f"({', '.join(shown)}), as in the calibration data"
+        )
+    return leaves
+
+
+def as_input(name: str, x: Any, extent: Sequence[int | None]) -> Any:
+    """The array that a program takes; TypeError or ValueError for what it does not."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; wanted a float32 tensor")
+    sizes = ", ".join("any" if n is None else str(n) for n in extent)
+    x = accept(name, x, f"({sizes})", x.dim() == len(extent))
+    if x.device.type != "cpu":
+        raise ValueError(f"{name} is on {x.device}, wanted the CPU")
+    return as_array(x)
+
+
+def check_constant(network: nn.Module, number: int, leaf: Any, wanted: Any) -> None:
+    """ValueError unless an argument that is no tensor is the one that the network was made with."""
+    if leaf != wanted:
+        raise ValueError(
+            f"{type(network).__name__}: argument number {number} is {leaf!r}; the network was "
+            f"captured with {wanted!r}, which is part of it now"
+        )
 
 
 def assemble(
@@ -291,7 +313,7 @@ def decode_layout(given: Any) -> Layout:
     return layout
 
 
-NOTES = ("folded",)  # of a graph, not needed to run it
+NOTES = ("folded", "norm")  # of a graph, not needed to run it
 
 
 def _encode(value: Any) -> Any:
