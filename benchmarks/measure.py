@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import fastq
-from benchmarks import peak
 from benchmarks.peers import check, peers_of, problem_of
 from benchmarks.shapes import WHOLE, Shape
-from fastq.kernels import isa
+from fastq.kernels import isa, peak
 
 ROUNDS = 5
 FASTQ = "fastq"  # the row whose ratio is ours; its other rows start with this too
@@ -134,12 +133,19 @@ def interleave(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, 
     """Seconds of each call: each gets `seconds` in all, in ROUNDS turns.
 
     A turn starts untimed, until the caches are this one's and the previous one's threads have
-    stopped spinning.
+    stopped spinning. A call that takes ten times as long as that is timed once, before all turns.
     """
     clock = time.perf_counter
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    samples: dict[str, list[float]] = {}
+    for name, run in runs.items():
+        start = clock()
+        run()
+        once = clock() - start
+        samples[name] = [once] if once > 10 * seconds else []
+    turns = [name for name in runs if not samples[name]]
     for _ in range(ROUNDS):
-        for name, run in runs.items():
+        for name in turns:
+            run = runs[name]
             end = clock() + 0.2 * seconds / ROUNDS
             run()
             while clock() < end:
@@ -202,6 +208,46 @@ def hold_to_limits(rows: Iterable[Row]) -> None:
         row.peak_gops = peak.compute_peak(row.threads)
         row.limit = 1e6 * peak.limit_seconds(row.macs, row.bytes, row.threads)
         row.share = row.limit / row.median
+
+
+@dataclass
+class Summary:
+    """fastq over the best peer of each shape in a suite; `worst` has the lowest ratios."""
+
+    suite: str
+    mean: float
+    slower: int
+    shapes: int
+    worst: list[Row]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.suite}: {self.mean:.2f}x the best peer of each shape, geometric mean; "
+            f"{self.slower} of {self.shapes} shapes slower. The lowest:"
+        )
+
+
+def first_of_ours(rows: Iterable[Row]) -> list[Row]:
+    """One row for each suite and shape that has a peer: of several of ours, the first."""
+    first: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        if row.ours and row.ratio == row.ratio:
+            first.setdefault((row.suite, row.shape), row)
+    return list(first.values())
+
+
+def summaries(rows: Iterable[Row], worst: int = 5) -> list[Summary]:
+    """One for each suite."""
+    suites: dict[str, list[Row]] = defaultdict(list)
+    for row in first_of_ours(rows):
+        suites[row.suite].append(row)
+    found = []
+    for suite, ours in suites.items():
+        mean = statistics.geometric_mean(row.ratio for row in ours)
+        slower = sum(row.ratio < 1 for row in ours)
+        ours.sort(key=lambda row: row.ratio)
+        found.append(Summary(suite, mean, slower, len(ours), ours[:worst]))
+    return found
 
 
 def network_sums(rows: Iterable[Row]) -> dict[str, dict[str, tuple[float, float]]]:

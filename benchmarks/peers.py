@@ -66,6 +66,10 @@ class Problem:
 
     @functools.cached_property
     def packed(self) -> Any:
+        return self.pack()
+
+    def pack(self) -> Any:
+        """The weight as a new object, whose panels are packed at its first use."""
         s = self.shape
         if isinstance(s, Gemm):
             return LinearWeight(self.weight)

@@ -1,45 +1,40 @@
-"""A picture of a run: each peer under the roofline, and fastq over the best peer of each shape."""
+"""A picture of a run: how near the limit each shape comes, and fastq over the best peer of each."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.ticker import ScalarFormatter
 
-from benchmarks.measure import Row
+from benchmarks.measure import Row, first_of_ours, summaries
 
 matplotlib.use("Agg")  # a file, no window
+
+NAMED = 60  # shapes: so many have a bar with their name, more are a curve for each suite
+OURS, PEER = "#0b6e4f", "#b0b7bf"
 
 
 def draw(rows: list[Row], path: Path) -> None:
     """Write the picture; the suffix of `path` is its format (png, svg, pdf)."""
     done = [row for row in rows if not row.failed]
-    figure, (roof, bars) = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
-    by_peer: dict[str, list[Row]] = defaultdict(list)
-    for row in done:
-        by_peer[row.peer].append(row)
-    for peer, points in by_peer.items():
-        intensity = [2 * row.macs / row.bytes for row in points]
-        style = {"s": 40, "zorder": 3} if points[0].ours else {"s": 14, "alpha": 0.6}
-        roof.scatter(intensity, [row.gops for row in points], label=peer, **style)
-    roof.axhline(done[0].peak_gops, color="black", linewidth=1)
-    roof.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GOP/s")
-    roof.set_title(f"the line: dot products on registers, {done[0].peak_gops:.0f} GOP/s")
-    roof.legend(fontsize=7)
-
-    ours = sorted((r for r in done if r.peer == "fastq" and r.ratio == r.ratio), key=_ratio)
-    at = np.arange(len(ours))
-    bars.barh(at, [row.ratio for row in ours])
-    bars.axvline(1, color="black", linewidth=1)
-    bars.set_yticks(at, [row.shape for row in ours], fontsize=max(3, 9 - len(ours) // 20))
-    bars.set_title("fastq over the best peer of each shape (right of the line: faster)")
-    first = done[0]
+    ours = sorted(first_of_ours(done), key=lambda row: row.ratio)
+    size = (14, 6.5 if len(ours) > NAMED else max(5, 2 + 0.19 * len(ours)))
+    figure, (share, ratio) = plt.subplots(1, 2, figsize=size, layout="constrained")
+    _shares(share, done, ours)
+    if len(ours) > NAMED:
+        _curves(ratio, ours)
+    else:
+        _bars(ratio, ours)
+    for axes in share, ratio:
+        axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        f"{first.cpu}, {first.isa}, {first.threads} thread(s), commit {first.commit}\n"
-        f"{first.versions}",
+        f"{done[0].cpu}, {done[0].isa}, {done[0].threads} thread(s), commit {done[0].commit}\n"
+        f"{done[0].versions}",
         fontsize=9,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,5 +42,71 @@ def draw(rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def _ratio(row: Row) -> float:
-    return row.ratio
+def _shares(axes: Any, done: list[Row], ours: list[Row]) -> None:
+    """Each shape by its work: fastq, and the fastest peer that it is compared with."""
+    best: dict[str, Row] = {}
+    for row in done:
+        if not row.ours and (row.shape not in best or row.median < best[row.shape].median):
+            best[row.shape] = row
+    pairs = [(row, best.get(row.shape)) for row in ours if row.macs]
+    for row, peer in pairs:
+        if peer:
+            axes.plot([row.macs] * 2, [row.share, peer.share], color=PEER, linewidth=0.7, zorder=1)
+    peers = [peer for _, peer in pairs if peer]
+    axes.scatter([p.macs for p in peers], [p.share for p in peers], s=16, color=PEER,
+                 label="fastest peer", zorder=2)  # fmt: skip
+    axes.scatter([r.macs for r, _ in pairs], [r.share for r, _ in pairs], s=22, color=OURS,
+                 label="fastq", zorder=3)  # fmt: skip
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", ylim=(0, None), xlabel="multiply-adds of the shape")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    axes.set_title(
+        f"share of the roofline: {done[0].peak_gops:.0f} GOP/s of exact dot products, or memory",
+        fontsize=10,
+    )
+    axes.legend(frameon=False, loc="upper left", fontsize=9)
+
+
+def _ratio_axis(axis: Any) -> None:
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(
+        lambda value, _: f"{value:g}" if value in (0.2, 0.3, 0.5, 2, 3, 5) else ""
+    )
+
+
+def _bars(axes: Any, ours: list[Row]) -> None:
+    at = np.arange(len(ours))
+    colors = [OURS if row.ratio >= 1 else "#c8553d" for row in ours]
+    axes.barh(at, [row.ratio - 1 for row in ours], left=1, color=colors, height=0.7)
+    axes.set_yticks(at, [row.shape for row in ours], fontsize=7)
+    for y, row in zip(at, ours, strict=True):
+        text = f" {row.ratio:.2f} "
+        align = "left" if row.ratio >= 1 else "right"
+        axes.text(row.ratio, y, text, fontsize=6.5, va="center", ha=align)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", ylim=(-0.7, len(ours) - 0.3))
+    axes.margins(x=0.12)
+    _ratio_axis(axes.xaxis)
+    axes.set_title("times as fast as the fastest peer of each shape", fontsize=10)
+
+
+def _curves(axes: Any, ours: list[Row]) -> None:
+    """Of each suite the sorted ratios, over the share of its shapes; the lowest by name."""
+    by_suite: dict[str, list[Row]] = defaultdict(list)
+    for row in ours:
+        by_suite[row.suite].append(row)
+    means = {summary.suite: summary for summary in summaries(ours)}
+    for suite, rows in by_suite.items():
+        mean = means[suite]
+        label = f"{suite}: {mean.mean:.2f}x in the mean, {mean.slower} of {mean.shapes} slower"
+        at = (np.arange(len(rows)) + 0.5) / len(rows)
+        axes.plot(at, [row.ratio for row in rows], marker=".", linewidth=1, label=label)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(yscale="log", xlabel="share of the suite's shapes, slowest first")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    _ratio_axis(axes.yaxis)
+    lowest = "\n".join(f"{row.ratio:.2f}  {row.shape}" for row in ours[:8])
+    axes.text(0.62, 0.02, f"the lowest\n{lowest}", transform=axes.transAxes, fontsize=7.5,
+              ha="left", va="bottom", family="monospace")  # fmt: skip
+    axes.set_title("times as fast as the fastest peer of each shape", fontsize=10)
+    axes.legend(frameon=False, loc="upper left", fontsize=9)

@@ -1,8 +1,7 @@
-"""`python -m benchmarks.run`: fastq beside its peers, on other people's shapes."""
+"""`fastq bench --kernels` or `python -m benchmarks.run`: fastq's kernels beside their peers."""
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from pathlib import Path
@@ -20,17 +19,20 @@ SUITES: dict[str, tuple[shapes.Shape, ...]] = {
     "gemm": shapes.GEMM,
     "conv": shapes.CONV,
     "depthwise": shapes.DEPTHWISE,
+    "awkward": shapes.AWKWARD_CONV,
     "elementwise": shapes.ELEMENTWISE,
     "modules": shapes.MODULES,
     # every layer of a network, with the counts that the sums need
     **shapes.WHOLE,
 }
+EVERYTHING = ("gemm", "conv", "depthwise", "elementwise", "modules")
 
 
 @click.command()
 @click.option(
-    "--suite", type=click.Choice(list(SUITES)), default="goals", show_default=True,
-    help="Which shapes. The name of a network runs its layers and sums them.",
+    "--suite", "suites", type=click.Choice([*SUITES, "all"]), multiple=True, default=["goals"],
+    show_default=True, help="Which shapes, repeatable. The name of a network runs its layers and "
+    "sums them; all is every shape of the table.",
 )  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--filter", "pattern", default="", help="Regular expression on the shape's name.")
@@ -40,7 +42,7 @@ SUITES: dict[str, tuple[shapes.Shape, ...]] = {
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write the rows here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a picture here.")
 def bench(
-    suite: str,
+    suites: tuple[str, ...],
     threads: int,
     pattern: str,
     peer_pattern: str,
@@ -52,19 +54,23 @@ def bench(
 
     Exits with 1 if an answer of fastq was wrong.
     """
-    chosen = [s for s in SUITES[suite] if re.search(pattern, s.name)]
+    if "all" in suites:
+        suites = EVERYTHING
+    chosen = [(n, s) for n in suites for s in SUITES[n] if re.search(pattern, s.name)]
     if not chosen:
-        raise click.BadParameter(f"no shape of {suite} matches {pattern!r}", param_hint="--filter")
+        names = ", ".join(suites)
+        raise click.BadParameter(f"no shape of {names} matches {pattern!r}", param_hint="--filter")
     # OpenMP and MKL read these when torch is imported, so all other imports come after
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
-    from benchmarks import goals, peak
+    from benchmarks import goals
     from benchmarks.measure import hold_to_limits, machine, measure, use_threads, write_csv
+    from fastq.kernels import peak
 
     click.echo("\n".join(f"{key:9} {value}" for key, value in machine().items()))
     click.echo(f"threads   {threads}\n{peak.report(threads)}")
     rows: list[Row] = []
     with use_threads(threads):
-        for shape in chosen:
+        for suite, shape in chosen:
             new = measure(
                 shape, suite, threads, seconds, lambda name: bool(re.search(peer_pattern, name))
             )
@@ -76,11 +82,11 @@ def bench(
             if csv_path:
                 write_csv(rows, csv_path)  # after each shape: a long run that stops keeps its rows
         _print_summary(rows)
-        if suite == "goals" and not (pattern or peer_pattern):
+        if "goals" in suites and not (pattern or peer_pattern):
             click.echo()
             for goal in goals.kernel_goals(rows) + goals.call_goals(seconds):
                 click.echo(goal)
-    if suite == "goals" and not (pattern or peer_pattern):
+    if "goals" in suites and not (pattern or peer_pattern):
         for goal in goals.process_goals():
             click.echo(goal)
     if plot:
@@ -108,17 +114,13 @@ def _print_shape(rows: list[Row]) -> None:
 
 
 def _print_summary(rows: list[Row]) -> None:
-    """Ratios to the best peer over all shapes, and the sums over each network."""
-    ours = [r for r in rows if r.peer == "fastq" and r.ratio == r.ratio]
-    if len(ours) > 1:
-        mean = math.exp(sum(math.log(r.ratio) for r in ours) / len(ours))
-        slower = sum(r.ratio < 1 for r in ours)
-        click.echo(f"\nfastq over the best peer of each shape: geometric mean {mean:.2f}x,")
-        click.echo(f"{slower} of {len(ours)} shapes slower; the five lowest:")
-        for row in sorted(ours, key=lambda r: r.ratio)[:5]:
-            click.echo(f"  {row.ratio:5.2f}x  {100 * row.share:4.0f} %  {row.shape}")
-    from benchmarks.measure import network_sums
+    """Ratios to the best peer in each suite, and the sums over each network."""
+    from benchmarks.measure import network_sums, summaries
 
+    for suite in summaries(rows):
+        click.echo(f"\n{suite}")
+        for row in suite.worst:
+            click.echo(f"  {row.ratio:5.2f}x  {100 * row.share:4.0f} %  {row.shape}")
     for network, sums in network_sums(rows).items():
         click.echo(f"\n{network}, sum over its layers")
         for peer, (milliseconds, gops) in sorted(sums.items(), key=lambda item: item[1]):

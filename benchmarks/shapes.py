@@ -383,6 +383,8 @@ AWKWARD_CONV = (
     conv("awkward", 27, 29, 33, 33, 3, groups=33),
     conv("awkward", 56, 56, 128, 128, 3, groups=32),
     conv("awkward", 56, 56, 256, 256, 3, 2, groups=32),
+    conv("awkward", 14, 14, 512, 512, 3, groups=32),
+    conv("awkward", 7, 7, 1024, 1024, 3, groups=32),
     conv("awkward", 57, 57, 64, 64, 3, 2),
     conv("awkward", 75, 103, 32, 48, 3, 2),
     conv("awkward", 57, 57, 96, 96, 3, 2, groups=96),
@@ -394,6 +396,9 @@ AWKWARD_CONV = (
     conv("awkward", 32, 32, 3, 6, 5, padding=0),
     conv("awkward", 14, 14, 6, 16, 5, padding=0),
     conv("awkward", 28, 28, 1, 32, 3),
+    conv("awkward", 224, 224, 3, 96, 4, 4, 0),  # ConvNeXt's patches, and a vision transformer's
+    conv("awkward", 224, 224, 3, 768, 16, 16, 0),
+    conv("awkward", 29, 31, 48, 48, 2, 2, 0),
     conv("awkward", 20, 20, 37, 41, 3),
     conv("awkward", 17, 17, 128, 128, (1, 7)),
 )
@@ -450,9 +455,14 @@ FBGEMM = tuple(
     )
 )  # fmt: skip
 
+# the last layers of the networks above: of ResNet-18 and -50, MobileNetV1 and V2, VGG-16
+CLASSIFIERS = tuple(
+    gemm("classifier", 1, n, k)
+    for n, k in ((1000, 512), (1000, 2048), (1000, 1024), (1000, 1280), (4096, 25088), (1000, 4096))
+)
+
 AWKWARD_GEMM = (
     gemm("awkward", 1, 768, 768),
-    gemm("awkward", 1, 1000, 2048),
     gemm("awkward", 1, 10, 84),
     *(gemm("awkward", m, 768, 768) for m in range(2, 18)),
     *(gemm("awkward", 256, 256, k) for k in range(1, 9)),
@@ -483,6 +493,7 @@ GEMM: tuple[Gemm, ...] = _distinct(
     [
         *GOAL_GEMM,
         *(row for rows in TRANSFORMERS.values() for row in rows),
+        *CLASSIFIERS,
         *FBGEMM,
         *AWKWARD_GEMM,
     ]

@@ -7,6 +7,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fastq.explanation import explain
+from fastq.kernels.warmup import warmup
 from fastq.observer import (
     EntropyObserver,
     HistogramObserver,
@@ -70,6 +72,7 @@ __all__ = [
     "conv2d_float",
     "dequantize",
     "dynamic_qparams",
+    "explain",
     "get_num_threads",
     "linear",
     "linear_float",
@@ -83,6 +86,7 @@ __all__ = [
     "save",
     "set_num_threads",
     "summary",
+    "warmup",
 ]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import click
@@ -45,3 +48,43 @@ def demo(network: str, output: Path | None) -> None:
     comparison = compare(task, path)
     click.echo(f"int8 parameters: {path}")
     Console().print(table(comparison))
+
+
+@cli.command(
+    context_settings={"ignore_unknown_options": True}, add_help_option=False, no_args_is_help=True
+)
+@click.option("--kernels", "what", flag_value="kernels", help="Kernels, other people's shapes.")
+@click.option("--tiles", "what", flag_value="tiles", help="How good the choice of a tile is.")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="...")
+@click.pass_context
+@extra("bench")
+def bench(context: click.Context, what: str | None, options: tuple[str, ...]) -> None:
+    """Time fastq beside other libraries, in a clone of the repository.
+
+    `fastq bench --kernels --help` lists the options that may follow.
+    """
+    if what is None:
+        raise click.UsageError("what to time comes first: fastq bench --kernels ...")
+    root = Path(fastq.__file__).parents[1]
+    if not (root / "pyproject.toml").is_file() or not (root / "benchmarks").is_dir():
+        sys.exit(
+            "fastq: the benchmarks are not installed with the package; in a clone of its "
+            'repository, pip install -e ".[bench]" and run this again'
+        )
+    sys.path.insert(0, str(root))
+    module = import_module({"kernels": "benchmarks.run", "tiles": "benchmarks.tiles"}[what])
+    module.bench.main(args=list(options), prog_name=f"{context.command_path} --{what}")
+
+
+@cli.command()
+@click.option("--network", help="Only what such networks use: bert, resnet50 or mobilenet.")
+@click.option("--isa", help="Another instruction set than the fastest, as FASTQ_ISA names it.")
+def warmup(network: str | None, isa: str | None) -> None:
+    """Compile the kernels now, into the disk cache, not at their first use."""
+    from tqdm import tqdm
+
+    try:
+        done = fastq.warmup(network, isa=isa, progress=partial(tqdm, unit="kernel"))
+    except (ValueError, RuntimeError) as error:
+        raise click.UsageError(str(error)) from error
+    click.echo(done)

@@ -16,7 +16,8 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastq.kernels import elementwise as ew
 from fastq.kernels import histogram as hg
-from fastq.kernels import isa, pointwise, windows
+from fastq.kernels import isa, norms, pointwise, windows
+from fastq.kernels import matmul as products
 from fastq.kernels.call import SLACK, At, Call, Calls, View, address_of
 from fastq.kernels.executor import get_num_threads, set_num_threads
 from fastq.kernels.layers import (
@@ -33,12 +34,15 @@ from fastq.kernels.layers import (
 from fastq.kernels.tiles import BYTES_PER_NANOSECOND
 from fastq.qparams import (
     HISTOGRAM_KEYS,
+    MAX_FEATURES,
+    MAX_K,
     Dequant,
     Epilogue,
     QParams,
     Requant,
     check_scale,
     check_zero_point,
+    limits,
     quantized_dtype,
 )
 from fastq.weights import Conv2dWeight, LinearWeight
@@ -55,13 +59,16 @@ __all__ = [
     "dynamic_qparams",
     "get_num_threads",
     "histogram",
+    "layer_norm",
     "linear",
     "linear_float",
+    "matmul",
     "max_pool2d",
     "mul",
     "quantize",
     "requantize",
     "set_num_threads",
+    "softmax",
     "table",
     "upsample_bilinear2d",
     "upsample_nearest2d",
@@ -121,10 +128,9 @@ def quantize(
                 "quantize: a quantize_factor has no zero_point; "
                 "scale=1/quantize_factor with zero_point= is the affine form"
             )
-    limits = np.iinfo(kind)
     zeros = check_zero_point("quantize: zero_point", zero_point, kind)
     return _elementwise("quantize", operation, real, kind, steps, zeros, axis,
-                        int(limits.min), int(limits.max), out)  # fmt: skip
+                        *limits(kind), out)  # fmt: skip
 
 
 def dequantize(
@@ -177,13 +183,13 @@ def requantize(
     if integers.dtype != np.int32:
         raise TypeError(f"requantize: acc {integers.shape} {integers.dtype}; wanted int32")
     kind = quantized_dtype(dtype)
-    limits = np.iinfo(kind)
-    low = limits.min if qmin is None else qmin
-    high = limits.max if qmax is None else qmax
-    if not limits.min <= low <= high <= limits.max:
+    least, most = limits(kind)
+    low = least if qmin is None else qmin
+    high = most if qmax is None else qmax
+    if not least <= low <= high <= most:
         raise ValueError(
-            f"requantize: qmin={qmin}, qmax={qmax}; wanted {limits.min} <= qmin <= qmax "
-            f"<= {limits.max} for {kind}"
+            f"requantize: qmin={qmin}, qmax={qmax}; wanted {least} <= qmin <= qmax "
+            f"<= {most} for {kind}"
         )
     steps = check_scale("requantize: multiplier", multiplier)
     zeros = check_zero_point("requantize: zero_point", zero_point, kind)
@@ -236,8 +242,8 @@ def _elementwise(
         return result
     source = np.require(x, requirements=["C", "A"])
     # copies: `out` may lie over the caller's
-    scales = np.array(np.broadcast_to(scale, (params,)), np.float32)
-    zeros = np.array(np.broadcast_to(zero_point, (params,)), np.int32)
+    scales = np.full(params, scale, np.float32)
+    zeros = np.full(params, zero_point, np.int32)
     key = (operation, _KIND[source.dtype], _KIND[dtype], layout, rows, columns, params, qmin, qmax)
     places = (address_of(array) for array in (source, result, scales, zeros))
     _elementwise_calls.run(_elementwise_call, key, *places)
@@ -757,6 +763,119 @@ def upsample_bilinear2d(
     return _run(windows.upsample_bilinear2d_row, [x, result], bool(align_corners), factors)
 
 
+def softmax(
+    x: NDArray[np.uint8], scale: float, *, out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """softmax of scale * x over the last axis; the result has scale 1 / 255 and zero_point 0.
+
+    x uint8, any shape (..., N), N > 0; its zero point cancels. scale finite, > 0, float32. The sum
+    of the exponentials is exact, see reference.softmax. Raises TypeError and ValueError for other
+    dtypes, shapes or values.
+    """
+    x = _lines("softmax", x)
+    steps = check_scale("softmax: scale", scale)
+    if steps.ndim:
+        raise ValueError(f"softmax: scale {steps.shape}; wanted one number")
+    result = _output("softmax", out, x.shape, _UINT8, x)
+    return _run(norms.softmax_row, [x, result], float(steps))
+
+
+def layer_norm(
+    x: NDArray[np.uint8],
+    multiplier: ArrayLike,
+    shift: ArrayLike,
+    epsilon: float,
+    *,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = clip(rint((x - mean) / sqrt(var + epsilon) * multiplier + shift) + zero_point, ...).
+
+    Mean and variance, exact, over the last axis of x uint8 (..., N), 0 < N <= 2**19; x's zero point
+    cancels. With torch's eps, weight and bias: epsilon = eps / x_scale**2 > 0, multiplier =
+    weight / y_scale and shift = bias / y_scale, scalars or (N,) as in `affine`. The order of the
+    float operations is that of reference.layer_norm. Errors as in `affine`.
+    """
+    x = _lines("layer_norm", x)
+    if x.shape[-1] > MAX_FEATURES:
+        raise ValueError(f"layer_norm: x {x.shape}; exact up to {MAX_FEATURES} features")
+    columns = [
+        _factors(f"layer_norm: {name}", values, x)
+        for name, values in (("multiplier", multiplier), ("shift", shift))
+    ]
+    if not 0 < epsilon < np.inf:
+        raise ValueError(f"layer_norm: epsilon={epsilon!r}; wanted a finite number > 0")
+    clamp = _clamp("layer_norm", zero_point, qmin, qmax)
+    result = _output("layer_norm", out, x.shape, _UINT8, x)
+    return _run(_layer_norm_row, [x, result], *columns, float(epsilon), *clamp)
+
+
+def _layer_norm_row(
+    call: Call, x: View, out: View, multiplier: bytes, shift: bytes, *rest: Any
+) -> None:
+    scale, offset = (np.frombuffer(values, np.float32) for values in (multiplier, shift))
+    norms.layer_norm_row(call, x, out, scale, offset, *rest)
+
+
+def matmul(
+    a: NDArray[np.uint8],
+    b: NDArray[np.uint8],
+    multiplier: float,
+    *,
+    a_zero_point: int = 0,
+    transpose_b: bool = False,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = clip(rint(float32(acc) * multiplier) + zero_point, qmin, qmax) of two activations.
+
+    acc[..., m, n] = sum_k (a[..., m, k] - a_zero_point) * (b[..., k, n] - 128), exact in int32.
+
+    a     uint8 (..., M, K).
+    b     uint8 (..., K, N), or (..., N, K) with transpose_b; quantized symmetrically: its zero
+          point is 128. The leading axes of a and b broadcast. K up to MAX_K.
+
+    multiplier is a_scale * b_scale / y_scale. Other arguments and errors as in `add`.
+    """
+    left, right = _bytes("matmul: a", a), _bytes("matmul: b", b)
+    if left.ndim < 2 or right.ndim < 2 or left.shape[-1] != right.shape[-1 if transpose_b else -2]:
+        raise ValueError(
+            f"matmul: a {left.shape} and b {right.shape} with transpose_b={bool(transpose_b)}; "
+            "wanted (..., M, K) and (..., K, N), or (..., N, K) with transpose_b"
+        )
+    if left.shape[-1] > MAX_K:
+        raise ValueError(f"matmul: K={left.shape[-1]}; the sums are exact up to K={MAX_K}")
+    try:
+        leading = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    except ValueError:
+        raise ValueError(
+            f"matmul: leading axes of a {left.shape} and b {right.shape} do not broadcast"
+        ) from None
+    factor = _factor("matmul: multiplier", multiplier)
+    zero = _byte("matmul: a_zero_point", a_zero_point)
+    clamp = _clamp("matmul", zero_point, qmin, qmax)
+    shape = (*leading, left.shape[-2], right.shape[-2 if transpose_b else -1])
+    if out is not None:
+        _output("matmul", out, shape, _UINT8, left)
+    result = _output("matmul", out, shape, _UINT8, right)
+    if result.size == 0:
+        return result
+    target = result
+    if len(leading) > 2:  # then they must join
+        left, right = (
+            np.broadcast_to(x, (*leading, *x.shape[-2:])).reshape(-1, *x.shape[-2:])
+            for x in (left, right)
+        )
+        target = result.reshape(-1, *shape[-2:])
+    parameters = factor, zero, bool(transpose_b), *clamp
+    _run(products.matmul_array_row, [left, right, target], isa.current(), *parameters)
+    return result
+
+
 def _run(row: Callable[..., None], arrays: list[NDArray[Any]], *parameters: Any) -> NDArray[Any]:
     """Runs row(call, *views, *parameters) on arrays of which the last is the result."""
     result = arrays[-1]
@@ -866,7 +985,17 @@ def _bytes(what: str, x: Any) -> NDArray[np.uint8]:
     return x if not x.ndim or x.shape[-1] == 1 or x.strides[-1] == 1 else np.ascontiguousarray(x)
 
 
+def _lines(name: str, x: Any) -> NDArray[np.uint8]:
+    """x (..., N), N > 0."""
+    x = _bytes(f"{name}: x", x)
+    if not x.ndim or not x.shape[-1]:
+        raise ValueError(f"{name}: x {x.shape}; wanted (..., N) with N > 0")
+    return x
+
+
 def _byte(what: str, value: Any) -> int:
+    if type(value) is int and 0 <= value <= 255:
+        return value
     zero = check_zero_point(what, value, np.uint8)
     if zero.ndim:
         raise ValueError(f"{what} {zero.shape}; wanted one integer")
@@ -874,7 +1003,8 @@ def _byte(what: str, value: Any) -> int:
 
 
 def _factor(what: str, value: Any) -> float:
-    factors = np.asarray(value, np.float32)
+    with np.errstate(over="ignore"):
+        factors = np.asarray(value, np.float32)
     if factors.ndim or not abs(factors) <= MAX_FACTOR:
         raise ValueError(f"{what}={value!r}; wanted one finite number, magnitude up to 2**96")
     return float(factors)
@@ -882,7 +1012,8 @@ def _factor(what: str, value: Any) -> float:
 
 def _factors(what: str, values: ArrayLike, x: NDArray[Any]) -> bytes:
     """A scalar or one float32 for each of x's last axis."""
-    factors = np.asarray(values, np.float32)
+    with np.errstate(over="ignore"):
+        factors = np.asarray(values, np.float32)
     if factors.shape not in ((), x.shape[-1:]):
         raise ValueError(
             f"{what} {factors.shape} for x {x.shape}; wanted a scalar or one per channel"
@@ -965,11 +1096,14 @@ def _clamp(name: str, zero_point: Any, qmin: Any, qmax: Any) -> tuple[int, int, 
 
 
 def _broadcast_output(name: str, a: NDArray[Any], b: NDArray[Any], out: Any) -> NDArray[Any]:
-    try:
-        shape = np.broadcast_shapes(a.shape, b.shape)
-    except ValueError:
-        raise ValueError(f"{name}: a {a.shape} and b {b.shape} do not broadcast") from None
-    _output(name, out, shape, _UINT8, a)
+    shape = a.shape
+    if b.shape != shape:
+        try:
+            shape = np.broadcast_shapes(a.shape, b.shape)
+        except ValueError:
+            raise ValueError(f"{name}: a {a.shape} and b {b.shape} do not broadcast") from None
+    if out is not None:
+        _output(name, out, shape, _UINT8, a)
     return _output(name, out, shape, _UINT8, b)
 
 

@@ -33,16 +33,10 @@ from fastq.kernels.call import (
 )
 from fastq.kernels.executor import get_num_threads
 from fastq.kernels.layers import ACTIVATIONS, PackedConv2d, PackedLinear, stage_image
-from fastq.kernels.pointwise import (
-    add_row,
-    affine_row,
-    fill_row,
-    float_parameters,
-    int_parameters,
-    mul_row,
-    pointwise_row,
-    table_row,
-)
+from fastq.kernels.layout import border_row, copy_row, dequantize_row, quantize_row
+from fastq.kernels.matmul import matmul_row
+from fastq.kernels.norms import layer_norm_row, softmax_row
+from fastq.kernels.pointwise import add_row, affine_row, fill_row, mul_row, table_row
 from fastq.kernels.simd import emitter
 from fastq.kernels.windows import (
     adaptive_avg_pool2d_row,
@@ -216,7 +210,7 @@ class _Planner:
             for (at, name), (storage, mold) in self.copies.items():
                 if at == i:
                     source, target = self.stored(name), storage.view(mold, self.kind)
-                    self.copy(target, source)
+                    copy_row(self.call, source, target)
             getattr(self, f"row_{step.op}")(i, step)
             rows += [i] * (len(self.call.labels) - len(rows))
         return Plan(self.call, self.outputs, arena, tuple(rows))
@@ -409,17 +403,8 @@ class _Planner:
                 continue
             if step.op == "quantize" and self.is_staged(step):
                 continue  # writes its frame as well
-            top, bottom, left, right = storage.frame
-            whole = storage.whole
-            h, w = whole.shape[1:3]
-            for part in (
-                whole[:, :top],
-                whole[:, h - bottom :],
-                whole[:, top : h - bottom, :left],
-                whole[:, top : h - bottom, w - right :],
-            ):
-                if part.size:
-                    fill_row(self.call, storage.view(part, self.kind), storage.border)
+            whole = storage.view(storage.whole, self.kind)
+            border_row(self.call, whole, *storage.frame, storage.border)
 
     # ------------------------------------------------------------------ rows
 
@@ -436,20 +421,6 @@ class _Planner:
             storage, mold = self.copies[i, name]
             return storage.view(mold, self.kind)
         return self.stored(name)
-
-    def copy(self, target: View, source: View) -> None:
-        """Rows for target = source; a row takes four axes that do not join."""
-        try:
-            collapse([target, source], 4)
-        except ValueError:
-            for index in range(target.shape[0]):
-                parts = [
-                    View(v.place + index * v.strides[0], v.shape[1:], v.strides[1:], v.kind)  # type: ignore[operator]
-                    for v in (target, source)
-                ]
-                self.copy(*parts)
-        else:
-            pointwise_row(self.call, "copy", [target, source])
 
     def layer(self, step: Step) -> Any:
         """The packed weight of a product, shared by all plans of the program."""
@@ -509,21 +480,17 @@ class _Planner:
             whole = storage.view(storage.whole, self.kind)
             stage_image(self.call, x, whole, storage.frame[::2], scale, zero_point)
         else:
-            floats = float_parameters(a["zero_point"], 0, 255, a["scale"])
-            ints = int_parameters(a["zero_point"])
-            pointwise_row(self.call, "quantize", [self.stored(step.name), x], floats, ints)
+            quantize_row(self.call, x, self.stored(step.name), a["scale"], a["zero_point"])
 
     def row_dequantize(self, i: int, step: Step) -> None:
         a = step.arguments
         x, out = self.input(i, step.inputs[0]), self.stored(step.name)
-        floats = float_parameters(0, 0, 0, a["scale"])
-        ints = int_parameters(0, a["zero_point"])
-        pointwise_row(self.call, "dequantize", [out, x], floats, ints)
+        dequantize_row(self.call, x, out, a["scale"], a["zero_point"])
 
     def row_constant(self, i: int, step: Step) -> None:
         value = np.ascontiguousarray(step.arguments["value"], np.uint8)
         source = View(value, value.shape, value.strides, "u8")
-        self.copy(self.stored(step.name), source)
+        copy_row(self.call, source, self.stored(step.name))
 
     def row_add(self, i: int, step: Step) -> None:
         a, b = (self.input(i, name) for name in step.inputs)
@@ -549,6 +516,18 @@ class _Planner:
         x, out = self.input(i, step.inputs[0]), self.stored(step.name)
         table_row(self.call, x, out, step.arguments["values"])
 
+    def row_softmax(self, i: int, step: Step) -> None:
+        x, out = self.input(i, step.inputs[0]), self.stored(step.name)
+        softmax_row(self.call, x, out, step.arguments["scale"])
+
+    def row_layer_norm(self, i: int, step: Step) -> None:
+        x, out = self.input(i, step.inputs[0]), self.stored(step.name)
+        layer_norm_row(self.call, x, out, **step.arguments)
+
+    def row_matmul(self, i: int, step: Step) -> None:
+        a, b = (self.input(i, name) for name in step.inputs)
+        matmul_row(self.call, a, b, self.stored(step.name), isa=self.isa, **step.arguments)
+
     def row_image(self, i: int, step: Step) -> None:
         """Pooling and resizing, to the size of the output."""
         arguments = {k: v for k, v in step.arguments.items() if k != "output_size"}
@@ -568,7 +547,7 @@ class _Planner:
         if seen is None:  # a reshape: through the input's shape
             dense = np.reshape(target[1], self.shapes[step.inputs[0]], copy=False)
             out, seen = target[0].view(dense, self.kind), source[1]
-        self.copy(out, source[0].view(seen, self.kind))
+        copy_row(self.call, source[0].view(seen, self.kind), out)
 
     row_reshape = row_permute = row_slice
 
@@ -583,7 +562,7 @@ class _Planner:
             target = storage.view(mold[tuple(index)], self.kind)
             source = self.input(i, name)
             if source.place != target.place:
-                self.copy(target, source)
+                copy_row(self.call, source, target)
             start = end
 
     def row_pad(self, i: int, step: Step) -> None:
@@ -594,7 +573,7 @@ class _Planner:
             for n, (before, after) in zip(mold.shape, step.arguments["widths"], strict=True)
         )
         target = storage.view(mold[index], self.kind)
-        self.copy(target, self.input(i, step.inputs[0]))
+        copy_row(self.call, self.input(i, step.inputs[0]), target)
 
     def row_dilate(self, i: int, step: Step) -> None:
         a = step.arguments
@@ -604,4 +583,4 @@ class _Planner:
         (top, _), (left, _), (sh, sw) = *a["padding"], a["stride"]
         h, w = (x.shape[1] - 1) * sh + 1, (x.shape[2] - 1) * sw + 1
         target = storage.view(mold[:, top : top + h : sh, left : left + w : sw], self.kind)
-        self.copy(target, x)
+        copy_row(self.call, x, target)

@@ -8,6 +8,7 @@ This room is plain NumPy; every other room imports it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -25,6 +26,8 @@ HISTOGRAM_KEYS = 1 << 16  # bins of a histogram: one for each upper half of a fl
 
 # |x - zero_point| <= 255 and |w| <= 128: beyond this K an int32 accumulator could overflow.
 MAX_K = (2**31 - 1) // (255 * 128)
+# the squares of 16 values at a time stay in int32
+MAX_FEATURES = 2**19  # of a layer norm
 
 
 def quantized_dtype(dtype: DTypeLike) -> np.dtype[Any]:
@@ -33,6 +36,13 @@ def quantized_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     if result not in QUANTIZED_DTYPES:
         raise ValueError(f"dtype: got {result}, wanted uint8, int8 or int32")
     return result
+
+
+@functools.cache
+def limits(dtype: np.dtype[Any]) -> tuple[int, int]:
+    """The smallest and the largest integer of a dtype; np.iinfo takes its time."""
+    info = np.iinfo(dtype)
+    return int(info.min), int(info.max)
 
 
 def check_scale(name: str, scale: ArrayLike) -> Float32:
@@ -45,7 +55,11 @@ def check_scale(name: str, scale: ArrayLike) -> Float32:
     array.flags.writeable = False
     if array.ndim > 1:
         raise ValueError(f"{name}: shape {array.shape}; wanted a scalar or one axis")
-    if array.size and not (np.isfinite(array).all() and (array > 0).all()):
+    if not array.ndim:
+        valid = 0 < array.item() < np.inf
+    else:
+        valid = bool(np.isfinite(array).all() and (array > 0).all())
+    if not valid:
         raise ValueError(
             f"{name}: wanted finite values greater than 0 in float32, got values from "
             f"{given.min()} to {given.max()}"
@@ -55,14 +69,18 @@ def check_scale(name: str, scale: ArrayLike) -> Float32:
 
 def check_zero_point(name: str, zero_point: ArrayLike, dtype: DTypeLike) -> Int32:
     """`zero_point` as int32; ValueError unless integral and within the range of `dtype`."""
-    info = np.iinfo(quantized_dtype(dtype))
+    least, most = limits(quantized_dtype(dtype))
     array = np.asarray(zero_point)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name}: got dtype {array.dtype}, wanted integers")
-    if array.size and (int(array.min()) < info.min or int(array.max()) > info.max):
+    if not array.ndim:
+        valid = least <= array.item() <= most
+    else:
+        valid = not array.size or (int(array.min()) >= least and int(array.max()) <= most)
+    if not valid:
         raise ValueError(
             f"{name}: got values from {array.min()} to {array.max()}, "
-            f"wanted {info.min} to {info.max} for {info.dtype}"
+            f"wanted {least} to {most} for {np.dtype(dtype)}"
         )
     return array.astype(np.int32)
 

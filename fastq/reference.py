@@ -251,7 +251,7 @@ def add(
     a and b uint8 of shapes that broadcast; a_multiplier is a_scale / y_scale, negative to subtract.
     """
     y = _steps(a, a_zero_point) * F32(a_multiplier) + _steps(b, b_zero_point) * F32(b_multiplier)
-    return _into(out, to_uint8(y, zero_point, qmin, qmax))
+    return _into(out, _to_uint8(y, zero_point, qmin, qmax))
 
 
 def mul(
@@ -271,7 +271,7 @@ def mul(
     a and b uint8 of shapes that broadcast; multiplier is a_scale * b_scale / y_scale.
     """
     y = _steps(a, a_zero_point) * _steps(b, b_zero_point) * F32(multiplier)
-    return _into(out, to_uint8(y, zero_point, qmin, qmax))
+    return _into(out, _to_uint8(y, zero_point, qmin, qmax))
 
 
 def affine(
@@ -290,7 +290,7 @@ def affine(
     A batch norm: multiplier = weight / sqrt(var + eps) * x_scale / y_scale, shift likewise.
     """
     y = _steps(x, x_zero_point) * np.asarray(multiplier, F32) + np.asarray(shift, F32)
-    return _into(out, to_uint8(y, zero_point, qmin, qmax))
+    return _into(out, _to_uint8(y, zero_point, qmin, qmax))
 
 
 def table(
@@ -354,7 +354,7 @@ def avg_pool2d(
     counts = np.broadcast_to(counts, (len(windows[0]), len(windows[1])))
     sums = _pool(_steps(x, x_zero_point).astype(np.int64), windows[0], windows[1], _total)
     y = sums.astype(F32) * (F32(multiplier) / counts.astype(F32))[..., None]
-    return _into(out, to_uint8(y, zero_point, qmin, qmax))
+    return _into(out, _to_uint8(y, zero_point, qmin, qmax))
 
 
 def adaptive_max_pool2d(
@@ -394,7 +394,7 @@ def adaptive_avg_pool2d(
     counts = np.multiply.outer([len(w) for w in rows], [len(w) for w in columns])
     sums = _pool(_steps(x, x_zero_point).astype(np.int64), rows, columns, _total)
     y = sums.astype(F32) * (F32(multiplier) / counts.astype(F32))[..., None]
-    return _into(out, to_uint8(y, zero_point, qmin, qmax))
+    return _into(out, _to_uint8(y, zero_point, qmin, qmax))
 
 
 def upsample_nearest2d(
@@ -455,7 +455,7 @@ def upsample_bilinear2d(
         return line[:, :, first[1]] * (F32(1) - fw) + line[:, :, second[1]] * fw
 
     y = across(real[:, first[0]]) * (F32(1) - fh) + across(real[:, second[0]]) * fh
-    return _into(out, to_uint8(y, 0))
+    return _into(out, _to_uint8(y, 0))
 
 
 def softmax(
@@ -471,7 +471,7 @@ def softmax(
     peak = x.max(axis=-1, keepdims=True)
     e = exp_table(scale)[peak - x]
     total = e.sum(axis=-1, keepdims=True, dtype=np.int64)
-    return _into(out, to_uint8(e.astype(F32) * (F32(255) / total.astype(F32)), 0))
+    return _into(out, _to_uint8(e.astype(F32) * (F32(255) / total.astype(F32)), 0))
 
 
 def layer_norm(
@@ -498,7 +498,7 @@ def layer_norm(
     spread = n * (q * q).sum(axis=-1, keepdims=True) - total * total
     factor = (1.0 / np.sqrt(spread.astype(np.float64) + float(n) * float(n) * epsilon)).astype(F32)
     y = (n * q - total).astype(F32) * factor * np.asarray(multiplier, F32) + np.asarray(shift, F32)
-    return _into(out, to_uint8(y, zero_point, qmin, qmax))
+    return _into(out, _to_uint8(y, zero_point, qmin, qmax))
 
 
 def matmul(
@@ -520,7 +520,7 @@ def matmul(
     """
     right = _steps(b.swapaxes(-1, -2) if transpose_b else b, 128).astype(np.float64)
     acc = _steps(a, a_zero_point).astype(np.float64) @ right  # exact
-    return _into(out, to_uint8(acc.astype(F32) * F32(multiplier), zero_point, qmin, qmax))
+    return _into(out, _to_uint8(acc.astype(F32) * F32(multiplier), zero_point, qmin, qmax))
 
 
 def _steps(x: NDArray[np.uint8], zero_point: int) -> NDArray[np.float32]:
@@ -589,7 +589,7 @@ def _finish(
         if add is not None:
             steps = add.astype(np.int32) - epilogue.add_zero_point
             y = y + steps.astype(F32) * F32(epilogue.add_multiplier)
-        return to_uint8(y, epilogue.zero_point, epilogue.qmin, epilogue.qmax)
+        return _to_uint8(y, epilogue.zero_point, epilogue.qmin, epilogue.qmax)
     with np.errstate(over="ignore", invalid="ignore"):
         scale = _along(epilogue.x_scale, acc.ndim, 0) * epilogue.scale
         y = acc.astype(F32) * scale
@@ -598,7 +598,7 @@ def _finish(
     return np.clip(y, F32(epilogue.fmin), F32(epilogue.fmax))
 
 
-def to_uint8(
+def _to_uint8(
     y: NDArray[np.float32], zero_point: int, qmin: int = 0, qmax: int = 255
 ) -> NDArray[np.uint8]:
     """clip(rint(y) + zero_point, qmin, qmax): the last step of every requantization."""

@@ -172,7 +172,7 @@ class _Forward(nn.Module):
 def quiet() -> Iterator[None]:
     """No warnings: a failed capture is a reason in a summary, not a page on the terminal."""
     disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Callable
 
 import numpy as np
@@ -48,3 +50,19 @@ def check_row(
     assert_array_equal(out, want)
     out[...] = CANARY
     assert (whole == CANARY).all()
+
+
+def guarded(array: np.ndarray) -> np.ndarray:
+    """A copy whose last byte is the last before a page that must not be touched."""
+    page = mmap.PAGESIZE
+    pages = -(-max(array.nbytes, 1) // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    protect = libc.mprotect(ctypes.c_void_p(base + pages * page), page, 0)
+    assert protect == 0
+    whole = np.frombuffer(memory, np.uint8)
+    tail = whole[pages * page - array.nbytes : pages * page]
+    copy = tail.view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from fastq.convert import QuantizationSummary, fold_batch_norm, quantize_model, summary
+from fastq.convert import QuantizationSummary, fold_batch_norm, quantize_layers, summary
 from fastq.nn import QConv2d, QLinear
 from fastq.qparams import MAX_K, choose_qparams
 from fastq.trace import trace
@@ -98,7 +98,7 @@ def images(count: int = 32) -> Tensor:
 
 def test_a_residual_network_becomes_static_int8_and_keeps_its_answers() -> None:
     model, x = Cnn().eval(), images()
-    got = quantize_model(model, x, strict=True)
+    got = quantize_layers(model, x, strict=True)
     assert type(got) is Cnn and not got.training
     assert results(got) == dict.fromkeys(LAYERS, "int8 static") | dict.fromkeys(
         BATCH_NORMS, "folded"
@@ -116,7 +116,7 @@ def test_the_given_model_stays_as_it_is() -> None:
     model = Cnn().train()
     before = copy.deepcopy(model.state_dict())
     hooks = [len(m._forward_pre_hooks) for m in model.modules()]
-    quantize_model(model, images())
+    quantize_layers(model, images())
     assert model.training and type(model.head) is nn.Linear
     assert hooks == [len(m._forward_pre_hooks) for m in model.modules()]
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -124,13 +124,13 @@ def test_the_given_model_stays_as_it_is() -> None:
 
 def test_inplace_changes_the_given_model() -> None:
     model = Mlp()
-    assert quantize_model(model, torch.randn(2, 4), inplace=True) is model
+    assert quantize_layers(model, torch.randn(2, 4), inplace=True) is model
     assert isinstance(model.a, QLinear)
 
 
 def test_input_ranges_are_those_of_the_data() -> None:
     model, batches = Mlp(), [torch.randn(5, 4) * 3, torch.randn(2, 4)]
-    got = quantize_model(model, batches)
+    got = quantize_layers(model, batches)
     x = torch.cat(batches)
     assert got.a.input_qparams == choose_qparams(x.min(), x.max())
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_input_ranges_are_those_of_the_data() -> None:
 
 def test_without_data_every_layer_is_dynamic_and_batch_norm_is_folded_all_the_same() -> None:
     model, x = Cnn().eval(), images()
-    got = quantize_model(model)
+    got = quantize_layers(model)
     assert {results(got)[name] for name in LAYERS} == {"int8 dynamic"}
     assert {results(got)[name] for name in BATCH_NORMS[:3]} == {"folded"}
     # without data nothing says that its input has two axes
@@ -155,14 +155,14 @@ def test_a_layer_that_the_data_never_reaches_is_dynamic() -> None:
         def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
             return self.a(x) if len(x) < 8 else self.b(self.a(x))
 
-    got = quantize_model(Two(), torch.randn(2, 4))
+    got = quantize_layers(Two(), torch.randn(2, 4))
     assert results(got) == {"a": "int8 static", "b": "int8 dynamic"}
     assert "never reached" in reasons(got)["b"]
     assert got(torch.randn(9, 4)).shape == (9, 3)
 
 
 def test_a_layer_that_sees_no_finite_value_is_dynamic() -> None:
-    got = quantize_model(Mlp(), torch.full((2, 4), torch.nan))
+    got = quantize_layers(Mlp(), torch.full((2, 4), torch.nan))
     assert results(got)["a"] == "int8 dynamic" and "no finite value" in reasons(got)["a"]
 
 
@@ -190,14 +190,14 @@ X = torch.linspace(-1, 2, 24).reshape(6, 4)
     ],
 )
 def test_every_kind_of_data_gives_the_same_ranges(data: Any, forward: Any) -> None:
-    got = quantize_model(Mlp(), data, forward=forward)
+    got = quantize_layers(Mlp(), data, forward=forward)
     assert got.a.input_qparams == choose_qparams(-1, 2)
 
 
 def test_a_dict_passes_all_arguments() -> None:
     model, shift = Mlp(), torch.full((6, 6), 100.0)
-    assert float(quantize_model(model, {"x": X, "shift": shift}).b.input_qparams.scale) > 0.3
-    assert float(quantize_model(model, {"x": X}).b.input_qparams.scale) < 0.3
+    assert float(quantize_layers(model, {"x": X, "shift": shift}).b.input_qparams.scale) > 0.3
+    assert float(quantize_layers(model, {"x": X}).b.input_qparams.scale) < 0.3
 
 
 class Samples(IterableDataset):
@@ -206,7 +206,7 @@ class Samples(IterableDataset):
 
 
 def test_an_iterable_dataset_gives_batches() -> None:
-    assert quantize_model(Mlp(), Samples()).a.input_qparams == choose_qparams(-1, 2)
+    assert quantize_layers(Mlp(), Samples()).a.input_qparams == choose_qparams(-1, 2)
 
 
 @pytest.mark.parametrize(
@@ -224,12 +224,12 @@ def test_an_iterable_dataset_gives_batches() -> None:
 )
 def test_data_of_a_wrong_kind_is_refused(data: Any, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        quantize_model(Mlp(), data)
+        quantize_layers(Mlp(), data)
 
 
 def test_an_error_of_the_model_says_which_batch_it_was() -> None:
     with pytest.raises(RuntimeError) as caught:
-        quantize_model(Mlp(), [torch.randn(2, 4), torch.randn(2, 5)])
+        quantize_layers(Mlp(), [torch.randn(2, 4), torch.randn(2, 5)])
     assert "calibration batch 1" in caught.value.__notes__[0]
 
 
@@ -240,21 +240,21 @@ def test_a_model_of_two_inputs_is_told_how_to_get_both() -> None:
 
     data = [(X, torch.ones(6, 6))]
     with pytest.raises(TypeError) as caught:
-        quantize_model(Adds(), data)
+        quantize_layers(Adds(), data)
     assert "forward=lambda model, batch: model(*batch)" in caught.value.__notes__[1]
-    got = quantize_model(Adds(), data, forward=lambda model, batch: model(*batch))
+    got = quantize_layers(Adds(), data, forward=lambda model, batch: model(*batch))
     assert set(results(got).values()) == {"int8 static"}
 
 
 def test_hooks_are_gone_after_an_error() -> None:
     model = Mlp()
     with pytest.raises(RuntimeError):
-        quantize_model(model, torch.randn(2, 5), inplace=True)
+        quantize_layers(model, torch.randn(2, 5), inplace=True)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_the_bar_is_silent_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
-    quantize_model(Mlp(), X, progress=False)
+    quantize_layers(Mlp(), X, progress=False)
     assert capsys.readouterr() == ("", "")
 
 
@@ -264,20 +264,20 @@ def test_the_bar_is_silent_when_asked(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize("model", [nn.ReLU(), nn.Conv1d(2, 2, 1)], ids=["no layer", "conv1d"])
 def test_a_model_without_a_layer_to_quantize_is_refused(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="no layer of this"):
-        quantize_model(model)
+        quantize_layers(model)
 
 
 @pytest.mark.parametrize("model", [3, Mlp, None])
 def test_what_is_no_module_is_refused(model: Any) -> None:
     with pytest.raises(TypeError, match="wanted a torch"):
-        quantize_model(model)
+        quantize_layers(model)
 
 
 def test_a_model_that_is_one_layer() -> None:
     x = torch.randn(3, 4)
-    got = quantize_model(nn.Linear(4, 2), x)
+    got = quantize_layers(nn.Linear(4, 2), x)
     assert isinstance(got, QLinear) and results(got) == {"": "int8 static"}
-    assert results(quantize_model(nn.Linear(4, 2))) == {"": "int8 dynamic"}
+    assert results(quantize_layers(nn.Linear(4, 2))) == {"": "int8 dynamic"}
 
 
 @pytest.mark.parametrize(
@@ -295,32 +295,32 @@ def test_a_model_that_is_one_layer() -> None:
 )  # fmt: skip
 def test_skip_keeps_layers_float_and_strict_accepts_it(skip: Any, floats: set[str]) -> None:
     model = Cnn().eval()
-    got = quantize_model(model, images(4), skip=skip, strict=True)
+    got = quantize_layers(model, images(4), skip=skip, strict=True)
     assert {name for name, result in results(got).items() if result == "float"} == floats
     for name in floats:
         assert type(got.get_submodule(name)) is type(model.get_submodule(name))
 
 
 def test_dynamic_keeps_layers_dynamic() -> None:
-    got = quantize_model(Cnn(), images(4), dynamic=nn.Linear)
+    got = quantize_layers(Cnn(), images(4), dynamic=nn.Linear)
     kinds = {name: result for name, result in results(got).items() if result != "folded"}
     assert {n for n, r in kinds.items() if r == "int8 dynamic"} == {"hidden", "head"}
 
 
 def test_a_name_that_matches_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'haed', which matches nothing; the layers are 'stem.0'"):
-        quantize_model(Cnn(), skip="haed")
+        quantize_layers(Cnn(), skip="haed")
     with pytest.raises(TypeError, match="dynamic has 3"):
-        quantize_model(Cnn(), dynamic=[3])  # type: ignore[list-item]
+        quantize_layers(Cnn(), dynamic=[3])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="no layer of this Mlp"):
-        quantize_model(Mlp(), skip="*")
+        quantize_layers(Mlp(), skip="*")
 
 
 def test_strict_lists_what_stays_float() -> None:
     model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Flatten(), nn.Linear(8, 2))
-    assert results(quantize_model(model, torch.randn(2, 3, 2)))["0"] == "float"
+    assert results(quantize_layers(model, torch.randn(2, 3, 2)))["0"] == "float"
     with pytest.raises(ValueError, match=r"(?s)strict.*0 .*Conv1d .*no int8 form"):
-        quantize_model(model, torch.randn(2, 3, 2), strict=True)
+        quantize_layers(model, torch.randn(2, 3, 2), strict=True)
 
 
 def test_strict_leaves_an_inplace_model_unchanged() -> None:
@@ -329,7 +329,7 @@ def test_strict_leaves_an_inplace_model_unchanged() -> None:
     model[2].eval()
     before = dict(model.named_modules())
     with pytest.raises(ValueError, match="strict"):
-        quantize_model(model, strict=True, inplace=True)
+        quantize_layers(model, strict=True, inplace=True)
     assert dict(model.named_modules()) == before and model[2].activation_relu_or_gelu
     assert [m.training for m in model] == [True, True, False] and model.training
 
@@ -339,7 +339,7 @@ def test_an_inplace_model_that_cannot_run_in_int8_is_given_back_as_it_was() -> N
     model[2].a.weight.requires_grad = False
     before, state = dict(model.named_modules()), copy.deepcopy(model.state_dict())
     with pytest.raises(TypeError):
-        quantize_model(model, X, inplace=True)
+        quantize_layers(model, X, inplace=True)
     assert dict(model.named_modules()) == before and all(m.training for m in model.modules())
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["2.a.weight"]
@@ -386,7 +386,7 @@ def with_nan(layer: nn.Linear) -> nn.Linear:
 )
 def test_a_layer_that_cannot_be_swapped_says_why(make: Callable, reason: str) -> None:
     model = nn.ModuleDict({"odd": make(nn.Linear(4, 4)), "plain": nn.Linear(4, 4)})
-    got = quantize_model(model)
+    got = quantize_layers(model)
     assert results(got) == {"odd": "float", "plain": "int8 dynamic"}
     assert reason in reasons(got)["odd"]
 
@@ -394,20 +394,20 @@ def test_a_layer_that_cannot_be_swapped_says_why(make: Callable, reason: str) ->
 def test_a_layer_under_the_old_weight_norm_says_why() -> None:
     model = nn.Sequential(weight_normed(nn.Linear(4, 4)), nn.Linear(4, 4))
     with pytest.raises(RuntimeError) as caught:  # torch cannot copy such a layer
-        quantize_model(model, X)
+        quantize_layers(model, X)
     assert "inplace=True" in caught.value.__notes__[0]
-    got = quantize_model(model, X, inplace=True)
+    got = quantize_layers(model, X, inplace=True)
     assert results(got) == {"0": "float", "1": "int8 static"} and "hooks" in reasons(got)["0"]
 
 
 def test_a_lazy_layer_says_that_it_has_no_shape_yet() -> None:
-    got = quantize_model(nn.ModuleList([nn.LazyLinear(3), nn.Linear(3, 3)]))
+    got = quantize_layers(nn.ModuleList([nn.LazyLinear(3), nn.Linear(3, 3)]))
     assert "not initialised" in reasons(got)["0"]
 
 
 def test_more_products_than_int32_can_sum_stay_float() -> None:
     model = nn.ModuleList([nn.Linear(MAX_K + 1, 1), nn.Linear(MAX_K, 1)])
-    got = quantize_model(model)
+    got = quantize_layers(model)
     assert results(got) == {"0": "float", "1": "int8 dynamic"}
     assert str(MAX_K) in reasons(got)["0"]
 
@@ -426,7 +426,7 @@ def test_a_module_with_two_names_is_swapped_once_for_both() -> None:
 
     model = Shared()
     x = torch.randn(5, 4)
-    got = quantize_model(model, x)
+    got = quantize_layers(model, x)
     assert isinstance(got.a, QLinear) and got.again is got.a
     assert got.blocks[0] is got.blocks[1] is got.blocks[2]
     with torch.no_grad():
@@ -438,14 +438,14 @@ def test_a_module_with_two_names_is_swapped_once_for_both() -> None:
 def test_layers_that_share_a_parameter_are_both_swapped() -> None:
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4))
     model[1].weight = model[0].weight
-    got = quantize_model(model, torch.randn(3, 4))
+    got = quantize_layers(model, torch.randn(3, 4))
     assert torch.equal(got[0].weight, got[1].weight)
 
 
 def test_tied_weights_leave_the_embedding_float() -> None:
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False))
     model[1].weight = model[0].weight
-    got = quantize_model(model, torch.arange(7))
+    got = quantize_layers(model, torch.arange(7))
     assert results(got) == {"1": "int8 static"} and got[0].weight.dtype == torch.float32
 
 
@@ -467,7 +467,7 @@ class Attention(nn.Module):
 @pytest.mark.parametrize("data", [torch.randn(2, 4), None], ids=["export", "fx"])
 def test_a_weight_that_another_module_computes_with_stays_float(data: Tensor | None) -> None:
     model = Attention()
-    got = quantize_model(model, data)
+    got = quantize_layers(model, data)
     assert (results(got)["inner.a"], results(got)["inner.b"]) == ("float", "float")
     assert results(got)["out"].startswith("int8")
     assert "computes with its weight itself" in reasons(got)["inner.a"]
@@ -482,10 +482,10 @@ class Casts(Mlp):
 
 def test_a_model_that_cannot_run_in_int8_fails_at_once_and_says_what_to_do() -> None:
     with pytest.raises(TypeError) as caught:
-        quantize_model(Casts(), X)
+        quantize_layers(Casts(), X)
     assert "skip=" in caught.value.__notes__[0]
     with pytest.raises(ValueError, match="no layer"):
-        quantize_model(Casts(), X, skip=["a", "b"])
+        quantize_layers(Casts(), X, skip=["a", "b"])
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -495,7 +495,7 @@ def test_transformer_encoder(batch_first: bool) -> None:
         warnings.simplefilter("ignore")  # torch's word on nested tensors
         model = nn.TransformerEncoder(layer, 2).eval()
     x = torch.randn(4, 5, 16)
-    got = quantize_model(model, x)
+    got = quantize_layers(model, x)
     with torch.no_grad():
         assert sqnr(model(x), got(x)) > 30
     attention = "layers.0.self_attn"
@@ -503,8 +503,8 @@ def test_transformer_encoder(batch_first: bool) -> None:
     assert results(got)[attention] == results(got)[f"{attention}.out_proj"] == "float"
     assert "MultiheadAttention" in reasons(got)[f"{attention}.out_proj"]
     with pytest.raises(ValueError, match="strict"):
-        quantize_model(model, x, strict=True)
-    quantize_model(model, x, strict=True, skip=nn.MultiheadAttention)
+        quantize_layers(model, x, strict=True)
+    quantize_layers(model, x, strict=True, skip=nn.MultiheadAttention)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -514,7 +514,7 @@ def test_padding_in_a_transformer_encoder_gives_what_it_gives_in_float(nested: b
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).eval()
     x, mask = torch.randn(4, 5, 16), torch.arange(5) >= torch.tensor([[5], [4], [3], [2]])
     for data in (None, x, {"src": x, "src_key_padding_mask": mask}):
-        got = quantize_model(model, data, skip=nn.MultiheadAttention, strict=True)
+        got = quantize_layers(model, data, skip=nn.MultiheadAttention, strict=True)
         with torch.no_grad():
             wanted, padded = (m(x, src_key_padding_mask=mask) for m in (model, got))
         assert sqnr(wanted, padded) > 30
@@ -524,12 +524,12 @@ def test_padding_in_a_transformer_encoder_gives_what_it_gives_in_float(nested: b
 def test_a_layer_that_is_int8_already_stays() -> None:
     model = nn.Sequential(QLinear.from_float(nn.Linear(4, 4)), nn.Linear(4, 4))
     before = model[0].state_dict()
-    got = quantize_model(model, X)
+    got = quantize_layers(model, X)
     assert results(got) == {"0": "int8 dynamic", "1": "int8 static"}
     assert reasons(got)["0"] == "int8 already"
     assert all(torch.equal(v, before[k]) for k, v in got[0].state_dict().items())
     with pytest.raises(ValueError, match="no layer"):
-        quantize_model(got, X)
+        quantize_layers(got, X)
 
 
 # --- subclasses of torch's layers
@@ -591,7 +591,7 @@ def test_subclasses_that_compute_the_same_are_rebuilt() -> None:
     ).eval()
     randomize_batch_norm(model)
     x = torch.randn(4, 3, 9, 8)
-    got = quantize_model(model, x, strict=True)
+    got = quantize_layers(model, x, strict=True)
     assert [type(m) for m in got[0]] == [nn.ZeroPad2d, QConv2d]
     assert isinstance(got[2], QConv2d) and got[2].padding == (1, 2)
     assert isinstance(got[3], QConv2d) and isinstance(got[6], QLinear)
@@ -608,7 +608,7 @@ def test_subclasses_that_compute_the_same_are_rebuilt() -> None:
 )
 def test_subclasses_that_compute_something_else_stay_float(layer: nn.Module) -> None:
     x = torch.randn(2, 3, 8, 8)
-    got = quantize_model(nn.Sequential(layer, nn.Linear(8, 2)), x)
+    got = quantize_layers(nn.Sequential(layer, nn.Linear(8, 2)), x)
     assert results(got)["0"] == "float" and "subclass" in reasons(got)["0"]
     assert type(got[0]) is type(layer)
 
@@ -616,8 +616,8 @@ def test_subclasses_that_compute_something_else_stay_float(layer: nn.Module) -> 
 def test_skip_knows_subclasses_by_their_class_and_dynamic_reaches_within() -> None:
     model = nn.Sequential(Same(3, 4, 3, pad=(0, 1, 0, 1)), Same(4, 4, 1), nn.Linear(8, 2))
     x = torch.randn(2, 3, 9, 9)
-    assert type(quantize_model(model, x, skip=Same)[0]) is Same
-    got = quantize_model(model, x, dynamic="0")
+    assert type(quantize_layers(model, x, skip=Same)[0]) is Same
+    got = quantize_layers(model, x, dynamic="0")
     assert results(got) == {"0.1": "int8 dynamic", "1": "int8 static", "2": "int8 static"}
 
 
@@ -676,7 +676,7 @@ UNFOLDABLE = {
 @pytest.mark.parametrize("order", UNFOLDABLE)
 def test_a_batch_norm_that_is_not_all_that_follows_stays(order: str, with_data: bool) -> None:
     model, x = Follows(UNFOLDABLE[order]).eval(), torch.randn(8, 4, 5, 5)
-    got = quantize_model(model, x if with_data else None)
+    got = quantize_layers(model, x if with_data else None)
     assert results(got)["bn"] == "float" and "not folded" in reasons(got)["bn"]
     with torch.no_grad():
         assert sqnr(model(x), got(x)) > 30
@@ -686,7 +686,7 @@ def test_a_batch_norm_that_is_not_all_that_follows_stays(order: str, with_data: 
 def test_modules_called_twice_fold_if_both_calls_agree(with_data: bool) -> None:
     model = Follows(lambda m, x: m.bn(m.conv(m.bn(m.conv(x))))).eval()
     x = torch.randn(8, 4, 5, 5)
-    got = quantize_model(model, x if with_data else None)
+    got = quantize_layers(model, x if with_data else None)
     assert results(got)["bn"] == "folded" and isinstance(got.bn, nn.Identity)
     with torch.no_grad():
         assert sqnr(model(x), got(x)) > 30
@@ -696,10 +696,10 @@ def test_a_batch_norm_over_another_axis_than_the_features_stays() -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)).eval()
     randomize_batch_norm(model)
     x = torch.randn(4, 5, 6)
-    got = quantize_model(model, x)
+    got = quantize_layers(model, x)
     assert results(got)["1"] == "float"
-    assert results(quantize_model(model, x[:, 0]))["1"] == "folded"
-    assert results(quantize_model(model, [x[:, 0], x]))["1"] == "float"
+    assert results(quantize_layers(model, x[:, 0]))["1"] == "folded"
+    assert results(quantize_layers(model, [x[:, 0], x]))["1"] == "float"
 
 
 @pytest.mark.parametrize(
@@ -716,7 +716,7 @@ def test_a_batch_norm_that_cannot_fold_says_why(batch_norm: nn.Module, reason: s
     order: nn.Module = nn.Sequential(conv, batch_norm)
     if isinstance(batch_norm, nn.BatchNorm3d):
         order = nn.Sequential(conv, nn.Unflatten(1, (4, 1)), batch_norm)
-    got = quantize_model(order, torch.randn(3, 4, 5, 5))
+    got = quantize_layers(order, torch.randn(3, 4, 5, 5))
     (row,) = [row for row in summary(got).rows if row.kind.startswith("BatchNorm")]
     assert row.result == "float" and reason in row.reason
 
@@ -739,22 +739,22 @@ def test_a_batch_norm_after_a_layer_that_stays_float_says_so(
     axes = layer.weight.dim() - 1  # type: ignore[operator, union-attr]
     model = nn.Sequential(layer, batch_norm, nn.Flatten(), nn.Linear(4, 2))
     x = torch.randn(3, 4, *[1] * (axes - 1))
-    got = quantize_model(model, x if with_data else None)
+    got = quantize_layers(model, x if with_data else None)
     assert reasons(got)["1"] == "'0' before it stays float"
 
 
 def test_a_batch_norm_after_a_linear_layer_wants_to_see_the_shape() -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
     wanted = "not folded: no calibration data shows the shape of the input of '0'"
-    assert reasons(quantize_model(model))["1"] == wanted
-    got = quantize_model(model, torch.randn(4, 5, 6))
+    assert reasons(quantize_layers(model))["1"] == wanted
+    got = quantize_layers(model, torch.randn(4, 5, 6))
     assert reasons(got)["1"] == "not folded: its channels are not the outputs of '0'"
 
 
 def test_infinite_statistics_do_not_fold() -> None:
     model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, eps=0))
     model[1].running_var.zero_()  # type: ignore[union-attr, operator]
-    assert "none that are finite" in reasons(quantize_model(model))["1"]
+    assert "none that are finite" in reasons(quantize_layers(model))["1"]
 
 
 class DataDependent(Cnn):
@@ -764,7 +764,7 @@ class DataDependent(Cnn):
 
 def test_what_cannot_be_exported_still_quantizes(capfd: pytest.CaptureFixture[str]) -> None:
     model, x = DataDependent().eval(), images()
-    got = quantize_model(model, x)
+    got = quantize_layers(model, x)
     assert {results(got)[name] for name in LAYERS} == {"int8 static"}
     assert {results(got)[name] for name in BATCH_NORMS} == {"float"}
     reason = reasons(got)["bn"]
@@ -773,11 +773,11 @@ def test_what_cannot_be_exported_still_quantizes(capfd: pytest.CaptureFixture[st
         assert sqnr(model(x), got(x)) > 30
     assert capfd.readouterr() == ("", "")
     with pytest.raises(ValueError, match="strict"):
-        quantize_model(model, x, strict=True)
+        quantize_layers(model, x, strict=True)
 
 
 def test_a_custom_forward_is_traced() -> None:
-    got = quantize_model(Cnn(), [{"pixels": images()}], forward=run_labelled, strict=True)
+    got = quantize_layers(Cnn(), [{"pixels": images()}], forward=run_labelled, strict=True)
     assert results(got)["bn"] == "folded"
 
 
@@ -809,7 +809,7 @@ def test_tracing_leaves_nothing_on_the_model() -> None:
 
 def test_deepcopy_and_pickle_keep_answers_and_summary() -> None:
     x = images()
-    got = quantize_model(Cnn(), x)
+    got = quantize_layers(Cnn(), x)
     for other in (copy.deepcopy(got), pickle.loads(pickle.dumps(got))):
         assert torch.equal(other(x), got(x))
         assert summary(other) == summary(got)
@@ -817,21 +817,21 @@ def test_deepcopy_and_pickle_keep_answers_and_summary() -> None:
 
 def test_the_result_runs_in_grad_mode_beside_float_layers() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
-    y = quantize_model(model, X)(X)
+    y = quantize_layers(model, X)(X)
     assert torch.is_grad_enabled() and not y.requires_grad
 
 
 def test_state_dict_round_trip() -> None:
     x = images()
-    got = quantize_model(Cnn(), x)
-    other = quantize_model(Cnn(), x * 3)
+    got = quantize_layers(Cnn(), x)
+    other = quantize_layers(Cnn(), x * 3)
     assert not torch.equal(other(x), got(x))
     other.load_state_dict(got.state_dict())
     assert torch.equal(other(x), got(x))
 
 
 def test_the_summary_prints_a_table() -> None:
-    text = str(summary(quantize_model(Mlp(), X, skip="b")))
+    text = str(summary(quantize_layers(Mlp(), X, skip="b")))
     assert text.splitlines() == [
         "layer  kind    result       why",
         "a      Linear  int8 static",
@@ -843,11 +843,11 @@ def test_the_summary_prints_a_table() -> None:
 def test_a_float_model_has_no_summary() -> None:
     with pytest.raises(ValueError, match="this Mlp has none"):
         summary(Mlp())
-    assert isinstance(summary(quantize_model(Mlp())), QuantizationSummary)
+    assert isinstance(summary(quantize_layers(Mlp())), QuantizationSummary)
 
 
 def test_the_random_state_is_left_alone() -> None:
     model = nn.Sequential(Same(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     state = torch.get_rng_state()
-    quantize_model(model, torch.ones(2, 3, 1, 1))
+    quantize_layers(model, torch.ones(2, 3, 1, 1))
     assert torch.equal(state, torch.get_rng_state())

@@ -10,11 +10,15 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
+from numba import cfunc
 from numpy.testing import assert_array_equal
 
 from fastq import ops, reference
+from fastq.kernels import executor
+from fastq.kernels.signature import SIGNATURE
 from fastq.qparams import Dequant
 from fastq.weights import Conv2dWeight, LinearWeight
 
@@ -59,6 +63,21 @@ assert os.waitpid(pid, 0)[1] == 0
 work()
 """
 
+FORK_FIRST = """
+pids = []
+for _ in range(3):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work(5)
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    pids.append(pid)
+work()
+assert not any(os.waitpid(pid, 0)[1] for pid in pids)
+"""
+
 FORK_WHILE_BUSY = """
 work(1)  # compiled: a fork in the middle of that would inherit the compiler's lock
 stop = threading.Event()
@@ -75,6 +94,30 @@ for _ in range(10):
     assert os.waitpid(pid, 0)[1] == 0
 stop.set()
 [t.join() for t in threads]
+"""
+
+SET_NUM_THREADS = """
+from fastq.kernels import executor
+most = ops.get_num_threads()
+ops.set_num_threads(1)
+work()
+assert executor._pool.layer == ""  # one thread needs no pool
+errors, stop = [], threading.Event()
+def guarded():
+    try:
+        while not stop.is_set():
+            work(1)
+    except BaseException as error:
+        errors.append(error)
+threads = [threading.Thread(target=guarded) for _ in range(4)]
+[t.start() for t in threads]
+for i in range(200):
+    ops.set_num_threads(1 + i % most)
+    work(1)
+stop.set()
+[t.join() for t in threads]
+assert not errors, errors
+assert ops.get_num_threads() == 1 + 199 % most
 """
 
 NESTED = """
@@ -128,7 +171,13 @@ def test_tbb_is_used_where_it_is_installed() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this CPU lacks fork: it runs Windows")
-@pytest.mark.parametrize("case", ["THREADS", "FORK", "FORK_WHILE_BUSY", "NESTED", "DATALOADER"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "THREADS", "SET_NUM_THREADS", "FORK", "FORK_FIRST", "FORK_WHILE_BUSY", "NESTED",
+        "DATALOADER",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("layer", LAYERS)
 def test_no_threading_layer_ends_the_process(layer: str, case: str) -> None:
     run(globals()[case], NUMBA_THREADING_LAYER=layer)
@@ -174,6 +223,30 @@ def test_threads_share_more_shapes_than_are_kept(rng: Any) -> None:
 
     with ThreadPoolExecutor(6) as pool:
         assert all(pool.map(work, range(12)))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_tasks_are_shared_among_as_many_threads_as_set(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each task once, in ranges of one thread each, whatever the number of tasks."""
+    if threads > numba.config.NUMBA_NUM_THREADS:
+        pytest.skip("this CPU lacks a third core")
+
+    @cfunc(SIGNATURE)
+    def write(args, begin, end):  # type: ignore[no-untyped-def]
+        for task in range(begin, end):
+            args[2 * task] += 1
+            args[2 * task + 1] = begin
+
+    monkeypatch.setattr(executor._pool, "threads", threads)
+    for tasks in (1, 2, 5, 64):
+        found = np.zeros((tasks, 2), np.int64)
+        row = np.array([(write.address, found.ctypes.data, tasks)], np.int64)
+        executor.run(row, np.zeros((0, 3), np.int64), np.zeros(0, np.int64), 1e9)
+        assert (found[:, 0] == 1).all()
+        usable = executor._pool.usable() and threads > 1
+        assert len(set(found[:, 1].tolist())) == (min(threads, tasks) if usable else 1)
 
 
 def test_set_num_threads() -> None:

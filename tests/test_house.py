@@ -25,12 +25,13 @@ MAY_IMPORT = {
     "observer": {"ops", "qparams"},
     "qconfig": {"observer", "qparams"},
     "nn": {"ops", "qparams", "weights"},
+    "explanation": {"kernels", "nn", "ops", "qparams", "weights"},
     "trace": {"qparams", "nn"},
     "convert": {"trace", "observer", "nn", "ops", "qparams", "weights"},
     "serialize": {"convert", "trace", "nn", "ops", "qparams", "weights"},
 }
 NUMBA = {"kernels"}
-TORCH = {"nn", "trace", "convert", "serialize", "demo", "commands"}
+TORCH = {"nn", "explanation", "trace", "convert", "serialize", "demo", "commands"}
 
 
 def room_of(path: str) -> str:

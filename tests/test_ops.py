@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import inspect
-import mmap
 import signal
 import sys
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+from rows import guarded
 
 import fastq
 from fastq import ops, reference
@@ -279,22 +278,6 @@ def test_threads_do_not_change_the_result(
         assert_same(ops.conv2d(image, conv), reference.conv2d(image, conv))
     finally:
         ops.set_num_threads(most)
-
-
-def guarded(array: np.ndarray) -> np.ndarray:
-    """A copy whose last byte is the last before a page that must not be touched."""
-    page = mmap.PAGESIZE
-    pages = -(-max(array.nbytes, 1) // page)
-    memory = mmap.mmap(-1, (pages + 1) * page)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    libc = ctypes.CDLL(None, use_errno=True)
-    protect = libc.mprotect(ctypes.c_void_p(base + pages * page), page, 0)
-    assert protect == 0
-    whole = np.frombuffer(memory, np.uint8)
-    tail = whole[pages * page - array.nbytes : pages * page]
-    copy = tail.view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="guard pages are made with Linux's mprotect")

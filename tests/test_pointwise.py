@@ -78,6 +78,19 @@ def test_all_bytes_of_add_and_mul(rng: Any) -> None:
     assert ops.add(a[:6], b[:1], 0.5, 1.0)[:, 0].tolist() == [0, 0, 1, 2, 2, 2]
 
 
+def test_any_multiplier(rng: Any) -> None:
+    x = np.arange(256, dtype=U8)
+    rule = {"zero_point": 9, "qmin": 1, "qmax": 254}
+    for multiplier in (1e-9, -3e7, 4e6, 2.0**96):
+        for shift in (0.0, 1e9, -(2.0**96)):
+            got = ops.affine(x, multiplier, shift, x_zero_point=128, **rule)
+            want = reference.affine(x, multiplier, shift, x_zero_point=128, **rule)
+            assert_array_equal(got, want)
+            want = reference.add(x, x[::-1], multiplier, shift, a_zero_point=128, **rule)
+            got = ops.add(x, x[::-1], multiplier, shift, a_zero_point=128, **rule)
+            assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize("method", ["avx2", "scalar"])
 def test_each_way_to_read_a_table(
     method: str, kind: str, rng: Any, monkeypatch: pytest.MonkeyPatch

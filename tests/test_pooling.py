@@ -108,6 +108,14 @@ def test_upsampling(
                       windows.upsample_bilinear2d_row(call, x, out, *rule))  # fmt: skip
 
 
+def test_any_multiplier(rng: Any) -> None:
+    x = u8(rng, 1, 6, 6, 20)
+    for multiplier in (0.0, 1e-9, -3e7, 2.0**96):
+        rule = {"multiplier": multiplier, "x_zero_point": 128, "zero_point": 9}
+        want = reference.avg_pool2d(x, 3, **rule)
+        assert_array_equal(ops.avg_pool2d(x, 3, **rule), want)
+
+
 def nchw(x: np.ndarray) -> Any:
     import torch
 

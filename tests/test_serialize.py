@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastq.convert import quantize_model, summary
+from fastq.convert import quantize_layers, summary
 from fastq.nn import QConv2d, QLinear
 from fastq.serialize import load, save
 
@@ -60,7 +60,7 @@ def images() -> Tensor:
 def quantized(data: Tensor | None) -> nn.Module:
     model = Net()
     model(images())  # in training mode: running statistics
-    return quantize_model(model, data)
+    return quantize_layers(model, data)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_a_loaded_model_can_be_saved_again(path: Path, tmp_path: Path) -> None:
 
 
 def test_a_string_is_a_path(tmp_path: Path) -> None:
-    model = quantize_model(nn.Linear(3, 2))
+    model = quantize_layers(nn.Linear(3, 2))
     save(model, str(tmp_path / "one"))
     x = torch.randn(4, 3)
     assert torch.equal(load(str(tmp_path / "one"), nn.Linear(3, 2))(x), model(x))
@@ -132,7 +132,7 @@ def test_other_dtypes_keep_their_bits(tmp_path: Path) -> None:
         model.register_buffer("empty", torch.zeros(0, 3))
         return model
 
-    model = quantize_model(net())
+    model = quantize_layers(net())
     save(model, tmp_path / "net")
     state = load(tmp_path / "net", net()).state_dict()
     for name, value in model.state_dict().items():
@@ -155,7 +155,7 @@ def test_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
         def get_extra_state(self) -> Any:
             return {"a": 1}
 
-    model = quantize_model(nn.Sequential(nn.Linear(2, 2), Extra(2, 2)), skip="1")
+    model = quantize_layers(nn.Sequential(nn.Linear(2, 2), Extra(2, 2)), skip="1")
     with pytest.raises(ValueError, match=r"'1\._extra_state', a dict"):
         save(model, tmp_path / "net")
 

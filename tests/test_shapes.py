@@ -1,13 +1,17 @@
-"""The benchmark's table of shapes: networks have the sizes that their papers say."""
+"""The benchmark's table of shapes: its networks have their published sizes, each shape is exact."""
 
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
-from fastq.weights import Conv2dWeight
+from fastq import ops, reference
+from fastq.qparams import Requant
+from fastq.weights import Conv2dWeight, LinearWeight
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not an installed package
 
@@ -44,6 +48,99 @@ def test_bert_base_has_its_parameters() -> None:
     projections = [row for row in shapes.TRANSFORMERS["bert_base"] if row.m == 128 and row.n > 128]
     # 12 layers of 4 * 768 * 768 + 2 * 768 * 3072
     assert sum(row.count * row.n * row.k for row in projections) == 84_934_656
+
+
+def congruent(size: int, least: int, step: int) -> int:
+    """The smallest size from `least` on that is `size` modulo `step`; `size` if it is smaller."""
+    return min(size, least + (size - least) % step)
+
+
+def scaled(shape: shapes.Shape) -> shapes.Shape:
+    """A shape with the same tails, strides and neighbours at the edges, in a moment's work.
+
+    Rows keep their remainder modulo every MR, columns and K modulo every NR and KR; an image keeps
+    its size modulo 8; of a grouped convolution each group stays what it is.
+    """
+    if isinstance(shape, shapes.Elementwise):
+        return dataclasses.replace(shape, size=congruent(shape.size, 1 << 17, 64))
+    if shape.macs <= 1_000_000:
+        return shape
+    if isinstance(shape, shapes.Gemm):
+        m, n, k = (
+            congruent(shape.m, 60, 120),
+            congruent(shape.n, 64, 64),
+            congruent(shape.k, 64, 64),
+        )
+        return dataclasses.replace(shape, m=m, n=n, k=k)
+    (kh, kw), (dh, dw) = (shape.kh, shape.kw), shape.dilation
+    h, w = congruent(shape.h, dh * kh + 4, 8), congruent(shape.w, dw * kw + 4, 8)
+    groups = shape.groups
+    if shape.depthwise:
+        groups = congruent(groups, 64, 64)
+    elif groups > 1:
+        groups = congruent(groups, 4, 4)
+    c, n = shape.c // shape.groups * groups, shape.n // shape.groups * groups
+    if groups == 1:
+        c, n = congruent(c, 32, 64), congruent(n, 64, 64)
+    return dataclasses.replace(shape, h=h, w=w, c=c, n=n, groups=groups)
+
+
+def distinct(rows: tuple[shapes.Shape, ...]) -> list[Any]:
+    """The scaled shapes, each once, as parameters with the name of the first."""
+    first: dict[shapes.Shape, str] = {}
+    for row in rows:
+        first.setdefault(dataclasses.replace(scaled(row), name="", count=1), row.name)
+    return [pytest.param(row, id=name) for row, name in first.items()]
+
+
+@pytest.mark.parametrize("shape", distinct(shapes.GEMM + shapes.MODULES))
+def test_every_product_is_exact(isa: str, rng: Any, shape: shapes.Gemm) -> None:
+    weight = LinearWeight(rng.integers(-128, 128, (shape.n, shape.k)).astype(np.int8))
+    x = rng.integers(0, 256, (shape.m, shape.k)).astype(np.uint8)
+    for epilogue in (None, requant(rng, shape)):
+        want = reference.linear(x, weight, epilogue, x_zero_point=3)
+        assert_array_equal(ops.linear(x, weight, epilogue, x_zero_point=3), want)
+
+
+@pytest.mark.parametrize("shape", distinct(shapes.CONV + shapes.DEPTHWISE))
+def test_every_convolution_is_exact(isa: str, rng: Any, shape: shapes.Conv) -> None:
+    size = (shape.n, shape.c // shape.groups, shape.kh, shape.kw)
+    data = rng.integers(-128, 128, size).astype(np.int8)
+    weight = Conv2dWeight(data, shape.stride, shape.padding, shape.dilation, shape.groups)
+    x = rng.integers(0, 256, (1, shape.h, shape.w, shape.c)).astype(np.uint8)
+    for epilogue in (None, requant(rng, shape)):
+        want = reference.conv2d(x, weight, epilogue, x_zero_point=3)
+        assert_array_equal(ops.conv2d(x, weight, epilogue, x_zero_point=3), want)
+
+
+def requant(rng: Any, shape: shapes.Gemm | shapes.Conv) -> Requant:
+    """Outputs over the whole of uint8, some beyond it."""
+    spread = 2.0 ** -np.ceil(np.log2(1 + shape.k**0.5 * 80))
+    multiplier = (rng.uniform(0.5, 1, shape.n) * spread).astype(np.float32)
+    return Requant(multiplier, 7, rng.integers(-999, 999, shape.n).astype(np.int32))
+
+
+@pytest.mark.parametrize("shape", distinct(shapes.ELEMENTWISE))
+def test_every_array_is_exact(rng: Any, shape: shapes.Elementwise) -> None:
+    dtype = {"quantize": np.float32, "dequantize": np.uint8, "requantize": np.int32}[shape.op]
+    x = rng.uniform(0, 255, shape.size).astype(dtype)
+    op, scale = shape.op, np.float32(0.7)
+    if op == "quantize":
+        got, want = (room.quantize(x, scale=scale, zero_point=3) for room in (ops, reference))
+    else:
+        got, want = (getattr(room, op)(x, scale, 3) for room in (ops, reference))
+    assert_array_equal(got, want)
+
+
+def test_scaled_shapes_keep_their_tails() -> None:
+    for row in shapes.GEMM:
+        small = scaled(row)
+        assert (small.m % 12, small.n % 64, small.k % 64) == (row.m % 12, row.n % 64, row.k % 64)
+    for row in shapes.CONV + shapes.DEPTHWISE:
+        small = scaled(row)
+        assert small.macs <= 20_000_000 and small.depthwise == row.depthwise, row.name
+        assert small.n % 64 == row.n % 64 or row.groups > 1, row.name
+        assert [(e - o) % 2 for e, o in ((row.h, small.h), (row.w, small.w))] == [0, 0], row.name
 
 
 def test_names_are_unique() -> None:

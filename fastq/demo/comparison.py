@@ -73,7 +73,7 @@ class Comparison:
 def compare(task: Task, path: Path) -> Comparison:
     """Quantize `task.network`, save it to `path`, load that file back and measure both networks."""
     fastq.save(fastq.quantize_model(task.network, task.calibration, strict=True), path)
-    int8 = fastq.load(path, task.blank())
+    int8 = fastq.load(path)
 
     threads = min(torch.get_num_threads(), fastq.get_num_threads())
     torch.set_num_threads(threads)

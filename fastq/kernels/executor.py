@@ -21,8 +21,10 @@ import multiprocessing
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -178,8 +180,37 @@ PARALLEL_NANOSECONDS = 20_000.0
 PARALLEL_ROW_NANOSECONDS = 5_000.0
 
 
+class Run(NamedTuple):
+    """The arguments of one `run`."""
+
+    table: Table
+    patches: Table
+    bases: NDArray[np.int64]
+    nanoseconds: float
+
+
+_recorded: list[Run] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Run]]:
+    """Collects what runs inside the `with` block, in any thread.
+
+    It can be run again while its operands are alive, the thread's workspace among them.
+    """
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
 def run(table: Table, patches: Table, bases: NDArray[np.int64], nanoseconds: float) -> None:
     """Runs a table. `nanoseconds` is an estimate of what it takes one thread."""
+    if _recorded is not None:
+        # a copy: the next call of the same table writes its own addresses there
+        _recorded.append(Run(table, patches, bases.copy(), nanoseconds))
     if nanoseconds < PARALLEL_NANOSECONDS or _pool.threads == 1:
         _serial()(table, patches, bases)
     else:

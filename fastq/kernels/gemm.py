@@ -81,12 +81,14 @@ TILES = (
     Tile("avx_vnni", 8, 8),
     Tile("avx_vnni", 3, 8),
     Tile("avx_vnni", 1, 32, "depthwise"),
-    Tile("avx2", 6, 8),
-    Tile("avx2", 2, 8, panels=2),
-    Tile("avx2", 1, 8, panels=4),
+    Tile("avx2", 6, 16),
+    Tile("avx2", 3, 16),
+    Tile("avx2", 1, 16, panels=4),
+    Tile("avx2", 12, 8),
+    Tile("avx2", 4, 8),
     Tile("avx2", 4, 16, "depthwise"),
-    Tile("generic", 4, 4),
-    Tile("generic", 1, 4, panels=2),
+    Tile("generic", 3, 8),
+    Tile("generic", 1, 8, panels=2),
     Tile("generic", 2, 8, "depthwise"),
     Tile("avx512_vnni-emulated", 6, 64),
     Tile("avx512_vnni-emulated", 1, 64, panels=2),
@@ -169,7 +171,7 @@ def emit_tile(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: An
 def _emit_k_loop(
     b: Any, tile: Tile, a_rows: list[Any], panels: list[Any], offsets: Any, steps: Any
 ) -> list[list[Any]]:
-    """The K loop; returns the accumulators in column order, [row][vector]."""
+    """The K loop; returns the accumulators, a lane for each column, [row][vector]."""
     simd = emitter(tile.isa)
     vectors = tile.nr // simd.cols
     count = tile.panels * vectors
@@ -182,11 +184,14 @@ def _emit_k_loop(
     weights = [b.phi(ptr) for _ in panels]
     accs = [[b.phi(simd.acc) for _ in range(count)] for _ in range(tile.mr)]
     offset = b.sext(load(b, i32, offsets, b.mul(step, i64(4))), i64)
-    w = [simd.load_b(b, p, j * KR * simd.cols) for p in weights for j in range(vectors)]
-    sums = []
-    for row, row_accs in zip(a_rows, accs, strict=True):
-        a = simd.load_a(b, row, offset)
-        sums.append([simd.dot(b, acc, a, w[j]) for j, acc in enumerate(row_accs)])
+    sums = [list(row_accs) for row_accs in accs]
+    side = simd.side_by_side
+    for k in range(0, KR, side):
+        starts = [(j * KR + k) * simd.cols for j in range(vectors)]
+        w = [simd.load_b(b, p, start) for p in weights for start in starts]
+        for row, row_sums in zip(a_rows, sums, strict=True):
+            a = simd.load_a(b, address(b, row, k * simd.a_bytes) if k else row, offset)
+            row_sums[:] = [simd.dot(b, acc, a, w[j]) for j, acc in enumerate(row_sums)]
     next_step = b.add(step, i64(1))
     next_weights = [address(b, p, KR * tile.nr) for p in weights]
     branch_back(b, b.icmp_signed("<", next_step, steps), loop, done)
@@ -201,7 +206,7 @@ def _emit_k_loop(
             acc.add_incoming(const(simd.acc, 0), entry)
             acc.add_incoming(total, loop)
     b.position_at_end(done)
-    return [simd.columns(b, row) for row in sums]
+    return sums
 
 
 def _memcpy(b: Any, target: Any, source: Any, size: Any) -> None:

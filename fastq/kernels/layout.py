@@ -21,7 +21,7 @@ from numba import cfunc, types
 from numba.extending import intrinsic
 
 from fastq.kernels.call import ITEM_BYTES, Call, View, collapse, dense_strides
-from fastq.kernels.lines import ELEMENT, emit_converted, emit_line, join_lines
+from fastq.kernels.lines import ELEMENT, emit_converted, emit_interleaved, emit_line, join_lines
 from fastq.kernels.pointwise import (
     float_parameters,
     int_parameters,
@@ -35,7 +35,7 @@ from fastq.kernels.simd import address, i64, load, ptr, shuffle, store, vec
 from fastq.kernels.tiles import BYTES_PER_NANOSECOND
 
 # (address, strides of axes 0 to 3, P, Q) of x and out; sizes of axes 1 to 3, P, Q
-X, OUT, SIZES, BLOCK, C_FIELDS = 0, 7, 14, 19, 20
+X, OUT, SIZES, ROWS, BLOCK, C_FIELDS = 0, 7, 14, 19, 20, 21
 (
     B_OUT, B_IMAGE, B_LINE, B_PIXEL, B_HEIGHT, B_WIDTH, B_CHANNELS,
     B_TOP, B_BOTTOM, B_LEFT, B_RIGHT, B_VALUE, B_FIELDS,
@@ -46,19 +46,10 @@ BLOCK_ELEMENTS = 8 * 1024  # of a task, roughly
 ELEMENT_NANOSECONDS = 0.5  # of an element copied by itself
 
 
-def _interleave(b: Any, lines: list[Any]) -> Any:
-    """One vector with element 0 of all lines in order, then element 1, ..."""
-    if len(lines) == 1:
-        return lines[0]
-    first, second = _interleave(b, lines[::2]), _interleave(b, lines[1::2])
-    count = first.type.count
-    return shuffle(b, first, second, [i // 2 + i % 2 * count for i in range(2 * count)])
-
-
 @intrinsic(prefer_literal=True)
 def _tile(typingctx: Any, config: Any, x: Any, x_q: Any, out: Any, out_p: Any, size_q: Any) -> Any:
     """TP elements of P at x, times all of Q."""
-    source, target, *_ = (t.literal_value for t in config.types)
+    source, target, *widths = (t.literal_value for t in config.types[:-1])
     signature = types.void(config, *[types.int64] * 5)
     item = ITEM_BYTES[target]
 
@@ -71,7 +62,9 @@ def _tile(typingctx: Any, config: Any, x: Any, x_q: Any, out: Any, out_p: Any, s
                 load(b, vec(ELEMENT[source], TP), x, b.mul(b.add(q, i64(i)), x_q))
                 for i in range(width)
             ]
-            groups = _interleave(b, [emit_converted(b, line, ELEMENT[target]) for line in lines])
+            groups = emit_interleaved(
+                b, [emit_converted(b, line, ELEMENT[target]) for line in lines]
+            )
             start = address(b, out, b.mul(q, i64(item)))
             dense = b.icmp_signed("==", out_p, i64(width * item))
             with b.if_else(dense) as (whole, parts):
@@ -82,54 +75,61 @@ def _tile(typingctx: Any, config: Any, x: Any, x_q: Any, out: Any, out_p: Any, s
                         lanes = range(p * width, (p + 1) * width)
                         store(b, shuffle(b, groups, groups, lanes), start, b.mul(out_p, i64(p)))
 
-        emit_line(b, size_q, body, TQ)
+        emit_line(b, size_q, body, widths)
         return context.get_dummy_value()
 
     return signature, codegen
 
 
 @functools.cache
-def copy_kernel(source: str, target: str, way: str) -> Any:
-    """A task is a block of P at one place of the four outer axes.
+def copy_kernel(source: str, target: str, way: str, widths: tuple[int, ...]) -> Any:
+    """A task is ROWS places of axis 3, of BLOCK elements of P each, at one of axes 0 to 2.
 
     way "lines": unit stride along Q in both; "tiles": in x along P, which is at least TP, and in
-    out along Q; "elements": any strides.
+    out along Q, which is done by these widths; "elements": any strides.
     """
     config = (source, target, way, sources_digest())
+    tile = (source, target, *widths, sources_digest())
     line = line_config("copy", (target, source), (ITEM_BYTES[target], ITEM_BYTES[source]))
     item = ITEM_BYTES[source]
 
     @cfunc(SIGNATURE, cache=True)
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
         size_p, size_q = args[SIZES + 3], args[SIZES + 4]
-        blocks = (size_p + args[BLOCK] - 1) // args[BLOCK]
+        across = (size_p + args[BLOCK] - 1) // args[BLOCK]
+        down = (args[SIZES + 2] + args[ROWS] - 1) // args[ROWS]
         x_p, x_q, out_p, out_q = args[X + 5], args[X + 6], args[OUT + 5], args[OUT + 6]
         for task in range(begin, end):
-            p = task % blocks * args[BLOCK]
-            last = min(p + args[BLOCK], size_p)
-            x, out, place = args[X], args[OUT], task // blocks
-            for axis in range(3, 0, -1):
-                i = place % args[SIZES + axis - 1]
-                x += i * args[X + 1 + axis]
-                out += i * args[OUT + 1 + axis]
-                place //= args[SIZES + axis - 1]
-            x += place * args[X + 1]
-            out += place * args[OUT + 1]
-            if config[2] == "tiles":
-                while p < last:
-                    at = min(p, size_p - TP)
-                    _tile(config, x + at * item, x_q, out + at * out_p, out_p, size_q)
-                    p += TP
-            elif config[2] == "lines":
-                for row in range(p, last):
-                    pointwise_line(line, out + row * out_p, x + row * x_p, 0, 0, size_q, x, x, x)
-            else:
-                for row in range(p, last):
-                    source, target = x + row * x_p, out + row * out_p
-                    for _ in range(size_q):
-                        pointer(target, config[1])[0] = pointer(source, config[0])[0]
-                        source += x_q
-                        target += out_q
+            first = task % across * args[BLOCK]
+            last = min(first + args[BLOCK], size_p)
+            row = task // across % down * args[ROWS]
+            rows = min(args[ROWS], args[SIZES + 2] - row)
+            place = task // across // down
+            k, place = place % args[SIZES + 1], place // args[SIZES + 1]
+            j, i = place % args[SIZES], place // args[SIZES]
+            x = args[X] + i * args[X + 1] + j * args[X + 2] + k * args[X + 3] + row * args[X + 4]
+            out = args[OUT] + i * args[OUT + 1] + j * args[OUT + 2] + k * args[OUT + 3]
+            out += row * args[OUT + 4]
+            for _ in range(rows):
+                if config[2] == "tiles":
+                    p = first
+                    while p < last:
+                        at = min(p, size_p - TP)
+                        _tile(tile, x + at * item, x_q, out + at * out_p, out_p, size_q)
+                        p += TP
+                elif config[2] == "lines":
+                    for p in range(first, last):
+                        start = x + p * x_p
+                        pointwise_line(line, out + p * out_p, start, 0, 0, size_q, x, x, x)
+                else:
+                    for p in range(first, last):
+                        source, target = x + p * x_p, out + p * out_p
+                        for _ in range(size_q):
+                            pointer(target, config[1])[0] = pointer(source, config[0])[0]
+                            source += x_q
+                            target += out_q
+                x += args[X + 4]
+                out += args[OUT + 4]
 
     return kernel
 
@@ -229,14 +229,15 @@ def copy_row(call: Call, x: View, out: View, label: str = "") -> None:
     values = {X + 1 + i: x_steps[a] for i, a in enumerate(axes)}
     values |= {OUT + 1 + i: out_steps[a] for i, a in enumerate(axes)}
     values |= {SIZES + i: n for i, n in enumerate(sizes[1:])}
-    values[BLOCK] = max(P_BLOCK, BLOCK_ELEMENTS // sizes[5] // TP * TP)
+    values[BLOCK] = min(max(P_BLOCK, BLOCK_ELEMENTS // sizes[5] // TP * TP), sizes[4])
+    values[ROWS] = max(min(BLOCK_ELEMENTS // (values[BLOCK] * sizes[5]), sizes[3]), 1)
     time = size * (x.item + out.item) / BYTES_PER_NANOSECOND
     if way == "elements":
         time = size * ELEMENT_NANOSECONDS
     call.row(
-        copy_kernel(x.kind, out.kind, way),
+        copy_kernel(x.kind, out.kind, way, _widths(sizes[5]) if way == "tiles" else ()),
         C_FIELDS,
-        int(np.prod(sizes[:4])) * -(-sizes[4] // values[BLOCK]),
+        int(np.prod(sizes[:3])) * -(-sizes[3] // values[ROWS]) * -(-sizes[4] // values[BLOCK]),
         values,
         {X: x.place, OUT: out.place},
         time,
@@ -244,21 +245,32 @@ def copy_row(call: Call, x: View, out: View, label: str = "") -> None:
     )
 
 
+def _widths(size: int) -> tuple[int, ...]:
+    """Those of TQ that it takes to fill the size, the widest first."""
+    used = []
+    for width in TQ:
+        if size >= width:
+            used.append(width)
+            size %= width
+    return tuple(used)
+
+
 def quantize_row(
     call: Call, x: View, out: View, scale: float, zero_point: int, label: str = ""
 ) -> None:
     """Appends out = reference.quantize(x): float32 of any strides into uint8 values of any."""
     floats = float_parameters(zero_point, 0, 255, scale)
-    parameters = floats, int_parameters(zero_point), label
+    ints = int_parameters(zero_point)
     if _lines_match([out, x]):
-        pointwise_row(call, "quantize", [out, x], *parameters)
+        pointwise_row(call, "quantize", [out, x], floats, ints, label, largest=np.inf)
         return
     if not _has_lines(x):
         dense = _scratch(call, x, "f32")
         copy_row(call, x, dense)
         x = dense
     held, order = _scratch(call, x, out.kind), _by_stride(x)
-    pointwise_row(call, "quantize", [permuted(held, order), permuted(x, order)], *parameters)
+    views = [permuted(held, order), permuted(x, order)]
+    pointwise_row(call, "quantize", views, floats, ints, label, largest=np.inf)
     copy_row(call, held, out)
 
 

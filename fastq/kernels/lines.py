@@ -19,7 +19,7 @@ from numba import njit
 
 from fastq.kernels import simd
 from fastq.kernels.call import View, collapse
-from fastq.kernels.simd import clamp, f32, i8, i16, i32, i64, splat, vec
+from fastq.kernels.simd import clamp, const, f32, i8, i16, i32, i64, splat, vec
 
 (SHAPE_1, SHAPE_2, SHAPE_3, ROWS, COLUMNS, LINES_FIELDS) = range(6)
 OPERAND_FIELDS = 4  # address, and the strides of axes 0, 1, 2
@@ -115,13 +115,40 @@ def emit_line(
         i, _ = emit_loop(b, i, count, width, [], lambda at, width=width: body(at, width))
 
 
-def emit_rounded(b: Any, value: Any, lo: Any, hi: Any, zero_point: Any, element: Any) -> Any:
-    """element(rint(clamp(value, lo, hi)) + zero_point), ties to even; only value is a vector."""
+MAX_BOUNDED = 2.0**30  # a value below it goes to int32, zero point and all
+
+
+def emit_rounded(
+    b: Any, value: Any, lo: Any, hi: Any, zero_point: Any, element: Any, bounded: bool
+) -> Any:
+    """element(rint(clamp(value, lo, hi)) + zero_point), ties to even; only value is a vector.
+
+    The saturating packs of x86 do most of the clamp. `bounded`: |value| <= MAX_BOUNDED is known;
+    else value is clamped before it is an integer.
+    """
     width = value.type.count
-    ints = vec(i32, width)
-    rounded = clamp(b, value, splat(b, lo, width), splat(b, hi, width))
-    steps = simd.call(b, f"llvm.lrint.v{width}i32.v{width}f32", ints, [rounded])
-    return b.trunc(b.add(steps, splat(b, zero_point, width)), vec(element, width))
+    ints, shorts = vec(i32, width), vec(i16, width)
+    if not bounded:
+        value = clamp(b, value, splat(b, lo, width), splat(b, hi, width))
+    steps = simd.call(b, f"llvm.lrint.v{width}i32.v{width}f32", ints, [value])
+    steps = _between(b, steps, const(ints, -(2**15)), const(ints, 2**15 - 1))
+    zero = splat(b, b.trunc(zero_point, i16), width)
+    q = simd.call(b, f"llvm.sadd.sat.v{width}i16", shorts, [b.trunc(steps, shorts), zero])
+    if element != i16 or not bounded:  # LLVM knows this as one instruction with the truncation
+        q = _between(b, q, const(shorts, 0), const(shorts, 255))
+    q = emit_converted(b, q, element)
+    if not bounded:
+        return q
+    qmin, qmax = (b.trunc(b.add(b.fptosi(end, i32), zero_point), element) for end in (lo, hi))
+    return _between(b, q, splat(b, qmin, width), splat(b, qmax, width), signed=element == i16)
+
+
+def _between(b: Any, x: Any, lo: Any, hi: Any, signed: bool = True) -> Any:
+    """min(max(x, lo), hi) of integers."""
+    for name, end in (("max", lo), ("min", hi)):
+        name = f"llvm.{'s' if signed else 'u'}{name}.v{x.type.count}i{x.type.element.width}"
+        x = simd.call(b, name, x.type, [x, end])
+    return x
 
 
 def emit_converted(b: Any, value: Any, element: Any) -> Any:
@@ -130,3 +157,12 @@ def emit_converted(b: Any, value: Any, element: Any) -> Any:
     if value.type == kind:
         return value
     return (b.trunc if value.type.element.width > element.width else b.zext)(value, kind)
+
+
+def emit_interleaved(b: Any, lines: list[Any]) -> Any:
+    """One vector: element 0 of all lines in order, then element 1, ...; a power of two lines."""
+    if len(lines) == 1:
+        return lines[0]
+    first, second = emit_interleaved(b, lines[::2]), emit_interleaved(b, lines[1::2])
+    count = first.type.count
+    return simd.shuffle(b, first, second, [i // 2 + i % 2 * count for i in range(2 * count)])

@@ -35,6 +35,7 @@ from fastq.kernels.isa import target_features
 from fastq.kernels.lines import (
     ELEMENT,
     LINES_FIELDS,
+    MAX_BOUNDED,
     OPERAND_FIELDS,
     broadcast,
     emit_converted,
@@ -73,6 +74,7 @@ def emit_pointwise(
     kinds: Sequence[str],
     steps: Sequence[int],
     lookup: str,
+    bounded: bool,
     places: Sequence[Any],
     count: Any,
     floats: Any,
@@ -144,7 +146,7 @@ def emit_pointwise(
                 own = address(b, places[2], b.mul(i, i64(steps[2])))
                 value = splat(b, load(b, i8, own, entry), 1)
         if operation in REQUANTIZED:
-            value = emit_rounded(b, value, lo, hi, zp, element)
+            value = emit_rounded(b, value, lo, hi, zp, element, bounded)
         value = emit_converted(b, value, element)
         store(b, value, places[0], b.mul(i, i64(ITEM_BYTES[kinds[0]])))
 
@@ -169,8 +171,8 @@ def pointwise_line(
     ints: Any,
     table: Any,
 ) -> Any:
-    """One line at these addresses. config is (operation, lookup, kinds, steps, ...), flat."""
-    operation, lookup, *operands = (t.literal_value for t in config.types)
+    """One line at these addresses. config is `line_config`'s."""
+    operation, lookup, bounded, *operands = (t.literal_value for t in config.types)
     kinds, steps = operands[:4], operands[4:8]
     signature = types.void(config, *[types.int64] * 8)
 
@@ -179,18 +181,24 @@ def pointwise_line(
         used = sum(kind != "" for kind in kinds)
         parameters = [b.inttoptr(v, ptr) for v in values[6:9]]
         emit_pointwise(
-            b, operation, kinds[:used], steps[:used], lookup, places[:used], values[5], *parameters
-        )
+            b, operation, kinds[:used], steps[:used], lookup, bool(bounded), places[:used],
+            values[5], *parameters,
+        )  # fmt: skip
         return context.get_dummy_value()
 
     return signature, codegen
 
 
-def line_config(operation: str, kinds: Sequence[str], steps: Sequence[int]) -> tuple[Any, ...]:
-    """The config of `pointwise_line`; kinds and steps (bytes) of the operands, the output first."""
+def line_config(
+    operation: str, kinds: Sequence[str], steps: Sequence[int], bounded: bool = True
+) -> tuple[Any, ...]:
+    """The config of `pointwise_line`: what it is compiled for.
+
+    kinds and steps (bytes) are the operands', the output first. bounded: see emit_rounded.
+    """
     lookup = choose_lookup() if operation == "table" else ""
-    missing = 4 - len(kinds)
-    return (operation, lookup, *kinds, *[""] * missing, *steps, *[0] * missing, sources_digest())
+    operands = (*kinds, *[""] * (4 - len(kinds)), *steps, *[0] * (4 - len(steps)))
+    return (operation, lookup, int(bounded), *operands, sources_digest())
 
 
 def choose_lookup() -> str:
@@ -202,10 +210,12 @@ def choose_lookup() -> str:
 
 
 @functools.cache
-def pointwise_kernel(operation: str, kinds: tuple[str, ...], steps: tuple[int, ...]) -> Any:
+def pointwise_kernel(
+    operation: str, kinds: tuple[str, ...], steps: tuple[int, ...], bounded: bool
+) -> Any:
     """kinds are the operands', the output first; steps their strides along a line in bytes."""
-    config = line_config(operation, kinds, steps)
-    out_step, x_step, y_step, z_step = config[6:10]
+    config = line_config(operation, kinds, steps, bounded)
+    out_step, x_step, y_step, z_step = config[7:11]
 
     @cfunc(SIGNATURE, cache=True)
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
@@ -246,15 +256,20 @@ def pointwise_row(
     ints: NDArray[np.int32] = NO_INTS,
     label: str = "",
     table: Place | None = None,
+    largest: float = 0.0,
 ) -> None:
-    """Appends the row of an operation; the views broadcast to the first, the output."""
+    """Appends the row of an operation; the views broadcast to the first, the output.
+
+    largest is what no value exceeds before it is rounded.
+    """
     views = [broadcast(view, views[0].shape) for view in views]
     shape, strides = join_lines(views)
     tasks, values = share_lines(shape)
     if tasks == 0:
         return
     kinds = tuple(view.kind for view in views)
-    kernel = pointwise_kernel(operation, kinds, tuple(s[-1] for s in strides))
+    steps_along = tuple(s[-1] for s in strides)
+    kernel = pointwise_kernel(operation, kinds, steps_along, largest <= MAX_BOUNDED)
     places: dict[int, Place] = {FLOATS: floats, INTS: ints}
     if table is not None:
         places[TABLE] = table
@@ -280,7 +295,9 @@ def add_row(
 ) -> None:
     """Appends reference.add; x and y broadcast to out. out may be x or y."""
     floats = float_parameters(zero_point, qmin, qmax, *multipliers)
-    pointwise_row(call, "add", [out, x, y], floats, int_parameters(zero_point, *zero_points), label)
+    ints = int_parameters(zero_point, *zero_points)
+    largest = 255.0 * sum(abs(m) for m in multipliers)
+    pointwise_row(call, "add", [out, x, y], floats, ints, label, largest=largest)
 
 
 def mul_row(
@@ -297,9 +314,9 @@ def mul_row(
 ) -> None:
     """Appends reference.mul; x and y broadcast to out. out may be x or y."""
     floats = float_parameters(zero_point, qmin, qmax, multiplier)
-    pointwise_row(
-        call, "multiply", [out, x, y], floats, int_parameters(zero_point, *zero_points), label
-    )
+    ints = int_parameters(zero_point, *zero_points)
+    largest = 255.0**2 * abs(multiplier)
+    pointwise_row(call, "multiply", [out, x, y], floats, ints, label, largest=largest)
 
 
 def affine_row(
@@ -318,7 +335,12 @@ def affine_row(
     floats = float_parameters(zero_point, qmin, qmax)
     columns = [float_view(values) for values in (multiplier, shift)]
     ints = int_parameters(zero_point, x_zero_point)
-    pointwise_row(call, "affine", [out, x, *columns], floats, ints, label)
+    largest = 255.0 * _magnitude(multiplier) + _magnitude(shift)
+    pointwise_row(call, "affine", [out, x, *columns], floats, ints, label, largest=largest)
+
+
+def _magnitude(values: Any) -> float:
+    return float(np.abs(np.asarray(values, np.float64)).max(initial=0.0))
 
 
 def float_view(values: Any) -> View:

@@ -15,6 +15,7 @@ from fastq.kernels.simd import call, clamp, const, f32, i8, i32, i64, load, ptr,
 from fastq.qparams import FLT_MAX
 
 KINDS = {
+    "f64": types.float64,
     "f32": types.float32,
     "s32": types.int32,
     "s64": types.int64,

@@ -3,37 +3,75 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from fastq.kernels.gemm import TILES, Tile
+from fastq.kernels.simd import emitter
 
-# Share of the peak that a tile with this many accumulator registers can reach: few rows or columns
-# leave loads, not dot products, as the limit.
-_EFFICIENCY = {64: 1.0, 32: 0.97, 16: 0.9, 8: 0.9, 4: 0.8}
+# What a load from the first cache costs in the K loop, beside a dot product of 1. With VNNI, from
+# the shares of the peak that NR 64, 32 and 16 reach (100, 97, 90 %); else, where a dot product is
+# two instructions, fitted on AVX2 with `fastq bench --tiles`.
+_LOAD = {"avx512_vnni": 0.2, "avx_vnni": 0.2}
+_LOAD_OTHERWISE = 0.5
+_MANY_ROWS = 1000  # what a weight is packed for
+
+_offered: tuple[Tile, ...] = TILES
+
+
+@contextmanager
+def only(*tiles: Tile) -> Iterator[None]:
+    """Offers no other tiles of their tier and kind inside the `with` block.
+
+    For weights that were not packed before: of one that was, NR is settled.
+    """
+    global _offered
+    before, replaced = _offered, {(t.isa, t.kind) for t in tiles}
+    _offered = *tiles, *(t for t in TILES if (t.isa, t.kind) not in replaced)
+    _forget()
+    try:
+        yield
+    finally:
+        _offered = before
+        _forget()
+
+
+def _forget() -> None:
+    for function in tiles_of, choose_nr, choose_tile:
+        function.cache_clear()
 
 
 @functools.cache
 def tiles_of(isa: str, kind: str = "gemm") -> tuple[Tile, ...]:
     """The tiles of a tier, in the order of the table."""
-    return tuple(t for t in TILES if t.isa == isa and t.kind == kind)
+    return tuple(t for t in _offered if t.isa == isa and t.kind == kind)
 
 
 @functools.cache
 def choose_nr(isa: str, n: int) -> int:
     """The panel width for n columns: the least time over whole panels."""
-    widths = {t.nr for t in tiles_of(isa)}
-    return min(widths, key=lambda nr: (-(-n // nr) * nr / _EFFICIENCY[nr], nr))
+    cost = {
+        nr: -(-n // nr) * nr * _column_cost(choose_tile(isa, nr, _MANY_ROWS), _MANY_ROWS)
+        for nr in sorted({t.nr for t in tiles_of(isa)})
+    }
+    return min(cost, key=cost.__getitem__)
 
 
 @functools.cache
 def choose_tile(isa: str, nr: int, m: int, kind: str = "gemm") -> Tile:
-    """The tile for m rows of panels NR wide: the least rows computed, then the tallest."""
+    """The tile for m rows of panels NR wide: the least time, then the tallest."""
     tiles = [t for t in tiles_of(isa, kind) if t.nr == nr]
-    return min(tiles, key=lambda t: (_row_cost(t, m), -t.mr))
+    return min(tiles, key=lambda t: (_column_cost(t, m), -t.mr))
 
 
-def _row_cost(tile: Tile, m: int) -> float:
-    # loading a panel row costs about as much as two rows of dot products
-    return -(-m // tile.mr) * (tile.mr + 2.0)
+def _column_cost(tile: Tile, m: int) -> float:
+    """Time of one K-step of one column with m rows, in dot products."""
+    simd, width = emitter(tile.isa), tile.nr * tile.panels
+    depthwise = tile.kind == "depthwise"
+    vectors = width // (simd.lanes if depthwise else simd.cols)
+    loads = tile.mr * (simd.taps_at_once if depthwise else 1) + vectors
+    load = _LOAD.get(tile.isa.removesuffix("-emulated"), _LOAD_OTHERWISE)
+    return -(-m // tile.mr) * (tile.mr * vectors + load * loads) / width
 
 
 # Multiply-adds that a core does in a nanosecond, roughly: whether threads pay depends on it.

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from fastq.kernels import executor, simd
 from fastq.kernels.call import ITEM_BYTES, Call, Place, View
-from fastq.kernels.lines import ELEMENT, emit_line, emit_loop, emit_rounded
+from fastq.kernels.lines import ELEMENT, MAX_BOUNDED, emit_line, emit_loop, emit_rounded
 from fastq.kernels.pointwise import float_parameters, int_parameters
 from fastq.kernels.scalar import pointer
 from fastq.kernels.signature import SIGNATURE, sources_digest
@@ -51,7 +51,7 @@ Operation = Literal["max", "sum", "bilinear"]
 
 def emit_window(b: Any, config: tuple[Any, ...], field: Any, place: Any, count: Any) -> None:
     """One output pixel of `count` channels. place: x, out, row and column taps, factors."""
-    operation, kind, taps_down, taps_across, sums = config
+    operation, kind, taps_down, taps_across, sums, bounded = config
     x, out, down, across, down_count, across_count, factors, row_factors = place
     element = ELEMENT[kind]
     unrolled = [
@@ -138,7 +138,7 @@ def emit_window(b: Any, config: tuple[Any, ...], field: Any, place: Any, count: 
             taps = b.trunc(b.mul(down_count, across_count), i32)
             steps = b.sub(total, splat(b, b.mul(taps, zx), width))
             value = b.fmul(b.sitofp(steps, floats_of), splat(b, load(b, f32, factors), width))
-        store(b, emit_rounded(b, value, lo, hi, zp, element), out, at)
+        store(b, emit_rounded(b, value, lo, hi, zp, element, bool(bounded)), out, at)
 
     emit_line(b, count, body, WIDTHS[1:] if operation == "bilinear" else WIDTHS)
 
@@ -177,13 +177,18 @@ def _window(
 
 @functools.cache
 def windows_kernel(
-    operation: Operation, kind: str, taps_down: int, taps_across: int, sums: str
+    operation: Operation,
+    kind: str,
+    taps_down: int,
+    taps_across: int,
+    sums: str = "",
+    bounded: bool = True,
 ) -> Any:
     """kind "u8" or "s16"; taps 0 for a loop over the tables' counts, else unrolled.
 
-    sums, of "sum": "window", "row" or "tap", by what fits in 16 bits.
+    sums, of "sum": "window", "row" or "tap", by what fits in 16 bits; bounded: see emit_rounded.
     """
-    config = (operation, kind, taps_down, taps_across, sums, sources_digest())
+    config = (operation, kind, taps_down, taps_across, sums, int(bounded), sources_digest())
     item = ITEM_BYTES[kind]
 
     @cfunc(SIGNATURE, cache=True)
@@ -310,6 +315,7 @@ def _windows_row(
     values: dict[int, int],
     places: dict[int, Place],
     label: str,
+    largest_factor: float = 0.0,
 ) -> None:
     """Appends a row; values and places are those of the operation."""
     images, height, width, channels = out.shape
@@ -333,6 +339,7 @@ def _windows_row(
     sums = ""
     if operation == "sum":
         sums = "window" if most <= SHORT_TAPS else "row" if taps[1] <= SHORT_TAPS else "tap"
+    bounded = bool(255.0 * most * largest_factor <= MAX_BOUNDED)
     unrolled = taps if full and taps[0] * taps[1] <= UNROLLED else (0, 0)
     counts = (
         [rows.counts, columns.counts]
@@ -346,7 +353,7 @@ def _windows_row(
     tasks *= -(-channels // block)
     reads = images * height * width * channels * most
     call.row(
-        windows_kernel(operation, x.kind, *unrolled, sums),
+        windows_kernel(operation, x.kind, *unrolled, sums, bounded),
         FIELDS,
         tasks,
         {
@@ -408,7 +415,8 @@ def mean_windows_row(
     factors = np.ascontiguousarray(np.float32(multiplier) / counts.astype(np.float32))
     places = _requantized(zero_point, qmin, qmax, x_zero_point) | {FACTORS: factors}
     values = {FACTORS_ROW: factors.strides[0], FACTORS_PIXEL: factors.strides[1]}
-    _windows_row(call, "sum", x, out, rows, columns, values, places, label)
+    largest = np.abs(factors).max(initial=0.0)
+    _windows_row(call, "sum", x, out, rows, columns, values, places, label, largest)
 
 
 def max_pool2d_row(

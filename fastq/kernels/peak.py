@@ -226,10 +226,15 @@ def read_bandwidth(size: int, threads: int) -> float:
     return _bandwidth(1 << power, threads)
 
 
-def limit_seconds(macs: int, size: int, threads: int) -> float:
-    """The roofline: no kernel that does `macs` and touches `size` bytes can be faster."""
+def limits(macs: int, size: int, threads: int) -> tuple[float, float]:
+    """The roofline in seconds: what `macs` dot products take, and reading `size` bytes."""
     compute = 2 * macs / compute_peak(threads) / 1e9
-    return max(compute, size / read_bandwidth(size, threads) / 1e9)
+    return compute, size / read_bandwidth(size, threads) / 1e9
+
+
+def limit_seconds(macs: int, size: int, threads: int) -> float:
+    """No kernel that does `macs` and touches `size` bytes can be faster."""
+    return max(limits(macs, size, threads))
 
 
 def report(threads: int) -> str:
@@ -239,10 +244,3 @@ def report(threads: int) -> str:
         size = f"{1 << power - 10} KiB" if power < 20 else f"{1 << power - 20} MiB"
         lines.append(f"{read_bandwidth(1 << power, threads):8.1f} GB/s   read {size}")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    import sys
-
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 1
-    print(f"{count} thread(s)\n{report(count)}")

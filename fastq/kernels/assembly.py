@@ -1,0 +1,126 @@
+"""What a kernel was compiled to: its name, its assembly, the loop that its time is spent in.
+
+A kernel read from Numba's disk cache has lost its assembly, so it is compiled once more.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import inspect
+import re
+from dataclasses import dataclass, fields
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import cfunc
+from numba.core.ccallback import CFunc
+
+from fastq.kernels import gemm, isa, simd
+from fastq.kernels.gemm import Tile
+from fastq.kernels.signature import SIGNATURE
+
+# A tier's dot product, and the registers that its tiles fill
+DOT = {
+    "avx512_vnni": ("vpdpbusd", "zmm"),
+    "avx_vnni": ("vpdpbusd", "ymm"),
+    "avx2": ("vpmaddwd", "ymm"),
+    "generic": ("pmaddwd", "xmm"),
+}
+_TILE_FIELDS = len(fields(Tile))
+
+
+def kernel_at(address: int) -> Any:
+    """The living kernel whose code is at this address, as the executor's table names it."""
+    for kernel in gc.get_objects():
+        if type(kernel) is CFunc and kernel.address == address:
+            return kernel
+    raise LookupError(f"no kernel is at address {address:#x}")
+
+
+def config_of(kernel: Any) -> tuple[Any, ...]:
+    """What its factory closed it over, but for the digest."""
+    config: tuple[Any, ...] = inspect.getclosurevars(kernel.__wrapped__).nonlocals["config"]
+    return config[:-1]
+
+
+def name(factory: str, arguments: tuple[Any, ...]) -> str:
+    """`u8s8s32_gemm_6x8c4__avx2 u8 affine` of a tile; the factory and its arguments of others."""
+    words = arguments
+    if not arguments or not isinstance(arguments[0], Tile):
+        words = (factory.removesuffix("_kernel"), *arguments)
+    return " ".join(map(str, words))
+
+
+def name_of(kernel: Any) -> str:
+    """The `name` of a compiled kernel."""
+    factory, config = kernel.__wrapped__.__qualname__.partition(".")[0], config_of(kernel)
+    if factory == gemm.gemm_kernel.__name__:
+        config = (Tile(*config[:_TILE_FIELDS]), *config[_TILE_FIELDS:])
+    return name(factory, config)
+
+
+@functools.cache
+def assembly_of(kernel: Any) -> str:
+    """The kernel's assembly for this machine, from a compilation of its own."""
+    text: str = cfunc(SIGNATURE)(kernel.__wrapped__)._library.get_asm_str()
+    return text
+
+
+def assembly_for(tile: Tile, epilogue: str, rows: str, triple: str, cpu: str) -> str:
+    """A tile's code for a CPU by LLVM's name for it, whatever this one is."""
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    module = ir.Module()
+    module.triple = triple
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [simd.i64] * 6), "tile")
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    body = builder.append_basic_block("body")
+    builder.branch(body)
+    builder.position_at_end(body)
+    gemm.emit_tile(builder, tile, epilogue, rows, function.args[0], function.args[1:])
+    builder.ret_void()
+    parsed = binding.parse_assembly(str(module))
+    machine = binding.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
+    options = binding.create_pipeline_tuning_options(speed_level=3)
+    passes = binding.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(parsed, passes)
+    text: str = machine.emit_assembly(parsed)
+    return text
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One innermost loop with dot products: how many, and how many vectors it spills."""
+
+    lines: tuple[str, ...]
+    dots: int
+    spills: int
+
+
+def k_loops(text: str, tier: str) -> list[Loop]:
+    """The innermost loops (label to backward jump) that hold the tier's dot product."""
+    instruction, register = DOT[tier.removesuffix("-emulated")]
+    dot = re.compile(rf"{instruction}\s.*%{register}")
+    spill = re.compile(rf"\(%rsp\), %{register}|%{register}\d+, -?\d*\(%rsp\)")
+    loops: list[Loop] = []
+    block: list[str] = []
+    label = ""
+    for line in text.splitlines():
+        if match := re.match(r"(\.LBB\w+):", line):
+            label, block = match[1], []
+            continue
+        block.append(line.strip())
+        if label and re.match(rf"\s+j\w+\s+{re.escape(label)}$", line):
+            dots, spills = (sum(bool(p.search(row)) for row in block) for p in (dot, spill))
+            if dots:
+                loops.append(Loop(tuple(block), dots, spills))
+    return loops
+
+
+def k_loop_of(kernel: Any) -> Loop | None:
+    """The K loop of a kernel made for one tier; None of a plain loop or an emulated tier."""
+    for word in config_of(kernel):
+        if word in isa.BY_NAME:
+            return next(iter(k_loops(assembly_of(kernel), word)), None)
+    return None

@@ -1,0 +1,272 @@
+"""softmax and layer norm over the last axis, in integers up to one float32 factor a line.
+
+    softmax      e = TABLE[peak - x], int32; total = sum(e), int64
+                 out = requantized(float32(e) * (255 / float32(total)))
+    layer_norm   total = sum(x), squares = sum(x * x); d = N * x - total
+                 r = float32(1 / sqrt(float64(N * squares - total**2) + EPSILON))
+                 out = requantized(((float32(d) * r) * Y) + Z)
+
+x and out hold uint8 values as uint8 or int16; out may be x. A task is a block of lines, as in
+lines.py, each of them whole.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import cfunc, float32, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from fastq.kernels import simd
+from fastq.kernels.call import ITEM_BYTES, Call, Place, View, collapse
+from fastq.kernels.lines import (
+    COLUMNS,
+    ELEMENT,
+    LINES_FIELDS,
+    MAX_BOUNDED,
+    OPERAND_FIELDS,
+    ROWS,
+    emit_loop,
+    line_address,
+    share_lines,
+    task_lines,
+)
+from fastq.kernels.pointwise import line_config, pointwise_line
+from fastq.kernels.scalar import divide, pointer, stack_bytes
+from fastq.kernels.signature import SIGNATURE, sources_digest
+from fastq.kernels.simd import const, i32, i64, load, ptr, shuffle, vec
+from fastq.qparams import MAX_FEATURES, exp_table
+
+OUT, X = LINES_FIELDS, LINES_FIELDS + OPERAND_FIELDS
+(TABLE, Y, Z, EPSILON, CLAMP, ZERO_POINT, FIELDS) = range(
+    X + OPERAND_FIELDS, X + OPERAND_FIELDS + 7
+)
+LINE_BLOCK = 4 * 1024  # elements of a task, roughly
+CHUNK = 1024  # elements of a softmax whose exponentials are held
+CHUNK_BYTES = 4 * CHUNK
+LANES = 16
+SOFTMAX_NANOSECONDS, NORM_NANOSECONDS = 0.8, 0.3  # an element
+
+
+def _reduced(b: Any, value: Any, combine: Any) -> Any:
+    """The elements of a vector, halved until one is left."""
+    while value.type.count > 1:
+        half = value.type.count // 2
+        parts = (shuffle(b, value, value, range(i * half, (i + 1) * half)) for i in (0, 1))
+        value = combine(*parts)
+    return b.extract_element(value, i32(0))
+
+
+@intrinsic(prefer_literal=True)
+def _peak(typingctx: Any, kind: Any, x: Any, count: Any) -> Any:
+    """The largest of `count` values at x."""
+    element = ELEMENT[kind.literal_value]
+    item = i64(ITEM_BYTES[kind.literal_value])
+
+    def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
+        x, count = b.inttoptr(values[1], ptr), values[2]
+
+        def larger(a: Any, c: Any) -> Any:
+            return b.select(b.icmp_unsigned(">", a, c), a, c)
+
+        def step(width: int) -> Any:
+            kind = vec(element, width)
+            return lambda i, held: [larger(held, load(b, kind, x, b.mul(i, item)))]
+
+        i, (held,) = emit_loop(b, i64(0), count, 32, [const(vec(element, 32), 0)], step(32))
+        one = b.insert_element(
+            ir.Constant(vec(element, 1), ir.Undefined), _reduced(b, held, larger), i32(0)
+        )
+        _, (held,) = emit_loop(b, i, count, 1, [one], step(1))
+        return b.zext(b.extract_element(held, i32(0)), i64)
+
+    return types.int64(kind, types.int64, types.int64), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _sums(typingctx: Any, kind: Any, x: Any, count: Any) -> Any:
+    """The sum of `count` values at x, and that of their squares; up to MAX_FEATURES of them."""
+    element = ELEMENT[kind.literal_value]
+    item = i64(ITEM_BYTES[kind.literal_value])
+    result = types.UniTuple(types.int64, 2)
+
+    def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
+        x, count = b.inttoptr(values[1], ptr), values[2]
+
+        def step(width: int) -> Any:
+            def add(i: Any, total: Any, squares: Any) -> list[Any]:
+                stored = load(b, vec(element, width), x, b.mul(i, item))
+                value = b.zext(stored, vec(i32, width))
+                return [b.add(total, value), b.add(squares, b.mul(value, value))]
+
+            return add
+
+        zero = const(vec(i32, LANES), 0)
+        i, sums = emit_loop(b, i64(0), count, LANES, [zero, zero], step(LANES))
+        zero = const(vec(i32, 1), 0)
+        _, rest = emit_loop(b, i, count, 1, [zero, zero], step(1))
+        totals = []
+        for vector, last in zip(sums, rest, strict=True):
+            whole = _reduced(b, b.zext(vector, vec(i64, LANES)), b.add)
+            totals.append(b.add(whole, b.zext(b.extract_element(last, i32(0)), i64)))
+        return context.make_tuple(b, result, totals)
+
+    return result(kind, types.int64, types.int64), codegen
+
+
+@intrinsic
+def _inverse_root(typingctx: Any, spread: Any, epsilon: Any) -> Any:
+    """float32(1 / sqrt(float64(spread) + epsilon)), each step in float64."""
+
+    def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
+        double = ir.DoubleType()
+        sum_of = b.fadd(b.sitofp(values[0], double), values[1])
+        root = simd.call(b, "llvm.sqrt.f64", double, [sum_of])
+        return b.fptrunc(b.fdiv(ir.Constant(double, 1.0), root), simd.f32)
+
+    return types.float32(types.int64, types.float64), codegen
+
+
+@functools.cache
+def softmax_kernel(kind: str) -> Any:
+    """kind "u8" or "s16", of x and out."""
+    config = (kind, sources_digest())
+    item = ITEM_BYTES[kind]
+    scaled = line_config("scale", (kind, "s32"), (item, 4))
+
+    @cfunc(SIGNATURE, cache=True)
+    def kernel(args, begin, end):  # type: ignore[no-untyped-def]
+        count = args[COLUMNS]
+        held = stack_bytes(CHUNK_BYTES)
+        floats, ints = stack_bytes(16), args[ZERO_POINT]
+        e, clamp, factors = (
+            pointer(held, "s32"),
+            pointer(args[CLAMP], "f32"),
+            pointer(floats, "f32"),
+        )
+        factors[0], factors[1] = clamp[0], clamp[1]
+        for task in range(begin, end):
+            i, j, row, last, _, _ = task_lines(args, task)
+            for line in range(row, last):
+                x = line_address(args, X, i, j, line)
+                out = line_address(args, OUT, i, j, line)
+                q = pointer(x, config[0])
+                table = args[TABLE] + 4 * _peak(config[0], x, count)
+                total = 0
+                for n in range(min(count, CHUNK)):
+                    value = pointer(table - 4 * q[n], "s32")[0]
+                    e[n] = value
+                    total += value
+                for n in range(CHUNK, count):
+                    total += pointer(table - 4 * q[n], "s32")[0]
+                factors[2] = divide(255.0, float32(total))
+                for first in range(0, count, CHUNK):
+                    size = min(CHUNK, count - first)
+                    if first:
+                        for n in range(size):
+                            e[n] = pointer(table - 4 * q[first + n], "s32")[0]
+                    to = out + first * item
+                    pointwise_line(scaled, to, held, 0, 0, size, floats, ints, ints)
+
+    return kernel
+
+
+@functools.cache
+def layer_norm_kernel(kind: str, bounded: bool) -> Any:
+    """kind "u8" or "s16", of x and out."""
+    config = (kind, sources_digest())
+    item = ITEM_BYTES[kind]
+    kinds, steps = (kind, kind, "f32", "f32"), (item, item, 4, 4)
+    normalized = line_config("normalize", kinds, steps, bounded)
+
+    @cfunc(SIGNATURE, cache=True)
+    def kernel(args, begin, end):  # type: ignore[no-untyped-def]
+        count, epsilon = args[COLUMNS], pointer(args[EPSILON], "f64")[0]
+        floats, ints = stack_bytes(16), stack_bytes(16)
+        clamp, factors = pointer(args[CLAMP], "f32"), pointer(floats, "f32")
+        zeros = pointer(ints, "s32")
+        factors[0], factors[1] = clamp[0], clamp[1]
+        zeros[0], zeros[1] = pointer(args[ZERO_POINT], "s32")[0], count
+        for task in range(begin, end):
+            i, j, row, last, _, _ = task_lines(args, task)
+            for line in range(row, last):
+                x = line_address(args, X, i, j, line)
+                out = line_address(args, OUT, i, j, line)
+                total, squares = _sums(config[0], x, count)
+                factors[2] = _inverse_root(count * squares - total * total, epsilon)
+                zeros[2] = total
+                pointwise_line(normalized, out, x, args[Y], args[Z], count, floats, ints, ints)
+
+    return kernel
+
+
+def softmax_row(call: Call, x: View, out: View, scale: float, label: str = "") -> None:
+    """Appends reference.softmax; out may be x."""
+    places: dict[int, Place] = {TABLE: exp_table(scale)}
+    _line_row(call, softmax_kernel(x.kind), x, out, places, (0, 0, 255), SOFTMAX_NANOSECONDS,
+              label or f"softmax_{x.kind}")  # fmt: skip
+
+
+def layer_norm_row(
+    call: Call,
+    x: View,
+    out: View,
+    multiplier: NDArray[np.float32],
+    shift: NDArray[np.float32],
+    epsilon: float,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    label: str = "",
+) -> None:
+    """Appends reference.layer_norm; multiplier and shift are scalars or (N,). out may be x."""
+    n = x.shape[-1]
+    if n == 0:
+        return
+    if n > MAX_FEATURES:
+        raise ValueError(f"layer_norm: {n} features; exact up to {MAX_FEATURES}")
+    columns = [np.array(np.broadcast_to(v, (n,)), np.float32) for v in (multiplier, shift)]
+    places: dict[int, Place] = {
+        Y: columns[0],
+        Z: columns[1],
+        EPSILON: np.array([float(n) * float(n) * epsilon]),
+    }
+    # |d * r| is under the root of N, up to rounding
+    largest = 2 * n**0.5 * np.abs(columns[0]).max() + np.abs(columns[1]).max()
+    kernel = layer_norm_kernel(x.kind, bool(largest <= MAX_BOUNDED))
+    _line_row(call, kernel, x, out, places, (zero_point, qmin, qmax),
+              NORM_NANOSECONDS, label or f"layer_norm_{x.kind}")  # fmt: skip
+
+
+def _line_row(
+    call: Call,
+    kernel: Any,
+    x: View,
+    out: View,
+    places: dict[int, Place],
+    clamp: tuple[int, int, int],
+    nanoseconds: float,
+    label: str,
+) -> None:
+    """Appends a kernel that takes whole lines; clamp is (zero_point, qmin, qmax)."""
+    shape, (out_steps, x_steps) = collapse([out, x], 4, keep=1)
+    size = int(np.prod(shape))
+    if size == 0:
+        return
+    zero_point, qmin, qmax = clamp
+    values = share_lines(shape)[1] | {COLUMNS: shape[3]}
+    values[ROWS] = min(max(LINE_BLOCK // shape[3], 1), shape[2])
+    values |= {OUT + 1 + a: out_steps[a] for a in range(3)}
+    values |= {X + 1 + a: x_steps[a] for a in range(3)}
+    places |= {
+        OUT: out.place,
+        X: x.place,
+        CLAMP: np.array([qmin - zero_point, qmax - zero_point], np.float32),
+        ZERO_POINT: np.array([zero_point, 0, 0], np.int32),
+    }
+    tasks = shape[0] * shape[1] * -(-shape[2] // values[ROWS])
+    call.row(kernel, FIELDS, tasks, values, places, size * nanoseconds, label)

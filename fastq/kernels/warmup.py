@@ -1,0 +1,179 @@
+"""The kernels that a tier may use, in one table, to compile them before they are needed.
+
+Of those that are made for one stride or one window the usual ones are here; others compile at
+their first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
+from time import perf_counter
+from typing import Any, NamedTuple
+
+from numba.core.ccallback import CFunc
+
+from fastq.kernels import elementwise, executor, gemm, histogram, layout, pointwise, stage, windows
+from fastq.kernels import isa as isa_room
+from fastq.kernels.call import ITEM_BYTES
+from fastq.kernels.simd import emitter
+from fastq.kernels.tiles import tiles_of
+
+INTEGERS = ("u8", "s8", "s32")
+LAYOUTS = ("tensor", "row", "column")
+
+
+class Family(NamedTuple):
+    """A factory of kernels, the layer that needs them, and their arguments on a tier."""
+
+    layer: str
+    factory: Callable[..., Any]
+    arguments: Callable[[str], Iterable[tuple[Any, ...]]]
+
+
+def _activations(tier: str) -> str:
+    """What the tiles of a tier read, as a kind of staging."""
+    return "s16" if emitter(tier).a_bytes == 2 else "u8"
+
+
+def _epilogues(tier: str) -> tuple[str, ...]:
+    """Of a layer of its own, then what is left of a program's."""
+    between = _activations(tier)
+    return tuple(dict.fromkeys(("u8", "f32", "s32", between, f"{between}+add", "u8+add")))
+
+
+def _pointwise(tier: str) -> Iterable[tuple[Any, ...]]:
+    """Lines whose operands lie side by side, as a program's do."""
+    item = ITEM_BYTES[kind := _activations(tier)]
+    yield from product(("add", "multiply"), [(kind,) * 3], [(item,) * 3])
+    yield "affine", (kind, kind, "f32", "f32"), (item, item, 4, 4)
+    yield "table", (kind, kind), (item, item)
+    yield "fill", (kind,), (item,)
+
+
+def _copies(tier: str) -> Iterable[tuple[Any, ...]]:
+    kind = _activations(tier)
+    return product((kind,), (kind,), ("lines", "tiles", "elements"))
+
+
+def _windows(tier: str) -> Iterable[tuple[Any, ...]]:
+    """Max pooling of 2 x 2 and 3 x 3, and the mean of a whole image."""
+    kind = _activations(tier)
+    yield from (("max", kind, size, size, "") for size in (2, 3))
+    yield "sum", kind, 0, 0, "window"
+
+
+def _elementwise(tier: str) -> Iterable[tuple[Any, ...]]:
+    yield from product(("divide", "multiply"), ("f32",), INTEGERS, LAYOUTS)
+    yield from product(("multiply",), ("s32",), INTEGERS, LAYOUTS)
+    yield from product(("dequantize",), INTEGERS, ("f32",), LAYOUTS)
+
+
+FAMILIES = (
+    Family("any", executor._serial, lambda tier: [()]),
+    Family("any", executor._parallel, lambda tier: [()]),
+    Family(
+        "linear",
+        gemm.gemm_kernel,
+        lambda tier: product(tiles_of(tier), _epilogues(tier), ("affine",)),
+    ),
+    Family(
+        "conv",
+        gemm.gemm_kernel,
+        lambda tier: product(tiles_of(tier), _epilogues(tier), ("affine", "table")),
+    ),
+    Family(
+        "depthwise",
+        gemm.gemm_kernel,
+        lambda tier: product(tiles_of(tier, "depthwise"), _epilogues(tier), ("affine", "table")),
+    ),
+    Family(
+        "linear",
+        stage.stage_rows_kernel,
+        lambda tier: product(("dynamic", "static", "u8"), (_activations(tier),)),
+    ),
+    Family(
+        "conv",
+        stage.stage_image_kernel,
+        lambda tier: product(("f32", "u8"), (_activations(tier),)),
+    ),
+    Family("conv", stage.range_parts_kernel, lambda tier: [()]),
+    Family("conv", stage.range_qparams_kernel, lambda tier: [()]),
+    Family("conv", pointwise.pointwise_kernel, _pointwise),
+    Family("conv", windows.windows_kernel, _windows),
+    Family("conv", layout.border_kernel, lambda tier: [(_activations(tier),)]),
+    Family("conv", layout.copy_kernel, _copies),
+    Family("array", elementwise.elementwise_kernel, _elementwise),
+    Family("array", histogram.histogram_kernel, lambda tier: [()]),
+)
+
+# networks by their layers; others have the kernels of one of these
+NETWORKS = {
+    "bert": ("linear",),
+    "resnet50": ("linear", "conv"),
+    "mobilenet": ("linear", "conv", "depthwise"),
+}
+
+Kernel = tuple[Callable[..., Any], tuple[Any, ...]]  # a factory and its arguments
+
+
+def kernels(tier: str, network: str | None = None) -> list[Kernel]:
+    """The kernels of a tier, each once: all of them, or those of one of NETWORKS."""
+    if network is not None and network not in NETWORKS:
+        raise ValueError(f"warmup: network={network!r}; wanted one of {', '.join(NETWORKS)}")
+    return list(
+        dict.fromkeys(
+            (family.factory, arguments)
+            for family in FAMILIES
+            if network is None or family.layer in ("any", *NETWORKS[network])
+            for arguments in family.arguments(tier)
+        )
+    )
+
+
+class Warmup(NamedTuple):
+    """What `warmup` did; a kernel that was not compiled came from the disk cache."""
+
+    isa: str
+    kernels: int
+    compiled: int
+    seconds: float
+
+    def __str__(self) -> str:
+        done = f"{self.compiled} compiled, {self.kernels - self.compiled} read from the cache"
+        if not self.compiled:
+            done = "all were in the cache"
+        return f"{self.kernels} kernels for {self.isa} in {self.seconds:.1f} s: {done}"
+
+
+def warmup(
+    network: str | None = None,
+    *,
+    isa: str | None = None,
+    progress: Callable[[Sequence[Kernel]], Iterable[Kernel]] = iter,
+) -> Warmup:
+    """Compiles kernels into Numba's disk cache, so that no first call has to.
+
+    network   "bert", "resnet50" or "mobilenet": the kernels that such networks use. None: all.
+    isa       the instruction set, as FASTQ_ISA names it; None is the one in use.
+    progress  wraps the list of kernels, as tqdm.tqdm does.
+
+    Raises ValueError for an unknown network or instruction set, RuntimeError for an instruction
+    set that this CPU lacks.
+    """
+    with isa_room.using(isa or isa_room.current()):
+        tier = isa_room.current()
+        start, todo = perf_counter(), kernels(tier, network)
+        compiled = sum(_compiles(*kernel) for kernel in progress(todo))
+    return Warmup(tier, len(todo), compiled, perf_counter() - start)
+
+
+def _compiles(factory: Any, arguments: tuple[Any, ...]) -> bool:
+    """Makes the kernel; whether neither this process nor the disk cache had it."""
+    made = factory.cache_info().misses
+    kernel = factory(*arguments)
+    if factory.cache_info().misses == made:
+        return False
+    if isinstance(kernel, CFunc):
+        return not kernel.cache_hits
+    return not kernel.stats.cache_hits  # a dispatcher: the executor's own
