@@ -33,6 +33,7 @@ from fastq.lower import Region
 from fastq.nn.network import QuantizedModel, Stage, assemble
 from fastq.prepare import Prepared, prepare_graph
 from fastq.qconfig import QConfig
+from fastq.recipe import write_recipe
 from fastq.trace import Forward
 
 Config = QConfig | Mapping[Selector, QConfig | None]
@@ -235,6 +236,8 @@ def build(prepared: Prepared, names: Sequence[str], report: QuantizationSummary)
             inputs = tuple(n.name for n in item.inputs)
             stages.append(Stage(item.op, inputs, (item.name,), item.attrs))
             tensors |= {f"{item.name}.{k}": v.clone() for k, v in item.tensors.items()}
+    recipe, kept = write_recipe(prepared)
+    tensors |= kept
     inputs = [node.name if isinstance(node, Node) else None for node in captured.arguments]
     outputs = [v.name if isinstance(v, Node) else ("constant", v) for v in graph.outputs]
     constants = {
@@ -242,7 +245,7 @@ def build(prepared: Prepared, names: Sequence[str], report: QuantizationSummary)
     }
     network = assemble(
         stages, prepared.programs(), tensors, inputs, constants, outputs,
-        (captured.in_spec, captured.out_spec), names,
+        (captured.in_spec, captured.out_spec), names, recipe,
     )  # fmt: skip
     network._fastq_summary = report  # type: ignore[assignment]
     return network

@@ -94,6 +94,18 @@ class Prepared:
             self._qparams[stands] = found
         return found
 
+    def quantized(self) -> list[Node]:
+        """The nodes that stand for the ranges that the programs need; not the fixed ones."""
+        asked: dict[Node, None] = {}
+
+        def ask(node: Node) -> QParams:
+            asked[self.ranges.find(node)] = None
+            return self.qparams(node)
+
+        for region in self.regions:
+            lower(region, ask, self.weight, self.captured.any_extent)
+        return [node for node in asked if node not in self.ranges.fixed]
+
     def set_qparams(self, node: Node, qparams: QParams) -> None:
         """Let a value have this quantization, until more is observed."""
         self._qparams[self.ranges.find(node)] = qparams

@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from fastq import ops
 from fastq.batches import Batches
 from fastq.capture import capture
-from fastq.convert import QuantizationSummary, Selector, leave_fast_path
+from fastq.convert import QuantizationSummary, Selector, leave_fast_path, summary
 from fastq.fuse import fold, fuse
 from fastq.graph import Node, evaluate, normalization
 from fastq.lower import MOVES, Region, inputs_first, lowered, outputs_first, weight_of
@@ -41,6 +41,7 @@ from fastq.prepare import Prepared, Weight, prepare_graph, symmetric
 from fastq.program import OPERATIONS
 from fastq.qconfig import QConfig
 from fastq.qparams import FLT_MIN, QParams, choose_qparams, quantize_weight
+from fastq.recipe import read_recipe
 from fastq.trace import Forward
 
 UNCLAMPED = (-math.inf, math.inf)
@@ -75,6 +76,14 @@ def prepare_qat(
     Raises TypeError for a model or data of a wrong kind; ValueError if nothing can become int8;
     CannotCapture if torch.export cannot follow the model.
     """
+    if isinstance(model, QuantizedModel):
+        if data is not None or config is not None or skip:
+            raise TypeError(
+                "prepare_qat: got data, config or skip with a quantized model, which has its "
+                "ranges, bits and layers already; wanted prepare_qat(quantized)"
+            )
+        prepared = read_recipe(model)
+        return QATModel(prepared, _parts(prepared), model.layout.names, summary(model), learned)
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule | QATModel):
         raise TypeError(
             f"prepare_qat: got {type(model).__name__}, wanted a float torch.nn.Module, not "
@@ -151,13 +160,12 @@ class QATModel(nn.Module):
         named = self._named()
         self._places = {node: _places(node, named) for node in prepared.graph}
         self.fastq = nn.ModuleDict()
-        for stands in _quantized(prepared):
+        for stands in prepared.quantized():
             centered = stands in prepared.ranges.symmetric
             self.fastq[f"{stands.name}_u8"] = _Range(prepared.qparams(stands), centered, learned)
-        for node in prepared.layers() if learned else ():
-            self.fastq[f"{node.name}_s8"] = _Steps(_first_steps(prepared, node), learned)
-        for node in prepared.layers() if learned else ():
-            self.fastq[f"{node.name}_s8"] = _Steps(_first_steps(prepared, node), learned)
+        for node in prepared.layers():
+            if learned or node in prepared.chosen:
+                self.fastq[f"{node.name}_s8"] = _Steps(_first_steps(prepared, node), learned)
         prepared.forget()
         self.train()
 
@@ -238,12 +246,12 @@ class QATModel(nn.Module):
     def _range(self, node: Node) -> _Range | None:
         """The range of a value; None if it is fixed."""
         name = f"{self._prepared.ranges.find(node).name}_u8"
-        return self.fastq[name] if name in self.fastq else None  # type: ignore[return-value]
+        return getattr(self.fastq, name, None)
 
     def _steps(self, node: Node) -> Tensor | None:
         """The scale of a layer's weight if it is state, not a function of the weight."""
         name = f"{node.name}_s8"
-        return self.fastq[name].scale if name in self.fastq else None  # type: ignore[return-value]
+        return getattr(getattr(self.fastq, name, None), "scale", None)
 
     def _weight(self, node: Node) -> Weight:
         """The int8 weight of a layer and its scale, outputs first."""
@@ -256,17 +264,34 @@ class QATModel(nn.Module):
         return np.clip(data, -limit, limit).astype(np.int8), scale
 
 
-def _quantized(prepared: Prepared) -> list[Node]:
-    """The nodes that stand for the ranges that the programs need, but for fixed ones."""
-    asked: dict[Node, None] = {}
+def _parts(prepared: Prepared) -> nn.Module:
+    """The parameters of a graph as a module, under the names of the layers that they are of.
 
-    def ask(node: Node) -> QParams:
-        asked[prepared.ranges.find(node)] = None
-        return prepared.qparams(node)
+    The tensors of constants and of torch's other operators are no parameters.
+    """
+    root = nn.Module()
+    for node in prepared.graph:
+        if not node.tensors or node.op in ("constant", "aten"):
+            continue
+        part = _submodule(root, node.layer or node.name)
+        same = part._parameters.keys() & node.tensors.keys()
+        if any(not torch.equal(part.get_parameter(key), node.tensors[key]) for key in same):
+            part = _submodule(root, node.name)  # the module has several weights of its own
+            same = set()
+        for key, tensor in node.tensors.items():
+            if key not in same:
+                part.register_parameter(key, nn.Parameter(tensor))
+            node.tensors[key] = part.get_parameter(key)  # of a layer that is called twice, one
+    return root
 
-    for region in prepared.regions:
-        lowered(region, ask, prepared.weight, prepared.captured.any_extent)
-    return [node for node in asked if node not in prepared.ranges.fixed]
+
+def _submodule(root: nn.Module, path: str) -> nn.Module:
+    """The submodule of this name, made if there is none."""
+    for name in path.split("."):
+        if name not in root._modules:
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    return root
 
 
 def _first_steps(prepared: Prepared, node: Node) -> Tensor:

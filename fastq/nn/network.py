@@ -42,6 +42,7 @@ class Layout:
     outputs   for each leaf of the result a name, or ("constant", value).
     specs     of (args, kwargs) and of the result, as pytree's JSON.
     names     of the parameters of the float network's forward.
+    recipe    what the programs were made from, as JSON (recipe.py): not needed to run them.
     """
 
     stages: tuple[Stage, ...]
@@ -51,6 +52,7 @@ class Layout:
     outputs: tuple[Any, ...]
     specs: tuple[str, str]
     names: tuple[str, ...]
+    recipe: Mapping[str, Any]
 
 
 class QuantizedModel(nn.Module):
@@ -227,6 +229,7 @@ def assemble(
     outputs: Sequence[Any],
     specs: tuple[Any, Any],
     names: Sequence[str],
+    recipe: Mapping[str, Any],
 ) -> QuantizedModel:
     """A network from its parts; float_tensors are called "node.name"."""
     tensors = dict(float_tensors)
@@ -243,6 +246,7 @@ def assemble(
         tuple(outputs),
         (pytree.treespec_dumps(specs[0]), pytree.treespec_dumps(specs[1])),
         tuple(names),
+        recipe,
     )
     return QuantizedModel(layout, tensors)
 
@@ -266,7 +270,7 @@ def encode_layout(layout: Layout) -> dict[str, Any]:
             "op": stage.op,
             "inputs": list(stage.inputs),
             "outputs": list(stage.outputs),
-            "attrs": {k: _encode(v) for k, v in stage.attrs.items() if k not in NOTES},
+            "attrs": {k: encode_value(v) for k, v in stage.attrs.items() if k not in NOTES},
             "program": stage.program,
         }
         for stage in layout.stages
@@ -275,10 +279,13 @@ def encode_layout(layout: Layout) -> dict[str, Any]:
         "stages": stages,
         "programs": list(layout.programs),
         "inputs": list(layout.inputs),
-        "constants": {k: _encode(v) for k, v in layout.constants.items()},
-        "outputs": [out if isinstance(out, str) else [_encode(out[1])] for out in layout.outputs],
+        "constants": {k: encode_value(v) for k, v in layout.constants.items()},
+        "outputs": [
+            out if isinstance(out, str) else [encode_value(out[1])] for out in layout.outputs
+        ],
         "specs": list(layout.specs),
         "names": list(layout.names),
+        "recipe": layout.recipe,
     }
 
 
@@ -290,7 +297,7 @@ def decode_layout(given: Any) -> Layout:
                 s["op"],
                 tuple(s["inputs"]),
                 tuple(s["outputs"]),
-                {k: _decode(v) for k, v in s["attrs"].items()},
+                {k: decode_value(v) for k, v in s["attrs"].items()},
                 s["program"],
             )
             for s in given["stages"]
@@ -299,13 +306,14 @@ def decode_layout(given: Any) -> Layout:
             stages,
             tuple(given["programs"]),
             tuple(given["inputs"]),
-            {k: _decode(v) for k, v in given["constants"].items()},
+            {k: decode_value(v) for k, v in given["constants"].items()},
             tuple(
-                out if isinstance(out, str) else ("constant", _decode(out[0]))
+                out if isinstance(out, str) else ("constant", decode_value(out[0]))
                 for out in given["outputs"]
             ),
             (given["specs"][0], given["specs"][1]),
             tuple(given["names"]),
+            given["recipe"],
         )
         _check(layout)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -316,15 +324,16 @@ def decode_layout(given: Any) -> Layout:
 NOTES = ("folded", "norm")  # of a graph, not needed to run it
 
 
-def _encode(value: Any) -> Any:
+def encode_value(value: Any) -> Any:
+    """An attribute of a node as JSON; TypeError for what has no form there."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else {"float": str(value)}
     if isinstance(value, list | tuple):
-        return {type(value).__name__: [_encode(v) for v in value]}
+        return {type(value).__name__: [encode_value(v) for v in value]}
     if isinstance(value, dict):
-        return {"dict": {str(k): _encode(v) for k, v in value.items()}}
+        return {"dict": {str(k): encode_value(v) for k, v in value.items()}}
     if isinstance(value, Ref):
         return {"ref": value.index}
     if isinstance(value, Batch):
@@ -336,7 +345,8 @@ def _encode(value: Any) -> Any:
     raise TypeError(f"an operator takes {value!r:.80}, which has no form in a file")
 
 
-def _decode(given: Any) -> Any:
+def decode_value(given: Any) -> Any:
+    """The attribute again; ValueError for what `encode_value` does not write."""
     if not isinstance(given, dict):
         if isinstance(given, list):
             raise ValueError(f"wanted an object, got {given!r:.80}")
@@ -346,10 +356,10 @@ def _decode(given: Any) -> Any:
         case "float" if content in ("inf", "-inf", "nan"):
             return float(content)
         case "list" | "tuple":
-            values = [_decode(v) for v in content]
+            values = [decode_value(v) for v in content]
             return values if kind == "list" else tuple(values)
         case "dict":
-            return {k: _decode(v) for k, v in content.items()}
+            return {k: decode_value(v) for k, v in content.items()}
         case "ref" if type(content) is int and content >= 0:
             return Ref(content)
         case "batch" if type(content) is int:
