@@ -171,15 +171,28 @@ def default_weights(node: Node) -> tuple[Any, Any]:
 
 
 def weight_of(node: Node) -> Tensor:
-    """The float weight with its outputs first: a transposed convolution's as the convolution's
-    that it is on pixels set apart."""
-    weight = node.tensors["weight"].detach()
+    """The float weight with its outputs first."""
+    return outputs_first(node, node.tensors["weight"].detach())
+
+
+def outputs_first(node: Node, weight: Tensor) -> Tensor:
+    """A transposed convolution's weight as the convolution's that it is on pixels set apart."""
     if node.op != "conv_transpose2d":
         return weight
     groups = node.attrs["groups"]
     c, n, kh, kw = weight.shape
     split = weight.reshape(groups, c // groups, n, kh, kw).transpose(1, 2)
     return split.reshape(groups * n, c // groups, kh, kw).flip(2, 3).contiguous()
+
+
+def inputs_first(node: Node, weight: Tensor) -> Tensor:
+    """What `outputs_first` was given."""
+    if node.op != "conv_transpose2d":
+        return weight
+    groups = node.attrs["groups"]
+    n, c, kh, kw = weight.shape
+    split = weight.flip(2, 3).reshape(groups, n // groups, c, kh, kw).transpose(1, 2)
+    return split.reshape(groups * c, n // groups, kh, kw).contiguous()
 
 
 def lower(
@@ -189,7 +202,31 @@ def lower(
     any_extent: bool = True,
 ) -> Program:
     """The program of a region. qparams(node) is the uint8 quantization of a value."""
-    return _Lowering(region, qparams, weights, any_extent).program()
+    return lowered(region, qparams, weights, any_extent).program
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A program, and where to find the values of the graph in it.
+
+    names  node -> its value: uint8, or float32 for a product that gives float32 itself.
+    axes   value -> the torch axis of each of its axes.
+    """
+
+    program: Program
+    names: Mapping[Node, str]
+    axes: Mapping[str, tuple[int, ...]]
+
+
+def lowered(
+    region: Region,
+    qparams: Callable[[Node], QParams],
+    weights: Weights = default_weights,
+    any_extent: bool = True,
+) -> Lowered:
+    """`lower`, for who follows the values."""
+    lowering = _Lowering(region, qparams, weights, any_extent)
+    return Lowered(lowering.program(), lowering.names, lowering.axes)
 
 
 class _Lowering:

@@ -33,6 +33,7 @@ from fastq.lower import Region
 from fastq.nn.network import QuantizedModel, Stage, assemble
 from fastq.prepare import Prepared, prepare_graph
 from fastq.qconfig import QConfig
+from fastq.recipe import write_recipe
 from fastq.trace import Forward
 
 Config = QConfig | Mapping[Selector, QConfig | None]
@@ -205,6 +206,23 @@ def finish(prepared: Prepared, model: nn.Module, *, strict: bool = False) -> Qua
             "quantize_model: strict=True, and layers stay float; name them in skip= to accept "
             f"that\n{report}"
         )
+    return build(prepared, forward_names(model), report)
+
+
+def forward_names(model: nn.Module) -> list[str]:
+    """The parameters of its forward that may be given by position."""
+    return [
+        p.name
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+
+
+def build(prepared: Prepared, names: Sequence[str], report: QuantizationSummary) -> QuantizedModel:
+    """The integer network with the ranges and weights that `prepared` has.
+
+    names  of the parameters of the float network's forward.
+    """
     captured, graph = prepared.captured, prepared.graph
     tensors: dict[str, Tensor] = {}
     stages = []
@@ -221,19 +239,16 @@ def finish(prepared: Prepared, model: nn.Module, *, strict: bool = False) -> Qua
                 Stage(item.op, inputs, (item.name,), item.attrs, layer=item.layer, why=why)
             )
             tensors |= {f"{item.name}.{k}": v.clone() for k, v in item.tensors.items()}
+    recipe, kept = write_recipe(prepared)
+    tensors |= kept
     inputs = [node.name if isinstance(node, Node) else None for node in captured.arguments]
     outputs = [v.name if isinstance(v, Node) else ("constant", v) for v in graph.outputs]
     constants = {
         str(i): leaf for i, leaf in enumerate(captured.arguments) if not isinstance(leaf, Node)
     }
-    names = [
-        p.name
-        for p in inspect.signature(model.forward).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
     network = assemble(
         stages, prepared.programs(), tensors, inputs, constants, outputs,
-        (captured.in_spec, captured.out_spec), names,
+        (captured.in_spec, captured.out_spec), names, recipe,
     )  # fmt: skip
     network._fastq_summary = report  # type: ignore[assignment]
     return network

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastq.capture import Captured, capture
 from fastq.fuse import fuse
 from fastq.graph import Graph, Node
-from fastq.lower import Ranges, Region, find_regions, lower, weight_of
+from fastq.lower import Ranges, Region, find_regions, inputs_first, lower, weight_of
 from fastq.observer import Observer, make_observer
 from fastq.program import Program
 from fastq.qconfig import QConfig
@@ -89,12 +89,22 @@ class Prepared:
             if observer is None or not observer.count:
                 raise ValueError(f"{node.name}: no finite value was seen of it")
             found = observer.qparams()
-            if stands in self.ranges.symmetric:  # int8 by another name: b - 128
-                scale, zero_point = float(found.scale), int(found.zero_point)
-                peak = scale * max(zero_point, 255 - zero_point)
-                found = QParams(np.float32(peak / 127), np.int32(128))
+            if stands in self.ranges.symmetric:
+                found = symmetric(found)
             self._qparams[stands] = found
         return found
+
+    def quantized(self) -> list[Node]:
+        """The nodes that stand for the ranges that the programs need; not the fixed ones."""
+        asked: dict[Node, None] = {}
+
+        def ask(node: Node) -> QParams:
+            asked[self.ranges.find(node)] = None
+            return self.qparams(node)
+
+        for region in self.regions:
+            lower(region, ask, self.weight, self.captured.any_extent)
+        return [node for node in asked if node not in self.ranges.fixed]
 
     def set_qparams(self, node: Node, qparams: QParams) -> None:
         """Let a value have this quantization, until more is observed."""
@@ -153,12 +163,14 @@ class Prepared:
     def _with_grid_weight(self, node: Node) -> dict[str, Tensor]:
         data, scale = self.weight(node)
         real = torch.from_numpy(data * scale.reshape(-1, *[1] * (data.ndim - 1)))
-        if node.op == "conv_transpose2d":
-            groups = node.attrs["groups"]
-            n, c, kh, kw = real.shape
-            split = real.flip(2, 3).reshape(groups, n // groups, c, kh, kw).transpose(1, 2)
-            real = split.reshape(groups * c, n // groups, kh, kw)
-        return {**node.tensors, "weight": real.contiguous()}
+        return {**node.tensors, "weight": inputs_first(node, real)}
+
+
+def symmetric(qparams: QParams) -> QParams:
+    """The range of qparams with zero_point 128: int8 by another name."""
+    scale, zero_point = float(qparams.scale), int(qparams.zero_point)
+    peak = scale * max(zero_point, 255 - zero_point)
+    return QParams(np.float32(peak / 127), np.int32(128))
 
 
 def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
