@@ -58,6 +58,9 @@ class Layout:
     recipe: Mapping[str, Any]
 
 
+ONE_TENSOR = pytree.tree_structure(((0,), {}))  # model(x), the most common call
+
+
 class QuantizedModel(nn.Module):
     """A network whose forward runs integer programs; it takes and returns what the float one did.
 
@@ -75,7 +78,8 @@ class QuantizedModel(nn.Module):
                 self.add_module(step, nn.Module())
             self.get_submodule(step).register_buffer(part, tensor.detach())
         self.in_spec, self.out_spec = (pytree.treespec_loads(text) for text in layout.specs)
-        self._ready: tuple[Any, list[BoundProgram]] | None = None
+        self._single = self.in_spec == ONE_TENSOR and self.out_spec.is_leaf()
+        self._ready: list[BoundProgram] | None = None
         self._bound()
         self.eval()
 
@@ -93,20 +97,23 @@ class QuantizedModel(nn.Module):
         return programs[0]
 
     def _bound(self) -> list[BoundProgram]:
-        """The programs on this machine, made anew when a tensor of the state has changed."""
-        state = {
-            f"{step}.{part}": tensor
-            for step, module in self._modules.items()
-            for part, tensor in module._buffers.items()  # type: ignore[union-attr]
-        }
-        seen = [
-            (id(t), -1 if t.is_inference() else t._version, t.data_ptr()) for t in state.values()
-        ]
-        if self._ready is None or self._ready[0] != seen:
-            arrays = {name: t.detach().numpy() for name, t in state.items()}
+        """The programs on this machine, made of the tensors of the state when first needed."""
+        if self._ready is None:
+            arrays = {
+                f"{step}.{part}": tensor.detach().numpy()
+                for step, module in self._modules.items()
+                for part, tensor in module._buffers.items()  # type: ignore[union-attr]
+            }
             programs = [decode_program(given, arrays) for given in self.layout.programs]
-            self._ready = seen, [BoundProgram(program) for program in programs]
-        return self._ready[1]
+            self._ready = [BoundProgram(program) for program in programs]
+        return self._ready
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module. Tensors are changed by this way only: the kernels have copies."""
+        result = super().load_state_dict(*args, **kwargs)
+        self._ready = None
+        self._bound()  # an altered tensor is refused here, not at the next call
+        return result
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the float network returned for these arguments, in int8's precision."""
@@ -128,7 +135,12 @@ class QuantizedModel(nn.Module):
     ) -> Any:
         """The result for these arguments; compute(stage, inputs, batch) gives a stage's values."""
         layout = self.layout
-        leaves = leaves_of(self, tuple(args), dict(kwargs), self.in_spec, layout.inputs, layout.names)
+        leaves: Sequence[Any] = args
+        plain = self._single and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        if not plain:
+            leaves = leaves_of(
+                self, tuple(args), dict(kwargs), self.in_spec, layout.inputs, layout.names
+            )
         values: dict[str, Any] = {}
         for i, (name, leaf) in enumerate(zip(layout.inputs, leaves, strict=True)):
             if name is not None:
@@ -140,7 +152,7 @@ class QuantizedModel(nn.Module):
             results = compute(stage, [values[name] for name in stage.inputs], batch)
             values.update(zip(stage.outputs, results, strict=True))
         outputs = [values[out] if isinstance(out, str) else out[1] for out in layout.outputs]
-        return pytree.tree_unflatten(outputs, self.out_spec)
+        return outputs[0] if self._single else pytree.tree_unflatten(outputs, self.out_spec)
 
     def arrays(self, bound: BoundProgram, stage: Stage, inputs: list[Any]) -> list[Any]:
         """The float32 tensors that a program takes, as arrays; TypeError, ValueError for others."""
