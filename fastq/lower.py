@@ -24,6 +24,7 @@ from fastq.qparams import MAX_K, Dequant, QParams, Requant, quantize_weight
 from fastq.weights import Conv2dWeight, LinearWeight
 
 Weights = Callable[[Node], tuple[Any, Any]]  # a node's (int8 data, float32 scale per output)
+Biases = Callable[[Node], Tensor | None]
 
 NHWC = (0, 2, 3, 1)
 # Values that keep the quantization of what they are made from.
@@ -182,21 +183,31 @@ def weight_of(node: Node) -> Tensor:
     return split.reshape(groups * n, c // groups, kh, kw).flip(2, 3).contiguous()
 
 
+def default_bias(node: Node) -> Tensor | None:
+    return node.tensors.get("bias")
+
+
 def lower(
     region: Region,
     qparams: Callable[[Node], QParams],
     weights: Weights = default_weights,
     any_extent: bool = True,
+    biases: Biases = default_bias,
 ) -> Program:
     """The program of a region. qparams(node) is the uint8 quantization of a value."""
-    return _Lowering(region, qparams, weights, any_extent).program()
+    return _Lowering(region, qparams, weights, any_extent, biases).program()
 
 
 class _Lowering:
     def __init__(
-        self, region: Region, qparams: Callable[[Node], QParams], weights: Weights, any_extent: bool
+        self,
+        region: Region,
+        qparams: Callable[[Node], QParams],
+        weights: Weights,
+        any_extent: bool,
+        biases: Biases,
     ) -> None:
-        self.region, self.qparams, self.weights = region, qparams, weights
+        self.region, self.qparams, self.weights, self.biases = region, qparams, weights, biases
         self.any_extent = any_extent
         self.steps: list[Step] = []
         self.axes: dict[str, tuple[int, ...]] = {}  # value -> the torch axis of each of its axes
@@ -323,7 +334,7 @@ class _Lowering:
     def product(self, node: Node) -> tuple[Any, Requant | Dequant]:
         """(int8 weight, epilogue) of a convolution or a linear layer."""
         data, scale = self.weights(node)
-        bias = node.tensors.get("bias")
+        bias = self.biases(node)
         real = None if bias is None else bias.detach().numpy()
         x_scale = self.scale(node.inputs[0])
         if self.ends_float(node):
