@@ -141,7 +141,7 @@ class Prepared:
     ) -> list[Any]:
         """The network with its values and weights on their grids, in float: what the integers
         compute but for rounding in the last bit. `watch` sees each value after quantization."""
-        quantized = self.quantized()
+        quantized = self.quantized_values()
         twins = {node: self.simulated_tensors(node) for node in self.layers()}
 
         def on_grid(node: Node, value: Any) -> Any:
@@ -156,7 +156,7 @@ class Prepared:
         with torch.no_grad():
             return self.graph.run(arguments, on_grid, twins)
 
-    def quantized(self) -> set[Node]:
+    def quantized_values(self) -> set[Node]:
         """The nodes whose values become uint8: all that regions take and make, but for products
         that end a region in float."""
         values = {node for region in self.regions for node in (*region.inputs, *region.nodes)}
