@@ -35,9 +35,9 @@ from fastq.weights import Conv2dWeight, LinearWeight
 
 if TYPE_CHECKING:
     from fastq.convert import quantize_layers, summary
-    from fastq.network import quantize_model
     from fastq.nn import QConv2d, QLinear, QuantizedModel
     from fastq.profiling import profile
+    from fastq.quantization import quantize_model
     from fastq.serialize import load, save
 
 __version__ = "0.1.0"
@@ -49,7 +49,7 @@ _NEEDS_TORCH = {
     "load": "fastq.serialize",
     "profile": "fastq.profiling",
     "quantize_layers": "fastq.convert",
-    "quantize_model": "fastq.network",
+    "quantize_model": "fastq.quantization",
     "save": "fastq.serialize",
     "summary": "fastq.convert",
 }

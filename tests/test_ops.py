@@ -15,7 +15,7 @@ from rows import guarded
 
 import fastq
 from fastq import ops, reference
-from fastq.kernels import executor, gemm, layers
+from fastq.kernels import call, executor, gemm, layers
 from fastq.qparams import MAX_K, Dequant, Epilogue, QParams, Requant, choose_qparams
 from fastq.weights import Conv2dWeight, LinearWeight
 
@@ -673,7 +673,7 @@ def test_a_weight_keeps_a_bounded_number_of_layers_and_shapes(rng: Any) -> None:
     assert len(bound) <= 8
     for m in range(1, 3 * call.MAX_SHAPES):
         ops.linear(u8(rng, m, 8), weight)
-    calls = [len(v.calls._idle) for v in weight.panels.values() if isinstance(v, type(bound[0]))]
+    calls = [len(v.calls) for v in weight.panels.values() if isinstance(v, type(bound[0]))]
     assert max(calls) <= call.MAX_SHAPES
 
 
