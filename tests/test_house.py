@@ -26,12 +26,13 @@ MAY_IMPORT = {
     "qconfig": {"observer", "qparams"},
     "nn": {"ops", "qparams", "weights"},
     "explanation": {"kernels", "nn", "ops", "qparams", "weights"},
+    "profiling": {"batches", "kernels", "nn", "plan", "program"},
     "trace": {"qparams", "nn"},
     "convert": {"trace", "observer", "nn", "ops", "qparams", "weights"},
     "serialize": {"convert", "trace", "nn", "ops", "qparams", "weights"},
 }
 NUMBA = {"kernels"}
-TORCH = {"nn", "explanation", "trace", "convert", "serialize", "demo", "commands"}
+TORCH = {"nn", "explanation", "profiling", "trace", "convert", "serialize", "demo", "commands"}
 
 
 def room_of(path: str) -> str:
