@@ -34,22 +34,26 @@ from fastq.qparams import Dequant, QParams, Requant, choose_qparams, quantize_we
 from fastq.weights import Conv2dWeight, LinearWeight
 
 if TYPE_CHECKING:
-    from fastq.convert import quantize_layers, summary
+    from fastq.swap import quantize_layers, summary
     from fastq.network import quantize_model
     from fastq.nn import QConv2d, QLinear, QuantizedModel
+    from fastq.qat import QATModel, convert, prepare_qat
     from fastq.serialize import load, save
 
 __version__ = "0.1.0"
 
 _NEEDS_TORCH = {
+    "QATModel": "fastq.qat",
     "QConv2d": "fastq.nn",
     "QLinear": "fastq.nn",
     "QuantizedModel": "fastq.nn",
+    "convert": "fastq.qat",
     "load": "fastq.serialize",
-    "quantize_layers": "fastq.convert",
+    "prepare_qat": "fastq.qat",
+    "quantize_layers": "fastq.swap",
     "quantize_model": "fastq.network",
     "save": "fastq.serialize",
-    "summary": "fastq.convert",
+    "summary": "fastq.swap",
 }
 
 __all__ = [
@@ -61,6 +65,7 @@ __all__ = [
     "MinMaxObserver",
     "MovingAverageObserver",
     "PercentileObserver",
+    "QATModel",
     "QConfig",
     "QConv2d",
     "QLinear",
@@ -70,6 +75,7 @@ __all__ = [
     "choose_qparams",
     "conv2d",
     "conv2d_float",
+    "convert",
     "dequantize",
     "dynamic_qparams",
     "explain",
@@ -78,6 +84,7 @@ __all__ = [
     "linear_float",
     "load",
     "make_observer",
+    "prepare_qat",
     "quantize",
     "quantize_layers",
     "quantize_model",

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fastq.batches import Batches, arguments_of
 from fastq.capture import CannotCapture, capture
-from fastq.convert import (
+from fastq.swap import (
     ASKED,
     LISTED,
     QuantizationSummary,

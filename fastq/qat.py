@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from fastq import ops
 from fastq.batches import Batches
 from fastq.capture import capture
-from fastq.convert import QuantizationSummary, Selector, leave_fast_path, summary
+from fastq.swap import QuantizationSummary, Selector, leave_fast_path, summary
 from fastq.fuse import fold, fuse
 from fastq.graph import Node, evaluate, normalization
 from fastq.lower import MOVES, Region, inputs_first, lowered, outputs_first, weight_of
@@ -86,8 +86,8 @@ def prepare_qat(
         return QATModel(prepared, _parts(prepared), model.layout.names, summary(model), learned)
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule | QATModel):
         raise TypeError(
-            f"prepare_qat: got {type(model).__name__}, wanted a float torch.nn.Module, not "
-            "scripted, or what quantize_model returned"
+            f"prepare_qat: got {type(model).__name__}; wanted a float torch.nn.Module, not "
+            "scripted or prepared already, or what quantize_model returned"
         )
     if data is None:
         raise TypeError(
@@ -281,7 +281,7 @@ def _parts(prepared: Prepared) -> nn.Module:
         for key, tensor in node.tensors.items():
             if key not in same:
                 part.register_parameter(key, nn.Parameter(tensor))
-            node.tensors[key] = part.get_parameter(key)  # of a layer that is called twice, one
+            node.tensors[key] = part.get_parameter(key).detach()  # one of a layer called twice
     return root
 
 

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastq.convert import (
+from fastq.swap import (
     QuantizationSummary,
     Result,
     Row,

@@ -27,11 +27,11 @@ MAY_IMPORT = {
     "nn": {"ops", "qparams", "weights"},
     "explanation": {"kernels", "nn", "ops", "qparams", "weights"},
     "trace": {"qparams", "nn"},
-    "convert": {"trace", "observer", "nn", "ops", "qparams", "weights"},
-    "serialize": {"convert", "trace", "nn", "ops", "qparams", "weights"},
+    "swap": {"trace", "observer", "nn", "ops", "qparams", "weights"},
+    "serialize": {"swap", "trace", "nn", "ops", "qparams", "weights"},
 }
 NUMBA = {"kernels"}
-TORCH = {"nn", "explanation", "trace", "convert", "serialize", "demo", "commands"}
+TORCH = {"nn", "explanation", "trace", "swap", "serialize", "demo", "commands"}
 
 
 def room_of(path: str) -> str:
