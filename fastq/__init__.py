@@ -34,11 +34,12 @@ from fastq.qparams import Dequant, QParams, Requant, choose_qparams, quantize_we
 from fastq.weights import Conv2dWeight, LinearWeight
 
 if TYPE_CHECKING:
-    from fastq.swap import quantize_layers, summary
     from fastq.network import quantize_model
     from fastq.nn import QConv2d, QLinear, QuantizedModel
+    from fastq.profiling import profile
     from fastq.qat import QATModel, convert, prepare_qat
     from fastq.serialize import load, save
+    from fastq.swap import quantize_layers, summary
 
 __version__ = "0.1.0"
 
@@ -50,6 +51,7 @@ _NEEDS_TORCH = {
     "convert": "fastq.qat",
     "load": "fastq.serialize",
     "prepare_qat": "fastq.qat",
+    "profile": "fastq.profiling",
     "quantize_layers": "fastq.swap",
     "quantize_model": "fastq.network",
     "save": "fastq.serialize",
@@ -85,6 +87,7 @@ __all__ = [
     "load",
     "make_observer",
     "prepare_qat",
+    "profile",
     "quantize",
     "quantize_layers",
     "quantize_model",

@@ -24,6 +24,7 @@ from fastq.qparams import MAX_K, Dequant, QParams, Requant, quantize_weight
 from fastq.weights import Conv2dWeight, LinearWeight
 
 Weights = Callable[[Node], tuple[Any, Any]]  # a node's (int8 data, float32 scale per output)
+Biases = Callable[[Node], Tensor | None]
 
 NHWC = (0, 2, 3, 1)
 # Values that keep the quantization of what they are made from.
@@ -195,14 +196,19 @@ def inputs_first(node: Node, weight: Tensor) -> Tensor:
     return split.reshape(groups * c, n // groups, kh, kw).contiguous()
 
 
+def default_bias(node: Node) -> Tensor | None:
+    return node.tensors.get("bias")
+
+
 def lower(
     region: Region,
     qparams: Callable[[Node], QParams],
     weights: Weights = default_weights,
     any_extent: bool = True,
+    biases: Biases = default_bias,
 ) -> Program:
     """The program of a region. qparams(node) is the uint8 quantization of a value."""
-    return lowered(region, qparams, weights, any_extent).program
+    return lowered(region, qparams, weights, any_extent, biases).program
 
 
 @dataclass(frozen=True)
@@ -223,17 +229,23 @@ def lowered(
     qparams: Callable[[Node], QParams],
     weights: Weights = default_weights,
     any_extent: bool = True,
+    biases: Biases = default_bias,
 ) -> Lowered:
     """`lower`, for who follows the values."""
-    lowering = _Lowering(region, qparams, weights, any_extent)
+    lowering = _Lowering(region, qparams, weights, any_extent, biases)
     return Lowered(lowering.program(), lowering.names, lowering.axes)
 
 
 class _Lowering:
     def __init__(
-        self, region: Region, qparams: Callable[[Node], QParams], weights: Weights, any_extent: bool
+        self,
+        region: Region,
+        qparams: Callable[[Node], QParams],
+        weights: Weights,
+        any_extent: bool,
+        biases: Biases,
     ) -> None:
-        self.region, self.qparams, self.weights = region, qparams, weights
+        self.region, self.qparams, self.weights, self.biases = region, qparams, weights, biases
         self.any_extent = any_extent
         self.steps: list[Step] = []
         self.axes: dict[str, tuple[int, ...]] = {}  # value -> the torch axis of each of its axes
@@ -360,7 +372,7 @@ class _Lowering:
     def product(self, node: Node) -> tuple[Any, Requant | Dequant]:
         """(int8 weight, epilogue) of a convolution or a linear layer."""
         data, scale = self.weights(node)
-        bias = node.tensors.get("bias")
+        bias = self.biases(node)
         real = None if bias is None else bias.detach().numpy()
         x_scale = self.scale(node.inputs[0])
         if self.ends_float(node):

@@ -15,6 +15,13 @@ from tqdm import tqdm
 
 from fastq.batches import Batches, arguments_of
 from fastq.capture import CannotCapture, capture
+from fastq.fuse import fuse
+from fastq.graph import Node
+from fastq.lower import Region
+from fastq.nn.network import QuantizedModel, Stage, assemble
+from fastq.prepare import Prepared, prepare_graph
+from fastq.qconfig import QConfig
+from fastq.recipe import write_recipe
 from fastq.swap import (
     ASKED,
     LISTED,
@@ -27,13 +34,6 @@ from fastq.swap import (
     select,
     summary,
 )
-from fastq.fuse import fuse
-from fastq.graph import Node
-from fastq.lower import Region
-from fastq.nn.network import QuantizedModel, Stage, assemble
-from fastq.prepare import Prepared, prepare_graph
-from fastq.qconfig import QConfig
-from fastq.recipe import write_recipe
 from fastq.trace import Forward
 
 Config = QConfig | Mapping[Selector, QConfig | None]
@@ -234,7 +234,10 @@ def build(prepared: Prepared, names: Sequence[str], report: QuantizationSummary)
             stages.append(Stage("program", given, made, {}, number))
         else:
             inputs = tuple(n.name for n in item.inputs)
-            stages.append(Stage(item.op, inputs, (item.name,), item.attrs))
+            why = prepared.reasons.get(item, "")
+            stages.append(
+                Stage(item.op, inputs, (item.name,), item.attrs, layer=item.layer, why=why)
+            )
             tensors |= {f"{item.name}.{k}": v.clone() for k, v in item.tensors.items()}
     recipe, kept = write_recipe(prepared)
     tensors |= kept

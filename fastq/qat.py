@@ -31,7 +31,6 @@ from torch.utils import _pytree as pytree
 from fastq import ops
 from fastq.batches import Batches
 from fastq.capture import capture
-from fastq.swap import QuantizationSummary, Selector, leave_fast_path, summary
 from fastq.fuse import fold, fuse
 from fastq.graph import Node, evaluate, normalization
 from fastq.lower import MOVES, Region, inputs_first, lowered, outputs_first, weight_of
@@ -42,6 +41,7 @@ from fastq.program import OPERATIONS
 from fastq.qconfig import QConfig
 from fastq.qparams import FLT_MIN, QParams, choose_qparams, quantize_weight
 from fastq.recipe import read_recipe
+from fastq.swap import QuantizationSummary, Selector, leave_fast_path, summary
 from fastq.trace import Forward
 
 UNCLAMPED = (-math.inf, math.inf)

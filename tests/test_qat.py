@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastq
-from fastq.qat import QATModel
 
 
 class Net(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -24,6 +24,7 @@ class Stage:
     """One thing to do: run program number `program`, or evaluate a float node.
 
     inputs, outputs  names of values.      attrs  of an "aten" node or an operation of `graph`.
+    layer, why       of a float node, for reports: its module, and why it has no integer form.
     """
 
     op: str
@@ -31,6 +32,8 @@ class Stage:
     outputs: tuple[str, ...]
     attrs: Mapping[str, Any]
     program: int = -1
+    layer: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,9 @@ class Layout:
     recipe: Mapping[str, Any]
 
 
+ONE_TENSOR = pytree.tree_structure(((0,), {}))  # model(x), the most common call
+
+
 class QuantizedModel(nn.Module):
     """A network whose forward runs integer programs; it takes and returns what the float one did.
 
@@ -72,7 +78,8 @@ class QuantizedModel(nn.Module):
                 self.add_module(step, nn.Module())
             self.get_submodule(step).register_buffer(part, tensor.detach())
         self.in_spec, self.out_spec = (pytree.treespec_loads(text) for text in layout.specs)
-        self._ready: tuple[Any, list[BoundProgram]] | None = None
+        self._single = self.in_spec == ONE_TENSOR and self.out_spec.is_leaf()
+        self._ready: list[BoundProgram] | None = None
         self._bound()
         self.eval()
 
@@ -90,25 +97,50 @@ class QuantizedModel(nn.Module):
         return programs[0]
 
     def _bound(self) -> list[BoundProgram]:
-        """The programs on this machine, made anew when a tensor of the state has changed."""
-        state = {
-            f"{step}.{part}": tensor
-            for step, module in self._modules.items()
-            for part, tensor in module._buffers.items()  # type: ignore[union-attr]
-        }
-        seen = [
-            (id(t), -1 if t.is_inference() else t._version, t.data_ptr()) for t in state.values()
-        ]
-        if self._ready is None or self._ready[0] != seen:
-            arrays = {name: t.detach().numpy() for name, t in state.items()}
+        """The programs on this machine, made of the tensors of the state when first needed."""
+        if self._ready is None:
+            arrays = {
+                f"{step}.{part}": tensor.detach().numpy()
+                for step, module in self._modules.items()
+                for part, tensor in module._buffers.items()  # type: ignore[union-attr]
+            }
             programs = [decode_program(given, arrays) for given in self.layout.programs]
-            self._ready = seen, [BoundProgram(program) for program in programs]
-        return self._ready[1]
+            self._ready = [BoundProgram(program) for program in programs]
+        return self._ready
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module. Tensors are changed by this way only: the kernels have copies."""
+        result = super().load_state_dict(*args, **kwargs)
+        self._ready = None
+        self._bound()  # an altered tensor is refused here, not at the next call
+        return result
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the float network returned for these arguments, in int8's precision."""
+        bound = self._bound()
+
+        def compute(stage: Stage, inputs: list[Any], batch: int) -> list[Any]:
+            if stage.program < 0:
+                return [self.evaluate(stage, inputs, batch)]
+            program = bound[stage.program]
+            return [torch.from_numpy(y) for y in program(*self.arrays(program, stage, inputs))]
+
+        return self.walk(compute, args, kwargs)
+
+    def walk(
+        self,
+        compute: Callable[[Stage, list[Any], int], list[Any]],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """The result for these arguments; compute(stage, inputs, batch) gives a stage's values."""
         layout = self.layout
-        leaves = leaves_of(self, args, kwargs, self.in_spec, layout.inputs, layout.names)
+        leaves: Sequence[Any] = args
+        plain = self._single and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        if not plain:
+            leaves = leaves_of(
+                self, tuple(args), dict(kwargs), self.in_spec, layout.inputs, layout.names
+            )
         values: dict[str, Any] = {}
         for i, (name, leaf) in enumerate(zip(layout.inputs, leaves, strict=True)):
             if name is not None:
@@ -116,25 +148,21 @@ class QuantizedModel(nn.Module):
             else:
                 check_constant(self, i, leaf, layout.constants[str(i)])
         batch = next((len(x) for x in leaves if isinstance(x, Tensor) and x.dim()), 1)
-        bound = self._bound()
         for stage in layout.stages:
-            inputs = [values[name] for name in stage.inputs]
-            if stage.program >= 0:
-                results = self._run(bound[stage.program], stage, inputs)
-                values.update(zip(stage.outputs, results, strict=True))
-            else:
-                values[stage.outputs[0]] = self._evaluate(stage, inputs, batch)
+            results = compute(stage, [values[name] for name in stage.inputs], batch)
+            values.update(zip(stage.outputs, results, strict=True))
         outputs = [values[out] if isinstance(out, str) else out[1] for out in layout.outputs]
-        return pytree.tree_unflatten(outputs, self.out_spec)
+        return outputs[0] if self._single else pytree.tree_unflatten(outputs, self.out_spec)
 
-    def _run(self, bound: BoundProgram, stage: Stage, inputs: list[Any]) -> list[Tensor]:
-        arrays = [
+    def arrays(self, bound: BoundProgram, stage: Stage, inputs: list[Any]) -> list[Any]:
+        """The float32 tensors that a program takes, as arrays; TypeError, ValueError for others."""
+        return [
             as_input(f"{type(self).__name__}: {name}", x, extent)
             for name, x, extent in zip(stage.inputs, inputs, bound.program.extents, strict=True)
         ]
-        return [torch.from_numpy(y) for y in bound(*arrays)]
 
-    def _evaluate(self, stage: Stage, inputs: list[Any], batch: int) -> Any:
+    def evaluate(self, stage: Stage, inputs: list[Any], batch: int) -> Any:
+        """The value of a float operator."""
         name = stage.outputs[0]
         module = self._modules.get(name)
         tensors: dict[str, Tensor] = {} if module is None else dict(module._buffers)  # type: ignore[arg-type]
@@ -273,6 +301,8 @@ def encode_layout(layout: Layout) -> dict[str, Any]:
             "outputs": list(stage.outputs),
             "attrs": {k: encode_value(v) for k, v in stage.attrs.items() if k not in NOTES},
             "program": stage.program,
+            "layer": stage.layer,
+            "why": stage.why,
         }
         for stage in layout.stages
     ]
@@ -300,6 +330,8 @@ def decode_layout(given: Any) -> Layout:
                 tuple(s["outputs"]),
                 {k: decode_value(v) for k, v in s["attrs"].items()},
                 s["program"],
+                s["layer"],
+                s["why"],
             )
             for s in given["stages"]
         )
@@ -377,7 +409,8 @@ def _check(layout: Layout) -> None:
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("names and specs are strings")
     for stage in layout.stages:
-        if not all(isinstance(name, str) for name in (*stage.inputs, *stage.outputs)):
+        texts = [*stage.inputs, *stage.outputs, stage.layer, stage.why]
+        if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{stage!r:.80}: names are strings")
         if missing := [name for name in stage.inputs if name not in known]:
             raise ValueError(f"{stage.outputs} takes {missing}, which no stage before it makes")
