@@ -34,10 +34,10 @@ from fastq.qparams import Dequant, QParams, Requant, choose_qparams, quantize_we
 from fastq.weights import Conv2dWeight, LinearWeight
 
 if TYPE_CHECKING:
-    from fastq.network import quantize_model
     from fastq.nn import QConv2d, QLinear, QuantizedModel
     from fastq.profiling import profile
     from fastq.qat import QATModel, convert, prepare_qat
+    from fastq.quantization import quantize_model
     from fastq.serialize import load, save
     from fastq.swap import quantize_layers, summary
 
@@ -53,7 +53,7 @@ _NEEDS_TORCH = {
     "prepare_qat": "fastq.qat",
     "profile": "fastq.profiling",
     "quantize_layers": "fastq.swap",
-    "quantize_model": "fastq.network",
+    "quantize_model": "fastq.quantization",
     "save": "fastq.serialize",
     "summary": "fastq.swap",
 }

@@ -96,17 +96,11 @@ class Prepared:
             self._qparams[stands] = found
         return found
 
-    def quantized(self) -> list[Node]:
-        """The nodes that stand for the ranges that the programs need; not the fixed ones."""
-        asked: dict[Node, None] = {}
-
-        def ask(node: Node) -> QParams:
-            asked[self.ranges.find(node)] = None
-            return self.qparams(node)
-
-        for region in self.regions:
-            lower(region, ask, self.weight, self.captured.any_extent)
-        return [node for node in asked if node not in self.ranges.fixed]
+    def stand_ins(self) -> list[Node]:
+        """The nodes that stand for the ranges of quantized values, but for fixed ranges."""
+        values = self.quantized_values()
+        found = dict.fromkeys(self.ranges.find(node) for node in self.graph if node in values)
+        return [node for node in found if node not in self.ranges.fixed]
 
     def set_qparams(self, node: Node, qparams: QParams) -> None:
         """Let a value have this quantization, until more is observed."""
@@ -141,7 +135,7 @@ class Prepared:
     ) -> list[Any]:
         """The network with its values and weights on their grids, in float: what the integers
         compute but for rounding in the last bit. `watch` sees each value after quantization."""
-        quantized = self.quantized()
+        quantized = self.quantized_values()
         twins = {node: self.simulated_tensors(node) for node in self.layers()}
 
         def on_grid(node: Node, value: Any) -> Any:
@@ -156,7 +150,7 @@ class Prepared:
         with torch.no_grad():
             return self.graph.run(arguments, on_grid, twins)
 
-    def quantized(self) -> set[Node]:
+    def quantized_values(self) -> set[Node]:
         """The nodes whose values become uint8: all that regions take and make, but for products
         that end a region in float."""
         values = {node for region in self.regions for node in (*region.inputs, *region.nodes)}

@@ -160,7 +160,7 @@ class QATModel(nn.Module):
         named = self._named()
         self._places = {node: _places(node, named) for node in prepared.graph}
         self.fastq = nn.ModuleDict()
-        for stands in prepared.quantized():
+        for stands in prepared.stand_ins():
             centered = stands in prepared.ranges.symmetric
             self.fastq[f"{stands.name}_u8"] = _Range(prepared.qparams(stands), centered, learned)
         for node in prepared.layers():

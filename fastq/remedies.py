@@ -254,7 +254,7 @@ def walk(prepared: Prepared, batches: Sequence[Sequence[Any]]) -> Iterator[tuple
     Gives each layer that becomes integers before it is run; what has been made of the layer by the
     time that the next one is asked for is what the layers after it see.
     """
-    graph, layers, quantized = prepared.graph, set(prepared.layers()), prepared.quantized()
+    graph, layers, quantized = prepared.graph, set(prepared.layers()), prepared.quantized_values()
     last = {value: node for node in graph for value in node.inputs}
     floats: list[Values] = [{} for _ in batches]
     grids: list[Values] = [{} for _ in batches]
@@ -305,7 +305,7 @@ def _simulated(prepared: Prepared, node: Node, inputs: list[Tensor]) -> Tensor:
 
 def _sample(prepared: Prepared, data: Data) -> list[Sequence[Any]]:
     """The first batches, as many as may be walked at once, at least one."""
-    largest = max(math.prod(node.shape) / max(node.shape[0], 1) for node in prepared.quantized())
+    largest = max(math.prod(node.shape) / max(node.shape[0], 1) for node in prepared.quantized_values())
     kept: list[Sequence[Any]] = []
     total = 0
     for arguments in data:
