@@ -28,11 +28,11 @@ MAY_IMPORT = {
     "explanation": {"kernels", "nn", "ops", "qparams", "weights"},
     "profiling": {"batches", "kernels", "nn", "plan", "program"},
     "trace": {"qparams", "nn"},
-    "convert": {"trace", "observer", "nn", "ops", "qparams", "weights"},
-    "serialize": {"convert", "trace", "nn", "ops", "qparams", "weights"},
+    "swap": {"trace", "observer", "nn", "ops", "qparams", "weights"},
+    "serialize": {"swap", "trace", "nn", "ops", "qparams", "weights"},
 }
 NUMBA = {"kernels"}
-TORCH = {"nn", "explanation", "profiling", "trace", "convert", "serialize", "demo", "commands"}
+TORCH = {"nn", "explanation", "profiling", "trace", "swap", "serialize", "demo", "commands"}
 
 
 def room_of(path: str) -> str:
