@@ -57,7 +57,7 @@ def test_imports_go_one_way(path: str) -> None:
         assert not tops & {"numba", "llvmlite"}
     if room not in TORCH:
         assert "torch" not in tops
-    if room in ORDER:
+    if room in ORDER and room != "cli":  # the door: it opens what comes after it
         ours = {name.split(".")[1] for name in named if name.startswith("fastq.")}
         assert ours <= {*ORDER[: ORDER.index(room)], room}
 
