@@ -1,5 +1,5 @@
-"""A float network as a list of nodes: what `trace` captures, and what everything that thinks about a
-whole network works on: fusing, calibration, remedies, training, lowering to an integer program.
+"""A float network as a list of nodes: what `capture` makes of a module, and what everything that
+thinks about a whole network works on: fusing, calibration, remedies, training, lowering.
 
 Operations have torch's names and torch's meaning and order of axes (NCHW). What has no name here is
 an "aten" node: any other torch operator, which stays float.
@@ -102,8 +102,9 @@ class Graph:
         watch: Callable[[Node, Any], Any] | None = None,
         tensors: Mapping[Node, dict[str, Tensor]] | None = None,
     ) -> list[Any]:
-        """The network in float, of the leaves of its arguments; `watch(node, value)` sees each value, and may return another.
+        """The network in float, of the leaves of its arguments.
 
+        watch    watch(node, value) sees each value, and may return another.
         tensors  parameters to take instead of a node's own.
         """
         given = [x for x in arguments if isinstance(x, Tensor)]

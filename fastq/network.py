@@ -218,7 +218,7 @@ def finish(prepared: Prepared, model: nn.Module, *, strict: bool = False) -> Qua
             inputs = tuple(n.name for n in item.inputs)
             stages.append(Stage(item.op, inputs, (item.name,), item.attrs))
             tensors |= {f"{item.name}.{k}": v.clone() for k, v in item.tensors.items()}
-    inputs = [node.name if isinstance(node, Node) else None for node in captured.arguments]
+    arguments = [node.name if isinstance(node, Node) else None for node in captured.arguments]
     outputs = [v.name if isinstance(v, Node) else ("constant", v) for v in graph.outputs]
     constants = {
         str(i): leaf for i, leaf in enumerate(captured.arguments) if not isinstance(leaf, Node)
@@ -229,7 +229,7 @@ def finish(prepared: Prepared, model: nn.Module, *, strict: bool = False) -> Qua
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     network = assemble(
-        stages, prepared.programs(), tensors, inputs, constants, outputs,
+        stages, prepared.programs(), tensors, arguments, constants, outputs,
         (captured.in_spec, captured.out_spec), names,
     )  # fmt: skip
     network._fastq_summary = report  # type: ignore[assignment]

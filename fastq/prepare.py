@@ -22,6 +22,7 @@ from fastq.qconfig import QConfig
 from fastq.qparams import QParams, quantize_weight
 
 WEIGHTED = ("conv2d", "linear", "conv_transpose2d")
+DEFAULT = QConfig()
 Weight = tuple[Any, Any]  # (int8 data, float32 scale per output)
 
 
@@ -92,7 +93,7 @@ class Prepared:
             if stands in self.ranges.symmetric:  # int8 by another name: b - 128
                 scale, zero_point = float(found.scale), int(found.zero_point)
                 peak = scale * max(zero_point, 255 - zero_point)
-                found = QParams(np.float32(peak / 127), np.int32(128))
+                found = QParams(np.array(peak / 127, np.float32), np.array(128, np.int32))
             self._qparams[stands] = found
         return found
 
@@ -173,7 +174,7 @@ def prepare(
     args: Iterable[Any],
     kwargs: Mapping[str, Any] | None = None,
     *,
-    config: QConfig | Callable[[Node], QConfig | None] = QConfig(),
+    config: QConfig | Callable[[Node], QConfig | None] = DEFAULT,
 ) -> Prepared:
     """Capture and fuse the network that `model(*args, **kwargs)` runs, ready to be calibrated.
 
@@ -187,7 +188,7 @@ def prepare(
 
 
 def prepare_graph(
-    captured: Captured, config: QConfig | Callable[[Node], QConfig | None] = QConfig()
+    captured: Captured, config: QConfig | Callable[[Node], QConfig | None] = DEFAULT
 ) -> Prepared:
     """`prepare` of a graph that was captured and fused."""
 
@@ -197,4 +198,4 @@ def prepare_graph(
     graph = captured.graph
     kept = {node: "as asked" for node in graph.nodes if asked(node) is None}
     regions, reasons = find_regions(graph, kept)
-    return Prepared(captured, regions, reasons, Ranges(regions), lambda n: asked(n) or QConfig())
+    return Prepared(captured, regions, reasons, Ranges(regions), lambda n: asked(n) or DEFAULT)

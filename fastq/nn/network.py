@@ -93,6 +93,7 @@ class QuantizedModel(nn.Module):
             f"{step}.{part}": tensor
             for step, module in self._modules.items()
             for part, tensor in module._buffers.items()  # type: ignore[union-attr]
+            if tensor is not None
         }
         seen = [
             (id(t), -1 if t.is_inference() else t._version, t.data_ptr()) for t in state.values()
@@ -129,6 +130,7 @@ class QuantizedModel(nn.Module):
         return pytree.tree_unflatten(outputs, self.out_spec)
 
     def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        spec: Any
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec == self.in_spec:
             return leaves
@@ -171,7 +173,8 @@ class QuantizedModel(nn.Module):
     def extra_repr(self) -> str:
         steps = sum(len(p.steps) for p in self.programs)
         floats = sum(stage.program < 0 for stage in self.layout.stages)
-        return f"{len(self.layout.programs)} integer program(s) of {steps} steps, {floats} float operators"
+        programs = len(self.layout.programs)
+        return f"{programs} integer program(s) of {steps} steps, {floats} float operators"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready": None}
