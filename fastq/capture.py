@@ -35,7 +35,6 @@ _SAME = frozenset([
     "dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach",
     "lift_fresh_copy", "identity",
 ])  # fmt: skip
-_MAY_ALIAS = ("dropout", "feature_dropout", "alpha_dropout")  # in eval mode; no schema says so
 _GROWING = ("expand", "expand_as", "repeat", "tile", "broadcast_to")  # with the batch, perhaps
 
 
@@ -75,24 +74,33 @@ def capture(
     """
     kwargs = dict(kwargs or {})
     leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
-    failures: list[str] = []
-    first: Any = None
-    for how in (*_stretches(leaves), ()):
-        try:
-            if first is None:
-                first = _export(model, leaves, spec, BATCHES[0], ())
-            second = _export(model, leaves, spec, BATCHES[1], how)
-            graph, other = (_read(model, program) for program in (first, second))
-            _generalize(graph, other)
-        except Exception as error:  # torch.export raises whatever its innards or the model raised
-            message = str(error).strip().splitlines() or [""]
-            failures.append(f"{type(error).__name__}: {message[0]:.160}")
-            continue
-        graph.remove_unused()
-        nodes = iter(graph.inputs)
-        arguments = tuple(next(nodes) if isinstance(x, Tensor) else x for x in leaves)
-        return Captured(graph, arguments, spec, first.call_spec.out_spec, bool(how))
-    raise CannotCapture(failures[-1])
+    try:
+        first = _export(model, leaves, spec, BATCHES[0], ())
+        for ways in (*_stretches(leaves), ((),)):
+            for how in ways:
+                try:
+                    second = _export(model, leaves, spec, BATCHES[1], how)
+                except Exception:  # it does not take this size
+                    if not how:
+                        raise
+                    continue
+                graph = _read(model, first)
+                try:
+                    _generalize(graph, _read(model, second))
+                except CannotCapture:  # another network for each size: it holds for this one
+                    if not how:
+                        raise
+                    break
+                graph.remove_unused()
+                nodes = iter(graph.inputs)
+                arguments = tuple(next(nodes) if isinstance(x, Tensor) else x for x in leaves)
+                return Captured(graph, arguments, spec, first.call_spec.out_spec, bool(how))
+    except CannotCapture:
+        raise
+    except Exception as error:  # torch.export raises whatever its innards or the model raised
+        message = str(error).strip().splitlines() or [""]
+        raise CannotCapture(f"{type(error).__name__}: {message[0]:.160}") from error
+    raise AssertionError("the last way returns or raises")
 
 
 # A size that is in one capture 8/5 of what it is in the other follows the batch: no image or
@@ -101,17 +109,19 @@ BATCHES = (5, 8)
 Stretch = tuple[tuple[int, tuple[int, ...], int], ...]
 
 
-def _stretches(leaves: Sequence[Any]) -> list[Stretch]:
+def _stretches(leaves: Sequence[Any]) -> list[tuple[Stretch, ...]]:
     """Ways to make examples larger: (number of axes, the axes that grow, by how much).
 
     By an odd number first: a network that pads to even sizes is another one then, and its graph
-    holds for one size only. Many networks take multiples of 32 alone.
+    holds for one size only. Many networks take multiples of 32 alone, which comes second.
     """
     dims = {x.dim() for x in leaves if isinstance(x, Tensor)}
     return [
-        ((2, (1,), tokens), (3, (axis,), tokens), (4, (2, 3), pixels), (5, (2, 3, 4), tokens))
+        tuple(
+            ((2, (1,), tokens), (3, (axis,), tokens), (4, (2, 3), pixels), (5, (2, 3, 4), tokens))
+            for pixels, tokens in ((65, 7), (64, 8))
+        )
         for axis in ((2, 1) if 3 in dims else (2,))  # (B, C, L), then (B, L, C)
-        for pixels, tokens in ((65, 7), (64, 8))
     ]
 
 
@@ -332,28 +342,17 @@ class _Reader:
     def overwrite(self, node: fx.Node, result: Node) -> None:
         """Who reads the changed value later shall get the new one."""
         changed: Any = node.args[0]
-        base = self.base(changed)
-        if base.op == "placeholder":
-            kind = "an input" if isinstance(self.values[base], Node) else "a parameter or buffer"
-            raise CannotCapture(f"{node.name} changes {kind}")
-        now = self.place[node]
+        old, memory, now = self.values[changed], _memory(changed), self.place[node]
         for other in self.values:
-            shared = other is not changed and self.base(other) is base
-            if shared and any(self.place[user] > now for user in other.users):
+            if _memory(other) != memory:
+                continue
+            if other.op == "placeholder":
+                kind = "an input" if isinstance(self.values[other], Node) else "a parameter"
+                raise CannotCapture(f"{node.name} changes {kind}")
+            if self.values[other] is old:
+                self.values[other] = result
+            elif other is not node and any(self.place[user] > now for user in other.users):
                 raise _Aliased(f"{node.name} changes what {other.name} reads")
-        self.values[changed] = result
-
-    def base(self, node: fx.Node) -> fx.Node:
-        """The value in whose memory this one lies."""
-        while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
-            target: Any = node.target
-            if target is not operator.getitem:
-                schema = target._schema
-                shares = any(value.alias_info for value in schema.returns)
-                if not shares and schema.name.split("::")[1] not in _MAY_ALIAS:
-                    break
-            node = node.args[0]
-        return node
 
     def look_up(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
@@ -397,8 +396,9 @@ class _Reader:
 
     def convert(self, node: fx.Node, name: str, target: Any, a: dict[str, Any]) -> Any:
         """The value of an operator that has a name here, or None."""
-        value = node.meta["val"]
-        if isinstance(value, Tensor) and value.dtype != torch.float32:
+        values = [v.meta.get("val") for v in (node, *node.all_input_nodes)]
+        leaves = [v for v in pytree.tree_leaves(values) if isinstance(v, Tensor)]
+        if name != "adaptive_max_pool2d" and any(v.dtype != torch.float32 for v in leaves):
             return None
         x = a.get("self", a.get("input", a.get("query")))
         if name in _SAME and isinstance(x, Node) and _off(a):
@@ -811,7 +811,7 @@ class _Reader:
             return None
         dim = (a.get("dim") or 0) % len(x.shape)
         start, end, step = a.get("start") or 0, a.get("end"), a.get("step") or 1
-        if end is not None and end >= 2**31:
+        if end is not None and (end >= 2**31 or end == x.shape[dim]):
             end = None
         if (start, end, step) == (0, None, 1):
             return x
@@ -902,6 +902,12 @@ class _Reader:
 
     def read_constant_pad_nd(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         return self.read_pad(node, a)
+
+
+def _memory(node: fx.Node) -> int:
+    """Of two values that lie in the same memory it is the same."""
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else 0
 
 
 def _arguments(node: fx.Node, target: Any) -> dict[str, Any]:

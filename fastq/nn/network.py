@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,10 +68,13 @@ class QuantizedModel(nn.Module):
             if step not in self._modules:
                 self.add_module(step, nn.Module())
             self.get_submodule(step).register_buffer(part, tensor.detach())
-        self.in_spec, self.out_spec = (pytree.treespec_loads(text) for text in layout.specs)
         self._ready: tuple[Any, list[BoundProgram]] | None = None
+        self._read_specs()
         self._bound()
         self.eval()
+
+    def _read_specs(self) -> None:
+        self.in_spec, self.out_spec = map(pytree.treespec_loads, self.layout.specs)
 
     @property
     def programs(self) -> list[Program]:
@@ -177,13 +179,11 @@ class QuantizedModel(nn.Module):
         return f"{programs} integer program(s) of {steps} steps, {floats} float operators"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ready": None}
+        return {**self.__dict__, "_ready": None, "in_spec": None, "out_spec": None}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items()})
-        return twin
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._read_specs()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -222,10 +222,25 @@ def assemble(
         tuple(inputs),
         constants,
         tuple(outputs),
-        (pytree.treespec_dumps(specs[0]), pytree.treespec_dumps(specs[1])),
+        (_spec_text(specs[0]), _spec_text(specs[1])),
         tuple(names),
     )
     return QuantizedModel(layout, tensors)
+
+
+def _spec_text(spec: Any) -> str:
+    """A pytree spec as JSON; named tuples get the name that it asks for."""
+
+    def register(value: Any) -> bool:
+        kind = type(value)
+        named = isinstance(value, tuple) and hasattr(kind, "_fields")
+        if named and kind not in pytree.SUPPORTED_SERIALIZED_TYPES:
+            name = f"{kind.__module__}.{kind.__qualname__}"
+            pytree._register_namedtuple(kind, serialized_type_name=name)
+        return False
+
+    pytree.tree_leaves(pytree.tree_unflatten([0] * spec.num_leaves, spec), is_leaf=register)
+    return pytree.treespec_dumps(spec)
 
 
 # How torch's own kinds of values are written in a file; all others are encode.py's.
