@@ -37,6 +37,8 @@ class Case:
     def network(self) -> nn.Module:
         torch.manual_seed(0)
         network = self.build().eval()
+        with torch.no_grad():
+            network(*self.arguments(2))  # lazy layers find their size
         for module in network.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 seen, spread = module.running_mean, module.running_var
@@ -268,7 +270,7 @@ CASES: dict[str, Case] = {
     "one conv": Case(conv(3, 4, 3), images(3)),
     "conv of 3 channels": Case(lambda: nn.Sequential(nn.Conv2d(3, 33, 7, 2, 3), nn.SiLU()), images(3)),
     "dilated": Case(after(conv(5, 7, 3, padding=2, dilation=2)), images(3)),
-    "same": Case(after(conv(5, 6, (4, 2), padding="same")), images(3)),
+    "same": Case(after(conv(5, 6, (5, 3), padding="same", dilation=(1, 2))), images(3)),
     "padding cuts": Case(after(lambda: nn.Sequential(nn.ZeroPad2d((1, 0, 2, 1)), nn.Conv2d(5, 5, 3))), images(3)),
     "reflect": Case(after(conv(5, 5, 3, padding=1, padding_mode="reflect")), images(3), programs=2),
     "circular": Case(after(conv(5, 5, 3, padding=1, padding_mode="circular")), images(3), programs=2),
