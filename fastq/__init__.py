@@ -35,6 +35,7 @@ from fastq.weights import Conv2dWeight, LinearWeight
 
 if TYPE_CHECKING:
     from fastq.convert import quantize_layers, summary
+    from fastq.custom import pointwise
     from fastq.network import quantize_model
     from fastq.nn import QConv2d, QLinear, QuantizedModel
     from fastq.serialize import load, save
@@ -46,6 +47,7 @@ _NEEDS_TORCH = {
     "QLinear": "fastq.nn",
     "QuantizedModel": "fastq.nn",
     "load": "fastq.serialize",
+    "pointwise": "fastq.custom",
     "quantize_layers": "fastq.convert",
     "quantize_model": "fastq.network",
     "save": "fastq.serialize",
@@ -78,6 +80,7 @@ __all__ = [
     "linear_float",
     "load",
     "make_observer",
+    "pointwise",
     "quantize",
     "quantize_layers",
     "quantize_model",

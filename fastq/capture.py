@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fastq.graph import Batch, Graph, Node, Ref
+from fastq.graph import POINTWISE_NAMESPACE, Batch, Graph, Node, Ref
 from fastq.trace import quiet, twin
 
 _aten = torch.ops.aten
 
-POINTWISE_NAMESPACE = "fastq_pointwise"  # of operators made by `fastq.pointwise`
 _POINTWISE = frozenset([
     "relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "hardswish", "hardsigmoid",
     "silu", "gelu", "sigmoid", "tanh", "elu", "leaky_relu", "mish", "softplus", "selu", "celu",

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Values = dict["Node", Any]
+POINTWISE_NAMESPACE = "fastq_pointwise"  # of operators made by `fastq.pointwise`
 
 
 @dataclass(frozen=True)
@@ -179,11 +180,15 @@ def check_target(name: Any) -> None:
     parts = name.split(".") if isinstance(name, str) else []
     if name == "getitem":
         return
-    if len(parts) == 3 and parts[0] == "aten" and parts[1] not in TOUCH_FILES:
-        packet = getattr(torch.ops.aten, parts[1], None)
-        if packet is not None and parts[2] in packet.overloads():
+    known = parts[:1] in (["aten"], [POINTWISE_NAMESPACE])
+    if len(parts) == 3 and known and parts[1] not in TOUCH_FILES:
+        packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
+        if isinstance(packet, torch._ops.OpOverloadPacket) and parts[2] in packet.overloads():
             return
-    raise ValueError(f"{name!r:.80} is no operator of torch that only computes")
+    raise ValueError(
+        f"{name!r:.80} is no operator of torch that only computes, and no function made with "
+        "fastq.pointwise before"
+    )
 
 
 TOUCH_FILES = ("from_file",)

@@ -125,7 +125,9 @@ def apply(function: Callable[[Tensor], object]) -> Callable[[], nn.Module]:
     return lambda: Apply(function)
 
 
-def between(function: Callable[[Tensor], Tensor], c: int = 5, n: int | None = None) -> Callable[[], nn.Module]:
+def between(
+    function: Callable[[Tensor], Tensor], c: int = 5, n: int | None = None
+) -> Callable[[], nn.Module]:
     """A function of an image of c channels, giving n, between two convolutions."""
     return lambda: nn.Sequential(
         nn.Conv2d(3, c, 3, padding=1), Apply(function), nn.Conv2d(c if n is None else n, 4, 1)
@@ -406,6 +408,7 @@ CASES: dict[str, Case] = {
 
 def noise_ratio(wanted: Tensor, found: Tensor) -> float:
     """Signal to noise in decibels."""
+    wanted, found = wanted.detach(), found.detach()
     noise = (wanted.double() - found.double()).square().sum().clamp_min(1e-300)
     return float(10 * (wanted.double().square().sum() / noise).log10())
 

@@ -70,7 +70,12 @@ class Structured(nn.Module):
         y = self.a(x) + self.b(others["image"][0])
         if double:
             y = y * 2
-        return {"sum": y * scale, "pair": (F.relu(y), [y.mean((2, 3))]), "none": extra, "flag": double}
+        return {
+            "sum": y * scale,
+            "pair": (F.relu(y), [y.mean((2, 3))]),
+            "none": extra,
+            "flag": double,
+        }
 
 
 def test_nested_arguments_and_results():
@@ -101,7 +106,9 @@ def test_keyword_arguments_flags_and_none():
 
 def test_named_tuples_and_two_inputs():
     Pair = namedtuple("Pair", ["left", "right"])  # noqa: PYI024
-    model = call(lambda net, x, y: Pair(net.a(x), net.b(y) + net.a(x)), a=conv(3, 4, 1), b=conv(2, 4, 1))()
+    model = call(
+        lambda net, x, y: Pair(net.a(x), net.b(y) + net.a(x)), a=conv(3, 4, 1), b=conv(2, 4, 1)
+    )()
     q = check(model, torch.randn(4, 3, 5, 6), torch.randn(4, 2, 5, 6))
     assert isinstance(q(torch.randn(2, 3, 5, 6), torch.randn(2, 2, 5, 6)), Pair)
 
@@ -114,7 +121,9 @@ def test_an_unused_input_and_an_input_returned_unchanged():
 
 
 def test_integer_inputs():
-    model = call(lambda net, i: net.b(net.a(i)), a=lambda: nn.Embedding(20, 8), b=lambda: nn.Linear(8, 5))()
+    model = call(
+        lambda net, i: net.b(net.a(i)), a=lambda: nn.Embedding(20, 8), b=lambda: nn.Linear(8, 5)
+    )()
     ids = torch.randint(0, 20, (8, 6))
     q = check(model, ids)
     assert q(ids[:3]).shape == (3, 6, 5) and q(ids[:, :4]).shape == (8, 4, 5)
@@ -189,7 +198,11 @@ def test_nothing_is_left_of_other_networks_and_threads():
             if not torch.equal(network(given), result):
                 wrong.append("differs")
 
-    pairs = [(q, x, wanted), (q, x[:1], wanted[:1]), (other, torch.full((2, 1, 12, 12), 9.0), wanted_too)]
+    pairs = [
+        (q, x, wanted),
+        (q, x[:1], wanted[:1]),
+        (other, torch.full((2, 1, 12, 12), 9.0), wanted_too),
+    ]
     threads = [threading.Thread(target=run, args=pair) for pair in pairs * 2]
     for thread in threads:
         thread.start()
@@ -211,7 +224,9 @@ def test_nan_and_infinity():
 # ------------------------------------------------------------------------------- as on any module
 
 
-@pytest.mark.parametrize("twin", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q)), copy.copy])
+@pytest.mark.parametrize(
+    "twin", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q)), copy.copy]
+)
 def test_copies_give_the_same(twin: Callable[[nn.Module], nn.Module]):
     _, q, x = small()
     wanted = q(x)
