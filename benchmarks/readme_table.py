@@ -89,7 +89,7 @@ def put(text: str, new: str) -> str:
               help="The file with the two marks; without it the table is printed.")  # fmt: skip
 def main(csv_path: Path, into: Path | None) -> None:
     """Make the README's table from a CSV of `benchmarks.run`."""
-    new = table(read_csv(csv_path))
+    new = table(read_csv(csv_path, Row))
     if into:
         into.write_text(put(into.read_text(), new))
     else:

@@ -36,8 +36,9 @@ from fastq.weights import Conv2dWeight, LinearWeight
 if TYPE_CHECKING:
     from fastq.convert import quantize_layers, summary
     from fastq.custom import pointwise
-    from fastq.network import quantize_model
     from fastq.nn import QConv2d, QLinear, QuantizedModel
+    from fastq.profiling import profile
+    from fastq.quantization import quantize_model
     from fastq.serialize import load, save
 
 __version__ = "0.1.0"
@@ -48,8 +49,9 @@ _NEEDS_TORCH = {
     "QuantizedModel": "fastq.nn",
     "load": "fastq.serialize",
     "pointwise": "fastq.custom",
+    "profile": "fastq.profiling",
     "quantize_layers": "fastq.convert",
-    "quantize_model": "fastq.network",
+    "quantize_model": "fastq.quantization",
     "save": "fastq.serialize",
     "summary": "fastq.convert",
 }
@@ -81,6 +83,7 @@ __all__ = [
     "load",
     "make_observer",
     "pointwise",
+    "profile",
     "quantize",
     "quantize_layers",
     "quantize_model",

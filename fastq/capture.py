@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fastq.graph import POINTWISE_NAMESPACE, Batch, Graph, Node, Ref
+from fastq.graph import POINTWISE_NAMESPACE, Batch, Graph, Node, Ref, normalization
 from fastq.trace import quiet, twin
 
 _aten = torch.ops.aten
@@ -515,16 +515,16 @@ class _Reader:
             return None
         if not isinstance(variance, Tensor):
             return None
-        factor = 1 / (variance.double() + a["eps"]).sqrt()
-        if isinstance(a.get("weight"), Tensor):
-            factor = factor * a["weight"].double()
-        shift = -mean.double() * factor
-        if isinstance(a.get("bias"), Tensor):
-            shift = shift + a["bias"].double()
+        origin = {"running_mean": mean, "running_var": variance}
+        origin |= {f"norm_{k}": a[k] for k in ("weight", "bias") if isinstance(a.get(k), Tensor)}
+        eps, momentum = float(a["eps"]), float(a["momentum"])
+        factor, shift = normalization(eps, origin)
         if not bool(factor.isfinite().all() and shift.isfinite().all()):
             return None
-        # float64: folded into a convolution, it is rounded once
-        return self.add(node, "affine", [x], tensors={"factor": factor, "shift": shift})
+        y = self.add(node, "affine", [x], tensors={"factor": factor, "shift": shift},
+                     attrs={"norm": {"eps": eps, "momentum": momentum}})  # fmt: skip
+        y.origin = origin
+        return y
 
     def read__native_batch_norm_legit_no_training(
         self, node: fx.Node, a: dict[str, Any]

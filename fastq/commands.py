@@ -54,17 +54,19 @@ def demo(network: str, output: Path | None) -> None:
     context_settings={"ignore_unknown_options": True}, add_help_option=False, no_args_is_help=True
 )
 @click.option("--kernels", "what", flag_value="kernels", help="Kernels, other people's shapes.")
+@click.option("--models", "what", flag_value="models", help="Whole networks.")
+@click.option("--accuracy", "what", flag_value="accuracy", help="Real networks, from a folder.")
 @click.option("--tiles", "what", flag_value="tiles", help="How good the choice of a tile is.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="...")
 @click.pass_context
 @extra("bench")
 def bench(context: click.Context, what: str | None, options: tuple[str, ...]) -> None:
-    """Time fastq beside other libraries, in a clone of the repository.
+    """Time fastq beside other libraries, or score it, in a clone of the repository.
 
     `fastq bench --kernels --help` lists the options that may follow.
     """
     if what is None:
-        raise click.UsageError("what to time comes first: fastq bench --kernels ...")
+        raise click.UsageError("what to measure comes first: fastq bench --kernels ...")
     root = Path(fastq.__file__).parents[1]
     if not (root / "pyproject.toml").is_file() or not (root / "benchmarks").is_dir():
         sys.exit(
@@ -72,7 +74,8 @@ def bench(context: click.Context, what: str | None, options: tuple[str, ...]) ->
             'repository, pip install -e ".[bench]" and run this again'
         )
     sys.path.insert(0, str(root))
-    module = import_module({"kernels": "benchmarks.run", "tiles": "benchmarks.tiles"}[what])
+    rooms = {"kernels": "run", "models": "models", "accuracy": "accuracy", "tiles": "tiles"}
+    module = import_module(f"benchmarks.{rooms[what]}")
     module.bench.main(args=list(options), prog_name=f"{context.command_path} --{what}")
 
 

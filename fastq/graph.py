@@ -41,6 +41,10 @@ class Node:
     inputs   the nodes whose values it takes.
     attrs    the operation's arguments that are no tensors, by torch's names.
     tensors  its parameters: "weight", "bias", and so on; the float network's own memory.
+    origin   what `tensors` were computed from, if they are not the network's own: a batch norm's
+             "norm_weight", "norm_bias", "running_mean" and "running_var", where it has them, and
+             "weight" and "bias" of the product that it was folded into. attrs["norm"] has its eps
+             and momentum.
     layer    the module that computes it, by its name in the model; "" is the model itself.
     kind     the module's class.
     shape    of its value for the example that was traced; () if that is no tensor.
@@ -51,6 +55,7 @@ class Node:
     inputs: list[Node] = field(default_factory=list)
     attrs: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    origin: dict[str, Tensor] = field(default_factory=dict)
     layer: str = ""
     kind: str = ""
     shape: tuple[int, ...] = ()
@@ -150,6 +155,20 @@ def evaluate(node: Node, inputs: list[Any], batch: int = 1) -> Any:
         lo, hi = node.attrs["clamp"]
         y = y.clamp(lo, hi)
     return y
+
+
+def normalization(eps: float, origin: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(factor, shift) of a batch norm's x * factor + shift.
+
+    In float64: folded into a product, it is rounded once.
+    """
+    factor = 1 / (origin["running_var"].double() + eps).sqrt()
+    if "norm_weight" in origin:
+        factor = factor * origin["norm_weight"].double()
+    shift = -origin["running_mean"].double() * factor
+    if "norm_bias" in origin:
+        shift = shift + origin["norm_bias"].double()
+    return factor, shift
 
 
 def _filler(inputs: list[Any], tensors: dict[str, Tensor], batch: int) -> Callable[[Any], Any]:

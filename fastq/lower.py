@@ -24,6 +24,7 @@ from fastq.qparams import MAX_K, Dequant, QParams, Requant, quantize_weight
 from fastq.weights import Conv2dWeight, LinearWeight
 
 Weights = Callable[[Node], tuple[Any, Any]]  # a node's (int8 data, float32 scale per output)
+Biases = Callable[[Node], Tensor | None]
 
 NHWC = (0, 2, 3, 1)
 # Values that keep the quantization of what they are made from.
@@ -171,9 +172,12 @@ def default_weights(node: Node) -> tuple[Any, Any]:
 
 
 def weight_of(node: Node) -> Tensor:
-    """The float weight with its outputs first: a transposed convolution's as the convolution's
-    that it is on pixels set apart."""
-    weight = node.tensors["weight"].detach()
+    """The float weight with its outputs first."""
+    return outputs_first(node, node.tensors["weight"].detach())
+
+
+def outputs_first(node: Node, weight: Tensor) -> Tensor:
+    """A transposed convolution's weight as the convolution's that it is on pixels set apart."""
     if node.op != "conv_transpose2d":
         return weight
     groups = node.attrs["groups"]
@@ -182,21 +186,66 @@ def weight_of(node: Node) -> Tensor:
     return split.reshape(groups * n, c // groups, kh, kw).flip(2, 3).contiguous()
 
 
+def inputs_first(node: Node, weight: Tensor) -> Tensor:
+    """What `outputs_first` was given."""
+    if node.op != "conv_transpose2d":
+        return weight
+    groups = node.attrs["groups"]
+    n, c, kh, kw = weight.shape
+    split = weight.flip(2, 3).reshape(groups, n // groups, c, kh, kw).transpose(1, 2)
+    return split.reshape(groups * c, n // groups, kh, kw).contiguous()
+
+
+def default_bias(node: Node) -> Tensor | None:
+    return node.tensors.get("bias")
+
+
 def lower(
     region: Region,
     qparams: Callable[[Node], QParams],
     weights: Weights = default_weights,
     any_extent: bool = True,
+    biases: Biases = default_bias,
 ) -> Program:
     """The program of a region. qparams(node) is the uint8 quantization of a value."""
-    return _Lowering(region, qparams, weights, any_extent).program()
+    return lowered(region, qparams, weights, any_extent, biases).program
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A program, and where to find the values of the graph in it.
+
+    names  node -> its value: uint8, or float32 for a product that gives float32 itself.
+    axes   value -> the torch axis of each of its axes.
+    """
+
+    program: Program
+    names: Mapping[Node, str]
+    axes: Mapping[str, tuple[int, ...]]
+
+
+def lowered(
+    region: Region,
+    qparams: Callable[[Node], QParams],
+    weights: Weights = default_weights,
+    any_extent: bool = True,
+    biases: Biases = default_bias,
+) -> Lowered:
+    """`lower`, for who follows the values."""
+    lowering = _Lowering(region, qparams, weights, any_extent, biases)
+    return Lowered(lowering.program(), lowering.names, lowering.axes)
 
 
 class _Lowering:
     def __init__(
-        self, region: Region, qparams: Callable[[Node], QParams], weights: Weights, any_extent: bool
+        self,
+        region: Region,
+        qparams: Callable[[Node], QParams],
+        weights: Weights,
+        any_extent: bool,
+        biases: Biases,
     ) -> None:
-        self.region, self.qparams, self.weights = region, qparams, weights
+        self.region, self.qparams, self.weights, self.biases = region, qparams, weights, biases
         self.any_extent = any_extent
         self.steps: list[Step] = []
         self.axes: dict[str, tuple[int, ...]] = {}  # value -> the torch axis of each of its axes
@@ -323,7 +372,7 @@ class _Lowering:
     def product(self, node: Node) -> tuple[Any, Requant | Dequant]:
         """(int8 weight, epilogue) of a convolution or a linear layer."""
         data, scale = self.weights(node)
-        bias = node.tensors.get("bias")
+        bias = self.biases(node)
         real = None if bias is None else bias.detach().numpy()
         x_scale = self.scale(node.inputs[0])
         if self.ends_float(node):

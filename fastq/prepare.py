@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastq.capture import Captured, capture
 from fastq.fuse import fuse
 from fastq.graph import Graph, Node
-from fastq.lower import Ranges, Region, find_regions, lower, weight_of
+from fastq.lower import Ranges, Region, find_regions, inputs_first, lower, weight_of
 from fastq.observer import Observer, make_observer
 from fastq.program import Program
 from fastq.qconfig import QConfig
@@ -36,6 +36,7 @@ class Prepared:
     observers  what was seen, by the value that stands for its range.
     chosen     weights that a remedy has chosen: node -> (int8 data, float32 scale per output),
                outputs first as in `weight_of`. All others are rounded to nearest.
+    biases     float32 biases that a remedy has chosen, instead of the float network's own.
     """
 
     captured: Captured
@@ -45,6 +46,7 @@ class Prepared:
     configs: Callable[[Node], QConfig]
     observers: dict[Node, Observer] = field(default_factory=dict)
     chosen: dict[Node, Weight] = field(default_factory=dict)
+    biases: dict[Node, Tensor] = field(default_factory=dict)
     _rounded: dict[Node, tuple[Any, Weight]] = field(default_factory=dict)
     _qparams: dict[Node, QParams] = field(default_factory=dict)
 
@@ -90,12 +92,22 @@ class Prepared:
             if observer is None or not observer.count:
                 raise ValueError(f"{node.name}: no finite value was seen of it")
             found = observer.qparams()
-            if stands in self.ranges.symmetric:  # int8 by another name: b - 128
-                scale, zero_point = float(found.scale), int(found.zero_point)
-                peak = scale * max(zero_point, 255 - zero_point)
-                found = QParams(np.array(peak / 127, np.float32), np.array(128, np.int32))
+            if stands in self.ranges.symmetric:
+                found = symmetric(found)
             self._qparams[stands] = found
         return found
+
+    def quantized(self) -> list[Node]:
+        """The nodes that stand for the ranges that the programs need; not the fixed ones."""
+        asked: dict[Node, None] = {}
+
+        def ask(node: Node) -> QParams:
+            asked[self.ranges.find(node)] = None
+            return self.qparams(node)
+
+        for region in self.regions:
+            lower(region, ask, self.weight, self.captured.any_extent)
+        return [node for node in asked if node not in self.ranges.fixed]
 
     def set_qparams(self, node: Node, qparams: QParams) -> None:
         """Let a value have this quantization, until more is observed."""
@@ -114,10 +126,14 @@ class Prepared:
             kept = self._rounded[node] = (given, (data, scale))
         return kept[1]
 
+    def bias(self, node: Node) -> Tensor | None:
+        """float32 (n,) of a layer, or None."""
+        return self.biases.get(node, node.tensors.get("bias"))
+
     def programs(self) -> list[Program]:
         """A program for each region."""
         return [
-            lower(region, self.qparams, self.weight, self.captured.any_extent)
+            lower(region, self.qparams, self.weight, self.captured.any_extent, self.bias)
             for region in self.regions
         ]
 
@@ -126,23 +142,13 @@ class Prepared:
     ) -> list[Any]:
         """The network with its values and weights on their grids, in float: what the integers
         compute but for rounding in the last bit. `watch` sees each value after quantization."""
-        inside = {node for region in self.regions for node in (*region.inputs, *region.nodes)}
-        floats = {
-            node
-            for region in self.regions
-            for node in region.outputs
-            if node.op in WEIGHTED and len(node.inputs) == 1
-        }
-        users = self.graph.users()
-        integers = set(self.integer_nodes())
-        twins = {node: self._with_grid_weight(node) for node in self.layers()}
+        quantized = self.quantized_values()
+        twins = {node: self.simulated_tensors(node) for node in self.layers()}
 
         def on_grid(node: Node, value: Any) -> Any:
             given = value
-            if node in inside and isinstance(value, Tensor):
-                ends = node in floats and not any(user in integers for user in users[node])
-                if not ends:
-                    value = fake_quantize(value, self.qparams(node))
+            if node in quantized and isinstance(value, Tensor):
+                value = fake_quantize(value, self.qparams(node))
             changed = watch(node, value) if watch is not None else None
             if changed is not None:
                 return changed
@@ -151,15 +157,33 @@ class Prepared:
         with torch.no_grad():
             return self.graph.run(arguments, on_grid, twins)
 
-    def _with_grid_weight(self, node: Node) -> dict[str, Tensor]:
+    def quantized_values(self) -> set[Node]:
+        """The nodes whose values become uint8: all that regions take and make, but for products
+        that end a region in float."""
+        values = {node for region in self.regions for node in (*region.inputs, *region.nodes)}
+        taken = {value for node in self.integer_nodes() for value in node.inputs}
+        ends = {
+            node
+            for region in self.regions
+            for node in region.outputs
+            if node.op in WEIGHTED and len(node.inputs) == 1
+        }
+        return values - (ends - taken)
+
+    def simulated_tensors(self, node: Node) -> dict[str, Tensor]:
+        """The tensors of a layer with its weight on its grid."""
         data, scale = self.weight(node)
         real = torch.from_numpy(data * scale.reshape(-1, *[1] * (data.ndim - 1)))
-        if node.op == "conv_transpose2d":
-            groups = node.attrs["groups"]
-            n, c, kh, kw = real.shape
-            split = real.flip(2, 3).reshape(groups, n // groups, c, kh, kw).transpose(1, 2)
-            real = split.reshape(groups * c, n // groups, kh, kw)
-        return {**node.tensors, "weight": real.contiguous()}
+        tensors = {**node.tensors, "weight": inputs_first(node, real)}
+        bias = self.bias(node)
+        return tensors if bias is None else {**tensors, "bias": bias}
+
+
+def symmetric(qparams: QParams) -> QParams:
+    """The range of qparams with zero_point 128: int8 by another name."""
+    scale, zero_point = float(qparams.scale), int(qparams.zero_point)
+    peak = scale * max(zero_point, 255 - zero_point)
+    return QParams(np.float32(peak / 127), np.int32(128))
 
 
 def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:

@@ -430,6 +430,5 @@ def by_reference(network: QuantizedModel) -> QuantizedModel:
     """The same network, its programs computed by the specification in NumPy."""
     bound = network._bound()
     twin = copy.copy(network)
-    assert network._ready is not None
-    twin._ready = network._ready[0], [_Specification(one.program) for one in bound]  # type: ignore[misc]
+    twin._ready = [_Specification(one.program) for one in bound]  # type: ignore[misc]
     return twin
