@@ -34,10 +34,12 @@ from fastq.qparams import Dequant, QParams, Requant, choose_qparams, quantize_we
 from fastq.weights import Conv2dWeight, LinearWeight
 
 if TYPE_CHECKING:
+    from fastq.custom import pointwise
     from fastq.nn import QConv2d, QLinear, QuantizedModel
     from fastq.profiling import profile
     from fastq.qat import QATModel, convert, prepare_qat
     from fastq.quantization import quantize_model
+    from fastq.sensitivity import sensitivity
     from fastq.serialize import load, save
     from fastq.swap import quantize_layers, summary
 
@@ -51,10 +53,12 @@ _NEEDS_TORCH = {
     "convert": "fastq.qat",
     "load": "fastq.serialize",
     "prepare_qat": "fastq.qat",
+    "pointwise": "fastq.custom",
     "profile": "fastq.profiling",
     "quantize_layers": "fastq.swap",
     "quantize_model": "fastq.quantization",
     "save": "fastq.serialize",
+    "sensitivity": "fastq.sensitivity",
     "summary": "fastq.swap",
 }
 
@@ -86,6 +90,7 @@ __all__ = [
     "linear_float",
     "load",
     "make_observer",
+    "pointwise",
     "prepare_qat",
     "profile",
     "quantize",
@@ -94,6 +99,7 @@ __all__ = [
     "quantize_weight",
     "requantize",
     "save",
+    "sensitivity",
     "set_num_threads",
     "summary",
     "warmup",

@@ -192,13 +192,13 @@ def build(prepared: Prepared, names: Sequence[str], report: QuantizationSummary)
             tensors |= {f"{item.name}.{k}": v.clone() for k, v in item.tensors.items()}
     recipe, kept = write_recipe(prepared)
     tensors |= kept
-    inputs = [node.name if isinstance(node, Node) else None for node in captured.arguments]
+    arguments = [node.name if isinstance(node, Node) else None for node in captured.arguments]
     outputs = [v.name if isinstance(v, Node) else ("constant", v) for v in graph.outputs]
     constants = {
         str(i): leaf for i, leaf in enumerate(captured.arguments) if not isinstance(leaf, Node)
     }
     network = assemble(
-        stages, prepared.programs(), tensors, inputs, constants, outputs,
+        stages, prepared.programs(), tensors, arguments, constants, outputs,
         (captured.in_spec, captured.out_spec), names, recipe,
     )  # fmt: skip
     network._fastq_summary = report  # type: ignore[assignment]

@@ -12,7 +12,7 @@ A plan holds for one set of input shapes and strides, one tier and one number of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -76,7 +76,7 @@ class Storage:
     first: int
     last: int
     whole: Array  # a stand-in: its strides and addresses count, nothing is read or written
-    place: At = At(0)
+    place: At = field(default_factory=lambda: At(0))
 
     @property
     def mold(self) -> Array:
@@ -693,7 +693,8 @@ class _Planner:
         storage, mold = self.values[step.name]
         x = self.input(i, step.inputs[0])
         fill_row(self.call, storage.view(mold, self.kind), a["value"])
-        (top, _), (left, _), (sh, sw) = *a["padding"], a["stride"]
+        (top, _), (left, _) = a["padding"]
+        sh, sw = a["stride"]
         h, w = (x.shape[1] - 1) * sh + 1, (x.shape[2] - 1) * sw + 1
         target = storage.view(mold[:, top : top + h : sh, left : left + w : sw], self.kind)
         copy_row(self.call, x, target)

@@ -22,6 +22,7 @@ from fastq.qconfig import QConfig
 from fastq.qparams import QParams, quantize_weight
 
 WEIGHTED = ("conv2d", "linear", "conv_transpose2d")
+DEFAULT = QConfig()
 Weight = tuple[Any, Any]  # (int8 data, float32 scale per output)
 
 
@@ -191,7 +192,7 @@ def prepare(
     args: Iterable[Any],
     kwargs: Mapping[str, Any] | None = None,
     *,
-    config: QConfig | Callable[[Node], QConfig | None] = QConfig(),
+    config: QConfig | Callable[[Node], QConfig | None] = DEFAULT,
 ) -> Prepared:
     """Capture and fuse the network that `model(*args, **kwargs)` runs, ready to be calibrated.
 
@@ -205,7 +206,7 @@ def prepare(
 
 
 def prepare_graph(
-    captured: Captured, config: QConfig | Callable[[Node], QConfig | None] = QConfig()
+    captured: Captured, config: QConfig | Callable[[Node], QConfig | None] = DEFAULT
 ) -> Prepared:
     """`prepare` of a graph that was captured and fused."""
 
@@ -215,4 +216,4 @@ def prepare_graph(
     graph = captured.graph
     kept = {node: "as asked" for node in graph.nodes if asked(node) is None}
     regions, reasons = find_regions(graph, kept)
-    return Prepared(captured, regions, reasons, Ranges(regions), lambda n: asked(n) or QConfig())
+    return Prepared(captured, regions, reasons, Ranges(regions), lambda n: asked(n) or DEFAULT)

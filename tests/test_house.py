@@ -17,7 +17,7 @@ ROOMS = sorted(p.relative_to(ROOT).with_suffix("").as_posix() for p in ROOT.rglo
 # A room may import the rooms before it, and no other; those up to "plan" need no torch.
 ORDER = """
     qparams weights arguments reference kernels ops observer qconfig program encode plan
-    trace batches graph nn capture fuse lower swap prepare recipe remedies network sensitivity ladder
+    trace batches graph nn custom capture fuse lower swap prepare recipe remedies network sensitivity ladder
     quantization qat explanation profiling serialize demo cli commands
 """.split()
 NUMBA = {"kernels"}
