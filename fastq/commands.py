@@ -33,9 +33,14 @@ def cli() -> None:
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     help="Where to save the int8 parameters.  [default: a new temporary directory]",
 )
+@click.option("--qat", is_flag=True, help="Train the quantized lenet as well: load, train, save.")
 @extra("demo")
-def demo(network: str, output: Path | None) -> None:
+def demo(network: str, output: Path | None, qat: bool) -> None:
     """Quantize a real network, save it, load it back, and compare it with float32."""
+    if qat and network != "lenet":
+        raise click.BadParameter(
+            f"there is nothing here to train {network} with", param_hint="--qat"
+        )
     if output and not output.parent.is_dir():
         raise click.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
 
@@ -45,7 +50,7 @@ def demo(network: str, output: Path | None) -> None:
 
     task = TASKS[network]()
     path = output or Path(tempfile.mkdtemp(prefix="fastq-")) / f"{network}-int8.safetensors"
-    comparison = compare(task, path)
+    comparison = compare(task, path, qat=qat)
     click.echo(f"int8 parameters: {path}")
     Console().print(table(comparison))
 

@@ -114,7 +114,9 @@ def assert_same(one: object, two: object) -> None:
 @pytest.mark.parametrize("learned", [False, True], ids=["observed", "learned"])
 def test_what_is_trained_is_what_runs(net: nn.Module, images: Tensor, learned: bool) -> None:
     model = fastq.prepare_qat(net, images, learned=learned)
-    assert_same(model.eval()(images), fastq.quantize_model(net, images, progress=False)(images))
+    assert_same(
+        model.eval()(images), fastq.quantize_model(net, images, remedies=(), progress=False)(images)
+    )
     train(model.train(), images)
     given = torch.randn(5, 3, 12, 12)  # another batch size
     assert_same(model.eval()(given), fastq.convert(model)(given))
@@ -409,3 +411,25 @@ def test_refusals(net: nn.Module, images: Tensor) -> None:
     with pytest.raises(ValueError, match="one value per channel"):
         one = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2)).eval()
         fastq.prepare_qat(one, images)(torch.rand(1, 3, 3, 3))
+
+
+def train_in_parallel(rank: int, meet: str) -> None:
+    """One of two processes, each with half of the batch."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{meet}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 6, 6)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
+    model = nn.parallel.DistributedDataParallel(fastq.prepare_qat(net.eval(), x, learned=True))
+    losses = train(model, x[rank::2], 3)
+    assert losses[-1] < losses[0]
+    trained = model.eval()(x)
+    assert_same(trained, fastq.convert(model)(x))
+    both = [torch.empty_like(trained) for _ in range(2)]
+    torch.distributed.all_gather(both, trained.detach())
+    assert_same(*both)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_one_network(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_in_parallel, (str(tmp_path / "meet"),), 2)
