@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fastq.network import quantize_model
     from fastq.nn import QConv2d, QLinear, QuantizedModel
     from fastq.profiling import profile
+    from fastq.reporting import report
     from fastq.serialize import load, save
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ _NEEDS_TORCH = {
     "profile": "fastq.profiling",
     "quantize_layers": "fastq.convert",
     "quantize_model": "fastq.network",
+    "report": "fastq.reporting",
     "save": "fastq.serialize",
     "summary": "fastq.convert",
 }
@@ -85,6 +87,7 @@ __all__ = [
     "quantize_layers",
     "quantize_model",
     "quantize_weight",
+    "report",
     "requantize",
     "save",
     "set_num_threads",
