@@ -35,11 +35,12 @@ from fastq.weights import Conv2dWeight, LinearWeight
 
 if TYPE_CHECKING:
     from fastq.custom import pointwise
+    from fastq.layerwise import sensitivity
     from fastq.nn import QConv2d, QLinear, QuantizedModel
     from fastq.profiling import profile
     from fastq.qat import QATModel, convert, prepare_qat
     from fastq.quantization import quantize_model
-    from fastq.sensitivity import sensitivity
+    from fastq.reporting import report
     from fastq.serialize import load, save
     from fastq.swap import quantize_layers, summary
 
@@ -57,8 +58,9 @@ _NEEDS_TORCH = {
     "profile": "fastq.profiling",
     "quantize_layers": "fastq.swap",
     "quantize_model": "fastq.quantization",
+    "report": "fastq.reporting",
     "save": "fastq.serialize",
-    "sensitivity": "fastq.sensitivity",
+    "sensitivity": "fastq.layerwise",
     "summary": "fastq.swap",
 }
 
@@ -97,6 +99,7 @@ __all__ = [
     "quantize_layers",
     "quantize_model",
     "quantize_weight",
+    "report",
     "requantize",
     "save",
     "sensitivity",

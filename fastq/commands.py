@@ -55,6 +55,41 @@ def demo(network: str, output: Path | None, qat: bool) -> None:
     Console().print(table(comparison))
 
 
+@cli.command()
+@click.option(
+    "--network",
+    type=click.Choice(["lenet", "efficientnet-lite0"]),
+    default="lenet",
+    show_default=True,
+    help="The demo's networks and images; fastq.report(...) takes your own.",
+)
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    default="report.html",
+    show_default=True,
+    help="The HTML file; the same as Markdown is written beside it.",
+)
+@extra("demo")
+def report(network: str, output: Path) -> None:
+    """Write down what int8 costs a real network and gives it, layer by layer."""
+    if not output.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
+
+    from fastq.demo import TASKS
+
+    task = TASKS[network]()
+    fastq.report(
+        task.network,
+        fastq.quantize_model(task.network, task.calibration),
+        task.images.split(32),
+        labels=task.labels,
+        path=output,
+        title=f"{task.title}: int8 beside float32",
+    )
+    click.echo(f"{output}\n{output.with_suffix('.md')}")
+
+
 @cli.command(
     context_settings={"ignore_unknown_options": True}, add_help_option=False, no_args_is_help=True
 )

@@ -17,8 +17,8 @@ ROOMS = sorted(p.relative_to(ROOT).with_suffix("").as_posix() for p in ROOT.rglo
 # A room may import the rooms before it, and no other; those up to "plan" need no torch.
 ORDER = """
     qparams weights arguments reference kernels ops observer qconfig program encode plan
-    trace batches graph nn custom capture fuse lower swap prepare recipe remedies network sensitivity ladder
-    quantization qat explanation profiling serialize demo cli commands
+    trace batches graph nn custom capture fuse lower swap prepare recipe remedies network layerwise ladder
+    quantization qat explanation profiling serialize page reporting demo cli commands
 """.split()
 NUMBA = {"kernels"}
 TORCH = set(ORDER[ORDER.index("trace") :]) - {"cli"}
