@@ -115,16 +115,15 @@ class Bars:
         return _figure(self.caption, bars, len(self.labels), self._ends())
 
     def markdown(self) -> str:
-        first, *_, last = self._ends()
         line = sparkline(self.heights())
-        return f"{plain(self.caption)}: `{line}` {plain(first)}, {plain(last)}"
+        return f"{plain(self.caption)}: `{line}` {plain(', '.join(self._ends()))}"
 
     def _value(self, value: float | None) -> str:
-        return "none" if value is None or not isfinite(value) else f"{value:.3g} {self.unit}"
+        return "none" if value is None or not isfinite(value) else f"{value:,.1f} {self.unit}"
 
     def _ends(self) -> tuple[str, str]:
         known = [v for v in self.values if v is not None and isfinite(v)]
-        top = f"highest {max(known):.3g} {self.unit}" if known else "no value"
+        top = f"highest {self._value(max(known))}" if known else "no value"
         return f"{len(self.labels)} steps, first to last", top
 
 
@@ -202,12 +201,8 @@ def sparkline(heights: Sequence[float]) -> str:
 
 
 def _breakable(text: str) -> str:
-    """Escaped; a long name may break after its dots."""
-    return (
-        escape(text).replace(".", ".<wbr>")
-        if re.search(r"[a-z_]\.|\.[a-z_]", text)
-        else escape(text)
-    )
+    """Escaped; a long name may break after its dots and underscores."""
+    return re.sub(r"(?<=[a-z0-9])([._])(?=[a-z])", r"\1<wbr>", escape(text))
 
 
 def _figure(caption: str, shapes: str, width: int, ends: tuple[str, str]) -> str:
@@ -253,6 +248,8 @@ svg { display: block; width: 100%; height: 6rem; background: var(--shade);
   font-size: .8125rem; }
 details { border-bottom: 1px solid var(--line); }
 summary { cursor: pointer; padding: .6rem 0; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { table { font-size: .78rem; } th, td { padding: .25rem .3rem; }
+  tbody th { min-width: 5.5rem; } td.r { white-space: normal; } }
 @media print { main { max-width: none; padding: 0; } svg, .grid { print-color-adjust: exact; }
   .wide { overflow: visible; } figure, tr { break-inside: avoid; }
   details::details-content { content-visibility: visible; height: auto; } }

@@ -41,15 +41,19 @@ from fastq.serialize import save
 from fastq.trace import Forward
 
 BINS = 64
-RESCALED = 4.0  # a channel-wise factor that leaves so much less noise energy is a remedy's work
+# A remedy scaled the channels of a value if without their factors less than 20 dB are left, with
+# them 6 dB more, and there are enough values in a channel for that not to be chance.
+SCALED_SNR, SCALED_GAIN, SCALED_COUNT = 20.0, 6.0, 16
 
 
 @dataclass(frozen=True)
 class Distribution:
     """Values and the integer grid that they are rounded to.
 
-    counts     of BINS intervals of the same width between low and high.
-    grid       the smallest and the largest value that the grid has.
+    counts     of BINS intervals of the same width between low and high: all that was seen, and
+               the whole grid.
+    seen       the smallest and the largest value, 0 included.
+    grid       the smallest and the largest value that has a place in the grid.
     scale      the smallest and the largest step of it; they differ where each channel has its own.
     clipped    the share of the values that round to a place outside of the grid, 0 to 1.
     """
@@ -57,6 +61,7 @@ class Distribution:
     counts: tuple[int, ...]
     low: float
     high: float
+    seen: tuple[float, float]
     grid: tuple[float, float]
     scale: tuple[float, float]
     zero_point: int
@@ -122,8 +127,6 @@ class Report:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the HTML to `path`, and the Markdown beside it, its suffix .md."""
         path = Path(path)
-        if path.suffix == ".md":
-            raise ValueError(f"report: path={str(path)!r} is the Markdown's; wanted a .html beside")
         path.write_text(self.html(), encoding="utf-8")
         path.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
 
@@ -143,7 +146,8 @@ class Report:
             Text(
                 "How far each step's value is from the float network's, every step before it being "
                 "quantized too: 6 dB more is half the error. A sudden fall names the step to look "
-                "at."
+                "at. Where a remedy scaled the channels of a value, it is compared with the scaled "
+                "float value."
             ),
             Bars("Signal-to-noise at each step's output", "dB", labels, noise),
             Heading("Time"),
@@ -151,7 +155,12 @@ class Report:
             Heading("Left in float"),
             *self._floats(),
             Heading("Steps"),
-            Table("In the order in which they run", "lllrrr", _STEP, tuple(self.step_rows())),
+            Table(
+                "Signal-to-noise in dB, time at the smallest batch",
+                "lllrrr",
+                _STEP,
+                tuple(self.step_rows()),
+            ),
             Heading("Weights and values on their grids"),
             Text(
                 "The height of a bar is the logarithm of how often values in it were seen; shaded "
@@ -160,7 +169,9 @@ class Report:
             ),
             *self._grids(),
             Heading("Machine"),
-            Table("What the numbers depend on", "ll", ("what", ""), tuple(self.machine.items())),
+            Table(
+                "What the numbers depend on", "ll", ("part", "here"), tuple(self.machine.items())
+            ),
         ]
 
     def rows(self) -> Iterator[tuple[str, str, str, str]]:
@@ -174,34 +185,35 @@ class Report:
             yield "predictions equal to float32's", "", f"{self.agreement:.2%}", ""
         for i, snr in enumerate(self.snr):
             which = f" {i}" if len(self.snr) > 1 else ""
-            yield f"signal-to-noise of output{which}", "", _decibels(snr), ""
+            yield f"signal-to-noise of output{which}", "", f"{_decibels(snr)}\u00a0dB", ""
         for batch, (a, b) in self.latency.items():
             yield (
                 f"latency, batch {batch}",
-                f"{a / 1e3:.3f} ms",
-                f"{b / 1e3:.3f} ms",
-                f"{a / b:.2f}x the speed",
+                f"{a / 1e3:.3f}\u00a0ms",
+                f"{b / 1e3:.3f}\u00a0ms",
+                f"{a / b:.2f}x speed",
             )
         for name, (a, b) in self.memory.items():
-            ratio = f"{a / b:.2f}x smaller" if a and b else ""
-            yield name, f"{a:,} B" if a else "", f"{b:,} B", ratio
+            ratio = f"{max(a, b) / min(a, b):.2f}x {'smaller' if a >= b else 'larger'}" if a else ""
+            yield name, f"{a:,}\u00a0B" if a else "", f"{b:,}\u00a0B", ratio
 
     def step_rows(self) -> Iterator[tuple[str, ...]]:
-        """Layer, operation, what it is, signal-to-noise, time, its share; a row for each step."""
+        """Layer, operation, what it is, dB, us, share of the time; a row for each step."""
         total = sum(step.time for step in self.steps) or 1.0
         for step in self.steps:
             yield (
                 step.layer or step.name,
                 step.op,
-                f"float: {step.why}" if step.why else "int8",
-                _decibels(step.snr) + (" (scaled)" if step.rescaled else ""),
-                f"{step.time:.1f} us",
+                "float" if step.why else "int8",
+                _decibels(step.snr) + (", scaled" if step.rescaled else ""),
+                f"{step.time:.1f}",
                 f"{step.time / total:.1%}",
             )
 
     def _floats(self) -> list[Block]:
         layers = [row for row in self.summary.rows if row.result == "float"]
-        operators = [step for step in self.steps if step.why]
+        listed = {row.name for row in layers}
+        operators = [step for step in self.steps if step.why and step.layer not in listed]
         if not layers and not operators:
             return [Text("Nothing: every layer and operator runs in integers.")]
         rows = [(row.name or "(model)", row.kind, row.reason) for row in layers]
@@ -229,16 +241,16 @@ _BUSY = (
     "The machine was busy with other programs while this was measured: do not trust the times, nor "
     "their ratios. Measure again when it is idle."
 )
-_COMPARED = ("", "float32", "int8", "int8 against float32")
-_STEP = ("layer", "operation", "int8 or float", "signal-to-noise", "time", "share")
-_GRID = ("", "seen", "grid", "scale", "zero point", "clipped")
+_COMPARED = ("measure", "float32", "int8", "change")
+_STEP = ("layer", "operation", "runs in", "dB", "us", "share")
+_GRID = ("what", "seen", "grid", "scale", "zero point", "clipped")
 
 
 def _grid_row(what: str, d: Distribution) -> tuple[str, ...]:
     low, high = d.scale
     return (
         what,
-        f"{d.low:.4g} to {d.high:.4g}",
+        f"{d.seen[0]:.4g} to {d.seen[1]:.4g}",
         f"{d.grid[0]:.4g} to {d.grid[1]:.4g}",
         f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}",
         str(d.zero_point),
@@ -249,12 +261,12 @@ def _grid_row(what: str, d: Distribution) -> tuple[str, ...]:
 def _decibels(snr: float | None) -> str:
     if snr is None:
         return ""
-    return "equal" if snr == inf else f"{snr:.1f} dB"
+    return "∞" if snr == inf else f"{snr:.1f}"
 
 
 def report(
     float_model: nn.Module,
-    quantized: QuantizedModel,
+    quantized: nn.Module,
     data: Any,
     *,
     labels: Any = None,
@@ -285,10 +297,10 @@ def report(
                  number of threads.
 
     Raises TypeError for a model that is no QuantizedModel or no module, ValueError for a float
-    model of another graph, for labels that do not fit, no batch sizes, or less than one pass;
-    and what the models raise.
+    model of another graph, for labels that do not fit, no batch sizes, or less than one pass,
+    FileNotFoundError if the path's folder is missing; and what the models raise.
     """
-    _check(float_model, quantized, batch_sizes, passes)
+    _check(float_model, quantized, batch_sizes, passes, path)
     batches = Batches(data)
     first = batches.first()
     twin = copy.deepcopy(float_model).eval()
@@ -333,7 +345,9 @@ def report(
     return result
 
 
-def _check(float_model: Any, quantized: Any, batch_sizes: Sequence[int], passes: int) -> None:
+def _check(
+    float_model: Any, quantized: Any, batch_sizes: Sequence[int], passes: int, path: Any
+) -> None:
     if not isinstance(float_model, nn.Module):
         raise TypeError(f"report: float_model is a {type(float_model).__name__}, wanted a Module")
     if not isinstance(quantized, QuantizedModel):
@@ -345,6 +359,10 @@ def _check(float_model: Any, quantized: Any, batch_sizes: Sequence[int], passes:
         raise ValueError(f"report: batch_sizes={batch_sizes!r}, wanted sizes of at least 1")
     if passes < 1:
         raise ValueError(f"report: passes={passes}, wanted at least 1")
+    if path is not None and Path(path).suffix == ".md":
+        raise ValueError(f"report: path={str(path)!r} is the Markdown's; wanted a .html beside it")
+    if path is not None and not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"report: there is no folder {Path(path).parent}")
 
 
 def _off(progress: bool) -> bool | None:
@@ -499,25 +517,22 @@ class _Comparison:
         if np.median(np.abs(steps - data)) > 1:  # a remedy scaled the channels: no float twin
             steps = data
         end = 2 ** (self.recipe.configs(node).weight_bits - 1) - 1
-        low, high = float(steps.min(initial=0)), float(steps.max(initial=0))
-        shown = min(low, -end), max(high, end)
+        seen = float(steps.min(initial=0)), float(steps.max(initial=0))
+        shown = min(seen[0], -end), max(seen[1], end)
         counts, _ = np.histogram(steps, BINS, shown)
-        return Distribution(
-            tuple(counts.tolist()), *shown, (-end, end), (float(scale.min()), float(scale.max())),
-            0, float((np.abs(np.rint(steps)) > end).mean()),
-        )  # fmt: skip
+        scales = float(scale.min()), float(scale.max())
+        clipped = float((np.abs(np.rint(steps)) > end).mean())
+        return Distribution(tuple(counts.tolist()), *shown, seen, (-end, end), scales, 0, clipped)
 
     def _values(self, node: Node, value: _Value) -> Distribution:
         qparams = self.recipe.qparams(node)
         grid, bins = _grid(qparams), value.observer.bins()
-        shown = (
-            min(float(value.observer.minimum), grid[0]),
-            max(float(value.observer.maximum), grid[1]),
-        )
+        seen = float(value.observer.minimum), float(value.observer.maximum)
+        shown = min(seen[0], grid[0]), max(seen[1], grid[1])
         counts, _ = np.histogram(bins.centers, BINS, shown, weights=bins.counts)
         scale = float(qparams.scale)
         return Distribution(
-            tuple(counts.astype(np.int64).tolist()), *shown, grid, (scale, scale),
+            tuple(counts.astype(np.int64).tolist()), *shown, seen, grid, (scale, scale),
             int(qparams.zero_point), value.clipped / value.count,
         )  # fmt: skip
 
@@ -528,21 +543,20 @@ def _grid(qparams: QParams) -> tuple[float, float]:
 
 
 def _channel_factor(real: Tensor, made: Tensor) -> Tensor | None:
-    """What equalization multiplied each channel by, by least squares; None if it did not.
-
-    Rounding alone leaves the energies of the channels as they are, nearly.
-    """
+    """What equalization multiplied each channel by, by least squares; None if it did not."""
     if real.dim() < 2 or not bool(real.isfinite().all()):
         return None
     axis = 1 if real.dim() == 4 else real.dim() - 1
+    plain, fitted = _Tally(), _Tally()
+    plain.add(real, made)
+    if plain.snr > SCALED_SNR or real.numel() < SCALED_COUNT * real.shape[axis]:
+        return None
     others = [d for d in range(real.dim()) if d != axis]
     energy = real.square().sum(others, keepdim=True, dtype=torch.float64)
     factor = (real * made).sum(others, keepdim=True, dtype=torch.float64) / energy
     factor = torch.where(factor.isfinite() & (factor > 0), factor, 1.0).float()
-    plain, fitted = _Tally(), _Tally()
-    plain.add(real, made)
     fitted.add(real * factor, made)
-    return factor if plain.noise > RESCALED * fitted.noise else None
+    return factor if fitted.snr > plain.snr + SCALED_GAIN else None
 
 
 class _Outputs:
