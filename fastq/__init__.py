@@ -34,26 +34,30 @@ from fastq.qparams import Dequant, QParams, Requant, choose_qparams, quantize_we
 from fastq.weights import Conv2dWeight, LinearWeight
 
 if TYPE_CHECKING:
-    from fastq.convert import quantize_layers, summary
     from fastq.custom import pointwise
     from fastq.nn import QConv2d, QLinear, QuantizedModel
     from fastq.profiling import profile
+    from fastq.qat import QATModel, convert, prepare_qat
     from fastq.quantization import quantize_model
     from fastq.serialize import load, save
+    from fastq.swap import quantize_layers, summary
 
 __version__ = "0.1.0"
 
 _NEEDS_TORCH = {
+    "QATModel": "fastq.qat",
     "QConv2d": "fastq.nn",
     "QLinear": "fastq.nn",
     "QuantizedModel": "fastq.nn",
+    "convert": "fastq.qat",
     "load": "fastq.serialize",
     "pointwise": "fastq.custom",
+    "prepare_qat": "fastq.qat",
     "profile": "fastq.profiling",
-    "quantize_layers": "fastq.convert",
+    "quantize_layers": "fastq.swap",
     "quantize_model": "fastq.quantization",
     "save": "fastq.serialize",
-    "summary": "fastq.convert",
+    "summary": "fastq.swap",
 }
 
 __all__ = [
@@ -65,6 +69,7 @@ __all__ = [
     "MinMaxObserver",
     "MovingAverageObserver",
     "PercentileObserver",
+    "QATModel",
     "QConfig",
     "QConv2d",
     "QLinear",
@@ -74,6 +79,7 @@ __all__ = [
     "choose_qparams",
     "conv2d",
     "conv2d_float",
+    "convert",
     "dequantize",
     "dynamic_qparams",
     "explain",
@@ -83,6 +89,7 @@ __all__ = [
     "load",
     "make_observer",
     "pointwise",
+    "prepare_qat",
     "profile",
     "quantize",
     "quantize_layers",

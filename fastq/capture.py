@@ -8,9 +8,10 @@ batch becomes a `Batch`, and a graph that differs in anything else holds for tha
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -61,6 +62,10 @@ class Captured:
     in_spec: Any
     out_spec: Any
     any_extent: bool
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
+        graph, arguments = copy.deepcopy((self.graph, self.arguments), memo)
+        return replace(self, graph=graph, arguments=arguments)  # specs do not change
 
 
 def capture(

@@ -12,16 +12,6 @@ from torch.utils import _pytree as pytree
 
 from fastq.batches import Batches, arguments_of
 from fastq.capture import CannotCapture, capture
-from fastq.convert import (
-    ASKED,
-    LISTED,
-    QuantizationSummary,
-    Row,
-    Selector,
-    leave_fast_path,
-    module_names,
-    select,
-)
 from fastq.fuse import fuse
 from fastq.graph import Node
 from fastq.lower import Region
@@ -31,6 +21,16 @@ from fastq.qconfig import QConfig
 from fastq.recipe import write_recipe
 from fastq.remedies import Remedies
 from fastq.remedies import calibrate as apply_remedies
+from fastq.swap import (
+    ASKED,
+    LISTED,
+    QuantizationSummary,
+    Row,
+    Selector,
+    leave_fast_path,
+    module_names,
+    select,
+)
 from fastq.trace import Forward
 
 Config = QConfig | Mapping[Selector, QConfig | None]

@@ -97,17 +97,11 @@ class Prepared:
             self._qparams[stands] = found
         return found
 
-    def quantized(self) -> list[Node]:
-        """The nodes that stand for the ranges that the programs need; not the fixed ones."""
-        asked: dict[Node, None] = {}
-
-        def ask(node: Node) -> QParams:
-            asked[self.ranges.find(node)] = None
-            return self.qparams(node)
-
-        for region in self.regions:
-            lower(region, ask, self.weight, self.captured.any_extent)
-        return [node for node in asked if node not in self.ranges.fixed]
+    def stand_ins(self) -> list[Node]:
+        """The nodes that stand for the ranges of quantized values, but for fixed ranges."""
+        values = self.quantized_values()
+        found = dict.fromkeys(self.ranges.find(node) for node in self.graph if node in values)
+        return [node for node in found if node not in self.ranges.fixed]
 
     def set_qparams(self, node: Node, qparams: QParams) -> None:
         """Let a value have this quantization, until more is observed."""

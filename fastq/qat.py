@@ -31,7 +31,6 @@ from torch.utils import _pytree as pytree
 from fastq import ops
 from fastq.batches import Batches
 from fastq.capture import capture
-from fastq.convert import QuantizationSummary, Selector, leave_fast_path, summary
 from fastq.fuse import fold, fuse
 from fastq.graph import Node, evaluate, normalization
 from fastq.lower import MOVES, Region, inputs_first, lowered, outputs_first, weight_of
@@ -42,6 +41,7 @@ from fastq.program import OPERATIONS
 from fastq.qconfig import QConfig
 from fastq.qparams import FLT_MIN, QParams, choose_qparams, quantize_weight
 from fastq.recipe import read_recipe
+from fastq.swap import QuantizationSummary, Selector, leave_fast_path, summary
 from fastq.trace import Forward
 
 UNCLAMPED = (-math.inf, math.inf)
@@ -86,8 +86,8 @@ def prepare_qat(
         return QATModel(prepared, _parts(prepared), model.layout.names, summary(model), learned)
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule | QATModel):
         raise TypeError(
-            f"prepare_qat: got {type(model).__name__}, wanted a float torch.nn.Module, not "
-            "scripted, or what quantize_model returned"
+            f"prepare_qat: got {type(model).__name__}; wanted a float torch.nn.Module, not "
+            "scripted or prepared already, or what quantize_model returned"
         )
     if data is None:
         raise TypeError(
@@ -160,7 +160,7 @@ class QATModel(nn.Module):
         named = self._named()
         self._places = {node: _places(node, named) for node in prepared.graph}
         self.fastq = nn.ModuleDict()
-        for stands in prepared.quantized():
+        for stands in prepared.stand_ins():
             centered = stands in prepared.ranges.symmetric
             self.fastq[f"{stands.name}_u8"] = _Range(prepared.qparams(stands), centered, learned)
         for node in prepared.layers():
@@ -281,7 +281,7 @@ def _parts(prepared: Prepared) -> nn.Module:
         for key, tensor in node.tensors.items():
             if key not in same:
                 part.register_parameter(key, nn.Parameter(tensor))
-            node.tensors[key] = part.get_parameter(key)  # of a layer that is called twice, one
+            node.tensors[key] = part.get_parameter(key).detach()  # one of a layer called twice
     return root
 
 

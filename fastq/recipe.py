@@ -36,13 +36,18 @@ def write_recipe(prepared: Prepared) -> tuple[dict[str, Any], dict[str, Tensor]]
     layers = set(prepared.layers())
     constants = [n for region in prepared.regions for n in region.inputs if n.op == "constant"]
     tensors: dict[str, Tensor] = {}
+    keys = {node: set(node.tensors) for node in prepared.graph}
     for node in {*prepared.integer_nodes(), *constants}:
         own = dict(node.tensors)
         if node in layers:
             own.pop("weight")
             own["scale"] = torch.from_numpy(prepared.weight(node)[1])
+            bias = prepared.bias(node)
+            if bias is not None:
+                own["bias"] = bias
+                keys[node].add("bias")
         tensors |= {f"{node.name}.real_{key}": tensor.clone() for key, tensor in own.items()}
-    values = {node.name: prepared.qparams(node) for node in prepared.quantized()}
+    values = {node.name: prepared.qparams(node) for node in prepared.stand_ins()}
     recipe = {
         "nodes": [
             {
@@ -53,7 +58,7 @@ def write_recipe(prepared: Prepared) -> tuple[dict[str, Any], dict[str, Tensor]]
                 "layer": node.layer,
                 "kind": node.kind,
                 "shape": list(node.shape),
-                "tensors": sorted(node.tensors),
+                "tensors": sorted(keys[node]),
             }
             for node in prepared.graph
         ],

@@ -221,7 +221,8 @@ def leaves_of(
         leaves, given_spec = pytree.tree_flatten((moved, {k: given.pop(k) for k in wanted_kwargs}))
     except (KeyError, IndexError):
         given_spec = None
-    if given_spec != spec or any(v is not None for v in given.values()):
+    extra = len(args) > len(names) or any(v is not None for v in given.values())
+    if given_spec != spec or extra:
         shown = [*map(str, names[: len(wanted_args)]), *(f"{k}=" for k in wanted_kwargs)]
         raise TypeError(
             f"{type(network).__name__}: got {len(args)} arguments and {sorted(kwargs)}; wanted "
