@@ -31,6 +31,7 @@ from fastq.ops import (
 )
 from fastq.qconfig import QConfig
 from fastq.qparams import Dequant, QParams, Requant, choose_qparams, quantize_weight
+from fastq.runtime import load_program
 from fastq.weights import Conv2dWeight, LinearWeight
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ __all__ = [
     "linear",
     "linear_float",
     "load",
+    "load_program",
     "make_observer",
     "pointwise",
     "prepare_qat",
