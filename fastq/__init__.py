@@ -31,6 +31,7 @@ from fastq.ops import (
 )
 from fastq.qconfig import QConfig
 from fastq.qparams import Dequant, QParams, Requant, choose_qparams, quantize_weight
+from fastq.runtime import load_program
 from fastq.weights import Conv2dWeight, LinearWeight
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ _NEEDS_TORCH = {
     "QuantizedModel": "fastq.nn",
     "convert": "fastq.qat",
     "load": "fastq.serialize",
-    "prepare_qat": "fastq.qat",
     "pointwise": "fastq.custom",
+    "prepare_qat": "fastq.qat",
     "profile": "fastq.profiling",
     "quantize_layers": "fastq.swap",
     "quantize_model": "fastq.quantization",
@@ -91,6 +92,7 @@ __all__ = [
     "linear",
     "linear_float",
     "load",
+    "load_program",
     "make_observer",
     "pointwise",
     "prepare_qat",

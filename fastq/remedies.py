@@ -315,7 +315,9 @@ def _simulated(prepared: Prepared, node: Node, inputs: list[Tensor]) -> Tensor:
 
 def _sample(prepared: Prepared, data: Data) -> list[Sequence[Any]]:
     """The first batches, as many as may be walked at once, at least one."""
-    largest = max(math.prod(node.shape) / max(node.shape[0], 1) for node in prepared.quantized_values())
+    largest = max(
+        math.prod(node.shape) / max(node.shape[0], 1) for node in prepared.quantized_values()
+    )
     kept: list[Sequence[Any]] = []
     total = 0
     for arguments in data:
