@@ -123,7 +123,7 @@ class _Reader:
             captured, regions, {}, Ranges(regions), lambda node: bits.get(node, QConfig())
         )
         for name, (scale, zero_point) in recipe["values"].items():
-            qparams = QParams(np.float32(scale), np.int32(zero_point))
+            qparams = QParams(np.array(scale, np.float32), np.array(zero_point, np.int32))
             prepared.set_qparams(self.nodes[name], qparams)
         steps = {step.name: step for program in network.programs for step in program.steps}
         for node in prepared.layers():
