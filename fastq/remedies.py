@@ -13,15 +13,16 @@ second kind the integer weights and the biases, afterwards.
 with the float values and the quantized ones side by side, so that each layer sees what the
 layers before it, remedies included, will give it, and makes up for their errors as well.
 
-The data are flat arguments of the network, as `Graph.run` takes them, in batches that can be read
-again and again.
+A batch is the flat arguments of the network, as `Graph.run` takes them. The remedies work on a
+sample, the first batches: it is walked as a whole, and bounded in memory.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -36,40 +37,68 @@ from fastq.lower import weight_of
 from fastq.prepare import WEIGHTED, Prepared, fake_quantize
 from fastq.qparams import quantize_weight
 
-Data = Collection[Sequence[Any]]
+Batch = Sequence[Any]
 Remedies = str | Iterable[str]
 
 DEFAULT = ("bias_correction",)
 
-WALK_BYTES = 2**28  # of the largest value of the network, over the batches that are walked at once
+SAMPLE_BYTES = 2**26  # of the network's largest value: 32 images for ResNet-50
 ROWS_BYTES = 2**27  # of the inputs of a layer's products that its weights are fitted to
 MAX_ROWS = 2**15
 
 
 class Remedy(NamedTuple):
-    """apply(prepared, data, progress); `first`: before the values are observed."""
+    """apply(prepared, sample, progress); `first`: before the values are observed."""
 
-    apply: Callable[[Prepared, Data, bool], None]
+    apply: Callable[[Prepared, Sequence[Batch], bool], None]
     first: bool = False
 
 
 def calibrate(
-    prepared: Prepared, data: Data, remedies: Remedies = DEFAULT, *, progress: bool = False
+    prepared: Prepared,
+    batches: Iterable[Batch],
+    remedies: Remedies = DEFAULT,
+    *,
+    progress: bool = False,
 ) -> None:
-    """Observe the network's values on the data, and apply these remedies, a name or several.
+    """Observe the network's values on the batches, which are read once, and apply these remedies, a
+    name or several.
 
     Raises TypeError and ValueError for names that are none.
     """
     names = remedy_names(remedies)
-    chosen = [REMEDIES[name] for name in REMEDIES if name in names]
+    chosen = [REMEDIES[name] for name in names]
+    rest = iter(batches)
+    sample = take_sample(prepared, rest) if chosen else []
     for remedy in chosen:
         if remedy.first:
-            remedy.apply(prepared, data, progress)
-    for arguments in bar(data, "calibrate", progress):
+            remedy.apply(prepared, sample, progress)
+    for arguments in bar(itertools.chain(sample, rest), "calibrate", progress):
         prepared.observe(arguments)
     for remedy in chosen:
         if not remedy.first:
-            remedy.apply(prepared, data, progress)
+            remedy.apply(prepared, sample, progress)
+
+
+def take_sample(prepared: Prepared, batches: Iterator[Batch]) -> list[Batch]:
+    """The next batches, until the network's largest value has SAMPLE_BYTES in them."""
+    largest = max(
+        (math.prod(n.shape) / n.shape[0] for n in prepared.quantized() if math.prod(n.shape)),
+        default=1.0,
+    )
+    sample: list[Batch] = []
+    total = 0.0
+    for arguments in batches:
+        sample.append(arguments)
+        total += 4 * largest * _size(arguments)
+        if total >= SAMPLE_BYTES:
+            break
+    return sample
+
+
+def _size(arguments: Batch) -> int:
+    """The number of images, or the like, in a batch."""
+    return next((len(x) for x in arguments if isinstance(x, Tensor) and x.dim()), 1)
 
 
 def remedy_names(remedies: Remedies) -> tuple[str, ...]:
@@ -89,7 +118,9 @@ def bar(items: Any, title: str, progress: bool) -> Any:
 # ------------------------------------------------------------------------------------ equalization
 
 
-def cross_layer_equalization(prepared: Prepared, data: Data, progress: bool = False) -> None:
+def cross_layer_equalization(
+    prepared: Prepared, sample: Sequence[Batch], progress: bool = False
+) -> None:
     """Divide the channels of a convolution's or linear layer's output, and multiply the weights of
     the layers that read them, so that all channels use the range that they share.
 
@@ -102,17 +133,19 @@ def cross_layer_equalization(prepared: Prepared, data: Data, progress: bool = Fa
     Weight Equalization and Bias Correction, 2019, arXiv:1906.04721. Weights have a scale for each
     output here, so the channel's range over the data stands for its row of weights.
     """
-    _equalize(prepared, data, ("conv2d", "linear"), progress)
+    _equalize(prepared, sample, ("conv2d", "linear"), progress)
 
 
-def activation_equalization(prepared: Prepared, data: Data, progress: bool = False) -> None:
+def activation_equalization(
+    prepared: Prepared, sample: Sequence[Batch], progress: bool = False
+) -> None:
     """The same for the outputs of a layer norm, or of a batch norm that stands alone, whose only
     readers are convolutions and linear layers: the scales go into the norm's own factors.
 
     Source: G. Xiao et al., SmoothQuant: Accurate and Efficient Post-Training Quantization for
     Large Language Models, 2022, arXiv:2211.10438, with its migration strength of 0.5.
     """
-    _equalize(prepared, data, ("layer_norm", "affine"), progress)
+    _equalize(prepared, sample, ("layer_norm", "affine"), progress)
 
 
 # Operations after which each channel is still itself, times the same factor.
@@ -121,7 +154,9 @@ _CHANNELS_PASS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_m
 _LARGEST_FACTOR = 1e4
 
 
-def _equalize(prepared: Prepared, data: Data, makers: Sequence[str], progress: bool) -> None:
+def _equalize(
+    prepared: Prepared, sample: Sequence[Batch], makers: Sequence[str], progress: bool
+) -> None:
     graph = prepared.graph
     pairs = {
         node: readers
@@ -136,7 +171,7 @@ def _equalize(prepared: Prepared, data: Data, makers: Sequence[str], progress: b
             peaks[node] = torch.maximum(peaks.get(node, seen), seen)
 
     with torch.no_grad():
-        for arguments in bar(data, "equalize", progress):
+        for arguments in bar(sample, "equalize", progress):
             graph.run(arguments, watch)
     for node, readers in pairs.items():
         factor = _factors(peaks[node], readers, node.attrs.get("clamp", (-math.inf, math.inf))[1])
@@ -252,7 +287,7 @@ class Side:
     made: Tensor | None = None
 
 
-def walk(prepared: Prepared, batches: Sequence[Sequence[Any]]) -> Iterator[tuple[Node, list[Side]]]:
+def walk(prepared: Prepared, batches: Sequence[Batch]) -> Iterator[tuple[Node, list[Side]]]:
     """Run the float network and the simulated one, an operation at a time, on all batches.
 
     Gives each layer that becomes integers before it is run; what has been made of the layer by the
@@ -262,7 +297,7 @@ def walk(prepared: Prepared, batches: Sequence[Sequence[Any]]) -> Iterator[tuple
     last = {value: node for node in graph for value in node.inputs}
     floats: list[Values] = [{} for _ in batches]
     grids: list[Values] = [{} for _ in batches]
-    sizes = [next((len(x) for x in b if isinstance(x, Tensor) and x.dim()), 1) for b in batches]
+    sizes = [_size(arguments) for arguments in batches]
     for node in graph:
         if node.op == "input":
             for values, given in zip(floats, batches, strict=True):
@@ -313,50 +348,28 @@ def _simulated(prepared: Prepared, node: Node, inputs: list[Tensor]) -> Tensor:
     return evaluate(bare, inputs)
 
 
-def _sample(prepared: Prepared, data: Data) -> list[Sequence[Any]]:
-    """The first batches, as many as may be walked at once, at least one."""
-    largest = max(
-        math.prod(node.shape) / max(node.shape[0], 1) for node in prepared.quantized_values()
-    )
-    kept: list[Sequence[Any]] = []
-    total = 0
-    for arguments in data:
-        size = next((len(x) for x in arguments if isinstance(x, Tensor) and x.dim()), 1)
-        total += int(4 * largest * size)
-        if kept and total > WALK_BYTES:
-            break
-        kept.append(arguments)
-    return kept
-
-
 # ------------------------------------------------------------------------- biases, means, variances
 
 
-def bias_correction(prepared: Prepared, data: Data, progress: bool = False) -> None:
+def bias_correction(prepared: Prepared, sample: Sequence[Batch], progress: bool = False) -> None:
     """Shift each bias so that each channel of the layer's output, before the clamp, has the mean
     that it has in the float network.
 
-    One pass: on each batch, a layer is corrected by the mean of its error on the batches so
-    far before the layers after it are run.
-
     Source: M. Nagel et al., 2019, arXiv:1906.04721, section 4.2, on data as in its appendix D.
     """
-    errors: dict[Node, Tensor] = {}
-    biases = {node: _bias(prepared, node) for node in prepared.layers()}
     with torch.no_grad():
-        for number, arguments in enumerate(bar(data, "correct biases", progress)):
-            for node, (side,) in walk(prepared, [arguments]):
-                old = biases[node]
-                prepared.biases[node] = old
-                made = _simulated(prepared, node, side.inputs)
-                mean = _by_channel(node, side.wanted - made).mean(1, dtype=torch.float64)
-                errors[node] = errors.get(node, torch.zeros_like(mean)) + mean
-                shift = (errors[node] / (number + 1)).float()
-                prepared.biases[node] = old + shift
-                side.made = made + _along(shift, made, _channel_axis(node, made))
+        for node, sides in bar(walk(prepared, sample), "correct biases", progress):
+            for side in sides:
+                side.made = _simulated(prepared, node, side.inputs)
+            errors = [_by_channel(node, s.wanted - s.made).double() for s in sides]
+            count = sum(error.shape[1] for error in errors)
+            shift = torch.stack([error.sum(1) for error in errors]).sum(0) / max(count, 1)
+            prepared.biases[node] = _bias(prepared, node) + shift.float()
+            for side in sides:
+                side.made += _along(shift.float(), side.made, _channel_axis(node, side.made))
 
 
-def batch_norm(prepared: Prepared, data: Data, progress: bool = False) -> None:
+def batch_norm(prepared: Prepared, sample: Sequence[Batch], progress: bool = False) -> None:
     """Scale each channel of a layer's weight, and shift its bias, so that the layer's output,
     before the clamp, has the mean and the variance that it has in the float network: what
     estimating the statistics of the batch norm anew would do, had it not been folded. The integers
@@ -365,10 +378,8 @@ def batch_norm(prepared: Prepared, data: Data, progress: bool = False) -> None:
     Source: I. Hubara et al., Improving Post Training Neural Quantization: Layer-wise Calibration
     and Integer Programming, 2020, arXiv:2006.10518, section 3.4 (batch normalization tuning).
     """
-    batches = _sample(prepared, data)
     with torch.no_grad():
-        layers = walk(prepared, batches)
-        for node, sides in bar(layers, "re-estimate", progress):
+        for node, sides in bar(walk(prepared, sample), "re-estimate", progress):
             got, wanted = [], []
             for side in sides:
                 add = side.inputs[1] if len(side.inputs) == 2 else 0.0
@@ -376,12 +387,12 @@ def batch_norm(prepared: Prepared, data: Data, progress: bool = False) -> None:
                 got.append(_by_channel(node, y - add).double())
                 wanted.append(_by_channel(node, side.wanted - add).double())
             y, real = torch.cat(got, 1), torch.cat(wanted, 1)
-            alive = (y.var(1) > 0) & (real.var(1) > 0) & bool(y.shape[1] > 1)
-            factor = torch.where(alive, real.std(1) / y.std(1).clamp_min(1e-30), 1.0)
-            data_, scale = prepared.weight(node)
-            prepared.chosen[node] = data_, (scale * factor.numpy()).astype(np.float32)
-            # the bias was scaled with the output, and is not with the weight alone
-            bias = _bias(prepared, node).double()
+            spread, wanted_spread = y.std(1, correction=0), real.std(1, correction=0)
+            alive = (spread > 0) & (wanted_spread > 0)
+            factor = torch.where(alive, wanted_spread / torch.where(alive, spread, 1.0), 1.0)
+            integers, scale = prepared.weight(node)
+            bias = _bias(prepared, node).double()  # is scaled in y, not by the weight's scale
+            prepared.chosen[node] = integers, (scale * factor.numpy()).astype(np.float32)
             prepared.biases[node] = (real.mean(1) - factor * (y.mean(1) - bias)).float()
 
 
@@ -454,15 +465,14 @@ def _patches(node: Node, x: Tensor, y: Tensor, picked: Tensor) -> Tensor:
 
 def _fit(
     prepared: Prepared,
-    data: Data,
+    sample: Sequence[Batch],
     title: str,
     progress: bool,
     choose: Callable[[Prepared, Node, Rows], tuple[Tensor, Tensor]],
 ) -> None:
     """Let choose(prepared, node, rows) give the integers (G, N / G, K) and scales (G, N / G) of
     each layer, then the scale and the bias that fit them best."""
-    batches = _sample(prepared, data)
-    layers = walk(prepared, batches)
+    layers = walk(prepared, sample)
     with torch.no_grad(), bar(None, title, progress) as shown:
         shown.reset(len(prepared.layers()))
         for node, sides in layers:
@@ -481,8 +491,8 @@ def _fit(
                 factor = torch.where(square > 0, (y * t).sum(0) / square.clamp_min(1e-30), 1.0)
                 factor = factor.clamp(0.9, 1.1)
                 scale, mean_y = scale * factor, mean_y * factor
-            data_ = integers.reshape(shape).to(torch.int8).numpy()
-            prepared.chosen[node] = data_, scale.numpy().astype(np.float32)
+            data = integers.reshape(shape).to(torch.int8).numpy()
+            prepared.chosen[node] = data, scale.numpy().astype(np.float32)
             prepared.biases[node] = mean - mean_y
 
 
@@ -512,7 +522,7 @@ def _moments(x: Tensor) -> Tensor:
     return h + damp[:, None, None] * torch.eye(h.shape[-1], dtype=torch.float64)
 
 
-def gptq(prepared: Prepared, data: Data, progress: bool = False) -> None:
+def gptq(prepared: Prepared, sample: Sequence[Batch], progress: bool = False) -> None:
     """Round the weights of each output one after the other, and let those that are left make up
     for the error, by least squares over the layer's quantized inputs.
 
@@ -520,7 +530,7 @@ def gptq(prepared: Prepared, data: Data, progress: bool = False) -> None:
     Pre-trained Transformers, 2022, arXiv:2210.17323, in the order of the diagonal. The moments
     are about the mean: what is left of it goes into the bias.
     """
-    _fit(prepared, data, "least squares", progress, _gptq)
+    _fit(prepared, sample, "least squares", progress, _gptq)
 
 
 def _gptq(prepared: Prepared, node: Node, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -547,7 +557,7 @@ ADAROUND_SECONDS = 20.0  # for a layer at most
 ADAROUND_ROWS = 512  # in a step
 
 
-def adaround(prepared: Prepared, data: Data, progress: bool = False) -> None:
+def adaround(prepared: Prepared, sample: Sequence[Batch], progress: bool = False) -> None:
     """Learn for each weight whether it is rounded up or down, by gradients of the squared error of
     the layer's output, after the clamp, given its quantized inputs.
 
@@ -557,7 +567,7 @@ def adaround(prepared: Prepared, data: Data, progress: bool = False) -> None:
     Source: M. Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization, 2020,
     arXiv:2004.10568: the rectified sigmoid, and the pressure towards 0 and 1 that grows.
     """
-    _fit(prepared, data, "learn rounding", progress, _adaround)
+    _fit(prepared, sample, "learn rounding", progress, _adaround)
 
 
 def _adaround(prepared: Prepared, node: Node, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -255,14 +255,18 @@ def test_adaround_stops_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(prepared.layers()) == prepared.chosen.keys()
 
 
-def test_walked_batches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared = prepared_for(Residual(), images())
-    data = [[batch] for batch in batches(count=5)]
-    assert len(room._sample(prepared, data)) == 5
-    monkeypatch.setattr(room, "WALK_BYTES", 2 * 4 * 8 * 16 * 12 * 12)
-    assert len(room._sample(prepared, data)) == 2
-    monkeypatch.setattr(room, "WALK_BYTES", 1)
-    assert len(room._sample(prepared, data)) == 1
+def test_the_sample_is_bounded_and_all_batches_are_observed_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = batches(count=5)
+    value = 4 * 8 * 16 * 12 * 12  # bytes of the largest one, for a batch
+    for bytes_, count in ((1, 1), (2 * value, 2), (9 * value, 5)):
+        monkeypatch.setattr(room, "SAMPLE_BYTES", bytes_)
+        prepared = prepared_for(Residual(), data[0])
+        assert len(room.take_sample(prepared, iter([[batch] for batch in data]))) == count
+        calibrate(prepared, ([batch] for batch in data), "bias_correction")
+        (x,) = prepared.graph.inputs
+        assert prepared.observers[prepared.ranges.find(x)].count == 5 * data[0].numel()
 
 
 @pytest.mark.parametrize("stride", [1, 2])
