@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from fastq import ops
 from fastq.batches import Batches
-from fastq.swap import QuantizationSummary, summary
 from fastq.graph import Graph, Node
 from fastq.kernels import isa
 from fastq.lower import MOVES, lowered, weight_of
@@ -38,6 +37,7 @@ from fastq.profiling import medians, memory, profile
 from fastq.qparams import QParams
 from fastq.recipe import read_recipe
 from fastq.serialize import save
+from fastq.swap import QuantizationSummary, summary
 from fastq.trace import Forward
 
 BINS = 64
