@@ -301,6 +301,7 @@ def report(
     FileNotFoundError if the path's folder is missing; and what the models raise.
     """
     _check(float_model, quantized, batch_sizes, passes, path)
+    assert isinstance(quantized, QuantizedModel)  # as checked
     batches = Batches(data)
     first = batches.first()
     twin = copy.deepcopy(float_model).eval()
