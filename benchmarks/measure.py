@@ -11,11 +11,11 @@ import statistics
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fastq
 from benchmarks.peers import check, peers_of, problem_of
@@ -25,6 +25,7 @@ from fastq.kernels import isa, peak
 ROUNDS = 5
 FASTQ = "fastq"  # the row whose ratio is ours; its other rows start with this too
 SETTINGS = ("FASTQ_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+R = TypeVar("R")
 PACKAGES = ("numpy", "numba", "llvmlite", "torch", "onnxruntime", "openvino")
 
 
@@ -266,10 +267,11 @@ def network_sums(rows: Iterable[Row]) -> dict[str, dict[str, tuple[float, float]
     return dict(sums)
 
 
-def write_csv(rows: Iterable[Row], path: Path) -> None:
+def write_csv(rows: Sequence[Any], path: Path) -> None:
+    """Rows of one dataclass."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, [f.name for f in fields(rows[0])], lineterminator="\n")
         writer.writeheader()
         for row in rows:
             values = asdict(row)
@@ -278,10 +280,11 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
             )
 
 
-def read_csv(path: Path) -> list[Row]:
+def read_csv(path: Path, kind: type[R]) -> list[R]:
+    """The rows of a dataclass again."""
     kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
     with path.open(newline="") as file:
         return [
-            Row(**{f.name: kinds[str(f.type)](record[f.name]) for f in fields(Row)})
+            kind(**{f.name: kinds[str(f.type)](record[f.name]) for f in fields(kind)})  # type: ignore[arg-type]
             for record in csv.DictReader(file)
         ]

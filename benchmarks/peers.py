@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -340,13 +340,20 @@ def _geometry(s: Conv) -> dict[str, Any]:
     }
 
 
-def _ort(model: bytes, x: Array, y: Array, threads: int) -> Built:
-    """Run with bound input and output: nothing is allocated or copied per call."""
+def onnxruntime_call(
+    model: bytes | str, x: Array, y: Array, threads: int, sizes: Mapping[str, int] | None = None
+) -> Built:
+    """A model, or its path, with input and output bound: nothing is allocated or copied per call.
+
+    sizes  of the axes that have a name in the model.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
+    for name, size in (sizes or {}).items():
+        options.add_free_dimension_override_by_name(name, size)
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     binding.bind_cpu_input("x", x)
@@ -374,7 +381,7 @@ def ort_uint8(problem: Problem, threads: int) -> Built:
             "QLinearConv", inputs, ["y"], domain="com.microsoft", channels_last=1, **_geometry(s)
         )
     y = np.empty(problem.y_shape, np.uint8)
-    return _ort(graph.model(problem.x, y.shape, y.dtype), problem.x, y, threads)
+    return onnxruntime_call(graph.model(problem.x, y.shape, y.dtype), problem.x, y, threads)
 
 
 def ort_int32(problem: Problem, threads: int) -> Built:
@@ -383,7 +390,7 @@ def ort_int32(problem: Problem, threads: int) -> Built:
     inputs = ["x", graph.constant(problem.weight.T), graph.constant(np.uint8(ZERO_POINT))]
     graph.node("MatMulInteger", inputs, ["y"])
     y = np.empty(problem.y_shape, np.int32)
-    return _ort(graph.model(problem.x, y.shape, y.dtype), problem.x, y, threads)
+    return onnxruntime_call(graph.model(problem.x, y.shape, y.dtype), problem.x, y, threads)
 
 
 def ort_dynamic(problem: Problem, threads: int) -> Built:
@@ -395,7 +402,7 @@ def ort_dynamic(problem: Problem, threads: int) -> Built:
     graph.node("Mul", ["scale", graph.constant(problem.w_scale)], ["scales"])
     graph.node("Mul", ["real", "scales"], ["y"])
     x, y = problem.x_float, np.empty(problem.y_shape, np.float32)
-    return _ort(graph.model(x, y.shape, y.dtype), x, y, threads)
+    return onnxruntime_call(graph.model(x, y.shape, y.dtype), x, y, threads)
 
 
 def _planes(x: Array) -> Array:
@@ -403,8 +410,14 @@ def _planes(x: Array) -> Array:
     return x if x.ndim == 2 else np.ascontiguousarray(x.transpose(0, 3, 1, 2))
 
 
-def _from_planes(y: Array) -> Array:
-    return y if y.ndim == 2 else y.transpose(0, 2, 3, 1)
+def _with_planes(built: Built) -> Built:
+    """The answer, which is in ONNX's order, in ours."""
+
+    def answer(result: Any) -> Array:
+        y = built[1](result)
+        return y if y.ndim == 2 else y.transpose(0, 2, 3, 1)
+
+    return built[0], answer
 
 
 def _empty_planes(problem: Problem, dtype: Any) -> Array:
@@ -426,22 +439,25 @@ def _float_model(problem: Problem) -> bytes:
 def ort_float32(problem: Problem, threads: int) -> Built:
     """Convolutions take and give planes: ONNX Runtime has no channels-last float form."""
     x, y = _planes(problem.x_float), _empty_planes(problem, np.float32)
-    run, _ = _ort(_float_model(problem), x, y, threads)
-    return run, lambda _: _from_planes(y)
+    return _with_planes(onnxruntime_call(_float_model(problem), x, y, threads))
 
 
-def _openvino(model: bytes, x: Array, threads: int) -> Built:
+def openvino_call(model: Any, x: Array, threads: int, precision: str = "f32") -> Built:
+    """An ONNX model, its path, or OpenVINO's own model, for inputs of x's shape.
+
+    precision  of float operators: "f32"; "" lets OpenVINO choose bf16 where the CPU has it.
+    """
     # at import it forks to send usage statistics, which breaks TBB's threads in this process
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
     core = openvino.Core()
-    settings = {
-        "INFERENCE_NUM_THREADS": threads,
-        "NUM_STREAMS": 1,
-        "INFERENCE_PRECISION_HINT": "f32",  # else its float32 is bf16 where the CPU has it
-    }
-    compiled = core.compile_model(core.read_model(model), "CPU", settings)
+    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+    if precision:
+        settings["INFERENCE_PRECISION_HINT"] = precision
+    network = core.read_model(model) if isinstance(model, bytes | str) else model.clone()
+    network.reshape(x.shape)
+    compiled = core.compile_model(network, "CPU", settings)
     request = compiled.create_infer_request()
     request.set_input_tensor(openvino.Tensor(x, shared_memory=True))
     output = request.get_output_tensor()
@@ -449,11 +465,11 @@ def _openvino(model: bytes, x: Array, threads: int) -> Built:
     def run(held: Any = x) -> None:  # the request has the address of x alone
         request.infer(share_outputs=True)
 
-    return run, lambda _: _from_planes(output.data)
+    return run, lambda _: output.data
 
 
 def openvino_float32(problem: Problem, threads: int) -> Built:
-    return _openvino(_float_model(problem), _planes(problem.x_float), threads)
+    return _with_planes(openvino_call(_float_model(problem), _planes(problem.x_float), threads))
 
 
 def openvino_uint8(problem: Problem, threads: int) -> Built:
@@ -474,7 +490,7 @@ def openvino_uint8(problem: Problem, threads: int) -> Built:
     y_scale = graph.constant(problem.y_scale)
     graph.node("QuantizeLinear", ["y_real", y_scale, zero_point], ["y"])
     x, y = _planes(problem.x), _empty_planes(problem, np.uint8)
-    return _openvino(graph.model(x, y.shape, y.dtype), x, threads)
+    return _with_planes(openvino_call(graph.model(x, y.shape, y.dtype), x, threads))
 
 
 # elementwise
@@ -545,7 +561,7 @@ def ort_elementwise(problem: ElementwiseProblem, threads: int) -> Built:
     q = [graph.constant(X_SCALE), graph.constant(np.uint8(ZERO_POINT))]
     graph.node(names[problem.shape.op], ["x", *q], ["y"])
     y = _elementwise_out(problem)
-    return _ort(graph.model(problem.x, y.shape, y.dtype), problem.x, y, threads)
+    return onnxruntime_call(graph.model(problem.x, y.shape, y.dtype), problem.x, y, threads)
 
 
 GEMM = (

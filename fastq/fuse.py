@@ -12,7 +12,10 @@ A fused node computes what its parts did; only float rounding differs.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from fastq.graph import Graph, Node, Ref
 
@@ -59,25 +62,39 @@ def _affine(graph: Graph) -> None:
         )
         if not fits or _only_user(graph, users, layer) is not node:
             continue
-        factor, shift = (node.tensors[name].double() for name in ("factor", "shift"))
-        weight = layer.tensors["weight"].double()
-        if layer.op == "conv_transpose2d":  # (C, N / groups, KH, KW)
-            groups = layer.attrs["groups"]
-            split = weight.reshape(groups, -1, *weight.shape[1:])
-            weight = (split * factor.reshape(groups, 1, -1, 1, 1)).reshape(weight.shape)
-        else:
-            weight = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
-        bias = layer.tensors.get("bias")
-        bias = shift if bias is None else bias.double() * factor + shift
-        if not bool(weight.float().isfinite().all() and bias.float().isfinite().all()):
+        tensors = fold(layer, layer.tensors, node.tensors["factor"], node.tensors["shift"])
+        if not all(bool(t.isfinite().all()) for t in tensors.values()):
             continue
-        layer.tensors = {"weight": weight.float(), "bias": bias.float()}
+        if "norm" in node.attrs and "folded" not in layer.attrs:
+            layer.origin = {**layer.tensors, **node.origin}
+            layer.attrs["norm"] = node.attrs["norm"]
+        else:  # of two batch norms: what is left is a product with parameters of its own
+            layer.origin = {}
+            layer.attrs.pop("norm", None)
+        layer.tensors = tensors
         layer.attrs["folded"] = (*layer.attrs.get("folded", ()), node.layer)
         graph.replace(node, layer)
 
 
+def fold(
+    layer: Node, tensors: Mapping[str, Tensor], factor: Tensor, shift: Tensor
+) -> dict[str, Tensor]:
+    """Weight and bias of a product whose result is then multiplied and shifted, per output."""
+    weight, factor = tensors["weight"].double(), factor.double()
+    if layer.op == "conv_transpose2d":  # (C, N / groups, KH, KW)
+        groups = layer.attrs["groups"]
+        split = weight.reshape(groups, -1, *weight.shape[1:])
+        weight = (split * factor.reshape(groups, 1, -1, 1, 1)).reshape(weight.shape)
+    else:
+        weight = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
+    bias = shift.double()
+    if "bias" in tensors:
+        bias = tensors["bias"].double() * factor + bias
+    return {"weight": weight.float(), "bias": bias.float()}
+
+
 def _pointwise(graph: Graph) -> None:
-    """A chain becomes one function of its first input, and so does a product of two functions of it."""
+    """A chain becomes one function of its first input; so does a product of two functions of it."""
     for node in list(graph.nodes):
         users = graph.users()
         if node.op == "pointwise":

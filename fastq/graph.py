@@ -1,5 +1,5 @@
-"""A float network as a list of nodes: what `trace` captures, and what everything that thinks about a
-whole network works on: fusing, calibration, remedies, training, lowering to an integer program.
+"""A float network as a list of nodes: what `capture` makes of a module, and what everything that
+thinks about a whole network works on: fusing, calibration, remedies, training, lowering.
 
 Operations have torch's names and torch's meaning and order of axes (NCHW). What has no name here is
 an "aten" node: any other torch operator, which stays float.
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Values = dict["Node", Any]
+POINTWISE_NAMESPACE = "fastq_pointwise"  # of operators made by `fastq.pointwise`
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class Node:
     inputs   the nodes whose values it takes.
     attrs    the operation's arguments that are no tensors, by torch's names.
     tensors  its parameters: "weight", "bias", and so on; the float network's own memory.
+    origin   what `tensors` were computed from, if they are not the network's own: a batch norm's
+             "norm_weight", "norm_bias", "running_mean" and "running_var", where it has them, and
+             "weight" and "bias" of the product that it was folded into. attrs["norm"] has its eps
+             and momentum.
     layer    the module that computes it, by its name in the model; "" is the model itself.
     kind     the module's class.
     shape    of its value for the example that was traced; () if that is no tensor.
@@ -50,6 +55,7 @@ class Node:
     inputs: list[Node] = field(default_factory=list)
     attrs: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    origin: dict[str, Tensor] = field(default_factory=dict)
     layer: str = ""
     kind: str = ""
     shape: tuple[int, ...] = ()
@@ -102,8 +108,9 @@ class Graph:
         watch: Callable[[Node, Any], Any] | None = None,
         tensors: Mapping[Node, dict[str, Tensor]] | None = None,
     ) -> list[Any]:
-        """The network in float, of the leaves of its arguments; `watch(node, value)` sees each value, and may return another.
+        """The network in float, of the leaves of its arguments.
 
+        watch    watch(node, value) sees each value, and may return another.
         tensors  parameters to take instead of a node's own.
         """
         given = [x for x in arguments if isinstance(x, Tensor)]
@@ -150,6 +157,20 @@ def evaluate(node: Node, inputs: list[Any], batch: int = 1) -> Any:
     return y
 
 
+def normalization(eps: float, origin: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(factor, shift) of a batch norm's x * factor + shift.
+
+    In float64: folded into a product, it is rounded once.
+    """
+    factor = 1 / (origin["running_var"].double() + eps).sqrt()
+    if "norm_weight" in origin:
+        factor = factor * origin["norm_weight"].double()
+    shift = -origin["running_mean"].double() * factor
+    if "norm_bias" in origin:
+        shift = shift + origin["norm_bias"].double()
+    return factor, shift
+
+
 def _filler(inputs: list[Any], tensors: dict[str, Tensor], batch: int) -> Callable[[Any], Any]:
     def fill(value: Any) -> Any:
         if isinstance(value, Ref):
@@ -178,11 +199,15 @@ def check_target(name: Any) -> None:
     parts = name.split(".") if isinstance(name, str) else []
     if name == "getitem":
         return
-    if len(parts) == 3 and parts[0] == "aten" and parts[1] not in TOUCH_FILES:
-        packet = getattr(torch.ops.aten, parts[1], None)
-        if packet is not None and parts[2] in packet.overloads():
+    known = parts[:1] in (["aten"], [POINTWISE_NAMESPACE])
+    if len(parts) == 3 and known and parts[1] not in TOUCH_FILES:
+        packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
+        if isinstance(packet, torch._ops.OpOverloadPacket) and parts[2] in packet.overloads():
             return
-    raise ValueError(f"{name!r:.80} is no operator of torch that only computes")
+    raise ValueError(
+        f"{name!r:.80} is no operator of torch that only computes, and no function made with "
+        "fastq.pointwise before"
+    )
 
 
 TOUCH_FILES = ("from_file",)

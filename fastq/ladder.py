@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from fastq.layerwise import sensitivity
 from fastq.remedies import DEFAULT, remedy_names
-from fastq.sensitivity import sensitivity
 
 Build = Callable[[tuple[str, ...], tuple[str, ...]], nn.Module]
 

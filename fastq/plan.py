@@ -12,7 +12,7 @@ A plan holds for one set of input shapes and strides, one tier and one number of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -47,6 +47,7 @@ from fastq.kernels.windows import (
     upsample_nearest2d_row,
 )
 from fastq.program import Program, Step, slice_index
+from fastq.weights import Conv2dWeight
 
 Array = NDArray[Any]
 Frame = tuple[int, int, int, int]  # top, bottom, left, right
@@ -75,7 +76,7 @@ class Storage:
     first: int
     last: int
     whole: Array  # a stand-in: its strides and addresses count, nothing is read or written
-    place: At = At(0)
+    place: At = field(default_factory=lambda: At(0))
 
     @property
     def mold(self) -> Array:
@@ -131,7 +132,7 @@ class BoundProgram:
         key, made = self.take(*inputs)
         outputs = [np.empty(shape, np.float32) for shape in made.outputs]
         made.call.run(*map(address_of, (*inputs, *outputs)))
-        self._plans.give(key, made)
+        self.give(key, made)
         axes = (axes for _, axes in self.program.outputs)
         return [y.transpose(order) for y, order in zip(outputs, axes, strict=True)]
 
@@ -145,11 +146,53 @@ class BoundProgram:
         )
         return key, found
 
+    def give(self, key: Any, made: Plan) -> None:
+        """Another call may take the plan again."""
+        self._plans.give(key, made)
+
     def __getstate__(self) -> dict[str, Any]:
         return {"program": self.program}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Every stride-th output of an axis, from `first` on: which taps it takes of which pixels.
+
+    taps    of the kernel.      start   the pixel under the first of them, for the first output.
+    count   of outputs.         before, after  pixels that are read beyond the input's ends.
+    """
+
+    first: int
+    taps: slice
+    start: int
+    count: int
+    before: int
+    after: int
+
+
+def phases_of(
+    kernel: int, stride: int, padding: tuple[int, int], outputs: int, pixels: int
+) -> list[Phase]:
+    """The phases of one axis: output o takes tap k of pixel (o + k - padding) / stride."""
+    found = []
+    for first in range(stride):
+        tap = (padding[0] - first) % stride
+        start = (first + tap - padding[0]) // stride
+        count, taps = len(range(first, outputs, stride)), max(len(range(tap, kernel, stride)), 1)
+        last = start + count - 1 + taps - 1
+        found.append(Phase(first, slice(tap, None, stride), start, count, max(0, -start),
+                           max(0, last - (pixels - 1))))  # fmt: skip
+    return found
+
+
+def moved(view: View, down: int, across: int, height: int, width: int) -> View:
+    """An image's view from another pixel on, of another size."""
+    assert isinstance(view.place, At)
+    place = view.place + (down * view.strides[1] + across * view.strides[2])
+    return View(place, (view.shape[0], height, width, view.shape[3]), view.strides, view.kind)
 
 
 def plan(
@@ -191,15 +234,20 @@ class _Planner:
             self.floats[name] = View(At(i), shape, dense_strides(shape, 4), "f32")
         self.outputs = tuple(self.shapes[name] for name in outputs)
         self.storages: list[Storage] = []
+        self.phases: dict[str, tuple[list[Phase], list[Phase]]] = {}  # of a conv2d, by axis
+        self.apart: dict[str, str] = {}  # "dilate" that is not made -> what it is made of
         self.placed: dict[str, tuple[str, int]] = {}  # value -> concatenation, first channel
         self.frames: dict[str, Frame] = {}  # root value -> frame
         self.values: dict[str, tuple[Storage, Array]] = {}
         self.copies: dict[tuple[int, str], tuple[Storage, Array]] = {}  # for one step alone
 
     def plan(self) -> Plan:
+        self.find_phases()
         self.place_concatenations()
         self.find_frames()
         for i, step in enumerate(self.steps):
+            if step.name in self.apart:
+                continue
             if step.name not in self.floats:
                 self.values[step.name] = self.mold(i, step)
             self.copy_inputs(i, step)
@@ -211,9 +259,42 @@ class _Planner:
                 if at == i:
                     source, target = self.stored(name), storage.view(mold, self.kind)
                     copy_row(self.call, source, target)
+            if step.name in self.apart:
+                continue
             getattr(self, f"row_{step.op}")(i, step)
             rows += [i] * (len(self.call.labels) - len(rows))
         return Plan(self.call, self.outputs, arena, tuple(rows))
+
+    # ------------------------------------------------------------------ transposed convolutions
+
+    def find_phases(self) -> None:
+        """A convolution of pixels set apart is one for each place between them, on the pixels as
+        they were: the taps that fall on zero points are left out."""
+        for i, step in enumerate(self.steps):
+            maker = self.steps[self.index[step.inputs[0]]] if step.op == "conv2d" and (
+                step.inputs[0] in self.index) else None  # fmt: skip
+            if maker is None or maker.op != "dilate" or len(self.users[maker.name]) != 1:
+                continue
+            weight, a = step.arguments["weight"], maker.arguments
+            if weight.dilation != (1, 1) or weight.stride != (1, 1) or len(step.inputs) != 1:
+                continue
+            source = maker.inputs[0]
+            axes = zip(
+                weight.kernel_size, a["stride"], a["padding"], self.shapes[step.name][1:3],
+                self.shapes[source][1:3], strict=True,
+            )  # fmt: skip
+            self.phases[step.name] = tuple(phases_of(*axis) for axis in axes)  # type: ignore[assignment]
+            self.apart[maker.name] = source
+            self.users[source].append(i)
+
+    def source(self, step: Step) -> tuple[str, Frame]:
+        """The image that a convolution reads, and the frame that it reads around it."""
+        if step.name in self.phases:
+            frame = [max(getattr(p, side) for p in axis)
+                     for axis in self.phases[step.name] for side in ("before", "after")]  # fmt: skip
+            return self.apart[step.inputs[0]], (frame[0], frame[1], frame[2], frame[3])
+        (top, bottom), (left, right) = step.arguments["weight"].padding
+        return step.inputs[0], (top, bottom, left, right)
 
     # ------------------------------------------------------------------ where values lie
 
@@ -265,11 +346,10 @@ class _Planner:
 
     def find_frames(self) -> None:
         for step in self.steps:
-            if step.op == "conv2d" and step.inputs[0] in self.index:
-                (top, bottom), (left, right) = step.arguments["weight"].padding
-                root = self.root(step.inputs[0])
+            if step.op == "conv2d":
+                name, wanted = self.source(step)
+                root = self.root(name)
                 have = self.frames.get(root, NO_FRAME)
-                wanted = (top, bottom, left, right)
                 self.frames[root] = tuple(map(max, have, wanted))  # type: ignore[assignment]
 
     def storage(
@@ -350,7 +430,10 @@ class _Planner:
 
     def copy_inputs(self, i: int, step: Step) -> None:
         """Copies inputs whose strides, or whose missing frame, a step's kernels cannot take."""
-        for k, name in enumerate(step.inputs):
+        inputs = list(step.inputs)
+        if step.op == "conv2d":
+            inputs[0], _ = self.source(step)
+        for k, name in enumerate(inputs):
             if name not in self.values or step.op in VIEWS:
                 continue
             storage, mold = self.values[name]
@@ -358,16 +441,14 @@ class _Planner:
             fits = mold.shape[-1] == 1 or strides[-1] == self.item or step.op == "concat"
             frame = NO_FRAME
             if step.op == "conv2d" and k == 0:
-                packed = self.layer(step)
-                (top, bottom), (left, right) = step.arguments["weight"].padding
-                frame = (top, bottom, left, right)
+                _, frame = self.source(step)
                 shared = self.root(name) in self.values and (
                     self.values[self.root(name)][0] is storage
                 )
                 enough = all(map(int.__le__, frame, storage.frame)) and shared
                 fits &= frame == NO_FRAME or enough
                 dense = strides[2] == mold.shape[3] * self.item
-                fits &= dense or not packed.needs_dense_pixels()
+                fits &= dense or not any(p.needs_dense_pixels() for p in self.layers(step))
             elif step.op == "linear":
                 try:
                     collapse([View(At(0), mold.shape, strides, self.kind)], 2, keep=1)
@@ -431,15 +512,47 @@ class _Planner:
             self.packed[key] = kind(a["weight"], a["epilogue"], a["x_zero_point"], self.isa)
         return self.packed[key]
 
+    def layers(self, step: Step) -> list[Any]:
+        """The packed weights of a convolution: one, or one for each of its phases."""
+        if step.name not in self.phases:
+            return [self.layer(step)]
+        a, found = step.arguments, []
+        weight = a["weight"]
+        for down in self.phases[step.name][0]:
+            for across in self.phases[step.name][1]:
+                key = (self.isa, step.name, down.first, across.first)
+                if key not in self.packed:
+                    part = weight.data[:, :, down.taps][:, :, :, across.taps]
+                    if part.size == 0:  # nothing falls here: one tap of 0
+                        part = np.zeros((*weight.data.shape[:2], 1, 1), np.int8)
+                    taps = Conv2dWeight(part, groups=weight.groups)
+                    self.packed[key] = PackedConv2d(
+                        taps, a["epilogue"], a["x_zero_point"], self.isa
+                    )
+                found.append(self.packed[key])
+        return found
+
     def row_conv2d(self, i: int, step: Step) -> None:
-        x = self.input(i, step.inputs[0])
-        (top, bottom), (left, right) = step.arguments["weight"].padding
-        b, h, w, c = x.shape
-        corner = x.place + -(top * x.strides[1] + left * x.strides[2])  # type: ignore[operator]
-        padded = View(corner, (b, h + top + bottom, w + left + right, c), x.strides, x.kind)
-        self.layer(step).rows(
-            self.call, padded, self.stored(step.name), *self.added(i, step), **self.scales(step)
-        )
+        name, _ = self.source(step)
+        x, out = self.input(i, name), self.stored(step.name)
+        layers = self.layers(step)
+        if step.name not in self.phases:
+            (top, bottom), (left, right) = step.arguments["weight"].padding
+            x = moved(x, -top, -left, x.shape[1] + top + bottom, x.shape[2] + left + right)
+            layers[0].rows(self.call, x, out, *self.added(i, step), **self.scales(step))
+            return
+        rows, columns = self.phases[step.name]
+        places = [(down, across) for down in rows for across in columns]
+        for layer, (down, across) in zip(layers, places, strict=True):
+            if not (down.count and across.count):
+                continue
+            (sh, sw), (kh, kw) = (len(rows), len(columns)), layer.weight.kernel_size
+            seen = moved(x, down.start, across.start, down.count + kh - 1, across.count + kw - 1)
+            b, _, _, n = out.shape
+            steps = (out.strides[0], sh * out.strides[1], sw * out.strides[2], out.strides[3])
+            corner = moved(out, down.first, across.first, 0, 0).place
+            target = View(corner, (b, down.count, across.count, n), steps, out.kind)
+            layer.rows(self.call, seen, target, **self.scales(step))
 
     def added(self, i: int, step: Step) -> list[View]:
         return [self.input(i, name) for name in step.inputs[1:]]
@@ -580,7 +693,8 @@ class _Planner:
         storage, mold = self.values[step.name]
         x = self.input(i, step.inputs[0])
         fill_row(self.call, storage.view(mold, self.kind), a["value"])
-        (top, _), (left, _), (sh, sw) = *a["padding"], a["stride"]
+        (top, _), (left, _) = a["padding"]
+        sh, sw = a["stride"]
         h, w = (x.shape[1] - 1) * sh + 1, (x.shape[2] - 1) * sw + 1
         target = storage.view(mold[:, top : top + h : sh, left : left + w : sw], self.kind)
         copy_row(self.call, x, target)

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from fastq.capture import Captured, capture
 from fastq.fuse import fuse
 from fastq.graph import Graph, Node
-from fastq.lower import Ranges, Region, find_regions, lower, weight_of
+from fastq.lower import Ranges, Region, find_regions, inputs_first, lower, weight_of
 from fastq.observer import Observer, make_observer
 from fastq.program import Program
 from fastq.qconfig import QConfig
 from fastq.qparams import QParams, quantize_weight
 
 WEIGHTED = ("conv2d", "linear", "conv_transpose2d")
+DEFAULT = QConfig()
 Weight = tuple[Any, Any]  # (int8 data, float32 scale per output)
 
 
@@ -91,12 +92,16 @@ class Prepared:
             if observer is None or not observer.count:
                 raise ValueError(f"{node.name}: no finite value was seen of it")
             found = observer.qparams()
-            if stands in self.ranges.symmetric:  # int8 by another name: b - 128
-                scale, zero_point = float(found.scale), int(found.zero_point)
-                peak = scale * max(zero_point, 255 - zero_point)
-                found = QParams(np.float32(peak / 127), np.int32(128))
+            if stands in self.ranges.symmetric:
+                found = symmetric(found)
             self._qparams[stands] = found
         return found
+
+    def stand_ins(self) -> list[Node]:
+        """The nodes that stand for the ranges of quantized values, but for fixed ranges."""
+        values = self.quantized_values()
+        found = dict.fromkeys(self.ranges.find(node) for node in self.graph if node in values)
+        return [node for node in found if node not in self.ranges.fixed]
 
     def set_qparams(self, node: Node, qparams: QParams) -> None:
         """Let a value have this quantization, until more is observed."""
@@ -131,7 +136,7 @@ class Prepared:
     ) -> list[Any]:
         """The network with its values and weights on their grids, in float: what the integers
         compute but for rounding in the last bit. `watch` sees each value after quantization."""
-        quantized = self.quantized()
+        quantized = self.quantized_values()
         twins = {node: self.simulated_tensors(node) for node in self.layers()}
 
         def on_grid(node: Node, value: Any) -> Any:
@@ -146,7 +151,7 @@ class Prepared:
         with torch.no_grad():
             return self.graph.run(arguments, on_grid, twins)
 
-    def quantized(self) -> set[Node]:
+    def quantized_values(self) -> set[Node]:
         """The nodes whose values become uint8: all that regions take and make, but for products
         that end a region in float."""
         values = {node for region in self.regions for node in (*region.inputs, *region.nodes)}
@@ -163,14 +168,16 @@ class Prepared:
         """The tensors of a layer with its weight on its grid."""
         data, scale = self.weight(node)
         real = torch.from_numpy(data * scale.reshape(-1, *[1] * (data.ndim - 1)))
-        if node.op == "conv_transpose2d":
-            groups = node.attrs["groups"]
-            n, c, kh, kw = real.shape
-            split = real.flip(2, 3).reshape(groups, n // groups, c, kh, kw).transpose(1, 2)
-            real = split.reshape(groups * c, n // groups, kh, kw)
-        tensors = {**node.tensors, "weight": real.contiguous()}
+        tensors = {**node.tensors, "weight": inputs_first(node, real)}
         bias = self.bias(node)
         return tensors if bias is None else {**tensors, "bias": bias}
+
+
+def symmetric(qparams: QParams) -> QParams:
+    """The range of qparams with zero_point 128: int8 by another name."""
+    scale, zero_point = float(qparams.scale), int(qparams.zero_point)
+    peak = scale * max(zero_point, 255 - zero_point)
+    return QParams(np.float32(peak / 127), np.int32(128))
 
 
 def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
@@ -185,7 +192,7 @@ def prepare(
     args: Iterable[Any],
     kwargs: Mapping[str, Any] | None = None,
     *,
-    config: QConfig | Callable[[Node], QConfig | None] = QConfig(),
+    config: QConfig | Callable[[Node], QConfig | None] = DEFAULT,
 ) -> Prepared:
     """Capture and fuse the network that `model(*args, **kwargs)` runs, ready to be calibrated.
 
@@ -199,7 +206,7 @@ def prepare(
 
 
 def prepare_graph(
-    captured: Captured, config: QConfig | Callable[[Node], QConfig | None] = QConfig()
+    captured: Captured, config: QConfig | Callable[[Node], QConfig | None] = DEFAULT
 ) -> Prepared:
     """`prepare` of a graph that was captured and fused."""
 
@@ -209,4 +216,4 @@ def prepare_graph(
     graph = captured.graph
     kept = {node: "as asked" for node in graph.nodes if asked(node) is None}
     regions, reasons = find_regions(graph, kept)
-    return Prepared(captured, regions, reasons, Ranges(regions), lambda n: asked(n) or QConfig())
+    return Prepared(captured, regions, reasons, Ranges(regions), lambda n: asked(n) or DEFAULT)

@@ -42,7 +42,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastq.convert import (
+from fastq.nn import QConv2d, QLinear, QuantizedModel
+from fastq.nn.layer import QLayer
+from fastq.nn.network import decode_layout, encode_layout
+from fastq.swap import (
     QuantizationSummary,
     Result,
     Row,
@@ -51,9 +54,6 @@ from fastq.convert import (
     rebuild,
     replace,
 )
-from fastq.nn import QConv2d, QLinear, QuantizedModel
-from fastq.nn.layer import QLayer
-from fastq.nn.network import decode_layout, encode_layout
 
 VERSION = 1
 

@@ -18,15 +18,21 @@ from fastq.kernels.gemm import TILES, Tile
 from fastq.kernels.tiles import choose_nr, choose_tile, tiles_of
 
 
-def test_panels_hold_each_weight_once(rng: Any) -> None:
-    for n, taps, run, nr in [(1, 1, 4, 8), (9, 3, 5, 8), (64, 1, 7, 64), (70, 9, 30, 16)]:
+@pytest.mark.parametrize("tier", ["avx512_vnni", "avx_vnni", "avx2", "generic"])
+def test_panels_hold_each_weight_once(tier: str, rng: Any) -> None:
+    simd_of = simd.emitter(tier)
+    cols, side = simd_of.cols, simd_of.side_by_side
+    for n, taps, run, nr in [(1, 1, 4, 16), (9, 3, 5, 16), (64, 1, 7, 64), (70, 9, 30, 16)]:
         weight = rng.integers(-128, 128, (n, taps, run)).astype(np.int8)
-        panels = pack.pack_panels(weight, nr)
+        panels = pack.pack_panels(weight, nr, tier)
         starts = pack.step_starts(run)
         assert panels.ctypes.data % 64 == 0
         assert panels.shape == (-(-n // nr), taps * len(starts), nr, 4)
+        # a vector of columns: the first `side` weights of each, then the next
+        vectors = panels.reshape(*panels.shape[:2], nr // cols, 4 // side, cols, side)
+        by_column = vectors.swapaxes(3, 4).reshape(panels.shape)
         found = np.zeros((len(panels) * nr, taps, run), np.int64)
-        steps = panels.reshape(len(panels), taps, -1, nr, 4).astype(np.int64)
+        steps = by_column.reshape(len(panels), taps, -1, nr, 4).astype(np.int64)
         for s, start in enumerate(starts):
             part = steps[:, :, s].transpose(0, 2, 1, 3).reshape(-1, taps, 4)
             found[:, :, start : start + 4] += part
@@ -73,32 +79,26 @@ def compiled(emit: Any, arguments: int) -> Any:
 
 
 def test_dot_means_what_it_says(isa: str, rng: Any) -> None:
-    """acc[c] + sum over 4 of a[k] * w[c, k], at the corners of u8 x s8 and at random."""
+    """acc[c] + sum over `side_by_side` of a[k] * w[c, k], at the corners of u8 x s8 and at random."""
     simd_of = simd.emitter(isa)
-    cols = simd_of.cols
-    vectors = 2
+    cols, side, vectors = simd_of.cols, simd_of.side_by_side, 2
 
     def emit(b: Any, args: Any) -> None:
         a = simd_of.load_a(b, args[0], simd.i64(0))
-        zero = simd.const(simd_of.acc, 0)
-        accs = [
-            simd_of.dot(b, zero, a, simd_of.load_b(b, args[1], j * 4 * cols))
-            for j in range(vectors)
-        ]
-        accs = [
-            simd_of.dot(b, acc, a, simd_of.load_b(b, args[1], j * 4 * cols))
-            for j, acc in enumerate(accs)
-        ]
-        offset = 0
-        for v in simd_of.columns(b, accs):
-            simd.store(b, v, args[2], offset)
-            offset += 4 * v.type.count
+        accs = [simd.const(simd_of.acc, 0)] * vectors
+        for _ in range(2):
+            accs = [
+                simd_of.dot(b, acc, a, simd_of.load_b(b, args[1], j * side * cols))
+                for j, acc in enumerate(accs)
+            ]
+        for j, acc in enumerate(accs):
+            simd.store(b, acc, args[2], 4 * cols * j)
 
     run = compiled(emit, 3)
     for a_value in (0, 1, 255, None):
         for w_value in (-128, -1, 127, None):
-            a = rng.integers(0, 256, 4) if a_value is None else np.full(4, a_value)
-            w = rng.integers(-128, 128, (vectors * cols, 4))
+            a = rng.integers(0, 256, side) if a_value is None else np.full(side, a_value)
+            w = rng.integers(-128, 128, (vectors * cols, side))
             w = w if w_value is None else np.full_like(w, w_value)
             out = np.zeros(vectors * cols, np.int32)
             run(a.astype([None, np.uint8, np.int16][simd_of.a_bytes]), w.astype(np.int8), out)

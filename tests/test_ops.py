@@ -15,7 +15,7 @@ from rows import guarded
 
 import fastq
 from fastq import ops, reference
-from fastq.kernels import executor, gemm, layers
+from fastq.kernels import call, executor, gemm, layers
 from fastq.qparams import MAX_K, Dequant, Epilogue, QParams, Requant, choose_qparams
 from fastq.weights import Conv2dWeight, LinearWeight
 
@@ -667,14 +667,14 @@ def test_a_bias_that_could_overflow_is_refused() -> None:
 
 def test_a_weight_keeps_a_bounded_number_of_layers_and_shapes(rng: Any) -> None:
     weight = LinearWeight(s8(rng, 8, 8))
-    for m in range(1, 3 * layers.MAX_SHAPES):
+    for m in range(1, 3 * call.MAX_SHAPES):
         ops.linear(u8(rng, m, 8), weight, Dequant(float(m)))
     bound = [v for v in weight.panels.values() if isinstance(v, layers.BoundLinear)]
     assert len(bound) <= 8
-    for m in range(1, 3 * layers.MAX_SHAPES):
+    for m in range(1, 3 * call.MAX_SHAPES):
         ops.linear(u8(rng, m, 8), weight)
-    calls = [len(v.calls._idle) for v in weight.panels.values() if isinstance(v, type(bound[0]))]
-    assert max(calls) <= layers.MAX_SHAPES
+    calls = [len(v.calls) for v in weight.panels.values() if isinstance(v, type(bound[0]))]
+    assert max(calls) <= call.MAX_SHAPES
 
 
 def test_every_tile_is_exact(isa: str, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:

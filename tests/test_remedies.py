@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from fastq import remedies as room
 from fastq.graph import Node
+from fastq.layerwise import decibels
 from fastq.plan import BoundProgram
 from fastq.prepare import Prepared, prepare
 from fastq.qconfig import QConfig
 from fastq.remedies import REMEDIES, calibrate, remedy_names, walk
-from fastq.sensitivity import decibels
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastq.ladder import climb
 from fastq.remedies import REMEDIES
-from fastq.sensitivity import LayerSensitivity, Sensitivity, decibels, sensitivity
+from fastq.layerwise import LayerSensitivity, Sensitivity, decibels, sensitivity
 
 
 @pytest.fixture(autouse=True)

@@ -78,7 +78,7 @@ def assembly_for(tile: Tile, epilogue: str, rows: str, triple: str, cpu: str) ->
     body = builder.append_basic_block("body")
     builder.branch(body)
     builder.position_at_end(body)
-    gemm.emit_tile(builder, tile, epilogue, rows, function.args[0], function.args[1:])
+    gemm.emit_tiles(builder, tile, epilogue, rows, function.args[0], function.args[1:])
     builder.ret_void()
     parsed = binding.parse_assembly(str(module))
     machine = binding.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)

@@ -81,12 +81,14 @@ TILES = (
     Tile("avx_vnni", 8, 8),
     Tile("avx_vnni", 3, 8),
     Tile("avx_vnni", 1, 32, "depthwise"),
+    Tile("avx2", 6, 16),
+    Tile("avx2", 4, 16),
+    Tile("avx2", 1, 16, panels=4),
     Tile("avx2", 6, 8),
-    Tile("avx2", 2, 8, panels=2),
-    Tile("avx2", 1, 8, panels=4),
+    Tile("avx2", 2, 8),
     Tile("avx2", 4, 16, "depthwise"),
-    Tile("generic", 4, 4),
-    Tile("generic", 1, 4, panels=2),
+    Tile("generic", 3, 8),
+    Tile("generic", 1, 8, panels=2),
     Tile("generic", 2, 8, "depthwise"),
     Tile("avx512_vnni-emulated", 6, 64),
     Tile("avx512_vnni-emulated", 1, 64, panels=2),
@@ -96,80 +98,121 @@ TILES = (
 )
 
 
-def emit_tile(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: Any) -> None:
-    """Emits one tile. `args` is the block's address, `place` is (image, group, panel, m, mr)."""
-    image, group, panel, m, mr = place
+def emit_tiles(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: Any) -> None:
+    """Emits the tiles of rows m to m_end against one panel, or `panels` of them.
+
+    args is the block's address, place is (image, group, panel, m, m_end). Full tiles first; they
+    are most of the work, and know their rows. Then those of fewer rows, or columns.
+    """
+    image, group, panel, m, m_end = place
     block = b.inttoptr(args, ptr)
 
     def field(index: int, kind: Any = i64) -> Any:
         return load(b, kind, block, 8 * index)
 
-    # rows of the tile: those beyond `mr` repeat the last valid one
-    row_index: list[Any] = []
-    for i in range(tile.mr):
-        index = b.add(m, i64(i))
-        if i:
-            index = b.select(b.icmp_signed("<", i64(i), mr), index, row_index[-1])
-        row_index.append(index)
+    kind, _, added = epilogue.partition("+")
+    out_bytes, width = ITEM_BYTES[kind], tile.nr * tile.panels
+    first_column = b.mul(panel, i64(width))
 
-    def rows_of(base: int, column: int, first: Any = None) -> list[Any]:
-        """Addresses of an operand's rows, from the byte `first` on; fields: base, row, image, group."""
-        image_at, group_at = b.mul(image, field(base + 2)), b.mul(group, field(base + 3))
-        start = address(b, field(base, ptr), b.add(image_at, group_at))
-        if first is not None:
-            start = address(b, start, first)
-        if rows == "affine":
-            return [address(b, start, b.mul(index, field(base + 1))) for index in row_index]
-        table = field(f.ROW_TABLE, ptr)
-        entries = [b.add(b.mul(index, i64(24)), i64(8 * column)) for index in row_index]
-        return [address(b, start, load(b, i64, table, entry)) for entry in entries]
+    def operand(base: int, column: int, first: Any) -> Any:
+        """rows(m, mr) -> addresses of MR rows; fields: base, row, image, group."""
+        offset = b.add(b.mul(image, field(base + 2)), b.mul(group, field(base + 3)))
+        start = address(b, field(base, ptr), b.add(offset, first))
+        stride = field(base + 1)
+        table = field(f.ROW_TABLE, ptr) if rows == "table" else None
 
-    a_rows = rows_of(f.A, 0)
+        def at(m: Any, mr: Any) -> list[Any]:
+            index = [i64(i) for i in range(tile.mr)]
+            if mr is not None:  # rows beyond mr repeat the last one
+                last = b.sub(mr, i64(1))
+                index = [b.select(b.icmp_signed("<", i, last), i, last) for i in index]
+            if table is None:
+                here = address(b, start, b.mul(m, stride))
+                return [address(b, here, b.mul(i, stride)) for i in index]
+            entries = address(b, table, b.add(b.mul(m, i64(24)), i64(8 * column)))
+            offsets = [load(b, i64, entries, b.mul(i, i64(24))) for i in index]
+            return [address(b, start, offset) for offset in offsets]
+
+        return at
 
     # panels of the tile: beyond the last one it is repeated, and what it gives not copied
     count = b.udiv(b.add(field(f.N), i64(tile.nr - 1)), i64(tile.nr))
-    first = b.mul(panel, i64(tile.panels))
     last = b.sub(count, i64(1))
-    here = [first]
+    here = [b.mul(panel, i64(tile.panels))]
     for j in range(1, tile.panels):
-        index = b.add(first, i64(j))
+        index = b.add(here[0], i64(j))
         here.append(b.select(b.icmp_signed("<", index, last), index, last))
     here = [b.add(b.mul(group, count), index) for index in here]
     weights = [address(b, field(f.B, ptr), b.mul(index, field(f.B_PANEL))) for index in here]
     offsets, steps = field(f.OFFSETS, ptr), field(f.STEPS)
-    if tile.kind == "depthwise":
-        a_rows = [address(b, row, b.mul(panel, i64(tile.nr * tile.a_bytes))) for row in a_rows]
-        accs = emit_tap_loop(b, tile.isa, a_rows, weights[0], offsets, steps)
-    else:
-        accs = _emit_k_loop(b, tile, a_rows, weights, offsets, steps)
-
-    # the edge: a tile that is not full in N goes to a scratch tile first
-    kind, _, added = epilogue.partition("+")
-    out_bytes, width = ITEM_BYTES[kind], tile.nr * tile.panels
+    columns = [b.mul(index, i64(4 * tile.nr)) for index in here]
+    depthwise = tile.kind == "depthwise"
+    first_channel = b.mul(panel, i64(tile.nr * tile.a_bytes)) if depthwise else i64(0)
+    a_rows = operand(f.A, 0, first_channel)
+    out_rows = operand(f.OUT, 1, b.mul(first_column, i64(out_bytes)))
+    add_rows = operand(f.ADD, 2, b.mul(first_column, i64(out_bytes))) if added else None
+    first_row = b.mul(image, field(f.M))
+    valid = b.sub(field(f.N), first_column)
+    edge = b.icmp_signed("<", valid, i64(width))
     with b.goto_entry_block():
         scratch = b.alloca(ir.ArrayType(i8, tile.mr * width * out_bytes))
         scratch.align = 64
         scratch.type = ptr  # llvmlite gives it a typed pointer, which LLVM no longer knows
     scratch_rows = [address(b, scratch, i * width * out_bytes) for i in range(tile.mr)]
-    first_column = b.mul(panel, i64(width))
-    valid = b.sub(field(f.N), first_column)
-    edge = b.icmp_signed("<", valid, i64(width))
-    out_rows = rows_of(f.OUT, 1, b.mul(first_column, i64(out_bytes)))
-    targets = [b.select(edge, s, o) for s, o in zip(scratch_rows, out_rows, strict=True)]
-    add_rows = rows_of(f.ADD, 2, b.mul(first_column, i64(out_bytes))) if added else None
-    absolute = [b.add(b.mul(image, field(f.M)), index) for index in row_index]
-    columns = [b.mul(index, i64(4 * tile.nr)) for index in here]
-    emit_epilogue(b, kind, accs, targets, columns, absolute, field, add_rows)
-    with b.if_then(edge):
-        size = b.mul(valid, i64(out_bytes))
-        for scratch_row, out_row in zip(scratch_rows, out_rows, strict=True):
-            _memcpy(b, out_row, scratch_row, size)
+
+    def emit(m: Any, mr: Any) -> None:
+        """One tile; a full one if mr is None."""
+        if depthwise:
+            accs = emit_tap_loop(b, tile.isa, a_rows(m, mr), weights[0], offsets, steps)
+        else:
+            accs = _emit_k_loop(b, tile, a_rows(m, mr), weights, offsets, steps)
+        targets = rows_out = out_rows(m, mr)
+        if mr is not None:  # one that is not full in N goes to a scratch tile first
+            targets = [b.select(edge, s, o) for s, o in zip(scratch_rows, rows_out, strict=True)]
+        added_rows = None if add_rows is None else add_rows(m, mr)
+        absolute = [b.add(first_row, b.add(m, i64(i))) for i in range(tile.mr)]
+        if mr is not None:
+            end = b.sub(b.add(first_row, b.add(m, mr)), i64(1))
+            absolute = [b.select(b.icmp_signed("<", i, end), i, end) for i in absolute]
+        emit_epilogue(b, kind, accs, targets, columns, absolute, field, added_rows)
+        if mr is not None:
+            with b.if_then(edge):
+                size = b.mul(valid, i64(out_bytes))
+                for scratch_row, out_row in zip(scratch_rows, rows_out, strict=True):
+                    _memcpy(b, out_row, scratch_row, size)
+
+    height = i64(tile.mr)
+    full_end = b.select(edge, m, b.add(b.sub(m_end, height), i64(1)))
+    m = _loop(b, m, full_end, height, lambda m: emit(m, None))
+
+    def rest(m: Any) -> None:
+        left = b.sub(m_end, m)
+        emit(m, b.select(b.icmp_signed("<", left, height), left, height))
+
+    _loop(b, m, m_end, height, rest)
+
+
+def _loop(b: Any, start: Any, end: Any, step: Any, body: Any) -> Any:
+    """Emits `while start < end: body(start); start += step`; returns the last start."""
+    entry = b.block
+    head, inside, done = (b.append_basic_block(name) for name in ("rows", "tile", "rows.done"))
+    b.branch(head)
+    b.position_at_end(head)
+    at = b.phi(i64)
+    at.add_incoming(start, entry)
+    b.cbranch(b.icmp_signed("<", at, end), inside, done)
+    b.position_at_end(inside)
+    body(at)
+    at.add_incoming(b.add(at, step), b.block)
+    b.branch(head)
+    b.position_at_end(done)
+    return at
 
 
 def _emit_k_loop(
     b: Any, tile: Tile, a_rows: list[Any], panels: list[Any], offsets: Any, steps: Any
 ) -> list[list[Any]]:
-    """The K loop; returns the accumulators in column order, [row][vector]."""
+    """The K loop; returns the accumulators, a lane for each column, [row][vector]."""
     simd = emitter(tile.isa)
     vectors = tile.nr // simd.cols
     count = tile.panels * vectors
@@ -182,11 +225,14 @@ def _emit_k_loop(
     weights = [b.phi(ptr) for _ in panels]
     accs = [[b.phi(simd.acc) for _ in range(count)] for _ in range(tile.mr)]
     offset = b.sext(load(b, i32, offsets, b.mul(step, i64(4))), i64)
-    w = [simd.load_b(b, p, j * KR * simd.cols) for p in weights for j in range(vectors)]
-    sums = []
-    for row, row_accs in zip(a_rows, accs, strict=True):
-        a = simd.load_a(b, row, offset)
-        sums.append([simd.dot(b, acc, a, w[j]) for j, acc in enumerate(row_accs)])
+    sums = [list(row_accs) for row_accs in accs]
+    side = simd.side_by_side
+    for k in range(0, KR, side):
+        starts = [(j * KR + k) * simd.cols for j in range(vectors)]
+        w = [simd.load_b(b, p, start) for p in weights for start in starts]
+        for row, row_sums in zip(a_rows, sums, strict=True):
+            a = simd.load_a(b, address(b, row, k * simd.a_bytes) if k else row, offset)
+            row_sums[:] = [simd.dot(b, acc, a, w[j]) for j, acc in enumerate(row_sums)]
     next_step = b.add(step, i64(1))
     next_weights = [address(b, p, KR * tile.nr) for p in weights]
     branch_back(b, b.icmp_signed("<", next_step, steps), loop, done)
@@ -201,7 +247,7 @@ def _emit_k_loop(
             acc.add_incoming(const(simd.acc, 0), entry)
             acc.add_incoming(total, loop)
     b.position_at_end(done)
-    return [simd.columns(b, row) for row in sums]
+    return sums
 
 
 def _memcpy(b: Any, target: Any, source: Any, size: Any) -> None:
@@ -212,15 +258,15 @@ def _memcpy(b: Any, target: Any, source: Any, size: Any) -> None:
 
 
 @intrinsic(prefer_literal=True)
-def _gemm_tile(
-    typingctx: Any, config: Any, args: Any, image: Any, group: Any, panel: Any, m: Any, mr: Any
+def _tiles(
+    typingctx: Any, config: Any, args: Any, image: Any, group: Any, panel: Any, m: Any, end: Any
 ) -> Any:
     *tile, epilogue, rows = (t.literal_value for t in config.types[:-1])
     signature = types.void(config, args, *[types.int64] * 5)
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         block = builder.ptrtoint(values[1], i64)
-        emit_tile(builder, Tile(*tile), epilogue, rows, block, values[2:])
+        emit_tiles(builder, Tile(*tile), epilogue, rows, block, values[2:])
         return context.get_dummy_value()
 
     return signature, codegen
@@ -234,7 +280,6 @@ def gemm_kernel(tile: Tile, epilogue: str, rows: str) -> Any:
     "table".
     """
     config = (*astuple(tile), epilogue, rows, sources_digest())
-    mr_max = tile.mr
     M, MC, N, GROUPS = f.M, f.MC, f.N, f.GROUPS
     width = tile.nr * tile.panels
 
@@ -249,10 +294,6 @@ def gemm_kernel(tile: Tile, epilogue: str, rows: str) -> Any:
             image = task // (panels * args[GROUPS] * blocks)
             # loop 1: m in steps of MR, over a block of MC rows against one panel
             m = block * args[MC]
-            m_end = min(m + args[MC], args[M])
-            while m < m_end:
-                mr = min(mr_max, m_end - m)
-                _gemm_tile(config, args, image, group, panel, m, mr)
-                m += mr
+            _tiles(config, args, image, group, panel, m, min(m + args[MC], args[M]))
 
     return kernel

@@ -148,7 +148,7 @@ class _Layer:
             )
         panels = -(-len(packed.panels) // groups // tile.panels)
         row_bytes = x.row if x.offsets is None else x.offsets.max() // m
-        mc = _block_rows(tile, m, row_bytes, images * groups * panels)
+        mc = block_rows(tile, m, row_bytes, images * groups * panels)
         n = len(self.col_sums) // groups
         values = {
             block.A_ROW: x.row,
@@ -210,7 +210,7 @@ class _Rows:
     offsets: NDArray[np.int64] | None = None
 
 
-def _block_rows(tile: Tile, m: int, row_bytes: int, other_tasks: int) -> int:
+def block_rows(tile: Tile, m: int, row_bytes: int, other_tasks: int) -> int:
     """MC: rows that share a panel while it is in L1, and their activations in L2."""
     mc = max(A_BLOCK_BYTES // max(row_bytes, 1), 8 * tile.mr)
     threads = executor.get_num_threads()
@@ -583,7 +583,7 @@ def _packed(weight: Any, isa: str, filters: Callable[[], list[NDArray[np.int8]]]
     if packed is None:
         parts = filters()
         nr = choose_nr(isa, len(parts[0]))
-        groups = [pack_panels(part, nr) for part in parts]
+        groups = [pack_panels(part, nr, isa) for part in parts]
         panels = aligned_empty((len(groups) * len(groups[0]), *groups[0].shape[1:]), np.int8)
         np.concatenate(groups, out=panels)
         packed = weight.panels["packed", isa] = _Packed(isa, "gemm", nr, panels)

@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 
 from fastq.kernels import block, gemm
 from fastq.kernels.call import ITEM_BYTES, Call, Place, View, collapse, dense_strides
-from fastq.kernels.layers import ACTIVATIONS, _block_rows
+from fastq.kernels.layers import ACTIVATIONS, block_rows
 from fastq.kernels.layout import copy_row
 from fastq.kernels.lines import ELEMENT, broadcast, emit_converted, emit_interleaved, emit_loop
 from fastq.kernels.pack import step_starts
@@ -48,7 +48,7 @@ from fastq.kernels.tiles import BYTES_PER_NANOSECOND, choose_nr, choose_tile, na
 ) = range(14)  # fmt: skip
 
 
-def emit_pack_rows(b: Any, kind: str, nr: int, field: Any, place: Any) -> None:
+def emit_pack_rows(b: Any, kind: str, nr: int, isa: str, field: Any, place: Any) -> None:
     """Emits the packing of one panel of (K, N). place is (first column, panel, bias)."""
     source, out, bias = place
     last = b.sub(field(K), i64(1))
@@ -66,6 +66,7 @@ def emit_pack_rows(b: Any, kind: str, nr: int, field: Any, place: Any) -> None:
             total = b.add(total, emit_converted(b, line, i16))
             lines.append(emit_converted(b, line, i8))
         quads = b.xor(emit_interleaved(b, lines), const(vec(i8, KR * nr), -128))
+        quads = shuffle(b, quads, quads, panel_order(isa, nr))
         store(b, quads, out, b.mul(step, i64(KR * nr)))
         return [b.add(sums, b.sext(total, sums.type))]
 
@@ -78,18 +79,22 @@ def emit_pack_rows(b: Any, kind: str, nr: int, field: Any, place: Any) -> None:
     store(b, b.mul(sums, factor), bias)
 
 
-def emit_pack_columns(b: Any, kind: str, nr: int, field: Any, place: Any) -> None:
+def emit_pack_columns(b: Any, kind: str, nr: int, isa: str, field: Any, place: Any) -> None:
     """Emits the packing of one panel of (N, K). place is (matrix, panel, bias, first column)."""
     source, out, bias, first = place
     item, last = ITEM_BYTES[kind], b.sub(field(N), i64(1))
-    lanes = vec(i64, KR)
+    simd, lanes = emitter(isa), vec(i64, KR)
+    cols, side = i64(simd.cols), simd.side_by_side
     iota = lanes([0, 1, 2, 3])
 
     def column(j: Any) -> None:
         n = b.add(first, j)
         n = b.select(b.icmp_signed("<", n, last), n, last)
         line = address(b, source, b.mul(n, field(B_ROW)))
-        target = address(b, out, b.mul(j, i64(KR)))
+        # of its vector of columns the first `side` weights of each, then the next
+        vector, lane = b.udiv(j, cols), b.urem(j, cols)
+        at = b.add(b.mul(vector, b.mul(cols, i64(KR))), b.mul(lane, i64(side)))
+        target = address(b, out, at)
 
         def pack(step: Any, sums: Any, edge: bool) -> list[Any]:
             start, counted = _step_start(b, step, field(K))
@@ -100,7 +105,9 @@ def emit_pack_columns(b: Any, kind: str, nr: int, field: Any, place: Any) -> Non
                 beyond = b.icmp_signed(">=", k, splat(b, field(K), KR))
                 quad = b.select(b.or_(old, beyond), const(quad.type, 128), quad)
             moved = b.xor(emit_converted(b, quad, i8), const(vec(i8, KR), -128))
-            store(b, moved, target, b.mul(step, i64(KR * nr)))
+            for k in range(0, KR, side):
+                part = shuffle(b, moved, moved, list(range(k, k + side)))
+                store(b, part, target, b.add(b.mul(step, i64(KR * nr)), i64(k * simd.cols)))
             return [b.add(sums, b.sext(moved, sums.type))]
 
         whole = b.sdiv(field(K), i64(KR))
@@ -116,6 +123,14 @@ def emit_pack_columns(b: Any, kind: str, nr: int, field: Any, place: Any) -> Non
     emit_loop(b, i64(0), i64(nr), 1, [], column)
 
 
+def panel_order(isa: str, nr: int) -> list[int]:
+    """Where the weights of a K-step, column by column, go in a panel (pack.pack_panels)."""
+    simd = emitter(isa)
+    side = simd.side_by_side
+    index = np.arange(nr * KR).reshape(nr // simd.cols, simd.cols, KR // side, side)
+    return [int(i) for i in index.swapaxes(1, 2).reshape(-1)]
+
+
 def _step_start(b: Any, step: Any, k: Any) -> tuple[Any, Any]:
     """Where a K-step begins (pack.step_starts), and the first k that no step before counts."""
     counted = b.mul(step, i64(KR))
@@ -128,7 +143,7 @@ def _step_start(b: Any, step: Any, k: Any) -> tuple[Any, Any]:
 def _pack_panel(
     typingctx: Any, config: Any, args: Any, matrix: Any, panel: Any, out: Any, bias: Any
 ) -> Any:
-    kind, nr, transposed = (t.literal_value for t in config.types[:3])
+    kind, nr, transposed, isa = (t.literal_value for t in config.types[:4])
     signature = types.void(config, args, *[types.int64] * 4)
 
     def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
@@ -140,19 +155,19 @@ def _pack_panel(
             return load(b, i64, fields, 8 * index)
 
         if transposed:
-            emit_pack_columns(b, kind, nr, field, (matrix, out, bias, first))
+            emit_pack_columns(b, kind, nr, isa, field, (matrix, out, bias, first))
         else:
             start = address(b, matrix, b.mul(first, i64(ITEM_BYTES[kind])))
-            emit_pack_rows(b, kind, nr, field, (start, out, bias))
+            emit_pack_rows(b, kind, nr, isa, field, (start, out, bias))
         return context.get_dummy_value()
 
     return signature, codegen
 
 
 @functools.cache
-def pack_kernel(kind: str, nr: int, transposed: bool) -> Any:
+def pack_kernel(kind: str, nr: int, transposed: bool, isa: str) -> Any:
     """kind "u8" or "s16", of b."""
-    config = (kind, nr, int(transposed), sources_digest())
+    config = (kind, nr, int(transposed), isa, sources_digest())
 
     @cfunc(SIGNATURE, cache=True)
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
@@ -205,7 +220,7 @@ def matmul_row(
     bias = call.scratch(outer * groups * panels * nr * 4)
     label = label or "matmul"
     call.row(
-        pack_kernel(b.kind, nr, transpose_b),
+        pack_kernel(b.kind, nr, transpose_b, isa),
         FIELDS,
         outer * groups * panels,
         {
@@ -225,7 +240,7 @@ def matmul_row(
         f"{label}_pack",
     )
     tasks = groups * -(-panels // tile.panels)
-    mc = _block_rows(tile, m, a_steps[2], tasks)
+    mc = block_rows(tile, m, a_steps[2], tasks)
     scale = np.full(groups * panels * nr, multiplier, np.float32)
     places: dict[int, Place] = {
         block.OFFSETS: (starts * a.item).astype(np.int32),

@@ -4,6 +4,9 @@
 
     panels[p, step] = | c0: k k+1 k+2 k+3 | c1: k k+1 k+2 k+3 | ... NR columns |      int8
 
+Where a dot product sums two (simd.side_by_side), each vector of columns has its first pairs, then
+its second ones: | c0: k k+1 | c1: k k+1 | ... | c0: k+2 k+3 | c1: k+2 k+3 | ...
+
 A weight is (N, taps, run): a linear layer has one tap of K, a convolution KH taps of KW * C. A run
 of R takes ceil(R / 4) steps; the last starts at R - 4, so that no activation beyond the run is
 read, and is zero where the step before has already counted.
@@ -16,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastq.kernels.simd import KR
+from fastq.kernels.simd import KR, emitter
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any, align: int = 64) -> NDArray[Any]:
@@ -32,7 +35,7 @@ def step_starts(run: int) -> NDArray[np.int64]:
     return np.minimum(np.arange(-(-run // KR)) * KR, run - KR)
 
 
-def pack_panels(weight: NDArray[np.int8], nr: int) -> NDArray[np.int8]:
+def pack_panels(weight: NDArray[np.int8], nr: int, isa: str) -> NDArray[np.int8]:
     """(N, taps, run >= 4) int8 as panels (P, taps * steps, NR, 4), 64-byte aligned."""
     n, taps, run = weight.shape
     starts = step_starts(run)
@@ -43,7 +46,11 @@ def pack_panels(weight: NDArray[np.int8], nr: int) -> NDArray[np.int8]:
     padded = np.zeros((panels * nr, taps * len(starts), KR), np.int8)
     padded[:n] = quads.reshape(n, -1, KR)
     packed = aligned_empty((panels, taps * len(starts), nr, KR), np.int8)
-    packed[:] = padded.reshape(panels, nr, -1, KR).swapaxes(1, 2)
+    by_step = padded.reshape(panels, nr, -1, KR).swapaxes(1, 2)
+    simd = emitter(isa)
+    side = simd.side_by_side
+    vectors = (*by_step.shape[:2], nr // simd.cols, simd.cols, KR // side, side)
+    packed[:] = by_step.reshape(vectors).swapaxes(3, 4).reshape(by_step.shape)
     return packed
 
 

@@ -96,9 +96,15 @@ class Vnni:
     """uint8 x int8 products, four at a time into int32: x86 `vpdpbusd` (not the saturating ...ds).
 
     One accumulator lane is one column.
+
+    a_bytes       of an activation as the dot product takes it.
+    side_by_side  products of a column that one dot product sums: that many of the 4 weights of a
+                  K-step lie side by side in a panel.
+    taps_at_once  the same for the taps of a depthwise convolution.
     """
 
     a_bytes = 1
+    side_by_side = KR
     taps_at_once = 4
 
     def __init__(self, bits: int, emulated: bool) -> None:
@@ -109,11 +115,11 @@ class Vnni:
         self.emulated = emulated
 
     def load_a(self, b: Any, base: Any, offset: Any) -> Any:
-        """Four activations of one row, for every column."""
+        """`side_by_side` activations of one row, for every column."""
         return b.bitcast(splat(b, load(b, i32, base, offset), self.lanes), self.operand)
 
     def load_b(self, b: Any, base: Any, offset: Any) -> Any:
-        """Four weights of each of `cols` columns."""
+        """`side_by_side` weights of each of `cols` columns."""
         return load(b, self.operand, base, offset)
 
     def dot(self, b: Any, acc: Any, a: Any, w: Any) -> Any:
@@ -126,10 +132,6 @@ class Vnni:
             lanes = range(k, self.lanes * KR, KR)
             acc = b.add(acc, shuffle(b, products, products, lanes))
         return acc
-
-    def columns(self, b: Any, accs: list[Any]) -> list[Any]:
-        """The accumulators as int32 vectors, one lane a column, in order."""
-        return accs
 
     def load_channels(self, b: Any, base: Any) -> Any:
         """One tap of as many channels as `interleave` takes."""
@@ -160,24 +162,24 @@ class Vnni:
 class Madd:
     """int16 x int16 products, added in pairs into int32: x86 `vpmaddwd`, exact for all operands.
 
-    The activations arrive as int16; weights are widened as they are loaded. One column takes two
-    accumulator lanes (k0 k1 | k2 k3), which `columns` adds once, after the K loop. The methods
-    are Vnni's. (vpmaddubsw would take bytes, but saturates: splitting the weights for which it
-    could takes 1.4 times the steps in trained networks, more than it saves.)
+    The activations arrive as int16; weights are widened as they are loaded. A K-step takes two dot
+    products into the same lane, of k0 k1 and of k2 k3. The methods are Vnni's. (vpmaddubsw would
+    take bytes, but saturates: splitting the weights for which it could takes 1.4 times the steps
+    in trained networks, more than it saves.)
     """
 
     a_bytes = 2
+    side_by_side = 2
     taps_at_once = 2
 
     def __init__(self, bits: int, intrinsic: str | None) -> None:
-        self.lanes = bits // 32
-        self.cols = self.lanes // 2
+        self.lanes = self.cols = bits // 32
         self.acc = vec(i32, self.lanes)
         self.operand = vec(i16, self.lanes * 2)
         self.intrinsic = intrinsic
 
     def load_a(self, b: Any, base: Any, offset: Any) -> Any:
-        return b.bitcast(splat(b, load(b, i64, base, offset), self.cols), self.operand)
+        return b.bitcast(splat(b, load(b, i32, base, offset), self.lanes), self.operand)
 
     def load_b(self, b: Any, base: Any, offset: Any) -> Any:
         return b.sext(load(b, vec(i8, self.lanes * 2), base, offset), self.operand)
@@ -190,13 +192,6 @@ class Madd:
         even, odd = range(0, wide.count, 2), range(1, wide.count, 2)
         pairs = b.add(shuffle(b, products, products, even), shuffle(b, products, products, odd))
         return b.add(acc, pairs)
-
-    def columns(self, b: Any, accs: list[Any]) -> list[Any]:
-        even, odd = range(0, 2 * self.lanes, 2), range(1, 2 * self.lanes, 2)
-        return [
-            b.add(shuffle(b, x, y, even), shuffle(b, x, y, odd))
-            for x, y in zip(accs[::2], accs[1::2], strict=True)
-        ]
 
     def load_channels(self, b: Any, base: Any) -> Any:
         return load(b, self.operand, base)

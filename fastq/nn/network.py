@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -24,6 +23,7 @@ class Stage:
     """One thing to do: run program number `program`, or evaluate a float node.
 
     inputs, outputs  names of values.      attrs  of an "aten" node or an operation of `graph`.
+    layer, why       of a float node, for reports: its module, and why it has no integer form.
     """
 
     op: str
@@ -31,6 +31,8 @@ class Stage:
     outputs: tuple[str, ...]
     attrs: Mapping[str, Any]
     program: int = -1
+    layer: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Layout:
     outputs   for each leaf of the result a name, or ("constant", value).
     specs     of (args, kwargs) and of the result, as pytree's JSON.
     names     of the parameters of the float network's forward.
+    recipe    what the programs were made from, as JSON (recipe.py): not needed to run them.
     """
 
     stages: tuple[Stage, ...]
@@ -51,6 +54,10 @@ class Layout:
     outputs: tuple[Any, ...]
     specs: tuple[str, str]
     names: tuple[str, ...]
+    recipe: Mapping[str, Any]
+
+
+ONE_TENSOR = pytree.tree_structure(((0,), {}))  # model(x), the most common call
 
 
 class QuantizedModel(nn.Module):
@@ -69,10 +76,14 @@ class QuantizedModel(nn.Module):
             if step not in self._modules:
                 self.add_module(step, nn.Module())
             self.get_submodule(step).register_buffer(part, tensor.detach())
-        self.in_spec, self.out_spec = (pytree.treespec_loads(text) for text in layout.specs)
-        self._ready: tuple[Any, list[BoundProgram]] | None = None
+        self._ready: list[BoundProgram] | None = None
+        self._read_specs()
         self._bound()
         self.eval()
+
+    def _read_specs(self) -> None:
+        self.in_spec, self.out_spec = map(pytree.treespec_loads, self.layout.specs)
+        self._single = self.in_spec == ONE_TENSOR and self.out_spec.is_leaf()
 
     @property
     def programs(self) -> list[Program]:
@@ -88,80 +99,73 @@ class QuantizedModel(nn.Module):
         return programs[0]
 
     def _bound(self) -> list[BoundProgram]:
-        """The programs on this machine, made anew when a tensor of the state has changed."""
-        state = {
-            f"{step}.{part}": tensor
-            for step, module in self._modules.items()
-            for part, tensor in module._buffers.items()  # type: ignore[union-attr]
-        }
-        seen = [
-            (id(t), -1 if t.is_inference() else t._version, t.data_ptr()) for t in state.values()
-        ]
-        if self._ready is None or self._ready[0] != seen:
-            arrays = {name: t.detach().numpy() for name, t in state.items()}
+        """The programs on this machine, made of the tensors of the state when first needed."""
+        if self._ready is None:
+            arrays = {
+                f"{step}.{part}": tensor.detach().numpy()
+                for step, module in self._modules.items()
+                for part, tensor in module._buffers.items()  # type: ignore[union-attr]
+                if tensor is not None
+            }
             programs = [decode_program(given, arrays) for given in self.layout.programs]
-            self._ready = seen, [BoundProgram(program) for program in programs]
-        return self._ready[1]
+            self._ready = [BoundProgram(program) for program in programs]
+        return self._ready
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module. Tensors are changed by this way only: the kernels have copies."""
+        result = super().load_state_dict(*args, **kwargs)
+        self._ready = None
+        self._bound()  # an altered tensor is refused here, not at the next call
+        return result
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the float network returned for these arguments, in int8's precision."""
+        bound = self._bound()
+
+        def compute(stage: Stage, inputs: list[Any], batch: int) -> list[Any]:
+            if stage.program < 0:
+                return [self.evaluate(stage, inputs, batch)]
+            program = bound[stage.program]
+            return [torch.from_numpy(y) for y in program(*self.arrays(program, stage, inputs))]
+
+        return self.walk(compute, args, kwargs)
+
+    def walk(
+        self,
+        compute: Callable[[Stage, list[Any], int], list[Any]],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """The result for these arguments; compute(stage, inputs, batch) gives a stage's values."""
         layout = self.layout
-        leaves = self._leaves(args, kwargs)
+        leaves: Sequence[Any] = args
+        plain = self._single and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        if not plain:
+            leaves = leaves_of(
+                self, tuple(args), dict(kwargs), self.in_spec, layout.inputs, layout.names
+            )
         values: dict[str, Any] = {}
         for i, (name, leaf) in enumerate(zip(layout.inputs, leaves, strict=True)):
             if name is not None:
                 values[name] = leaf
-            elif leaf != layout.constants[str(i)]:
-                raise ValueError(
-                    f"{type(self).__name__}: argument number {i} is {leaf!r}; the network was "
-                    f"captured with {layout.constants[str(i)]!r}, which is part of it now"
-                )
-        batch = next((len(x) for x in leaves if isinstance(x, Tensor) and x.dim()), 1)
-        bound = self._bound()
-        for stage in layout.stages:
-            inputs = [values[name] for name in stage.inputs]
-            if stage.program >= 0:
-                results = self._run(bound[stage.program], stage, inputs)
-                values.update(zip(stage.outputs, results, strict=True))
             else:
-                values[stage.outputs[0]] = self._evaluate(stage, inputs, batch)
+                check_constant(self, i, leaf, layout.constants[str(i)])
+        batch = next((len(x) for x in leaves if isinstance(x, Tensor) and x.dim()), 1)
+        for stage in layout.stages:
+            results = compute(stage, [values[name] for name in stage.inputs], batch)
+            values.update(zip(stage.outputs, results, strict=True))
         outputs = [values[out] if isinstance(out, str) else out[1] for out in layout.outputs]
-        return pytree.tree_unflatten(outputs, self.out_spec)
+        return outputs[0] if self._single else pytree.tree_unflatten(outputs, self.out_spec)
 
-    def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if spec == self.in_spec:
-            return leaves
-        wanted_args, wanted_kwargs = pytree.tree_unflatten(list(self.layout.inputs), self.in_spec)
-        names = self.layout.names
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        try:  # the same arguments, by position instead of by name or the other way round
-            moved = tuple(given.pop(names[i]) for i in range(len(wanted_args)))
-            leaves, spec = pytree.tree_flatten((moved, {k: given.pop(k) for k in wanted_kwargs}))
-        except (KeyError, IndexError):
-            spec = None
-        if spec != self.in_spec or any(v is not None for v in given.values()):
-            shown = [*map(str, names[: len(wanted_args)]), *(f"{k}=" for k in wanted_kwargs)]
-            raise TypeError(
-                f"{type(self).__name__}: got {len(args)} arguments and {sorted(kwargs)}; wanted "
-                f"({', '.join(shown)}), as in the calibration data"
-            )
-        return leaves
+    def arrays(self, bound: BoundProgram, stage: Stage, inputs: list[Any]) -> list[Any]:
+        """The float32 tensors that a program takes, as arrays; TypeError, ValueError for others."""
+        return [
+            as_input(f"{type(self).__name__}: {name}", x, extent)
+            for name, x, extent in zip(stage.inputs, inputs, bound.program.extents, strict=True)
+        ]
 
-    def _run(self, bound: BoundProgram, stage: Stage, inputs: list[Any]) -> list[Tensor]:
-        arrays = []
-        for name, x, extent in zip(stage.inputs, inputs, bound.program.extents, strict=True):
-            if not isinstance(x, Tensor):
-                raise TypeError(f"{type(self).__name__}: {name} is a {type(x).__name__}; wanted a "
-                                "float32 tensor")  # fmt: skip
-            sizes = ", ".join("any" if n is None else str(n) for n in extent)
-            x = accept(f"{type(self).__name__}: {name}", x, f"({sizes})", x.dim() == len(extent))
-            if x.device.type != "cpu":
-                raise ValueError(f"{type(self).__name__}: {name} is on {x.device}, wanted the CPU")
-            arrays.append(as_array(x))
-        return [torch.from_numpy(y) for y in bound(*arrays)]
-
-    def _evaluate(self, stage: Stage, inputs: list[Any], batch: int) -> Any:
+    def evaluate(self, stage: Stage, inputs: list[Any], batch: int) -> Any:
+        """The value of a float operator."""
         name = stage.outputs[0]
         module = self._modules.get(name)
         tensors: dict[str, Tensor] = {} if module is None else dict(module._buffers)  # type: ignore[arg-type]
@@ -171,16 +175,15 @@ class QuantizedModel(nn.Module):
     def extra_repr(self) -> str:
         steps = sum(len(p.steps) for p in self.programs)
         floats = sum(stage.program < 0 for stage in self.layout.stages)
-        return f"{len(self.layout.programs)} integer program(s) of {steps} steps, {floats} float operators"
+        programs = len(self.layout.programs)
+        return f"{programs} integer program(s) of {steps} steps, {floats} float operators"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ready": None}
+        return {**self.__dict__, "_ready": None, "in_spec": None, "out_spec": None}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items()})
-        return twin
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._read_specs()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -196,6 +199,58 @@ class QuantizedModel(nn.Module):
         return self
 
 
+def leaves_of(
+    network: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    spec: Any,
+    inputs: Sequence[Any],
+    names: Sequence[str],
+) -> list[Any]:
+    """The leaves of the arguments in the order of `spec`, which has one for each of `inputs`.
+
+    names  of the parameters of the float network's forward. TypeError for other arguments.
+    """
+    leaves, given_spec = pytree.tree_flatten((args, kwargs))
+    if given_spec == spec:
+        return leaves
+    wanted_args, wanted_kwargs = pytree.tree_unflatten(list(inputs), spec)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    try:  # the same arguments, by position instead of by name or the other way round
+        moved = tuple(given.pop(names[i]) for i in range(len(wanted_args)))
+        leaves, given_spec = pytree.tree_flatten((moved, {k: given.pop(k) for k in wanted_kwargs}))
+    except (KeyError, IndexError):
+        given_spec = None
+    extra = len(args) > len(names) or any(v is not None for v in given.values())
+    if given_spec != spec or extra:
+        shown = [*map(str, names[: len(wanted_args)]), *(f"{k}=" for k in wanted_kwargs)]
+        raise TypeError(
+            f"{type(network).__name__}: got {len(args)} arguments and {sorted(kwargs)}; wanted "
+            f"({', '.join(shown)}), as in the calibration data"
+        )
+    return leaves
+
+
+def as_input(name: str, x: Any, extent: Sequence[int | None]) -> Any:
+    """The array that a program takes; TypeError or ValueError for what it does not."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; wanted a float32 tensor")
+    sizes = ", ".join("any" if n is None else str(n) for n in extent)
+    x = accept(name, x, f"({sizes})", x.dim() == len(extent))
+    if x.device.type != "cpu":
+        raise ValueError(f"{name} is on {x.device}, wanted the CPU")
+    return as_array(x)
+
+
+def check_constant(network: nn.Module, number: int, leaf: Any, wanted: Any) -> None:
+    """ValueError unless an argument that is no tensor is the one that the network was made with."""
+    if leaf != wanted:
+        raise ValueError(
+            f"{type(network).__name__}: argument number {number} is {leaf!r}; the network was "
+            f"captured with {wanted!r}, which is part of it now"
+        )
+
+
 def assemble(
     stages: Sequence[Stage],
     programs: Sequence[Program],
@@ -205,6 +260,7 @@ def assemble(
     outputs: Sequence[Any],
     specs: tuple[Any, Any],
     names: Sequence[str],
+    recipe: Mapping[str, Any],
 ) -> QuantizedModel:
     """A network from its parts; float_tensors are called "node.name"."""
     tensors = dict(float_tensors)
@@ -219,10 +275,26 @@ def assemble(
         tuple(inputs),
         constants,
         tuple(outputs),
-        (pytree.treespec_dumps(specs[0]), pytree.treespec_dumps(specs[1])),
+        (_spec_text(specs[0]), _spec_text(specs[1])),
         tuple(names),
+        recipe,
     )
     return QuantizedModel(layout, tensors)
+
+
+def _spec_text(spec: Any) -> str:
+    """A pytree spec as JSON; named tuples get the name that it asks for."""
+
+    def register(value: Any) -> bool:
+        kind = type(value)
+        named = isinstance(value, tuple) and hasattr(kind, "_fields")
+        if named and kind not in pytree.SUPPORTED_SERIALIZED_TYPES:
+            name = f"{kind.__module__}.{kind.__qualname__}"
+            pytree._register_namedtuple(kind, serialized_type_name=name)
+        return False
+
+    pytree.tree_leaves(pytree.tree_unflatten([0] * spec.num_leaves, spec), is_leaf=register)
+    return pytree.treespec_dumps(spec)
 
 
 # How torch's own kinds of values are written in a file; all others are encode.py's.
@@ -244,8 +316,10 @@ def encode_layout(layout: Layout) -> dict[str, Any]:
             "op": stage.op,
             "inputs": list(stage.inputs),
             "outputs": list(stage.outputs),
-            "attrs": {k: _encode(v) for k, v in stage.attrs.items() if k not in NOTES},
+            "attrs": {k: encode_value(v) for k, v in stage.attrs.items() if k not in NOTES},
             "program": stage.program,
+            "layer": stage.layer,
+            "why": stage.why,
         }
         for stage in layout.stages
     ]
@@ -253,10 +327,13 @@ def encode_layout(layout: Layout) -> dict[str, Any]:
         "stages": stages,
         "programs": list(layout.programs),
         "inputs": list(layout.inputs),
-        "constants": {k: _encode(v) for k, v in layout.constants.items()},
-        "outputs": [out if isinstance(out, str) else [_encode(out[1])] for out in layout.outputs],
+        "constants": {k: encode_value(v) for k, v in layout.constants.items()},
+        "outputs": [
+            out if isinstance(out, str) else [encode_value(out[1])] for out in layout.outputs
+        ],
         "specs": list(layout.specs),
         "names": list(layout.names),
+        "recipe": layout.recipe,
     }
 
 
@@ -268,8 +345,10 @@ def decode_layout(given: Any) -> Layout:
                 s["op"],
                 tuple(s["inputs"]),
                 tuple(s["outputs"]),
-                {k: _decode(v) for k, v in s["attrs"].items()},
+                {k: decode_value(v) for k, v in s["attrs"].items()},
                 s["program"],
+                s["layer"],
+                s["why"],
             )
             for s in given["stages"]
         )
@@ -277,13 +356,14 @@ def decode_layout(given: Any) -> Layout:
             stages,
             tuple(given["programs"]),
             tuple(given["inputs"]),
-            {k: _decode(v) for k, v in given["constants"].items()},
+            {k: decode_value(v) for k, v in given["constants"].items()},
             tuple(
-                out if isinstance(out, str) else ("constant", _decode(out[0]))
+                out if isinstance(out, str) else ("constant", decode_value(out[0]))
                 for out in given["outputs"]
             ),
             (given["specs"][0], given["specs"][1]),
             tuple(given["names"]),
+            given["recipe"],
         )
         _check(layout)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -291,18 +371,19 @@ def decode_layout(given: Any) -> Layout:
     return layout
 
 
-NOTES = ("folded",)  # of a graph, not needed to run it
+NOTES = ("folded", "norm")  # of a graph, not needed to run it
 
 
-def _encode(value: Any) -> Any:
+def encode_value(value: Any) -> Any:
+    """An attribute of a node as JSON; TypeError for what has no form there."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else {"float": str(value)}
     if isinstance(value, list | tuple):
-        return {type(value).__name__: [_encode(v) for v in value]}
+        return {type(value).__name__: [encode_value(v) for v in value]}
     if isinstance(value, dict):
-        return {"dict": {str(k): _encode(v) for k, v in value.items()}}
+        return {"dict": {str(k): encode_value(v) for k, v in value.items()}}
     if isinstance(value, Ref):
         return {"ref": value.index}
     if isinstance(value, Batch):
@@ -314,7 +395,8 @@ def _encode(value: Any) -> Any:
     raise TypeError(f"an operator takes {value!r:.80}, which has no form in a file")
 
 
-def _decode(given: Any) -> Any:
+def decode_value(given: Any) -> Any:
+    """The attribute again; ValueError for what `encode_value` does not write."""
     if not isinstance(given, dict):
         if isinstance(given, list):
             raise ValueError(f"wanted an object, got {given!r:.80}")
@@ -324,10 +406,10 @@ def _decode(given: Any) -> Any:
         case "float" if content in ("inf", "-inf", "nan"):
             return float(content)
         case "list" | "tuple":
-            values = [_decode(v) for v in content]
+            values = [decode_value(v) for v in content]
             return values if kind == "list" else tuple(values)
         case "dict":
-            return {k: _decode(v) for k, v in content.items()}
+            return {k: decode_value(v) for k, v in content.items()}
         case "ref" if type(content) is int and content >= 0:
             return Ref(content)
         case "batch" if type(content) is int:
@@ -344,7 +426,8 @@ def _check(layout: Layout) -> None:
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("names and specs are strings")
     for stage in layout.stages:
-        if not all(isinstance(name, str) for name in (*stage.inputs, *stage.outputs)):
+        texts = [*stage.inputs, *stage.outputs, stage.layer, stage.why]
+        if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{stage!r:.80}: names are strings")
         if missing := [name for name in stage.inputs if name not in known]:
             raise ValueError(f"{stage.outputs} takes {missing}, which no stage before it makes")

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from fastq.batches import Batches
 from fastq.capture import CannotCapture
-from fastq.convert import Selector
 from fastq.graph import Node, evaluate
 from fastq.network import Config, calibrate, call_of, prepare_model
 from fastq.prepare import Prepared, fake_quantize
+from fastq.swap import Selector
 from fastq.trace import Forward
 
 

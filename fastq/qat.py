@@ -1,0 +1,600 @@
+"""Quantization-aware training: a network that trains with the values that its integer program has.
+
+Each forward lowers the network with its present parameters and runs that program's steps, so every
+value that training sees is scale * (q - zero_point) of the integers that `convert` will give, and
+every output is the same bits. Beside each value runs a float surrogate, the same operation on those
+values with weights on their grid; its gradient is the value's, and zero where a value or a weight
+was clipped: the straight-through estimator (Bengio et al., 2013; Jacob et al., CVPR 2018).
+
+Batch norm is folded as it is deployed, with its running statistics. While these still move, the
+gradient also goes through the batch's statistics, as if they were corrected to the running ones:
+batch renormalization (Ioffe, NeurIPS 2017). Nothing is ever divided by the batch norm's weight.
+
+With learned=True, step sizes are parameters (LSQ: Esser et al., ICLR 2020).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastq import ops
+from fastq.batches import Batches
+from fastq.capture import capture
+from fastq.fuse import fold, fuse
+from fastq.graph import Node, evaluate, normalization
+from fastq.lower import MOVES, Region, inputs_first, lowered, outputs_first, weight_of
+from fastq.network import Config, build, calibrate, call_of, choose, forward_names, summarize
+from fastq.nn.network import QuantizedModel, as_input, check_constant, leaves_of
+from fastq.prepare import Prepared, Weight, prepare_graph, symmetric
+from fastq.program import OPERATIONS
+from fastq.qconfig import QConfig
+from fastq.qparams import FLT_MIN, QParams, choose_qparams, quantize_weight
+from fastq.recipe import read_recipe
+from fastq.swap import QuantizationSummary, Selector, leave_fast_path, summary
+from fastq.trace import Forward
+
+UNCLAMPED = (-math.inf, math.inf)
+AVERAGING = 0.01  # share of a training batch in a range; torch's constant for training
+
+
+def prepare_qat(
+    model: nn.Module,
+    data: Any = None,
+    *,
+    forward: Forward | None = None,
+    config: Config | None = None,
+    skip: Selector | Iterable[Selector] = (),
+    learned: bool = False,
+    progress: bool = True,
+) -> QATModel:
+    """A trainable copy of the model whose forward is the integer network's, bit for bit.
+
+    It is trained as the model would be: any loop, optimizer and scheduler; its parameters have the
+    model's names and, at first, values. `fastq.convert` makes the integer network of it.
+
+    model     a float model, or what `fastq.quantize_model` or `fastq.load` returned: its weights,
+              scales and zero points are then the start, and the first forward gives its outputs.
+    data      calibration data for a float model, as in `quantize_model`. Not for a quantized one.
+    forward, config, skip, progress   as in `quantize_model`; for a float model.
+    learned   whether the scales of weights and activations are parameters. Otherwise a weight's
+              scale follows the weight (a quantized model's stays), and in training mode the range
+              of an activation is the moving average of its smallest and largest value.
+
+    Dropout is off, as it is when the network is deployed. Float32, on the CPU.
+
+    Raises TypeError for a model or data of a wrong kind; ValueError if nothing can become int8;
+    CannotCapture if torch.export cannot follow the model.
+    """
+    if isinstance(model, QuantizedModel):
+        if data is not None or config is not None or skip:
+            raise TypeError(
+                "prepare_qat: got data, config or skip with a quantized model, which has its "
+                "ranges, bits and layers already; wanted prepare_qat(quantized)"
+            )
+        prepared = read_recipe(model)
+        return QATModel(prepared, _parts(prepared), model.layout.names, summary(model), learned)
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule | QATModel):
+        raise TypeError(
+            f"prepare_qat: got {type(model).__name__}; wanted a float torch.nn.Module, not "
+            "scripted or prepared already, or what quantize_model returned"
+        )
+    if data is None:
+        raise TypeError(
+            "prepare_qat: a float model wants data to follow it with and to find the first ranges, "
+            "such as a batch of training inputs: prepare_qat(model, images[:64])"
+        )
+    batches = Batches(data)
+    args, kwargs = call_of(model, batches.first(), forward)
+    wanted = choose(model, config, skip)
+    twin = copy.deepcopy(model).eval()
+    leave_fast_path(twin)
+    captured = capture(twin, args, kwargs)
+    fuse(captured.graph)
+    prepared = prepare_graph(captured, lambda node: wanted.get(node.layer, QConfig()))
+    if not prepared.regions:
+        raise ValueError(f"prepare_qat: nothing in this {type(model).__name__} can become int8")
+    calibrate(prepared, model, batches, forward, progress=progress)
+    report = summarize(prepared, model)
+    return QATModel(prepared, twin, forward_names(model), report, learned)
+
+
+def convert(model: nn.Module) -> QuantizedModel:
+    """The integer network of a model from `prepare_qat`, also inside DistributedDataParallel.
+
+    Its outputs are those of the trained model in eval mode, the same bits. The model stays as it
+    is and may be trained on. TypeError for another model.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    if not isinstance(model, QATModel):
+        raise TypeError(
+            f"convert: got {type(model).__name__}; wanted what fastq.prepare_qat returned. "
+            "fastq.quantize_model makes an integer network of a float one"
+        )
+    return model.converted()
+
+
+class QATModel(nn.Module):
+    """A network with the values of its integer program and the gradients of a float one.
+
+    `fastq.prepare_qat` makes it. Parameters and buffers have the float model's names; what belongs
+    to the quantization is under "fastq.", called as in the program: "fastq.conv2d_u8.scale" is
+    a value's, "fastq.conv2d_s8.scale" a weight's.
+
+    In training mode a forward moves the running statistics of batch norms and, unless scales are
+    learned, the ranges of activations; both from the next forward on. `freeze_batch_norm` and
+    `freeze_ranges` end that: well before the end of a training, for both are deployed as they are
+    then.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        model: nn.Module,
+        names: Sequence[str],
+        report: QuantizationSummary,
+        learned: bool,
+    ) -> None:
+        super().__init__()
+        if "fastq" in model._modules:
+            raise ValueError("prepare_qat: the model has a module 'fastq'; wanted another name")
+        for name, module in model._modules.items():
+            self.add_module(name, module)
+        for name, parameter in model._parameters.items():
+            self.register_parameter(name, parameter)
+        for name, buffer in model._buffers.items():
+            self.register_buffer(name, buffer, name not in model._non_persistent_buffers_set)
+        self._prepared, self._names, self._report = prepared, list(names), report
+        self._norms_move = self._ranges_move = True
+        named = self._named()
+        self._places = {node: _places(node, named) for node in prepared.graph}
+        self.fastq = nn.ModuleDict()
+        for stands in prepared.stand_ins():
+            centered = stands in prepared.ranges.symmetric
+            self.fastq[f"{stands.name}_u8"] = _Range(prepared.qparams(stands), centered, learned)
+        for node in prepared.layers():
+            if learned or node in prepared.chosen:
+                self.fastq[f"{node.name}_s8"] = _Steps(_first_steps(prepared, node), learned)
+        prepared.forget()
+        self.train()
+
+    def freeze_batch_norm(self) -> QATModel:
+        """Keep the running statistics of batch norms, and let no gradient through a batch's."""
+        self._norms_move = False
+        return self
+
+    def freeze_ranges(self) -> QATModel:
+        """Keep the ranges of activations. Learned scales are parameters, and go on."""
+        self._ranges_move = False
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What `convert(self)` returns for these arguments, the same bits, with a gradient.
+
+        float32 tensors on the CPU, as the float model took them; under autocast too. TypeError
+        and ValueError for other arguments.
+        """
+        captured = self._prepared.captured
+        leaves = leaves_of(self, args, kwargs, captured.in_spec, captured.arguments, self._names)
+        values: dict[Node, Any] = {}
+        for i, (wanted, leaf) in enumerate(zip(captured.arguments, leaves, strict=True)):
+            if isinstance(wanted, Node):
+                values[wanted] = leaf
+            else:
+                check_constant(self, i, leaf, wanted)
+        batch = next((len(x) for x in leaves if isinstance(x, Tensor) and x.dim()), 1)
+        one = _Pass(self, values, batch)
+        for node in captured.graph:
+            if node.op != "input":
+                values[node] = one.value(node)
+        one.finish()
+        outputs = [values[v] if isinstance(v, Node) else v for v in captured.graph.outputs]
+        return pytree.tree_unflatten(outputs, captured.out_spec)
+
+    def converted(self) -> QuantizedModel:
+        """The integer network: see `fastq.convert`."""
+        with torch.no_grad():
+            self._deploy(self._tensors())
+        return build(self._prepared, self._names, self._report)
+
+    def _named(self) -> dict[str, Tensor]:
+        """All parameters and buffers; a tensor with several names has each."""
+        return dict(
+            itertools.chain(
+                self.named_buffers(remove_duplicate=False),
+                self.named_parameters(remove_duplicate=False),
+            )
+        )
+
+    def _tensors(self) -> dict[Node, dict[str, Tensor]]:
+        """The parameters of each node, before a batch norm is folded."""
+        named = self._named()
+        return {
+            node: {
+                key: places[key].find(named) if key in places else tensor
+                for key, tensor in (node.origin or node.tensors).items()
+            }
+            for node, places in self._places.items()
+        }
+
+    def _deploy(self, tensors: Mapping[Node, dict[str, Tensor]]) -> dict[Node, dict[str, Tensor]]:
+        """Lets the graph have the present parameters and scales; returns its tensors as functions
+        of the parameters."""
+        prepared = self._prepared
+        deployed = {node: _folded(node, given) for node, given in tensors.items()}
+        for node, own in deployed.items():
+            node.tensors = {key: tensor.detach() for key, tensor in own.items()}
+        for node in prepared.ranges.parent:
+            moving = self._range(node)
+            if moving is not None and prepared.ranges.find(node) is node:
+                prepared.set_qparams(node, moving.qparams())
+        for node in prepared.layers():
+            prepared.chosen[node] = self._weight(node)
+        return deployed
+
+    def _range(self, node: Node) -> _Range | None:
+        """The range of a value; None if it is fixed."""
+        name = f"{self._prepared.ranges.find(node).name}_u8"
+        return getattr(self.fastq, name, None)
+
+    def _steps(self, node: Node) -> Tensor | None:
+        """The scale of a layer's weight if it is state, not a function of the weight."""
+        name = f"{node.name}_s8"
+        return getattr(getattr(self.fastq, name, None), "scale", None)
+
+    def _weight(self, node: Node) -> Weight:
+        """The int8 weight of a layer and its scale, outputs first."""
+        real, config = weight_of(node).numpy(), self._prepared.configs(node)
+        steps = self._steps(node)
+        if steps is None:
+            return quantize_weight(real, range=config.weight_range, bits=config.weight_bits)
+        scale, limit = steps.detach().clamp(min=FLT_MIN).numpy(), _limit(config)
+        data = np.rint(real / scale.reshape(-1, *[1] * (real.ndim - 1)))
+        return np.clip(data, -limit, limit).astype(np.int8), scale
+
+
+def _parts(prepared: Prepared) -> nn.Module:
+    """The parameters of a graph as a module, under the names of the layers that they are of.
+
+    The tensors of constants and of torch's other operators are no parameters.
+    """
+    root = nn.Module()
+    for node in prepared.graph:
+        if not node.tensors or node.op in ("constant", "aten"):
+            continue
+        part = _submodule(root, node.layer or node.name)
+        same = part._parameters.keys() & node.tensors.keys()
+        if any(not torch.equal(part.get_parameter(key), node.tensors[key]) for key in same):
+            part = _submodule(root, node.name)  # the module has several weights of its own
+            same = set()
+        for key, tensor in node.tensors.items():
+            if key not in same:
+                part.register_parameter(key, nn.Parameter(tensor))
+            node.tensors[key] = part.get_parameter(key).detach()  # one of a layer called twice
+    return root
+
+
+def _submodule(root: nn.Module, path: str) -> nn.Module:
+    """The submodule of this name, made if there is none."""
+    for name in path.split("."):
+        if name not in root._modules:
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    return root
+
+
+def _first_steps(prepared: Prepared, node: Node) -> Tensor:
+    """The scale of a layer's weight that training starts from."""
+    data, scale = prepared.weight(node)
+    empty = ~data.any(axis=tuple(range(1, data.ndim)))
+    if empty.any() and node.origin:  # a batch norm's weight of 0 says nothing; the layer's own does
+        own = outputs_first(node, node.origin["weight"]).numpy()
+        scale = np.where(
+            empty, quantize_weight(own, bits=prepared.configs(node).weight_bits)[1], scale
+        )
+    return torch.from_numpy(scale.copy())
+
+
+def _limit(config: QConfig) -> int:
+    """The largest magnitude of a weight, in steps."""
+    return int(2 ** (config.weight_bits - 1) - 1)
+
+
+def _folded(node: Node, given: Mapping[str, Tensor], *affine: Tensor) -> dict[str, Tensor]:
+    """The tensors that a node has in the integer network: with its batch norm, by default that of
+    the running statistics, folded into it."""
+    if "norm" not in node.attrs:
+        return dict(given)
+    factor, shift = affine or normalization(node.attrs["norm"]["eps"], given)
+    if node.op == "affine":
+        return {"factor": factor, "shift": shift}
+    return fold(node, given, factor, shift)
+
+
+class _Pass:
+    """One forward: the integers of each value, and beside them what has the gradient."""
+
+    def __init__(self, model: QATModel, values: dict[Node, Any], batch: int) -> None:
+        self.model, self.prepared = model, model._prepared
+        self.values, self.batch = values, batch
+        # for a gradient or for statistics; otherwise the integers are enough
+        self.follows = torch.is_grad_enabled() or model.training
+        self.given = model._tensors()
+        with torch.autocast("cpu", enabled=False):
+            self.tensors = model._deploy(self.given)
+            self.runs: dict[Node, _Run] = {}
+            for region in self.prepared.regions:
+                self.runs |= dict.fromkeys(region.nodes, _Run(self.prepared, region))
+        self.watched = self.prepared.ranges.watched()
+        self.seen: dict[Node, list[Tensor]] = {}
+        self.statistics: list[Callable[[], None]] = []
+
+    def value(self, node: Node) -> Any:
+        """The value of a node, of which all inputs are known."""
+        run = self.runs.get(node)
+        if run is None:
+            stand_in = replace(node, tensors=self.tensors[node])
+            with torch.autocast("cpu", enabled=False):  # as the integer network computes it
+                return evaluate(stand_in, [self.values[v] for v in node.inputs], self.batch)
+        for v in node.inputs:
+            if v not in run.values:  # it comes from without
+                run.take(v, self.values[v])
+                run.values[v] = self.on_grid(run, v, self.values[v]) if self.follows else None
+        if self.follows:
+            y = self.surrogate(node, [run.values[v] for v in node.inputs])
+            run.values[node] = self.on_grid(run, node, y)
+        else:
+            run.values[node] = run.real(node) if node in run.region.outputs else None
+        return run.values[node]
+
+    def surrogate(self, node: Node, inputs: list[Tensor]) -> Tensor:
+        """The float operation, on values of the grid, with weights of the grid."""
+        if node.op == "constant":
+            return self.tensors[node]["value"]
+        tensors = self.tensors[node]
+        with torch.autocast("cpu", enabled=False):
+            if "norm" in node.attrs and self.model.training and self.model._norms_move:
+                tensors = self.renormalized(node, inputs[0])
+            if node in self.prepared.chosen:
+                tensors = {**tensors, "weight": self.weight_on_grid(node, tensors["weight"])}
+        return evaluate(replace(node, tensors=tensors), inputs, self.batch)
+
+    def renormalized(self, node: Node, x: Tensor) -> dict[str, Tensor]:
+        """The deployed tensors with the gradient of this batch's mean and variance; these are
+        kept for the running ones."""
+        given, norm = self.given[node], node.attrs["norm"]
+        if node.op != "affine":
+            product = replace(node, tensors=given, attrs={**node.attrs, "clamp": UNCLAMPED})
+            x = evaluate(product, [x])
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        count = x.numel() // x.shape[1]
+        if count < 2:
+            raise ValueError(
+                f"{node.layer}: one value per channel, of input {tuple(x.shape)}; a batch norm "
+                "wants more while its statistics move: see freeze_batch_norm"
+            )
+        variance, mean = torch.var_mean(x.double(), axes, correction=0)
+        running = {key: given[key].double() for key in ("running_mean", "running_var")}
+        deviation = (variance + norm["eps"]).sqrt()
+        wanted = (running["running_var"] + norm["eps"]).sqrt()
+        ratio = (deviation / wanted).detach()
+        offset = ((mean - running["running_mean"]) / wanted).detach()
+        factor = ratio / deviation
+        if "norm_weight" in given:
+            factor = factor * given["norm_weight"].double()
+            offset = offset * given["norm_weight"].double()
+        shift = offset - mean * factor
+        if "norm_bias" in given:
+            shift = shift + given["norm_bias"].double()
+
+        def move() -> None:
+            unbiased = variance * (count / (count - 1))
+            given["running_mean"].lerp_(mean.to(given["running_mean"].dtype), norm["momentum"])
+            given["running_var"].lerp_(unbiased.to(given["running_var"].dtype), norm["momentum"])
+
+        self.statistics.append(move)
+        return _folded(node, given, factor, shift)
+
+    def weight_on_grid(self, node: Node, weight: Tensor) -> Tensor:
+        data, scale = self.prepared.chosen[node]
+        steps = torch.from_numpy(scale).reshape(-1, *[1] * (data.ndim - 1))
+        limit = _limit(self.prepared.configs(node))
+        result = _OnGrid.apply(
+            outputs_first(node, weight), self.model._steps(node),
+            lambda: torch.from_numpy(data) * steps, steps, -limit, limit, data[0].size,
+        )  # fmt: skip
+        return inputs_first(node, result)
+
+    def on_grid(self, run: _Run, node: Node, value: Tensor) -> Tensor:
+        """What the integers of a node are, with the gradient of `value`."""
+        if run.ends_float(node):
+            return _OnGrid.apply(value, None, partial(run.real, node), 1.0, -math.inf, math.inf, 1)
+        stands = self.watched.get(node)
+        if stands is not None:
+            self.seen.setdefault(stands, []).append(value.detach())
+        qparams, moving = self.prepared.qparams(node), self.model._range(node)
+        # what is moved is on the grid already: its scale is learned where it was made
+        learned = None if moving is None or node.op in MOVES else moving.scale
+        low = -int(qparams.zero_point)
+        return _OnGrid.apply(
+            value, learned, partial(run.real, node), float(qparams.scale), low, low + 255,
+            value[:1].numel(),
+        )  # fmt: skip
+
+    def finish(self) -> None:
+        """Moves what moves in training: from the next forward on."""
+        model = self.model
+        if not model.training:
+            return
+        with torch.no_grad():
+            for move in self.statistics:
+                move()
+            for stands, tensors in self.seen.items():
+                moving = model._range(stands)
+                if moving is not None and model._ranges_move:
+                    moving.follow(tensors)
+
+
+class _Run:
+    """The integers of one region, computed as they are asked for.
+
+    values  of its nodes and of what it takes, as training sees them.
+    """
+
+    def __init__(self, prepared: Prepared, region: Region) -> None:
+        self.prepared, self.region = prepared, region
+        self.lowered = lowered(
+            region, prepared.qparams, prepared.weight, prepared.captured.any_extent
+        )
+        self.steps = {step.name: step for step in self.lowered.program.steps}
+        self.arrays: dict[str, Any] = {}
+        self.values: dict[Node, Any] = {}
+
+    def take(self, node: Node, x: Any) -> None:
+        """The float value of an input."""
+        if node.op != "constant":
+            program = self.lowered.program
+            extent = program.extents[program.inputs.index(node.name)]
+            given = x.detach() if isinstance(x, Tensor) else x
+            self.arrays[node.name] = as_input(f"QATModel: {node.name}", given, extent)
+
+    def array(self, name: str) -> Any:
+        if name not in self.arrays:
+            step = self.steps[name]
+            inputs = map(self.array, step.inputs)
+            self.arrays[name] = OPERATIONS[step.op].run(ops, step, *inputs)
+        return self.arrays[name]
+
+    def ends_float(self, node: Node) -> bool:
+        """Whether the program has this value in float32: nobody in it takes it."""
+        return bool(self.array(self.lowered.names[node]).dtype == np.float32)
+
+    def real(self, node: Node) -> Tensor:
+        """The value of a node, its axes as torch has them: scale * (q - zero_point)."""
+        name = self.lowered.names[node]
+        axes = self.lowered.axes[name]
+        steps = torch.from_numpy(self.array(name))
+        steps = steps.permute([axes.index(d) for d in range(len(axes))])
+        if steps.dtype == torch.float32:
+            return steps
+        qparams = self.prepared.qparams(node)
+        return (steps.float() - float(qparams.zero_point)) * float(qparams.scale)
+
+
+class _OnGrid(torch.autograd.Function):
+    """real(), a tensor of the grid, instead of x that was rounded to it: the gradient is x's where
+    x is within the grid, from `low` to `high` steps of width `step`, and 0 beyond.
+
+    scale  the step as a parameter, or None; its gradient is LSQ's (equations 3 and 5), scaled by
+           1 / sqrt(count * (steps on the longer side of 0)), with `count` values that share it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor | None, real: Callable[[], Tensor],
+        step: Any, low: float, high: float, count: int,
+    ) -> Tensor:  # fmt: skip
+        steps = x.float() / step
+        inside = (steps >= low - 0.5) & (steps <= high + 0.5)  # what rounds to a step of the grid
+        if ctx.needs_input_grad[1]:
+            slope = torch.where(inside, steps.round() - steps, steps.clamp(low, high))
+            ctx.save_for_backward(inside, slope)
+            ctx.share, ctx.shape = (count * max(high, -low)) ** -0.5, scale.shape
+        else:
+            ctx.save_for_backward(inside)
+        return real()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        inside, *slope = ctx.saved_tensors
+        learned = None
+        if slope:
+            learned = (grad * slope[0] * ctx.share).reshape(*ctx.shape, -1).sum(-1)
+        return grad * inside, learned, None, None, None, None, None
+
+
+class _Range(nn.Module):
+    """The scale and zero point of a value; learned, or following the values of training.
+
+    ends  the smallest and the largest value: what moves, for steps are too coarse to.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    ends: Tensor
+
+    def __init__(self, qparams: QParams, centered: bool, learned: bool) -> None:
+        super().__init__()
+        scale, zero_point = float(qparams.scale), int(qparams.zero_point)
+        self.centered, self.learned = centered, learned
+        if learned:
+            self.scale = nn.Parameter(torch.tensor(scale))
+        else:
+            self.register_buffer("scale", torch.tensor(scale))
+        self.register_buffer("zero_point", torch.tensor(zero_point, dtype=torch.int32))
+        self.register_buffer("ends", torch.tensor([-zero_point, 255 - zero_point]) * scale)
+
+    def qparams(self) -> QParams:
+        scale = np.float32(max(self.scale.item(), FLT_MIN))
+        return QParams(scale, np.int32(self.zero_point.item()))
+
+    def follow(self, tensors: list[Tensor]) -> None:
+        """Take a batch's values into account."""
+        lows, highs = zip(*(torch.aminmax(x.float()) for x in tensors), strict=True)
+        ends = torch.stack([torch.stack(lows).min(), torch.stack(highs).max()])
+        if self.learned or not bool(ends.isfinite().all()):
+            return
+        self.ends.lerp_(ends, AVERAGING)
+        found = choose_qparams(*self.ends.numpy())
+        found = symmetric(found) if self.centered else found
+        self.scale.fill_(float(found.scale))
+        self.zero_point.fill_(int(found.zero_point))
+
+
+class _Steps(nn.Module):
+    """The scale of a layer's weight, per output: a parameter, or what a quantized model had."""
+
+    scale: Tensor
+
+    def __init__(self, scale: Tensor, learned: bool) -> None:
+        super().__init__()
+        if learned:
+            self.scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("scale", scale)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a node's tensor is: a parameter or buffer, or a view of it with these strides."""
+
+    name: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def find(self, named: Mapping[str, Tensor]) -> Tensor:
+        tensor = named[self.name]
+        if tensor.shape == self.shape and tensor.stride() == self.strides:
+            return tensor
+        return tensor.as_strided(self.shape, self.strides)
+
+
+def _places(node: Node, named: Mapping[str, Tensor]) -> dict[str, _Place]:
+    """The place of each of a node's tensors that is the network's own."""
+    at = {(own.data_ptr(), own.numel()): name for name, own in named.items() if own.numel()}
+    return {
+        key: _Place(at[place], tuple(tensor.shape), tensor.stride())
+        for key, tensor in (node.origin or node.tensors).items()
+        if (place := (tensor.data_ptr(), tensor.numel())) in at
+    }
