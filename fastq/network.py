@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -102,25 +102,6 @@ def choose(
     return chosen
 
 
-class _Arguments:
-    """The flat arguments of each batch, as often as they are asked for."""
-
-    def __init__(self, model: nn.Module, batches: Batches, forward: Forward | None) -> None:
-        self.model, self.batches, self.forward = model, batches, forward
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        for batch in self.batches:
-            yield pytree.tree_leaves(call_of(self.model, batch, self.forward))
-
-    def __len__(self) -> int:
-        if self.batches.total is None:
-            raise TypeError("the number of batches is not known")
-        return self.batches.total
-
-    def __contains__(self, item: object) -> bool:
-        return False
-
-
 def calibrate(
     prepared: Prepared,
     model: nn.Module,
@@ -131,9 +112,9 @@ def calibrate(
     progress: bool = True,
 ) -> None:
     """Run the float network on all batches and watch its values; then the remedies."""
-    data = _Arguments(model, batches, forward)
+    data = (pytree.tree_leaves(call_of(model, batch, forward)) for batch in batches)
     try:
-        apply_remedies(prepared, data, remedies, progress=progress)
+        apply_remedies(prepared, data, remedies, total=batches.total, progress=progress)
     except Exception as error:
         error.add_note("quantize_model ran the float network on the calibration data")
         raise

@@ -59,10 +59,11 @@ def calibrate(
     batches: Iterable[Batch],
     remedies: Remedies = DEFAULT,
     *,
+    total: int | None = None,
     progress: bool = False,
 ) -> None:
     """Observe the network's values on the batches, which are read once, and apply these remedies, a
-    name or several.
+    name or several. The progress bar counts to `total` batches.
 
     Raises TypeError and ValueError for names that are none.
     """
@@ -73,7 +74,7 @@ def calibrate(
     for remedy in chosen:
         if remedy.first:
             remedy.apply(prepared, sample, progress)
-    for arguments in bar(itertools.chain(sample, rest), "calibrate", progress):
+    for arguments in bar(itertools.chain(sample, rest), "calibrate", progress, total):
         prepared.observe(arguments)
     for remedy in chosen:
         if not remedy.first:
@@ -114,9 +115,9 @@ def remedy_names(remedies: Remedies) -> tuple[str, ...]:
     return tuple(name for name in REMEDIES if name in given)
 
 
-def bar(items: Any, title: str, progress: bool) -> Any:
+def bar(items: Any, title: str, progress: bool, total: int | None = None) -> Any:
     """A progress bar, if wanted and standard error is a terminal."""
-    return tqdm(items, title, disable=None if progress else True)
+    return tqdm(items, title, total, disable=None if progress else True)
 
 
 # ------------------------------------------------------------------------------------ equalization
@@ -361,13 +362,13 @@ def bias_correction(prepared: Prepared, sample: Sequence[Batch], progress: bool 
 
     Source: M. Nagel et al., 2019, arXiv:1906.04721, section 4.2, on data as in its appendix D.
     """
+    count = len(prepared.layers())
     with torch.no_grad():
-        for node, sides in bar(walk(prepared, sample), "correct biases", progress):
+        for node, sides in bar(walk(prepared, sample), "correct biases", progress, count):
             for side in sides:
                 side.made = _simulated(prepared, node, side.inputs)
             errors = [_by_channel(node, s.wanted - s.made).double() for s in sides]
-            count = sum(error.shape[1] for error in errors)
-            shift = torch.stack([error.sum(1) for error in errors]).sum(0) / max(count, 1)
+            shift = torch.cat(errors, 1).mean(1)
             prepared.biases[node] = _bias(prepared, node) + shift.float()
             for side in sides:
                 side.made += _along(shift.float(), side.made, _channel_axis(node, side.made))
@@ -382,8 +383,9 @@ def batch_norm(prepared: Prepared, sample: Sequence[Batch], progress: bool = Fal
     Source: I. Hubara et al., Improving Post Training Neural Quantization: Layer-wise Calibration
     and Integer Programming, 2020, arXiv:2006.10518, section 3.4 (batch normalization tuning).
     """
+    count = len(prepared.layers())
     with torch.no_grad():
-        for node, sides in bar(walk(prepared, sample), "re-estimate", progress):
+        for node, sides in bar(walk(prepared, sample), "re-estimate", progress, count):
             got, wanted = [], []
             for side in sides:
                 add = side.inputs[1] if len(side.inputs) == 2 else 0.0
@@ -476,11 +478,9 @@ def _fit(
 ) -> None:
     """Let choose(prepared, node, rows) give the integers (G, N / G, K) and scales (G, N / G) of
     each layer, then the scale and the bias that fit them best."""
-    layers = walk(prepared, sample)
-    with torch.no_grad(), bar(None, title, progress) as shown:
-        shown.reset(len(prepared.layers()))
-        for node, sides in layers:
-            shown.update()
+    count = len(prepared.layers())
+    with torch.no_grad():
+        for node, sides in bar(walk(prepared, sample), title, progress, count):
             if node.op == "conv_transpose2d":
                 continue  # its products are no patches of the input
             rows = _rows(node, sides)
@@ -556,6 +556,7 @@ def _gptq(prepared: Prepared, node: Node, rows: Rows) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q).scatter_(2, column, q).float(), scale
 
 
+ADAROUND_RATE = 0.01
 ADAROUND_STEPS = 1000
 ADAROUND_SECONDS = 20.0  # for a layer at most
 ADAROUND_ROWS = 512  # in a step
@@ -583,7 +584,7 @@ def _adaround(prepared: Prepared, node: Node, rows: Rows) -> tuple[Tensor, Tenso
     bias = rows.wanted.mean(0) - torch.einsum("gk,gnk->gn", rows.x.mean(0), weight).flatten()
     rest = (steps - floor).clamp(0.01, 0.99)
     share = ((rest + 0.1) / 1.2).logit().requires_grad_()
-    optimizer = torch.optim.Adam([share], lr=1e-2)
+    optimizer = torch.optim.Adam([share], lr=ADAROUND_RATE)
     generator = torch.Generator().manual_seed(0)
     # the error of rounding to nearest is 1: the pressure means the same for all layers
     nearest = (steps.round() - steps) * scale[..., None]
