@@ -95,9 +95,7 @@ def measure(
         )  # fmt: skip
 
 
-def quantized(
-    model: nn.Module, data: list[Tensor], names: str, config: fastq.QConfig
-) -> nn.Module:
+def quantized(model: nn.Module, data: list[Tensor], names: str, config: fastq.QConfig) -> nn.Module:
     """The model in integers; names are remedies with + between them, or "none"."""
     prepared: Prepared = prepare_model(model, [data[0]], config=config)
     calibrate(prepared, [[batch] for batch in data], names.split("+") if names != "none" else ())
