@@ -33,9 +33,14 @@ def cli() -> None:
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     help="Where to save the int8 parameters.  [default: a new temporary directory]",
 )
+@click.option("--qat", is_flag=True, help="Train the quantized lenet as well: load, train, save.")
 @extra("demo")
-def demo(network: str, output: Path | None) -> None:
+def demo(network: str, output: Path | None, qat: bool) -> None:
     """Quantize a real network, save it, load it back, and compare it with float32."""
+    if qat and network != "lenet":
+        raise click.BadParameter(
+            f"there is nothing here to train {network} with", param_hint="--qat"
+        )
     if output and not output.parent.is_dir():
         raise click.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
 
@@ -45,9 +50,44 @@ def demo(network: str, output: Path | None) -> None:
 
     task = TASKS[network]()
     path = output or Path(tempfile.mkdtemp(prefix="fastq-")) / f"{network}-int8.safetensors"
-    comparison = compare(task, path)
+    comparison = compare(task, path, qat=qat)
     click.echo(f"int8 parameters: {path}")
     Console().print(table(comparison))
+
+
+@cli.command()
+@click.option(
+    "--network",
+    type=click.Choice(["lenet", "efficientnet-lite0"]),
+    default="lenet",
+    show_default=True,
+    help="The demo's networks and images; fastq.report(...) takes your own.",
+)
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    default="report.html",
+    show_default=True,
+    help="The HTML file; the same as Markdown is written beside it.",
+)
+@extra("demo")
+def report(network: str, output: Path) -> None:
+    """Write down what int8 costs a real network and gives it, layer by layer."""
+    if not output.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
+
+    from fastq.demo import TASKS
+
+    task = TASKS[network]()
+    fastq.report(
+        task.network,
+        fastq.quantize_model(task.network, task.calibration),
+        task.images.split(32),
+        labels=task.labels,
+        path=output,
+        title=f"{task.title}: int8 beside float32",
+    )
+    click.echo(f"{output}\n{output.with_suffix('.md')}")
 
 
 @cli.command(

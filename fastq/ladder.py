@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from fastq.layerwise import sensitivity
 from fastq.remedies import DEFAULT, remedy_names
-from fastq.sensitivity import sensitivity
 
 Build = Callable[[tuple[str, ...], tuple[str, ...]], nn.Module]
 
@@ -61,7 +61,7 @@ def climb(
     Raises ValueError for a negative max_drop or data that can be read once only.
     """
     if not max_drop >= 0:
-        raise ValueError(f"max_drop={max_drop}; wanted at least 0, in the units of evaluate's score")
+        raise ValueError(f"max_drop={max_drop}; wanted at least 0, in the score's units")
     if iter(data) is data:
         raise ValueError(
             f"calibration_data is a {type(data).__name__}, which can be read once only; a search "

@@ -12,16 +12,6 @@ from torch.utils import _pytree as pytree
 
 from fastq.batches import Batches, arguments_of
 from fastq.capture import CannotCapture, capture
-from fastq.convert import (
-    ASKED,
-    LISTED,
-    QuantizationSummary,
-    Row,
-    Selector,
-    leave_fast_path,
-    module_names,
-    select,
-)
 from fastq.fuse import fuse
 from fastq.graph import Node
 from fastq.lower import Region
@@ -31,6 +21,16 @@ from fastq.qconfig import QConfig
 from fastq.recipe import write_recipe
 from fastq.remedies import Remedies
 from fastq.remedies import calibrate as apply_remedies
+from fastq.swap import (
+    ASKED,
+    LISTED,
+    QuantizationSummary,
+    Row,
+    Selector,
+    leave_fast_path,
+    module_names,
+    select,
+)
 from fastq.trace import Forward
 
 Config = QConfig | Mapping[Selector, QConfig | None]
@@ -192,13 +192,13 @@ def build(prepared: Prepared, names: Sequence[str], report: QuantizationSummary)
             tensors |= {f"{item.name}.{k}": v.clone() for k, v in item.tensors.items()}
     recipe, kept = write_recipe(prepared)
     tensors |= kept
-    inputs = [node.name if isinstance(node, Node) else None for node in captured.arguments]
+    arguments = [node.name if isinstance(node, Node) else None for node in captured.arguments]
     outputs = [v.name if isinstance(v, Node) else ("constant", v) for v in graph.outputs]
     constants = {
         str(i): leaf for i, leaf in enumerate(captured.arguments) if not isinstance(leaf, Node)
     }
     network = assemble(
-        stages, prepared.programs(), tensors, inputs, constants, outputs,
+        stages, prepared.programs(), tensors, arguments, constants, outputs,
         (captured.in_spec, captured.out_spec), names, recipe,
     )  # fmt: skip
     network._fastq_summary = report  # type: ignore[assignment]

@@ -22,6 +22,7 @@ from fastq.qconfig import QConfig
 from fastq.qparams import QParams, quantize_weight
 
 WEIGHTED = ("conv2d", "linear", "conv_transpose2d")
+DEFAULT = QConfig()
 Weight = tuple[Any, Any]  # (int8 data, float32 scale per output)
 
 
@@ -96,17 +97,11 @@ class Prepared:
             self._qparams[stands] = found
         return found
 
-    def quantized(self) -> list[Node]:
-        """The nodes that stand for the ranges that the programs need; not the fixed ones."""
-        asked: dict[Node, None] = {}
-
-        def ask(node: Node) -> QParams:
-            asked[self.ranges.find(node)] = None
-            return self.qparams(node)
-
-        for region in self.regions:
-            lower(region, ask, self.weight, self.captured.any_extent)
-        return [node for node in asked if node not in self.ranges.fixed]
+    def stand_ins(self) -> list[Node]:
+        """The nodes that stand for the ranges of quantized values, but for fixed ranges."""
+        values = self.quantized_values()
+        found = dict.fromkeys(self.ranges.find(node) for node in self.graph if node in values)
+        return [node for node in found if node not in self.ranges.fixed]
 
     def set_qparams(self, node: Node, qparams: QParams) -> None:
         """Let a value have this quantization, until more is observed."""
@@ -197,7 +192,7 @@ def prepare(
     args: Iterable[Any],
     kwargs: Mapping[str, Any] | None = None,
     *,
-    config: QConfig | Callable[[Node], QConfig | None] = QConfig(),
+    config: QConfig | Callable[[Node], QConfig | None] = DEFAULT,
 ) -> Prepared:
     """Capture and fuse the network that `model(*args, **kwargs)` runs, ready to be calibrated.
 
@@ -211,7 +206,7 @@ def prepare(
 
 
 def prepare_graph(
-    captured: Captured, config: QConfig | Callable[[Node], QConfig | None] = QConfig()
+    captured: Captured, config: QConfig | Callable[[Node], QConfig | None] = DEFAULT
 ) -> Prepared:
     """`prepare` of a graph that was captured and fused."""
 
@@ -221,4 +216,4 @@ def prepare_graph(
     graph = captured.graph
     kept = {node: "as asked" for node in graph.nodes if asked(node) is None}
     regions, reasons = find_regions(graph, kept)
-    return Prepared(captured, regions, reasons, Ranges(regions), lambda n: asked(n) or QConfig())
+    return Prepared(captured, regions, reasons, Ranges(regions), lambda n: asked(n) or DEFAULT)

@@ -208,7 +208,7 @@ def profile(model: QuantizedModel, x: Any, *, passes: int = 20) -> Profile:
 
     _walk(model, x, watch)
     with torch.no_grad():
-        (call,) = _medians([lambda: model(*args, **kwargs)], passes)
+        (call,) = medians([lambda: model(*args, **kwargs)], passes)
     threads = executor.get_num_threads()
     return Profile(
         isa=isa.current(),
@@ -276,7 +276,7 @@ def _tensor_bytes(values: Iterable[Any]) -> int:
 def _float_step(
     model: QuantizedModel, stage: Stage, inputs: list[Any], batch: int, passes: int
 ) -> StepProfile:
-    (time,) = _medians([lambda: model.evaluate(stage, inputs, batch)], passes)
+    (time,) = medians([lambda: model.evaluate(stage, inputs, batch)], passes)
     return StepProfile(
         name=stage.outputs[0],
         layer=stage.layer,
@@ -300,7 +300,7 @@ def _integer_steps(bound: BoundProgram, arrays: list[Any], passes: int) -> list[
     rows = [run._replace(table=run.table[i : i + 1], patches=run.patches[:0])
             for i in range(len(run.table))]  # fmt: skip
     idle = run._replace(table=run.table[:0], patches=run.patches[:0])
-    nothing, *times = _medians([partial(executor.run, *one) for one in (idle, *rows)], passes)
+    nothing, *times = medians([partial(executor.run, *one) for one in (idle, *rows)], passes)
     addresses = run.table[:, executor.KERNEL].tolist()
     names = {address: name_of(kernel_at(address)) for address in set(addresses)}
     kernels: dict[int, list[KernelTime]] = {i: [] for i in range(len(program.steps))}
@@ -351,7 +351,7 @@ def _macs(step: Step, shapes: dict[str, tuple[int, ...]], apart: dict[str, str])
     return prod(shapes[step.name]) * weight.data[0].size
 
 
-def _medians(runs: list[Callable[[], Any]], passes: int) -> list[float]:
+def medians(runs: list[Callable[[], Any]], passes: int) -> list[float]:
     """Microseconds of each, all run in order again and again."""
     for run in runs:
         run()

@@ -4,7 +4,7 @@ second kind the integer weights and the biases, afterwards.
 
     cross_layer_equalization   channels of products that are clamped, averaged or pooled at most
     activation_equalization    channels of layer norms, and of batch norms that stand alone
-    gptq                       weights by least squares, rounded one after the other
+    gptq                       rounds weights one after the other, by least squares
     adaround                   rounds each weight to the side that it learns
     batch_norm                 scales and biases that give the outputs' float mean and variance
     bias_correction            biases that give the outputs' float mean
@@ -13,15 +13,16 @@ second kind the integer weights and the biases, afterwards.
 with the float values and the quantized ones side by side, so that each layer sees what the
 layers before it, remedies included, will give it, and makes up for their errors as well.
 
-The data are flat arguments of the network, as `Graph.run` takes them, in batches that can be read
-again and again.
+A batch is the flat arguments of the network, as `Graph.run` takes them. The remedies work on a
+sample, the first batches: it is walked as a whole, and bounded in memory.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -36,40 +37,68 @@ from fastq.lower import weight_of
 from fastq.prepare import WEIGHTED, Prepared, fake_quantize
 from fastq.qparams import quantize_weight
 
-Data = Collection[Sequence[Any]]
+Batch = Sequence[Any]
 Remedies = str | Iterable[str]
 
 DEFAULT = ("bias_correction",)
 
-WALK_BYTES = 2**28  # of the largest value of the network, over the batches that are walked at once
+SAMPLE_BYTES = 2**26  # of the network's largest value: 32 images for ResNet-50
 ROWS_BYTES = 2**27  # of the inputs of a layer's products that its weights are fitted to
 MAX_ROWS = 2**15
 
 
 class Remedy(NamedTuple):
-    """apply(prepared, data, progress); `first`: before the values are observed."""
+    """apply(prepared, sample, progress); `first`: before the values are observed."""
 
-    apply: Callable[[Prepared, Data, bool], None]
+    apply: Callable[[Prepared, Sequence[Batch], bool], None]
     first: bool = False
 
 
 def calibrate(
-    prepared: Prepared, data: Data, remedies: Remedies = DEFAULT, *, progress: bool = False
+    prepared: Prepared,
+    batches: Iterable[Batch],
+    remedies: Remedies = DEFAULT,
+    *,
+    progress: bool = False,
 ) -> None:
-    """Observe the network's values on the data, and apply these remedies, a name or several.
+    """Observe the network's values on the batches, which are read once, and apply these remedies, a
+    name or several.
 
     Raises TypeError and ValueError for names that are none.
     """
     names = remedy_names(remedies)
-    chosen = [REMEDIES[name] for name in REMEDIES if name in names]
+    chosen = [REMEDIES[name] for name in names]
+    rest = iter(batches)
+    sample = take_sample(prepared, rest) if chosen else []
     for remedy in chosen:
         if remedy.first:
-            remedy.apply(prepared, data, progress)
-    for arguments in bar(data, "calibrate", progress):
+            remedy.apply(prepared, sample, progress)
+    for arguments in bar(itertools.chain(sample, rest), "calibrate", progress):
         prepared.observe(arguments)
     for remedy in chosen:
         if not remedy.first:
-            remedy.apply(prepared, data, progress)
+            remedy.apply(prepared, sample, progress)
+
+
+def take_sample(prepared: Prepared, batches: Iterator[Batch]) -> list[Batch]:
+    """The next batches, until the network's largest value has SAMPLE_BYTES in them."""
+    largest = max(
+        (math.prod(n.shape) / n.shape[0] for n in prepared.quantized() if math.prod(n.shape)),
+        default=1.0,
+    )
+    sample: list[Batch] = []
+    total = 0.0
+    for arguments in batches:
+        sample.append(arguments)
+        total += 4 * largest * _size(arguments)
+        if total >= SAMPLE_BYTES:
+            break
+    return sample
+
+
+def _size(arguments: Batch) -> int:
+    """The number of images, or the like, in a batch."""
+    return next((len(x) for x in arguments if isinstance(x, Tensor) and x.dim()), 1)
 
 
 def remedy_names(remedies: Remedies) -> tuple[str, ...]:
@@ -89,7 +118,9 @@ def bar(items: Any, title: str, progress: bool) -> Any:
 # ------------------------------------------------------------------------------------ equalization
 
 
-def cross_layer_equalization(prepared: Prepared, data: Data, progress: bool = False) -> None:
+def cross_layer_equalization(
+    prepared: Prepared, sample: Sequence[Batch], progress: bool = False
+) -> None:
     """Divide the channels of a convolution's or linear layer's output, and multiply the weights of
     the layers that read them, so that all channels use the range that they share.
 
@@ -102,17 +133,19 @@ def cross_layer_equalization(prepared: Prepared, data: Data, progress: bool = Fa
     Weight Equalization and Bias Correction, 2019, arXiv:1906.04721. Weights have a scale for each
     output here, so the channel's range over the data stands for its row of weights.
     """
-    _equalize(prepared, data, ("conv2d", "linear"), progress)
+    _equalize(prepared, sample, ("conv2d", "linear"), progress)
 
 
-def activation_equalization(prepared: Prepared, data: Data, progress: bool = False) -> None:
+def activation_equalization(
+    prepared: Prepared, sample: Sequence[Batch], progress: bool = False
+) -> None:
     """The same for the outputs of a layer norm, or of a batch norm that stands alone, whose only
     readers are convolutions and linear layers: the scales go into the norm's own factors.
 
     Source: G. Xiao et al., SmoothQuant: Accurate and Efficient Post-Training Quantization for
     Large Language Models, 2022, arXiv:2211.10438, with its migration strength of 0.5.
     """
-    _equalize(prepared, data, ("layer_norm", "affine"), progress)
+    _equalize(prepared, sample, ("layer_norm", "affine"), progress)
 
 
 # Operations after which each channel is still itself, times the same factor.
@@ -121,7 +154,9 @@ _CHANNELS_PASS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_m
 _LARGEST_FACTOR = 1e4
 
 
-def _equalize(prepared: Prepared, data: Data, makers: Sequence[str], progress: bool) -> None:
+def _equalize(
+    prepared: Prepared, sample: Sequence[Batch], makers: Sequence[str], progress: bool
+) -> None:
     graph = prepared.graph
     pairs = {
         node: readers
@@ -136,7 +171,7 @@ def _equalize(prepared: Prepared, data: Data, makers: Sequence[str], progress: b
             peaks[node] = torch.maximum(peaks.get(node, seen), seen)
 
     with torch.no_grad():
-        for arguments in bar(data, "equalize", progress):
+        for arguments in bar(sample, "equalize", progress):
             graph.run(arguments, watch)
     for node, readers in pairs.items():
         factor = _factors(peaks[node], readers, node.attrs.get("clamp", (-math.inf, math.inf))[1])
@@ -165,9 +200,7 @@ def _factors(peak: Tensor, readers: Sequence[Node], bound: float) -> Tensor:
         factor = peak  # depthwise: a scale of its own for each channel's weights
     else:
         factor = (peak / weight).sqrt()
-    # as large as the largest channel was: the bias, and ReLU6's bound, stay in proportion
-    factor = factor * (peak / factor)[alive].amax() ** 0 if not bool(alive.any()) else factor
-    if alive.any():
+    if alive.any():  # the largest channel stays as large as it was
         factor = factor * (peak / factor)[alive].amax() / peak[alive].amax()
     if math.isfinite(bound):
         factor = torch.maximum(factor, peak / bound)
@@ -208,8 +241,11 @@ def _flattens(value: Node, reshape: Node) -> bool:
 
 def _by_channel(node: Node, value: Tensor) -> Tensor:
     """(C, all else) of an image, or of features that are the last axis."""
-    axis = 1 if node.op in ("conv2d", "conv_transpose2d", "affine") else value.dim() - 1
-    return value.transpose(0, axis).flatten(1)
+    return value.transpose(0, _channel_axis(node, value)).flatten(1)
+
+
+def _channel_axis(node: Node, value: Tensor) -> int:
+    return 1 if node.op in ("conv2d", "conv_transpose2d", "affine") else value.dim() - 1
 
 
 def _grouped(node: Node, weight: Tensor) -> Tensor:
@@ -236,19 +272,22 @@ def _along(factor: Tensor, tensor: Tensor, axis: int) -> Tensor:
 # ------------------------------------------------------------------------ the network side by side
 
 
-@dataclass(frozen=True)
+@dataclass
 class Side:
     """One batch at a layer, as it is when the layer's turn has come.
 
     inputs  its inputs, quantized, as the simulation has them.
     wanted  its output in the float network, before the clamp.
+    made    its output in the simulation, before the clamp: a remedy that knows it may put it here,
+            and the layer is not run again.
     """
 
     inputs: list[Tensor]
     wanted: Tensor
+    made: Tensor | None = None
 
 
-def walk(prepared: Prepared, batches: Sequence[Sequence[Any]]) -> Iterator[tuple[Node, list[Side]]]:
+def walk(prepared: Prepared, batches: Sequence[Batch]) -> Iterator[tuple[Node, list[Side]]]:
     """Run the float network and the simulated one, an operation at a time, on all batches.
 
     Gives each layer that becomes integers before it is run; what has been made of the layer by the
@@ -258,7 +297,7 @@ def walk(prepared: Prepared, batches: Sequence[Sequence[Any]]) -> Iterator[tuple
     last = {value: node for node in graph for value in node.inputs}
     floats: list[Values] = [{} for _ in batches]
     grids: list[Values] = [{} for _ in batches]
-    sizes = [next((len(x) for x in b if isinstance(x, Tensor) and x.dim()), 1) for b in batches]
+    sizes = [_size(arguments) for arguments in batches]
     for node in graph:
         if node.op == "input":
             for values, given in zip(floats, batches, strict=True):
@@ -267,19 +306,25 @@ def walk(prepared: Prepared, batches: Sequence[Sequence[Any]]) -> Iterator[tuple
             bare = _unclamped(node) if node in layers else node
             for values, size in zip(floats, sizes, strict=True):
                 values[node] = evaluate(bare, [values[v] for v in node.inputs], size)
+        made: list[Any] = [None] * len(batches)
         if node in layers:
-            yield node, [
+            sides = [
                 Side([grid[v] for v in node.inputs], real[node])
                 for grid, real in zip(grids, floats, strict=True)
             ]
+            yield node, sides
+            made = [
+                _simulated(prepared, node, side.inputs) if side.made is None else side.made
+                for side in sides
+            ]
+            made = [_clamped(node, value) for value in made]
             for values in floats:
                 values[node] = _clamped(node, values[node])
-        own = replace(node, tensors=prepared.simulated_tensors(node)) if node in layers else node
-        for grid, real, size in zip(grids, floats, sizes, strict=True):
+        for grid, real, size, value in zip(grids, floats, sizes, made, strict=True):
             if node.op == "input":
                 value = real[node]
-            else:
-                value = evaluate(own, [grid[v] for v in node.inputs], size)
+            elif value is None:
+                value = evaluate(node, [grid[v] for v in node.inputs], size)
             if node in quantized and isinstance(value, Tensor):
                 value = fake_quantize(value, prepared.qparams(node))
             grid[node] = value
@@ -303,65 +348,38 @@ def _simulated(prepared: Prepared, node: Node, inputs: list[Tensor]) -> Tensor:
     return evaluate(bare, inputs)
 
 
-def _sample(prepared: Prepared, data: Data) -> list[Sequence[Any]]:
-    """The first batches, as many as may be walked at once, at least one."""
-    largest = max(math.prod(node.shape) / max(node.shape[0], 1) for node in prepared.quantized_values())
-    kept: list[Sequence[Any]] = []
-    total = 0
-    for arguments in data:
-        size = next((len(x) for x in arguments if isinstance(x, Tensor) and x.dim()), 1)
-        total += int(4 * largest * size)
-        if kept and total > WALK_BYTES:
-            break
-        kept.append(arguments)
-    return kept
-
-
 # ------------------------------------------------------------------------- biases, means, variances
 
 
-def bias_correction(prepared: Prepared, data: Data, progress: bool = False) -> None:
+def bias_correction(prepared: Prepared, sample: Sequence[Batch], progress: bool = False) -> None:
     """Shift each bias so that each channel of the layer's output, before the clamp, has the mean
     that it has in the float network.
 
-    One pass: on each batch, a layer is corrected by the mean of its error on the batches so
-    far before the layers after it are run.
-
     Source: M. Nagel et al., 2019, arXiv:1906.04721, section 4.2, on data as in its appendix D.
     """
-    errors: dict[Node, Tensor] = {}
-    given = {node: prepared.bias(node) for node in prepared.layers()}
     with torch.no_grad():
-        for number, arguments in enumerate(bar(data, "correct biases", progress)):
-            for node, (side,) in walk(prepared, [arguments]):
-                old = given[node]
-                _set_bias(prepared, node, old)
-                error = side.wanted - _simulated(prepared, node, side.inputs)
-                mean = _by_channel(node, error).mean(1, dtype=torch.float64)
-                total = errors.get(node, torch.zeros_like(mean)) + mean
-                errors[node] = total
-                shift = (total / (number + 1)).float()
-                _set_bias(prepared, node, shift if old is None else old + shift)
+        for node, sides in bar(walk(prepared, sample), "correct biases", progress):
+            for side in sides:
+                side.made = _simulated(prepared, node, side.inputs)
+            errors = [_by_channel(node, s.wanted - s.made).double() for s in sides]
+            count = sum(error.shape[1] for error in errors)
+            shift = torch.stack([error.sum(1) for error in errors]).sum(0) / max(count, 1)
+            prepared.biases[node] = _bias(prepared, node) + shift.float()
+            for side in sides:
+                side.made += _along(shift.float(), side.made, _channel_axis(node, side.made))
 
 
-def _set_bias(prepared: Prepared, node: Node, bias: Tensor | None) -> None:
-    prepared.biases.pop(node, None)
-    if bias is not None:
-        prepared.biases[node] = bias
-
-
-def batch_norm(prepared: Prepared, data: Data, progress: bool = False) -> None:
-    """Scale each channel of a layer's weight, and shift its bias, so that the layer's output, before
-    the clamp, has the mean and the variance that it has in the float network: what estimating the
-    statistics of the batch norm anew would do, had it not been folded. The integers stay.
+def batch_norm(prepared: Prepared, sample: Sequence[Batch], progress: bool = False) -> None:
+    """Scale each channel of a layer's weight, and shift its bias, so that the layer's output,
+    before the clamp, has the mean and the variance that it has in the float network: what
+    estimating the statistics of the batch norm anew would do, had it not been folded. The integers
+    stay.
 
     Source: I. Hubara et al., Improving Post Training Neural Quantization: Layer-wise Calibration
     and Integer Programming, 2020, arXiv:2006.10518, section 3.4 (batch normalization tuning).
     """
-    batches = _sample(prepared, data)
     with torch.no_grad():
-        layers = walk(prepared, batches)
-        for node, sides in bar(layers, "re-estimate", progress):
+        for node, sides in bar(walk(prepared, sample), "re-estimate", progress):
             got, wanted = [], []
             for side in sides:
                 add = side.inputs[1] if len(side.inputs) == 2 else 0.0
@@ -369,14 +387,19 @@ def batch_norm(prepared: Prepared, data: Data, progress: bool = False) -> None:
                 got.append(_by_channel(node, y - add).double())
                 wanted.append(_by_channel(node, side.wanted - add).double())
             y, real = torch.cat(got, 1), torch.cat(wanted, 1)
-            alive = (y.var(1) > 0) & (real.var(1) > 0) & bool(y.shape[1] > 1)
-            factor = torch.where(alive, real.std(1) / y.std(1).clamp_min(1e-30), 1.0)
-            data_, scale = prepared.weight(node)
-            prepared.chosen[node] = data_, (scale * factor.numpy()).astype(np.float32)
-            bias = prepared.bias(node)
-            old = torch.zeros_like(factor) if bias is None else bias.double()
-            shift = real.mean(1) - factor * (y.mean(1) - old)
-            prepared.biases[node] = shift.float()
+            spread, wanted_spread = y.std(1, correction=0), real.std(1, correction=0)
+            alive = (spread > 0) & (wanted_spread > 0)
+            factor = torch.where(alive, wanted_spread / torch.where(alive, spread, 1.0), 1.0)
+            integers, scale = prepared.weight(node)
+            bias = _bias(prepared, node).double()  # is scaled in y, not by the weight's scale
+            prepared.chosen[node] = integers, (scale * factor.numpy()).astype(np.float32)
+            prepared.biases[node] = (real.mean(1) - factor * (y.mean(1) - bias)).float()
+
+
+def _bias(prepared: Prepared, node: Node) -> Tensor:
+    """The bias of a layer, (N,) float32; zeros if it has none."""
+    bias = prepared.bias(node)
+    return torch.zeros(len(prepared.weight(node)[1])) if bias is None else bias
 
 
 # --------------------------------------------------------------------------------- rounding weights
@@ -388,12 +411,12 @@ class Rows:
 
     x       (R, G, K) float32: what each group multiplies with its weights, quantized.
     wanted  (R, N): the product that would give the float network's output, with its bias.
-    add     (R, N) or 0: what is added to the product before the clamp.
+    add     (R, N) or None: what is added to the product before the clamp.
     """
 
     x: Tensor
     wanted: Tensor
-    add: Tensor | float
+    add: Tensor | None
 
 
 def _rows(node: Node, sides: list[Side]) -> Rows:
@@ -406,31 +429,30 @@ def _rows(node: Node, sides: list[Side]) -> Rows:
     xs, wanted, added = [], [], []
     for side in sides:
         x, y = side.inputs[0], side.wanted
+        count = y.numel() // (y.shape[-1] if node.op == "linear" else y.shape[1])
+        picked = torch.randperm(count, generator=generator)[:share]
         if node.op == "linear":
-            flat = x.reshape(-1, x.shape[-1])
-            picked = _picked(len(flat), share, generator)
-            xs.append(flat[picked][:, None])
-            pixels: Callable[[Tensor], Tensor] = lambda t, p=picked: t.reshape(-1, t.shape[-1])[p]
+            xs.append(_pixels(node, x, picked)[:, None])
         else:
-            b, _, h, w = y.shape
-            picked = _picked(b * h * w, share, generator)
-            at = picked // (h * w), picked // w % h, picked % w
-            xs.append(_patches(node, x, *at).reshape(len(picked), groups, k))
-            pixels = lambda t, at=at: t[at[0], :, at[1], at[2]]
-        add = pixels(side.inputs[1]) if len(side.inputs) == 2 else None
-        wanted.append(pixels(y) if add is None else pixels(y) - add)
-        if add is not None:
-            added.append(add)
-    return Rows(torch.cat(xs), torch.cat(wanted), torch.cat(added) if added else 0.0)
+            xs.append(_patches(node, x, y, picked).reshape(len(picked), groups, k))
+        product = _pixels(node, y, picked)
+        if len(side.inputs) == 2:
+            added.append(_pixels(node, side.inputs[1], picked))
+            product = product - added[-1]
+        wanted.append(product)
+    return Rows(torch.cat(xs), torch.cat(wanted), torch.cat(added) if added else None)
 
 
-def _picked(n: int, share: int, generator: torch.Generator) -> Tensor:
-    return torch.randperm(n, generator=generator)[:share]
+def _pixels(node: Node, value: Tensor, picked: Tensor) -> Tensor:
+    """Features (R, C) by their place among all but the axis of the features."""
+    return value.movedim(_channel_axis(node, value), -1).flatten(0, -2)[picked]
 
 
-def _patches(node: Node, x: Tensor, image: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """What a convolution multiplies for each output pixel, (R, C, KH, KW)."""
+def _patches(node: Node, x: Tensor, y: Tensor, picked: Tensor) -> Tensor:
+    """What a convolution of x multiplies for these pixels of its output y, (R, C, KH, KW)."""
     a = node.attrs
+    h, w = y.shape[2:]
+    image, row, column = picked // (h * w), picked // w % h, picked % w
     (top, bottom), (left, right) = a["padding"]
     x = F.pad(x, (left, right, top, bottom))
     kh, kw = node.tensors["weight"].shape[2:]
@@ -443,15 +465,14 @@ def _patches(node: Node, x: Tensor, image: Tensor, row: Tensor, column: Tensor) 
 
 def _fit(
     prepared: Prepared,
-    data: Data,
+    sample: Sequence[Batch],
     title: str,
     progress: bool,
     choose: Callable[[Prepared, Node, Rows], tuple[Tensor, Tensor]],
 ) -> None:
     """Let choose(prepared, node, rows) give the integers (G, N / G, K) and scales (G, N / G) of
     each layer, then the scale and the bias that fit them best."""
-    batches = _sample(prepared, data)
-    layers = walk(prepared, batches)
+    layers = walk(prepared, sample)
     with torch.no_grad(), bar(None, title, progress) as shown:
         shown.reset(len(prepared.layers()))
         for node, sides in layers:
@@ -470,13 +491,13 @@ def _fit(
                 factor = torch.where(square > 0, (y * t).sum(0) / square.clamp_min(1e-30), 1.0)
                 factor = factor.clamp(0.9, 1.1)
                 scale, mean_y = scale * factor, mean_y * factor
-            data_ = integers.reshape(shape).to(torch.int8).numpy()
-            prepared.chosen[node] = data_, scale.numpy().astype(np.float32)
+            data = integers.reshape(shape).to(torch.int8).numpy()
+            prepared.chosen[node] = data, scale.numpy().astype(np.float32)
             prepared.biases[node] = mean - mean_y
 
 
 def _grid(prepared: Prepared, node: Node, weight: Tensor) -> tuple[Tensor, int]:
-    """(scale (G, N / G), largest integer) for a weight (G, N / G, K), as the layer's QConfig says."""
+    """(scale (G, N / G), largest integer) for a weight (G, N / G, K), by the layer's QConfig."""
     config = prepared.configs(node)
     _, scale = quantize_weight(
         weight.flatten(0, 1).numpy(), range=config.weight_range, bits=config.weight_bits
@@ -490,44 +511,35 @@ def _float_weight(node: Node) -> Tensor:
     return weight.reshape(node.attrs.get("groups", 1), -1, math.prod(weight.shape[1:]))
 
 
-def _moments(rows: Rows, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(G, K, K) the inputs' second moments about their mean, damped, and the weight (G, N / G, K)
-    that gives the wanted products from these inputs with the least squared error, float64."""
-    groups, n, k = weight.shape
-    x = rows.x - rows.x.mean(0)
-    wanted = (rows.wanted - rows.wanted.mean(0)).reshape(-1, groups, n)
-    h = torch.einsum("rgk,rgl->gkl", x, x).double() / len(x)
-    # the error that is left for the weights to make up for
-    rest = wanted - torch.einsum("rgk,gnk->rgn", x, weight)
-    cross = torch.einsum("rgn,rgk->gnk", rest, x).double() / len(x)
-    diagonal = torch.diagonal(h, dim1=1, dim2=2)
-    # few rows say little of many weights: then the weights stay near what they were
-    damp = (DAMPING + k / (10 * len(x))) * diagonal.mean(1).clamp_min(1e-12)
-    h = h + damp[:, None, None] * torch.eye(k, dtype=torch.float64)
-    return h, weight.double() + torch.linalg.solve(h, cross.transpose(1, 2)).transpose(1, 2)
-
-
 DAMPING = 0.01  # of the mean of the diagonal, as in GPTQ
 
 
-def gptq(prepared: Prepared, data: Data, progress: bool = False) -> None:
-    """Fit each layer's weights by least squares to the float network's output, given its quantized
-    inputs; then round them one after the other, and let those that are left make up for each error.
+def _moments(x: Tensor) -> Tensor:
+    """The second moments of inputs (R, G, K) about their mean, damped: (G, K, K) float64."""
+    x = x - x.mean(0)
+    h = torch.einsum("rgk,rgl->gkl", x, x).double() / len(x)
+    damp = DAMPING * torch.diagonal(h, dim1=1, dim2=2).mean(1).clamp_min(1e-12)
+    return h + damp[:, None, None] * torch.eye(h.shape[-1], dtype=torch.float64)
 
-    Sources: E. Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative
-    Pre-trained Transformers, 2022, arXiv:2210.17323, by the order of the diagonal; the fit to
-    inputs with their errors: Y. Li et al., GPTAQ, 2025, arXiv:2504.02692.
+
+def gptq(prepared: Prepared, sample: Sequence[Batch], progress: bool = False) -> None:
+    """Round the weights of each output one after the other, and let those that are left make up
+    for the error, by least squares over the layer's quantized inputs.
+
+    Source: E. Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative
+    Pre-trained Transformers, 2022, arXiv:2210.17323, in the order of the diagonal. The moments
+    are about the mean: what is left of it goes into the bias.
     """
-    _fit(prepared, data, "least squares", progress, _gptq)
+    _fit(prepared, sample, "least squares", progress, _gptq)
 
 
 def _gptq(prepared: Prepared, node: Node, rows: Rows) -> tuple[Tensor, Tensor]:
-    h, weight = _moments(rows, _float_weight(node))
-    scale, qmax = _grid(prepared, node, weight.float())
+    h, weight = _moments(rows.x), _float_weight(node)
+    scale, qmax = _grid(prepared, node, weight)
     order = torch.diagonal(h, dim1=1, dim2=2).argsort(1, descending=True)  # (G, K)
     groups, n, k = weight.shape
     column = order[:, None].expand(groups, n, k)
-    w = weight.gather(2, column)
+    w = weight.double().gather(2, column)
     h = h.gather(1, order[:, :, None].expand(-1, -1, k)).gather(2, order[:, None].expand(-1, k, -1))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     factor = torch.linalg.cholesky(inverse, upper=True)  # (G, K, K)
@@ -545,26 +557,25 @@ ADAROUND_SECONDS = 20.0  # for a layer at most
 ADAROUND_ROWS = 512  # in a step
 
 
-def adaround(prepared: Prepared, data: Data, progress: bool = False) -> None:
+def adaround(prepared: Prepared, sample: Sequence[Batch], progress: bool = False) -> None:
     """Learn for each weight whether it is rounded up or down, by gradients of the squared error of
     the layer's output, after the clamp, given its quantized inputs.
 
     ADAROUND_STEPS steps for each layer, fewer where they take longer than ADAROUND_SECONDS: then
-    what was learned until then decides. The rounding starts at the weights that `gptq` rounds.
+    what was learned until then decides.
 
     Source: M. Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization, 2020,
     arXiv:2004.10568: the rectified sigmoid, and the pressure towards 0 and 1 that grows.
     """
-    _fit(prepared, data, "learn rounding", progress, _adaround)
+    _fit(prepared, sample, "learn rounding", progress, _adaround)
 
 
 def _adaround(prepared: Prepared, node: Node, rows: Rows) -> tuple[Tensor, Tensor]:
-    _, weight = _moments(rows, _float_weight(node))
-    weight = weight.float()
+    weight = _float_weight(node)
     scale, qmax = _grid(prepared, node, weight)
     steps = weight / scale[..., None]
     floor = steps.floor()
-    wanted = _clamped(node, rows.wanted + rows.add)
+    wanted = _clamped(node, rows.wanted if rows.add is None else rows.wanted + rows.add)
     bias = rows.wanted.mean(0) - torch.einsum("gk,gnk->gn", rows.x.mean(0), weight).flatten()
     rest = (steps - floor).clamp(0.01, 0.99)
     share = ((rest + 0.1) / 1.2).logit().requires_grad_()
@@ -574,7 +585,6 @@ def _adaround(prepared: Prepared, node: Node, rows: Rows) -> tuple[Tensor, Tenso
     nearest = (steps.round() - steps) * scale[..., None]
     unit = torch.einsum("rgk,gnk->rgn", rows.x[:4096], nearest).square().mean().clamp_min(1e-30)
     end = time.monotonic() + ADAROUND_SECONDS
-    add = rows.add if isinstance(rows.add, Tensor) else None
     with torch.enable_grad():
         for i in range(ADAROUND_STEPS):
             done = max(i / ADAROUND_STEPS, 1 - (end - time.monotonic()) / ADAROUND_SECONDS)
@@ -584,7 +594,7 @@ def _adaround(prepared: Prepared, node: Node, rows: Rows) -> tuple[Tensor, Tenso
             up = (share.sigmoid() * 1.2 - 0.1).clamp(0, 1)
             rounded = (floor + up).clamp(-qmax, qmax) * scale[..., None]
             y = torch.einsum("rgk,gnk->rgn", rows.x[some], rounded).flatten(1) + bias
-            y = _clamped(node, y if add is None else y + add[some])
+            y = _clamped(node, y if rows.add is None else y + rows.add[some])
             loss = (y - wanted[some]).square().mean() / unit
             if done > 0.2:  # the first fifth without pressure
                 power = 2 + 18 * (1 - (done - 0.2) / 0.8)

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from fastq.batches import Batches
 from fastq.capture import CannotCapture
-from fastq.convert import Selector
 from fastq.graph import Node, evaluate
 from fastq.network import Config, calibrate, call_of, prepare_model
 from fastq.prepare import Prepared, fake_quantize
+from fastq.swap import Selector
 from fastq.trace import Forward
 
 
@@ -71,19 +71,18 @@ class Sensitivity:
         places = range(len(names))
         figure = Figure(figsize=(7, 1.2 + 0.22 * len(names)), layout="constrained")
         axes = figure.subplots()
-        both = [[row.output_snr for row in self.rows], [row.snr for row in self.rows]]
-        shown = [value for values in both for value in values if math.isfinite(value)]
-        least = min(shown, default=0.0)
-        axes.hlines(places, *both, color="0.8", zorder=1)
-        for values, label, color, mark in (
-            (both[0], "at the network's output", "tab:red", "o"),
-            (both[1], "at the layer's output", "tab:blue", "s"),
-        ):
-            axes.scatter(values, places, 22, color, mark, label=label, zorder=2)
+        at_output = [row.output_snr for row in self.rows]
+        at_layer = [row.snr for row in self.rows]
+        axes.hlines(places, at_output, at_layer, color="0.8", zorder=1)
+        axes.scatter(at_output, places, s=22, c="tab:red", label="at the network's output")
+        axes.scatter(
+            at_layer, places, s=22, c="tab:blue", marker="s", label="at the layer's output"
+        )
         axes.set_yticks(places, names, fontsize=8)
         axes.invert_yaxis()
         axes.margins(y=0.5 / max(len(names), 1))
-        axes.set_xlim(left=min(0.0, least))
+        finite = [value for value in at_output + at_layer if math.isfinite(value)]
+        axes.set_xlim(left=min([0.0, *finite]))
         axes.set_xlabel("signal-to-noise ratio in dB, this layer alone quantized: less is worse")
         axes.grid(axis="x", color="0.9")
         axes.set_axisbelow(True)
@@ -105,8 +104,8 @@ def sensitivity(
     """What quantizing each layer alone, its inputs and its weight, does to its output and to the
     network's.
 
-    The arguments are those of `fastq.quantize_model`. All batches calibrate; the ratios are measured
-    on the first one: a float pass for each layer.
+    The arguments are those of `fastq.quantize_model`. All batches calibrate; the ratios are
+    measured on the first one: a float pass for each layer.
 
     Raises ValueError when torch.export cannot follow the model; else as quantize_model does.
     """

@@ -1,0 +1,718 @@
+"""What int8 costs and gives on one's own data: a quantized network beside the float one."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import platform
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from math import inf, log10
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from tqdm import tqdm
+
+from fastq import ops
+from fastq.batches import Batches
+from fastq.swap import QuantizationSummary, summary
+from fastq.graph import Graph, Node
+from fastq.kernels import isa
+from fastq.lower import MOVES, lowered, weight_of
+from fastq.network import call_of, prepare_model
+from fastq.nn.network import QuantizedModel, Stage
+from fastq.observer import HistogramObserver
+from fastq.page import Bars, Block, Details, Heading, Histogram, Table, Text, html, markdown
+from fastq.plan import VIEWS
+from fastq.prepare import Prepared
+from fastq.profiling import medians, memory, profile
+from fastq.qparams import QParams
+from fastq.recipe import read_recipe
+from fastq.serialize import save
+from fastq.trace import Forward
+
+BINS = 64
+# A remedy scaled the channels of a value if without their factors less than 20 dB are left, with
+# them 6 dB more, and there are enough values in a channel for that not to be chance.
+SCALED_SNR, SCALED_GAIN, SCALED_COUNT = 20.0, 6.0, 16
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Values and the integer grid that they are rounded to.
+
+    counts     of BINS intervals of the same width between low and high: all that was seen, and
+               the whole grid.
+    seen       the smallest and the largest value, 0 included.
+    grid       the smallest and the largest value that has a place in the grid.
+    scale      the smallest and the largest step of it; they differ where each channel has its own.
+    clipped    the share of the values that round to a place outside of the grid, 0 to 1.
+    """
+
+    counts: tuple[int, ...]
+    low: float
+    high: float
+    seen: tuple[float, float]
+    grid: tuple[float, float]
+    scale: tuple[float, float]
+    zero_point: int
+    clipped: float
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step of the quantized network, as `fastq.profile` has it.
+
+    name, layer, op, why  as in `StepProfile`: "" is int8, else why it is float.
+    snr       10 log10 of the energy of the float network's value over that of the difference, all
+              steps before being quantized too; inf for equal values, None where the float network
+              has no such value.
+    rescaled  a remedy scaled the channels of this value, and `snr` is that of the scaled ones.
+    time      microseconds at the smallest batch size.
+    weights   of a product, in steps of each output channel's scale.    values  that it gives.
+    """
+
+    name: str
+    layer: str
+    op: str
+    why: str
+    snr: float | None
+    rescaled: bool
+    time: float
+    weights: Distribution | None
+    values: Distribution | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report` measured. Pairs are (float32, int8).
+
+    samples    how many inputs were compared.
+    scores     name -> pair: "top-1 accuracy" of labels, "score" of evaluate.
+    agreement  the share of predictions equal to float32's, 0 to 1; None without classes.
+    snr        of each output, in dB.
+    latency    batch size -> pair of microseconds.    memory  name -> pair of bytes.
+    busy       other programs took the processor while times were measured.
+    """
+
+    title: str
+    machine: Mapping[str, str]
+    samples: int
+    scores: Mapping[str, tuple[float, float]]
+    agreement: float | None
+    snr: tuple[float, ...]
+    latency: Mapping[int, tuple[float, float]]
+    memory: Mapping[str, tuple[int, int]]
+    steps: tuple[StepReport, ...]
+    summary: QuantizationSummary
+    busy: bool
+
+    def html(self) -> str:
+        """One HTML file; it loads nothing."""
+        return html(self.title, self._blocks())
+
+    def markdown(self) -> str:
+        """The same content."""
+        return markdown(self.title, self._blocks())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the HTML to `path`, and the Markdown beside it, its suffix .md."""
+        path = Path(path)
+        path.write_text(self.html(), encoding="utf-8")
+        path.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
+
+    def __str__(self) -> str:
+        return self.markdown()
+
+    def _blocks(self) -> list[Block]:
+        counts = Counter(row.result for row in self.summary.rows)
+        layers = ", ".join(f"{n} {result}" for result, n in counts.items())
+        noise = tuple(step.snr for step in self.steps)
+        labels = tuple(step.layer or step.name for step in self.steps)
+        return [
+            Text(f"int8 beside float32 on {self.samples} inputs. Layers: {layers}."),
+            Table("Accuracy, speed and memory", "lrrr", _COMPARED, tuple(self.rows())),
+            *([Text(_BUSY)] if self.busy else []),
+            Heading("Signal-to-noise"),
+            Text(
+                "How far each step's value is from the float network's, every step before it being "
+                "quantized too: 6 dB more is half the error. A sudden fall names the step to look "
+                "at. Where a remedy scaled the channels of a value, it is compared with the scaled "
+                "float value."
+            ),
+            Bars("Signal-to-noise at each step's output", "dB", labels, noise),
+            Heading("Time"),
+            Bars("Time of each step", "us", labels, tuple(step.time for step in self.steps)),
+            Heading("Left in float"),
+            *self._floats(),
+            Heading("Steps"),
+            Table(
+                "Signal-to-noise in dB, time at the smallest batch",
+                "lllrrr",
+                _STEP,
+                tuple(self.step_rows()),
+            ),
+            Heading("Weights and values on their grids"),
+            Text(
+                "The height of a bar is the logarithm of how often values in it were seen; shaded "
+                "is the range that the integers cover. Weights are in steps of their output "
+                "channel's scale."
+            ),
+            *self._grids(),
+            Heading("Machine"),
+            Table(
+                "What the numbers depend on", "ll", ("part", "here"), tuple(self.machine.items())
+            ),
+        ]
+
+    def rows(self) -> Iterator[tuple[str, str, str, str]]:
+        """Name, float32, int8, int8 against float32; "" where there is nothing to say."""
+        for name, (a, b) in self.scores.items():
+            if name == ACCURACY:
+                yield name, f"{a:.2%}", f"{b:.2%}", f"{100 * (b - a):+.2f} points"
+            else:
+                yield name, f"{a:.5g}", f"{b:.5g}", f"{b - a:+.3g}"
+        if self.agreement is not None:
+            yield "predictions equal to float32's", "", f"{self.agreement:.2%}", ""
+        for i, snr in enumerate(self.snr):
+            which = f" {i}" if len(self.snr) > 1 else ""
+            yield f"signal-to-noise of output{which}", "", f"{_decibels(snr)}\u00a0dB", ""
+        for batch, (a, b) in self.latency.items():
+            yield (
+                f"latency, batch {batch}",
+                f"{a / 1e3:.3f}\u00a0ms",
+                f"{b / 1e3:.3f}\u00a0ms",
+                f"{a / b:.2f}x speed",
+            )
+        for name, (a, b) in self.memory.items():
+            ratio = f"{max(a, b) / min(a, b):.2f}x {'smaller' if a >= b else 'larger'}" if a else ""
+            yield name, f"{a:,}\u00a0B" if a else "", f"{b:,}\u00a0B", ratio
+
+    def step_rows(self) -> Iterator[tuple[str, ...]]:
+        """Layer, operation, what it is, dB, us, share of the time; a row for each step."""
+        total = sum(step.time for step in self.steps) or 1.0
+        for step in self.steps:
+            yield (
+                step.layer or step.name,
+                step.op,
+                "float" if step.why else "int8",
+                _decibels(step.snr) + (", scaled" if step.rescaled else ""),
+                f"{step.time:.1f}",
+                f"{step.time / total:.1%}",
+            )
+
+    def _floats(self) -> list[Block]:
+        layers = [row for row in self.summary.rows if row.result == "float"]
+        listed = {row.name for row in layers}
+        operators = [step for step in self.steps if step.why and step.layer not in listed]
+        if not layers and not operators:
+            return [Text("Nothing: every layer and operator runs in integers.")]
+        rows = [(row.name or "(model)", row.kind, row.reason) for row in layers]
+        rows += [(step.name, step.op, step.why) for step in operators]
+        return [Table("Layers and operators", "lll", ("name", "kind", "why"), tuple(rows))]
+
+    def _grids(self) -> Iterator[Block]:
+        for step in self.steps:
+            parts = {"weights": step.weights, "values": step.values}
+            known = {what: d for what, d in parts.items() if d is not None}
+            if not known:
+                continue
+            charts = tuple(
+                Histogram(f"{what.capitalize()} of {step.name}", d.counts, d.low, d.high, d.grid)
+                for what, d in known.items()
+            )
+            rows = tuple(_grid_row(what, d) for what, d in known.items())
+            table = Table(f"Grids of {step.name}", "lrrrrr", _GRID, rows)
+            line = f"{step.layer or step.name} ({step.op})"
+            yield Details(line, (table, *charts))
+
+
+ACCURACY = "top-1 accuracy"
+_BUSY = (
+    "The machine was busy with other programs while this was measured: do not trust the times, nor "
+    "their ratios. Measure again when it is idle."
+)
+_COMPARED = ("measure", "float32", "int8", "change")
+_STEP = ("layer", "operation", "runs in", "dB", "us", "share")
+_GRID = ("what", "seen", "grid", "scale", "zero point", "clipped")
+
+
+def _grid_row(what: str, d: Distribution) -> tuple[str, ...]:
+    low, high = d.scale
+    return (
+        what,
+        f"{d.seen[0]:.4g} to {d.seen[1]:.4g}",
+        f"{d.grid[0]:.4g} to {d.grid[1]:.4g}",
+        f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}",
+        str(d.zero_point),
+        f"{d.clipped:.3%}",
+    )
+
+
+def _decibels(snr: float | None) -> str:
+    if snr is None:
+        return ""
+    return "∞" if snr == inf else f"{snr:.1f}"
+
+
+def report(
+    float_model: nn.Module,
+    quantized: nn.Module,
+    data: Any,
+    *,
+    labels: Any = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    path: str | os.PathLike[str] | None = "report.html",
+    title: str | None = None,
+    forward: Forward | None = None,
+    batch_sizes: Sequence[int] = (1, 32),
+    passes: int = 20,
+    progress: bool = True,
+) -> Report:
+    """Compares a quantized network with the float one that it was made from, and writes it down.
+
+    Accuracy, agreement of the predictions, signal-to-noise of the outputs and of every step's
+    value, speed, memory, the histograms of weights and values on their grids, and what stayed
+    float. One HTML file, which loads nothing, and the same content as Markdown beside it.
+
+    data         batches that were not used for calibration, as `fastq.quantize_model` takes them;
+                 one is held at a time.
+    labels       int (n,): the class of each input, in the order of the data. The model's first
+                 output is then (n, classes, ...).
+    evaluate     gives a model's score; called for both.
+    path         of the HTML file; None: nothing is written.
+    forward      forward(model, batch) runs the model on batches of another kind.
+    batch_sizes  to time at, made of the first batch's inputs, repeated where it has fewer. The
+                 steps are timed at the first one; memory is that of the last one.
+    passes       a time is the median of so many runs, float32 and int8 taking turns, with the same
+                 number of threads.
+
+    Raises TypeError for a model that is no QuantizedModel or no module, ValueError for a float
+    model of another graph, for labels that do not fit, no batch sizes, or less than one pass,
+    FileNotFoundError if the path's folder is missing; and what the models raise.
+    """
+    _check(float_model, quantized, batch_sizes, passes, path)
+    batches = Batches(data)
+    first = batches.first()
+    twin = copy.deepcopy(float_model).eval()
+    args, kwargs = call_of(twin, first, forward)
+    comparison = _Comparison(prepare_model(twin, args, kwargs).graph, quantized)
+    seen = _Outputs()
+    bar = tqdm(batches, "compare", unit="batch", total=batches.total, disable=_off(progress))
+    with torch.no_grad(), bar:
+        for batch in bar:
+            call = call_of(twin, batch, forward)
+            seen.add(twin(*call[0], **call[1]), comparison.add(*call), _batch_size(call))
+    scores = {}
+    if labels is not None:
+        scores[ACCURACY] = seen.accuracy(torch.as_tensor(labels))
+    if evaluate is not None:
+        scores["score"] = float(evaluate(twin)), float(evaluate(quantized))
+    calls = {n: _resized((args, kwargs), n) for n in batch_sizes}
+    bar = tqdm(total=len(calls) + 1, desc="measure", unit="part", disable=_off(progress))
+    load = _load()
+    with _same_threads() as threads, bar:
+        latency = {}
+        for n, call in calls.items():
+            latency[n] = _latency(twin, quantized, call, passes)
+            bar.update()
+        steps = profile(quantized, _as_batch(calls[batch_sizes[0]], quantized), passes=passes).steps
+        bar.update()
+    result = Report(
+        title=title or f"{type(float_model).__name__}: int8 beside float32",
+        machine=_machine(threads),
+        samples=seen.samples,
+        scores=scores,
+        agreement=seen.agreement(),
+        snr=tuple(tally.snr for tally in seen.tallies),
+        latency=latency,
+        memory=_memory(twin, quantized, comparison.graph, calls[batch_sizes[-1]], batch_sizes[-1]),
+        steps=tuple(comparison.step(s.name, s.layer, s.op, s.why, s.time) for s in steps),
+        summary=summary(quantized),
+        busy=load > 1.5,
+    )
+    if path is not None:
+        result.save(path)
+    return result
+
+
+def _check(
+    float_model: Any, quantized: Any, batch_sizes: Sequence[int], passes: int, path: Any
+) -> None:
+    if not isinstance(float_model, nn.Module):
+        raise TypeError(f"report: float_model is a {type(float_model).__name__}, wanted a Module")
+    if not isinstance(quantized, QuantizedModel):
+        raise TypeError(
+            f"report: quantized is a {type(quantized).__name__}; wanted a fastq.QuantizedModel, "
+            "which quantize_model makes of a network that torch.export can follow"
+        )
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ValueError(f"report: batch_sizes={batch_sizes!r}, wanted sizes of at least 1")
+    if passes < 1:
+        raise ValueError(f"report: passes={passes}, wanted at least 1")
+    if path is not None and Path(path).suffix == ".md":
+        raise ValueError(f"report: path={str(path)!r} is the Markdown's; wanted a .html beside it")
+    if path is not None and not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"report: there is no folder {Path(path).parent}")
+
+
+def _off(progress: bool) -> bool | None:
+    return None if progress else True
+
+
+# ------------------------------------------------------------------------ the networks side by side
+
+
+@dataclass
+class _Tally:
+    """Energies of a value and of what int8 adds to it."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def add(self, real: Tensor, made: Tensor) -> None:
+        """Infinities, as of a mask, are left out: they have no energy to compare."""
+        error = made - real
+        finite = error.isfinite()
+        if not bool(finite.all()):
+            real, error = real[finite], error[finite]
+        self.signal += float(real.square().sum(dtype=torch.float64))
+        self.noise += float(error.square().sum(dtype=torch.float64))
+
+    @property
+    def snr(self) -> float:
+        if self.noise == 0:
+            return inf
+        return 10 * log10(self.signal / self.noise) if self.signal else -inf
+
+
+@dataclass
+class _Value:
+    """What is known of one value of the network; `factor` of its channels, if a remedy has one."""
+
+    tally: _Tally = field(default_factory=_Tally)
+    observer: HistogramObserver = field(default_factory=HistogramObserver)
+    clipped: int = 0
+    count: int = 0
+    factor: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A value of the quantized network; qparams is None for float32."""
+
+    array: Any
+    axes: tuple[int, ...]
+    qparams: QParams | None
+
+    def real(self) -> Tensor:
+        x = torch.from_numpy(self.array).permute(
+            [self.axes.index(d) for d in range(len(self.axes))]
+        )
+        if self.qparams is None:
+            return x
+        return (x.float() - float(self.qparams.zero_point)) * float(self.qparams.scale)
+
+
+class _Comparison:
+    """The float graph and the integer programs on the same batches, value by value."""
+
+    def __init__(self, graph: Graph, quantized: QuantizedModel) -> None:
+        self.graph, self.quantized = graph, quantized
+        self.recipe: Prepared = read_recipe(quantized)
+        ours = {node.name: node.op for node in graph}
+        for node in self.recipe.graph:
+            if ours.get(node.name) != node.op:
+                raise ValueError(
+                    f"report: the quantized network has {node.op} {node.name!r}, the float model "
+                    f"has {ours.get(node.name, 'nothing')} there; wanted the one that it was made "
+                    "from"
+                )
+        self.lowered = [
+            lowered(
+                region, self.recipe.qparams, self.recipe.weight, self.recipe.captured.any_extent
+            )
+            for region in self.recipe.regions
+        ]
+        self.node_of = {name: node.name for low in self.lowered for node, name in low.names.items()}
+        self.values: dict[str, _Value] = {}
+
+    def add(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Compare all values for these arguments; the quantized network's result."""
+        made: dict[str, _Made] = {}
+        bound = self.quantized._bound()
+
+        def compute(stage: Stage, inputs: list[Any], batch: int) -> list[Any]:
+            if stage.program < 0:
+                value = self.quantized.evaluate(stage, inputs, batch)
+                if isinstance(value, Tensor):
+                    made[stage.outputs[0]] = _Made(value.numpy(), tuple(range(value.dim())), None)
+                return [value]
+            low, program = self.lowered[stage.program], bound[stage.program].program
+            arrays = self.quantized.arrays(bound[stage.program], stage, inputs)
+            values = program.values(*arrays, module=ops)
+            for node, name in low.names.items():
+                array = values[name]
+                qparams = self.recipe.qparams(node) if array.dtype == np.uint8 else None
+                made[node.name] = _Made(array, low.axes[name], qparams)
+            return [
+                torch.from_numpy(values[name].transpose(axes)) for name, axes in program.outputs
+            ]
+
+        result = self.quantized.walk(compute, args, kwargs)
+
+        def watch(node: Node, value: Any) -> None:
+            other = made.get(node.name)
+            if other is not None and isinstance(value, Tensor) and value.is_floating_point():
+                self._compare(node, value, other)
+
+        self.graph.run(pytree.tree_leaves((args, kwargs)), watch)
+        return result
+
+    def _compare(self, node: Node, real: Tensor, made: _Made) -> None:
+        other = made.real()
+        if node.name not in self.values:
+            self.values[node.name] = _Value(factor=_channel_factor(real, other))
+        value = self.values[node.name]
+        if value.factor is not None:
+            real = real * value.factor
+        value.tally.add(real, other)
+        if made.qparams is not None and node.op not in MOVES:
+            low, high = _grid(made.qparams)
+            half = float(made.qparams.scale) / 2
+            value.clipped += int(((real < low - half) | (real > high + half)).sum())
+            value.count += real.numel()
+            value.observer.update(real.numpy())
+
+    def step(self, name: str, layer: str, op: str, why: str, time: float) -> StepReport:
+        """What is known of a step of the program."""
+        node_name = self.node_of.get(name, name)
+        value = self.values.get(node_name)
+        node = next((n for n in self.recipe.graph if n.name == node_name), None)
+        return StepReport(
+            name=name,
+            layer=layer,
+            op=op,
+            why=why,
+            snr=value.tally.snr if value else None,
+            rescaled=value is not None and value.factor is not None,
+            time=time,
+            weights=self._weights(node) if node in self.recipe.layers() else None,
+            values=self._values(node, value) if node and value and value.count else None,
+        )
+
+    def _weights(self, node: Node) -> Distribution:
+        data, scale = self.recipe.weight(node)
+        given = next(n for n in self.graph if n.name == node.name)
+        steps = weight_of(given).numpy() / scale.reshape(-1, *[1] * (data.ndim - 1))
+        if np.median(np.abs(steps - data)) > 1:  # a remedy scaled the channels: no float twin
+            steps = data
+        end = 2 ** (self.recipe.configs(node).weight_bits - 1) - 1
+        seen = float(steps.min(initial=0)), float(steps.max(initial=0))
+        shown = min(seen[0], -end), max(seen[1], end)
+        counts, _ = np.histogram(steps, BINS, shown)
+        scales = float(scale.min()), float(scale.max())
+        clipped = float((np.abs(np.rint(steps)) > end).mean())
+        return Distribution(tuple(counts.tolist()), *shown, seen, (-end, end), scales, 0, clipped)
+
+    def _values(self, node: Node, value: _Value) -> Distribution:
+        qparams = self.recipe.qparams(node)
+        grid, bins = _grid(qparams), value.observer.bins()
+        seen = float(value.observer.minimum), float(value.observer.maximum)
+        shown = min(seen[0], grid[0]), max(seen[1], grid[1])
+        counts, _ = np.histogram(bins.centers, BINS, shown, weights=bins.counts)
+        scale = float(qparams.scale)
+        return Distribution(
+            tuple(counts.astype(np.int64).tolist()), *shown, seen, grid, (scale, scale),
+            int(qparams.zero_point), value.clipped / value.count,
+        )  # fmt: skip
+
+
+def _grid(qparams: QParams) -> tuple[float, float]:
+    scale, zero_point = float(qparams.scale), int(qparams.zero_point)
+    return -zero_point * scale, (255 - zero_point) * scale
+
+
+def _channel_factor(real: Tensor, made: Tensor) -> Tensor | None:
+    """What equalization multiplied each channel by, by least squares; None if it did not."""
+    if real.dim() < 2 or not bool(real.isfinite().all()):
+        return None
+    axis = 1 if real.dim() == 4 else real.dim() - 1
+    plain, fitted = _Tally(), _Tally()
+    plain.add(real, made)
+    if plain.snr > SCALED_SNR or real.numel() < SCALED_COUNT * real.shape[axis]:
+        return None
+    others = [d for d in range(real.dim()) if d != axis]
+    energy = real.square().sum(others, keepdim=True, dtype=torch.float64)
+    factor = (real * made).sum(others, keepdim=True, dtype=torch.float64) / energy
+    factor = torch.where(factor.isfinite() & (factor > 0), factor, 1.0).float()
+    fitted.add(real * factor, made)
+    return factor if fitted.snr > plain.snr + SCALED_GAIN else None
+
+
+class _Outputs:
+    """The results of both networks: predictions, and energies of each output."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.tallies: list[_Tally] = []
+        self.predictions: tuple[list[Tensor], list[Tensor]] = ([], [])
+
+    def add(self, real: Any, made: Any, samples: int) -> None:
+        pairs = [
+            (a, b)
+            for a, b in zip(pytree.tree_leaves(real), pytree.tree_leaves(made), strict=True)
+            if isinstance(a, Tensor) and a.is_floating_point()
+        ]
+        self.samples += samples
+        self.tallies = self.tallies or [_Tally() for _ in pairs]
+        for tally, pair in zip(self.tallies, pairs, strict=True):
+            tally.add(*pair)
+        if pairs and pairs[0][0].dim() >= 2 and pairs[0][0].shape[1] > 1:
+            for kept, output in zip(self.predictions, pairs[0], strict=True):
+                kept.append(output.argmax(1))
+
+    def agreement(self) -> float | None:
+        a, b = self.predictions
+        if not a:
+            return None
+        same = sum(int((x == y).sum()) for x, y in zip(a, b, strict=True))
+        return same / sum(x.numel() for x in a)
+
+    def accuracy(self, labels: Tensor) -> tuple[float, float]:
+        a, b = (torch.cat(kept) if kept else torch.empty(0) for kept in self.predictions)
+        if labels.shape != a.shape:
+            raise ValueError(
+                f"report: labels {tuple(labels.shape)}, predictions {tuple(a.shape)}; wanted a "
+                "class for each input, and a first output (n, classes, ...)"
+            )
+        return tuple(float((p == labels).double().mean()) for p in (a, b))  # type: ignore[return-value]
+
+
+# --------------------------------------------------------------------------------- speed and memory
+
+
+def _batch_size(call: Any) -> int:
+    tensors = [x for x in pytree.tree_leaves(call) if isinstance(x, Tensor) and x.dim()]
+    return len(tensors[0]) if tensors else 1
+
+
+def _resized(call: tuple[Any, Any], n: int) -> tuple[Any, Any]:
+    """The arguments with n inputs instead; tensors of another length stay."""
+    size = _batch_size(call)
+    index = torch.arange(n) % size
+
+    def resize(x: Any) -> Any:
+        return x[index] if isinstance(x, Tensor) and x.dim() and len(x) == size else x
+
+    return pytree.tree_map(resize, call)
+
+
+def _as_batch(call: tuple[Any, Any], quantized: QuantizedModel) -> Any:
+    """Arguments as one batch: the tensor, or a dict."""
+    args, kwargs = call
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        return args[0]
+    return {**dict(zip(quantized.layout.names, args, strict=False)), **kwargs}
+
+
+def _latency(
+    twin: nn.Module, quantized: nn.Module, call: tuple[Any, Any], passes: int
+) -> tuple[float, float]:
+    args, kwargs = call
+    with torch.inference_mode():
+        before, after = medians(
+            [lambda: twin(*args, **kwargs), lambda: quantized(*args, **kwargs)], passes
+        )
+    return before, after
+
+
+@contextmanager
+def _same_threads() -> Iterator[int]:
+    """As many threads for torch as for fastq, the fewer of both."""
+    before = torch.get_num_threads(), ops.get_num_threads()
+    torch.set_num_threads(min(before))
+    ops.set_num_threads(min(before))
+    try:
+        yield min(before)
+    finally:
+        torch.set_num_threads(before[0])
+        ops.set_num_threads(before[1])
+
+
+def _memory(
+    twin: nn.Module, quantized: QuantizedModel, graph: Graph, call: tuple[Any, Any], batch: int
+) -> dict[str, tuple[int, int]]:
+    state = [t for t in twin.state_dict().values() if isinstance(t, Tensor)]
+    ours = memory(quantized, _as_batch(call, quantized))
+    file = io.BytesIO()
+    torch.save(twin.state_dict(), file)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "int8.safetensors"
+        save(quantized, path)
+        disk = path.stat().st_size
+    return {
+        "parameters": (sum({t.data_ptr(): t.nbytes for t in state}.values()), ours.weights),
+        "parameters packed for this CPU": (0, ours.panels),
+        f"values at once, batch {batch}": (_held(graph, call), ours.arena + ours.floats),
+        "file": (file.tell(), disk),
+    }
+
+
+def _held(graph: Graph, call: tuple[Any, Any]) -> int:
+    """Bytes of the float values that wait for a reader at the same time, at most: what float32
+    takes at best, batch norms folded and activations in place."""
+    sizes: dict[Node, int] = {}
+
+    def watch(node: Node, value: Any) -> None:
+        sizes[node] = value.nbytes if isinstance(value, Tensor) and node.op != "constant" else 0
+
+    with torch.no_grad():
+        graph.run(pytree.tree_leaves(call), watch)
+    owner: dict[Node, Node] = {}
+    for node in graph:
+        owner[node] = owner[node.inputs[0]] if node.op in VIEWS else node
+    last = {owner[value]: node for node in graph for value in node.inputs}
+    kept = {owner[node] for node in graph.output_nodes()}
+    held = most = 0
+    for node in graph:
+        held += sizes[node] if owner[node] is node else 0
+        most = max(most, held)
+        done = {owner[value] for value in node.inputs} - kept
+        held -= sum(sizes[value] for value in done if last[value] is node)
+    return most
+
+
+def _load() -> float:
+    """Processes that want to run, over the last minute, for each processor; this one is one."""
+    known = hasattr(os, "getloadavg")  # not on Windows
+    return os.getloadavg()[0] / (os.cpu_count() or 1) if known else 0.0
+
+
+def _machine(threads: int) -> dict[str, str]:
+    packages: Iterable[str] = ("torch", "numpy", "numba", "llvmlite")
+    return {
+        "processor": _processor(),
+        "instruction set": isa.current(),
+        "threads": str(threads),
+        "system": platform.platform(terse=True),
+        "fastq": version("fastq-int8"),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,156 @@
+"""Sensitivity of single layers, and the ladder that uses it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastq.ladder import climb
+from fastq.remedies import REMEDIES
+from fastq.sensitivity import LayerSensitivity, Sensitivity, decibels, sensitivity
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+class Network(nn.Module):
+    """`bad` has inputs with one large outlier; `unused` matters to nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.good, self.bad, self.last = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        with torch.no_grad():
+            self.good.weight[0] *= 1000
+            self.bad.weight[:, 0] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.bad(self.good(x)))
+
+
+def test_decibels_are_hand_worked() -> None:
+    assert decibels(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5])) == pytest.approx(20)
+    assert decibels(torch.ones(2), torch.ones(2)) == math.inf
+    assert decibels(torch.zeros(2), torch.ones(2)) == -math.inf
+
+
+def test_the_layer_that_suffers_most_is_found() -> None:
+    found = sensitivity(Network(), [torch.randn(64, 16)], progress=False)
+    assert [row.name for row in found.rows] == ["good", "bad", "last"]
+    worst = found.worst()[0]
+    assert worst.name == "bad" and worst.kind == "linear"
+    assert worst.snr < 20 < found.rows[0].output_snr
+    assert worst.output_snr < 20 < found.rows[2].output_snr
+    # of the last layer the output is the network's
+    assert found.rows[2].snr == pytest.approx(found.rows[2].output_snr)
+
+
+def test_only_that_layer_is_quantized() -> None:
+    """Against the layer's own arithmetic, by hand."""
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.rand(32, 8)
+    (row, _) = sensitivity(model, [x], progress=False).rows
+    first: nn.Linear = model[0]  # type: ignore[assignment]
+    scale = first.weight.abs().amax(1, keepdim=True) / 127
+    step = x.max() / 255
+    with torch.no_grad():
+        weight = (first.weight / scale).round() * scale
+        y = nn.functional.linear((x / step).round() * step, weight, first.bias).relu()
+        real = first(x).relu()
+        assert row.snr == pytest.approx(decibels(real, y), abs=0.5)
+        assert row.output_snr == pytest.approx(decibels(model[2](real), model[2](y)), abs=0.5)
+
+
+def test_it_prints_the_worst_first() -> None:
+    rows = (LayerSensitivity("a", "conv2d", 30.0, 40.0), LayerSensitivity("b", "linear", 25, 21.25))
+    assert str(Sensitivity(rows)).split("\n") == [
+        "layer  kind    SNR at its output  SNR at the network's output",
+        "b      linear            25.0 dB                      21.2 dB",
+        "a      conv2d            30.0 dB                      40.0 dB",
+    ]
+
+
+def test_it_plots_every_layer(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = (
+        LayerSensitivity("first", "conv2d", 30.0, 40.0),
+        LayerSensitivity("second", "linear", math.inf, math.inf),
+    )
+    figure = Sensitivity(rows).plot(tmp_path / "plot.png")
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["first", "second"]
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_model_without_a_graph_is_refused() -> None:
+    class Branches(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 if x.sum() > 0 else x - 1
+
+    with pytest.raises(ValueError, match="sensitivity: the model has no graph"):
+        sensitivity(Branches(), [torch.ones(1, 3)], progress=False)
+
+
+# ---------------------------------------------------------------------------------------- ladder
+
+
+class Built(nn.Module):
+    def __init__(self, remedies: tuple[str, ...], skip: tuple[str, ...]) -> None:
+        super().__init__()
+        self.remedies, self.skip = remedies, skip
+
+
+def climbed(scores: dict[str, float], max_drop: float) -> tuple[Built, list[str]]:
+    """A climb where each of these remedies and float layers adds to a score of 80; float: 90."""
+    lines: list[str] = []
+
+    def evaluate(model: nn.Module) -> float:
+        if not isinstance(model, Built):
+            return 90.0
+        return 80 + sum(scores.get(name, 0.0) for name in (*model.remedies, *model.skip))
+
+    data = [torch.randn(64, 16)]
+    result = climb(Network(), data, evaluate, max_drop, Built, echo=lines.append)
+    assert isinstance(result, Built)
+    return result, lines
+
+
+def test_the_ladder_stops_at_the_first_rung_within_the_budget() -> None:
+    result, lines = climbed({"bias_correction": 9.6}, 0.5)
+    assert result.remedies == ("bias_correction",) and result.skip == ()
+    assert lines == [
+        "float32 scores 90; wanted at least 89.5",
+        "bias_correction: 89.6",
+    ]
+
+
+def test_a_rung_that_gains_nothing_is_left_out() -> None:
+    result, lines = climbed(
+        {"bias_correction": 5, "cross_layer_equalization": -1, "gptq": 4.8}, 0.5
+    )
+    assert result.remedies == ("gptq", "bias_correction")
+    assert lines[2].endswith("bias_correction: 84, -1")
+    assert lines[3] == "gptq + bias_correction: 89.8, +4.8"
+
+
+def test_the_most_sensitive_layers_become_float_at_last() -> None:
+    result, lines = climbed({"bias_correction": 5, "bad": 4.9}, 0.5)
+    assert result.skip == ("bad",)
+    assert lines[-1] == "bias_correction, float: bad: 89.9, +4.9"
+
+
+def test_out_of_reach_is_said_and_the_best_is_returned() -> None:
+    with pytest.warns(UserWarning, match=r"nothing was within 0.5 of float32's 90; the best, gptq"):
+        result, _ = climbed({"gptq": 3.0}, 0.5)
+    assert "gptq" in result.remedies and set(result.remedies) <= set(REMEDIES)
+
+
+def test_the_ladder_refuses_what_it_cannot_search_with() -> None:
+    with pytest.raises(ValueError, match="max_drop=-1; wanted at least 0"):
+        climb(Network(), [], lambda m: 0.0, -1, Built)
+    with pytest.raises(ValueError, match="can be read once only"):
+        climb(Network(), iter([torch.randn(1, 16)]), lambda m: 0.0, 1, Built)
