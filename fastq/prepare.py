@@ -177,7 +177,7 @@ def symmetric(qparams: QParams) -> QParams:
     """The range of qparams with zero_point 128: int8 by another name."""
     scale, zero_point = float(qparams.scale), int(qparams.zero_point)
     peak = scale * max(zero_point, 255 - zero_point)
-    return QParams(np.float32(peak / 127), np.int32(128))
+    return QParams(np.array(peak / 127, np.float32), np.array(128, np.int32))
 
 
 def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:

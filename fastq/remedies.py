@@ -83,7 +83,11 @@ def calibrate(
 def take_sample(prepared: Prepared, batches: Iterator[Batch]) -> list[Batch]:
     """The next batches, until the network's largest value has SAMPLE_BYTES in them."""
     largest = max(
-        (math.prod(n.shape) / n.shape[0] for n in prepared.quantized() if math.prod(n.shape)),
+        (
+            math.prod(n.shape) / n.shape[0]
+            for n in prepared.quantized_values()
+            if math.prod(n.shape)
+        ),
         default=1.0,
     )
     sample: list[Batch] = []

@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from fastq import ops
 from fastq.batches import Batches
-from fastq.swap import QuantizationSummary, summary
 from fastq.graph import Graph, Node
 from fastq.kernels import isa
 from fastq.lower import MOVES, lowered, weight_of
@@ -38,6 +37,7 @@ from fastq.profiling import medians, memory, profile
 from fastq.qparams import QParams
 from fastq.recipe import read_recipe
 from fastq.serialize import save
+from fastq.swap import QuantizationSummary, summary
 from fastq.trace import Forward
 
 BINS = 64
@@ -301,6 +301,7 @@ def report(
     FileNotFoundError if the path's folder is missing; and what the models raise.
     """
     _check(float_model, quantized, batch_sizes, passes, path)
+    assert isinstance(quantized, QuantizedModel)  # as checked
     batches = Batches(data)
     first = batches.first()
     twin = copy.deepcopy(float_model).eval()

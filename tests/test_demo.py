@@ -70,9 +70,7 @@ def test_the_demo_trains_what_it_loaded(lenet, tmp_path):
     losses = [torch.nn.functional.cross_entropy(fastq.load(path)(images), labels)
               for path in (before, after)]  # fmt: skip
     assert losses[1] < losses[0]
-    result = CliRunner().invoke(
-        commands.cli, ["demo", "--qat", "--network", "efficientnet-lite0"]
-    )
+    result = CliRunner().invoke(commands.cli, ["demo", "--qat", "--network", "efficientnet-lite0"])
     assert result.exit_code == 2 and "nothing here to train" in result.output
 
 

@@ -15,11 +15,45 @@ ROOT = Path(fastq.__file__).parent
 ROOMS = sorted(p.relative_to(ROOT).with_suffix("").as_posix() for p in ROOT.rglob("*.py"))
 
 # A room may import the rooms before it, and no other; those up to "runtime" need no torch.
-ORDER = """
-    qparams weights arguments reference kernels ops observer qconfig program encode plan runtime
-    trace batches graph custom nn capture fuse lower swap prepare recipe remedies network layerwise
-    ladder quantization qat explanation profiling serialize page reporting demo cli commands
-""".split()
+ORDER = [
+    "qparams",
+    "weights",
+    "arguments",
+    "reference",
+    "kernels",
+    "ops",
+    "observer",
+    "qconfig",
+    "program",
+    "encode",
+    "plan",
+    "runtime",
+    "trace",
+    "batches",
+    "graph",
+    "custom",
+    "nn",
+    "capture",
+    "fuse",
+    "lower",
+    "swap",
+    "prepare",
+    "recipe",
+    "remedies",
+    "network",
+    "layerwise",
+    "ladder",
+    "quantization",
+    "qat",
+    "explanation",
+    "profiling",
+    "serialize",
+    "page",
+    "reporting",
+    "demo",
+    "cli",
+    "commands",
+]
 NUMBA = {"kernels"}
 TORCH = set(ORDER[ORDER.index("trace") :]) - {"cli"}
 

@@ -79,7 +79,7 @@ def compiled(emit: Any, arguments: int) -> Any:
 
 
 def test_dot_means_what_it_says(isa: str, rng: Any) -> None:
-    """acc[c] + sum over `side_by_side` of a[k] * w[c, k], at the corners of u8 x s8 and at random."""
+    """acc[c] + sum over `side_by_side` of a[k] * w[c, k]: the corners of u8 x s8, and random."""
     simd_of = simd.emitter(isa)
     cols, side, vectors = simd_of.cols, simd_of.side_by_side, 2
 

@@ -64,9 +64,13 @@ class Structured(nn.Module):
         self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(2, 4, 3)
 
     def forward(
-        self, x: Tensor, others: dict[str, list[Tensor]], scale: float = 1.0, extra: object = None,
+        self,
+        x: Tensor,
+        others: dict[str, list[Tensor]],
+        scale: float = 1.0,
+        extra: object = None,
         double: bool = False,
-    ) -> dict[str, object]:  # fmt: skip
+    ) -> dict[str, object]:
         y = self.a(x) + self.b(others["image"][0])
         if double:
             y = y * 2
@@ -105,7 +109,7 @@ def test_keyword_arguments_flags_and_none():
 
 
 def test_named_tuples_and_two_inputs():
-    Pair = namedtuple("Pair", ["left", "right"])  # noqa: PYI024
+    Pair = namedtuple("Pair", ["left", "right"])
     model = call(
         lambda net, x, y: Pair(net.a(x), net.b(y) + net.a(x)), a=conv(3, 4, 1), b=conv(2, 4, 1)
     )()
@@ -135,8 +139,11 @@ def test_results_that_are_one_value():
 
 
 def test_an_output_that_is_used_inside():
-    model = call(lambda net, x: (lambda y: (y, net.b(y), net.b(F.relu(y))))(net.a(x)),
-                 a=conv(3, 4, 3), b=conv(4, 4, 3))()  # fmt: skip
+    model = call(
+        lambda net, x: (lambda y: (y, net.b(y), net.b(F.relu(y))))(net.a(x)),
+        a=conv(3, 4, 3),
+        b=conv(4, 4, 3),
+    )()
     check(model, torch.randn(4, 3, 9, 8))
 
 
@@ -335,15 +342,21 @@ IN_PLACE: dict[str, Callable[[Call, Tensor], object]] = {
     "relu": lambda net, x: F.relu_(net.a(x)),
     "add": lambda net, x: net.a(x).add_(x),
     "a copy": lambda net, x: (lambda y: y.clone().relu_() + y)(net.a(x)),
-    "the original": lambda net, x: (lambda y, z: (y.relu_(), z + y)[1])(*(lambda y: (y, y.clone()))(net.a(x))),
-    "with a view": lambda net, x: (lambda y, v: (y.relu_(), v + 1)[1])(*(lambda y: (y, y.flatten(1)))(net.a(x))),
+    "the original": lambda net, x: (lambda y, z: (y.relu_(), z + y)[1])(
+        *(lambda y: (y, y.clone()))(net.a(x))
+    ),
+    "with a view": lambda net, x: (lambda y, v: (y.relu_(), v + 1)[1])(
+        *(lambda y: (y, y.flatten(1)))(net.a(x))
+    ),
     "a view": lambda net, x: (lambda y: (y[:, :1].mul_(3), y)[1])(net.a(x)),
     "a view of a view": lambda net, x: (lambda y: (y.flatten(2)[:, 1:].relu_(), y)[1])(net.a(x)),
     "chunks": lambda net, x: (lambda y: (y.unbind(1)[0].zero_(), net.b(y))[1])(net.a(x)),
     "before it is read": lambda net, x: (lambda y: (net.b(y), y.relu_(), y)[::2])(net.a(x)),
-    "assigned": lambda net, x: (lambda y: (y.__setitem__((slice(None), 0), 0.5), net.b(y))[1])(net.a(x)),
+    "assigned": lambda net, x: (lambda y: (y.__setitem__((slice(None), 0), 0.5), net.b(y))[1])(
+        net.a(x)
+    ),
     "clamp, mul": lambda net, x: net.b(net.a(x).clamp_(-1, 1).mul_(2).add_(0.5)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
@@ -361,15 +374,23 @@ ISLANDS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "sort": (lambda x: x.sort(2)[0], "sort"),
     "fft": (lambda x: torch.fft.rfft2(x).abs()[..., : x.shape[-1]], "fft"),
     "einsum": (lambda x: torch.einsum("bchw,bdhw->bcd", x, x)[..., None], ""),
-    "grid_sample": (lambda x: F.grid_sample(x, F.affine_grid(
-        torch.eye(2, 3)[None].expand(len(x), -1, -1) * 0.7, [len(x), 5, 6, 6], False), align_corners=False), "grid"),
+    "grid_sample": (
+        lambda x: F.grid_sample(
+            x,
+            F.affine_grid(
+                torch.eye(2, 3)[None].expand(len(x), -1, -1) * 0.7, [len(x), 5, 6, 6], False
+            ),
+            align_corners=False,
+        ),
+        "grid",
+    ),
     "cumsum": (lambda x: x.cumsum(3) / 4, "cumsum"),
     "where": (lambda x: torch.where(x > 0, x, x * 0.1), "where"),
     "topk": (lambda x: x.topk(3, -1).values, "topk"),
     "norm": (lambda x: x / (x.norm(dim=1, keepdim=True) + 1), "norm"),
     "group norm": (lambda x: F.group_norm(x, 5), "group_norm"),
     "batch size": (lambda x: x + torch.arange(len(x))[:, None, None, None] / 10, "arange"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ISLANDS)

@@ -39,7 +39,7 @@ Place = NDArray[Any] | At
 
 @dataclass(frozen=True)
 class View:
-    """A strided operand. kind is a key of ITEM_BYTES; "s16" holds uint8 values; strides in bytes."""
+    """A strided operand. kind is a key of ITEM_BYTES, "s16" has uint8 values; strides in bytes."""
 
     place: Place
     shape: tuple[int, ...]

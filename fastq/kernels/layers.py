@@ -200,7 +200,7 @@ class _Layer:
 
 @dataclass
 class _Rows:
-    """Where the rows of an operand lie: at place + image * i + group * g + row * m or offsets[m]."""
+    """Where the rows of an operand lie: place + image * i + group * g + (row * m or offsets[m])."""
 
     place: Place
     kind: str

@@ -211,6 +211,7 @@ def leaves_of(
 
     names  of the parameters of the float network's forward. TypeError for other arguments.
     """
+    given_spec: Any
     leaves, given_spec = pytree.tree_flatten((args, kwargs))
     if given_spec == spec:
         return leaves
