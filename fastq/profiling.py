@@ -312,13 +312,18 @@ def _integer_steps(bound: BoundProgram, arrays: list[Any], passes: int) -> list[
     item = emitter(isa.current()).a_bytes  # of a value in the arena
     items = {name: FLOAT_BYTES if name in floats else item for name in shapes}
     sizes = {name: prod(shape) * items[name] for name, shape in shapes.items()}
+    apart = {step.name: step.inputs[0] for step in program.steps if step.op == "dilate"}
+    moved = {program.steps[i].name for i, runs in kernels.items() if runs}
+    for name, source in apart.items():
+        if name not in moved:  # its pixels are not set apart in memory
+            sizes[name] = sizes[source]
     return [
         StepProfile(
             name=step.name,
             layer=step.layer,
             op=step.op,
             kernels=tuple(kernels[i]),
-            macs=_macs(step, shapes),
+            macs=_macs(step, shapes, apart),
             read=sum(sizes[name] for name in step.inputs) + _panel_bytes(step) if kernels[i] else 0,
             written=sizes[step.name] if kernels[i] else 0,
             why="",
@@ -334,12 +339,16 @@ def _panel_bytes(step: Step) -> int:
     return 0 if packed is None else packed.panels.nbytes
 
 
-def _macs(step: Step, shapes: dict[str, tuple[int, ...]]) -> int:
-    out = prod(shapes[step.name])
+def _macs(step: Step, shapes: dict[str, tuple[int, ...]], apart: dict[str, str]) -> int:
+    """Multiply-adds; `apart` gives the pixels before a transposed convolution sets them apart."""
     if step.op == "matmul":
-        return out * shapes[step.inputs[0]][-1]
+        return prod(shapes[step.name]) * shapes[step.inputs[0]][-1]
     weight = step.arguments.get("weight")
-    return 0 if weight is None else out * weight.data[0].size
+    if weight is None:
+        return 0
+    if step.inputs[0] in apart:
+        return prod(shapes[apart[step.inputs[0]]][:3]) * weight.data.size
+    return prod(shapes[step.name]) * weight.data[0].size
 
 
 def medians(runs: list[Callable[[], Any]], passes: int) -> list[float]:

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
+import fastq
 from fastq import commands
 from fastq.kernels import peak
 
@@ -71,6 +72,18 @@ def test_multiply_adds_of_a_unet() -> None:
     others = 16 * 8 * 4 * 4 + pixels * 4 * 2  # transposed, and the last
     model = networks.build(TINY)
     assert networks.macs(model, networks.images(TINY, 1, 0)) == convolutions + others
+
+
+def test_the_profile_counts_the_same_multiply_adds(subject: model_peers.Subject) -> None:
+    """A transposed convolution's, without the zeros between its pixels, among them."""
+    found = fastq.profile(subject.quantized, subject.images[:1], passes=1)
+    assert sum(step.macs for step in found.steps) == subject.macs
+
+
+def test_attention_is_counted() -> None:
+    attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    products = 5 * (4 * 8 * 8 + 2 * 8 * 16) + 2 * 5 * 5 * 8
+    assert networks.macs(attention, torch.randn(1, 5, 8)) == products
 
 
 def test_decibels() -> None:
