@@ -300,12 +300,12 @@ def report(
     model of another graph, for labels that do not fit, no batch sizes, or less than one pass,
     FileNotFoundError if the path's folder is missing; and what the models raise.
     """
-    _check(float_model, quantized, batch_sizes, passes, path)
+    int8 = _checked(float_model, quantized, batch_sizes, passes, path)
     batches = Batches(data)
     first = batches.first()
     twin = copy.deepcopy(float_model).eval()
     args, kwargs = call_of(twin, first, forward)
-    comparison = _Comparison(prepare_model(twin, args, kwargs).graph, quantized)
+    comparison = _Comparison(prepare_model(twin, args, kwargs).graph, int8)
     seen = _Outputs()
     bar = tqdm(batches, "compare", unit="batch", total=batches.total, disable=_off(progress))
     with torch.no_grad(), bar:
@@ -316,16 +316,16 @@ def report(
     if labels is not None:
         scores[ACCURACY] = seen.accuracy(torch.as_tensor(labels))
     if evaluate is not None:
-        scores["score"] = float(evaluate(twin)), float(evaluate(quantized))
+        scores["score"] = float(evaluate(twin)), float(evaluate(int8))
     calls = {n: _resized((args, kwargs), n) for n in batch_sizes}
     bar = tqdm(total=len(calls) + 1, desc="measure", unit="part", disable=_off(progress))
     load = _load()
     with _same_threads() as threads, bar:
         latency = {}
         for n, call in calls.items():
-            latency[n] = _latency(twin, quantized, call, passes)
+            latency[n] = _latency(twin, int8, call, passes)
             bar.update()
-        steps = profile(quantized, _as_batch(calls[batch_sizes[0]], quantized), passes=passes).steps
+        steps = profile(int8, _as_batch(calls[batch_sizes[0]], int8), passes=passes).steps
         bar.update()
     result = Report(
         title=title or f"{type(float_model).__name__}: int8 beside float32",
@@ -335,9 +335,9 @@ def report(
         agreement=seen.agreement(),
         snr=tuple(tally.snr for tally in seen.tallies),
         latency=latency,
-        memory=_memory(twin, quantized, comparison.graph, calls[batch_sizes[-1]], batch_sizes[-1]),
+        memory=_memory(twin, int8, comparison.graph, calls[batch_sizes[-1]], batch_sizes[-1]),
         steps=tuple(comparison.step(s.name, s.layer, s.op, s.why, s.time) for s in steps),
-        summary=summary(quantized),
+        summary=summary(int8),
         busy=load > 1.5,
     )
     if path is not None:
@@ -345,9 +345,10 @@ def report(
     return result
 
 
-def _check(
+def _checked(
     float_model: Any, quantized: Any, batch_sizes: Sequence[int], passes: int, path: Any
-) -> None:
+) -> QuantizedModel:
+    """The quantized network, if `report` takes all of these."""
     if not isinstance(float_model, nn.Module):
         raise TypeError(f"report: float_model is a {type(float_model).__name__}, wanted a Module")
     if not isinstance(quantized, QuantizedModel):
@@ -363,6 +364,7 @@ def _check(
         raise ValueError(f"report: path={str(path)!r} is the Markdown's; wanted a .html beside it")
     if path is not None and not Path(path).parent.is_dir():
         raise FileNotFoundError(f"report: there is no folder {Path(path).parent}")
+    return quantized
 
 
 def _off(progress: bool) -> bool | None:
