@@ -7,6 +7,7 @@ everyone is checked, then timed, interleaved.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import statistics
@@ -14,8 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,14 @@ import click
 import numpy as np
 import torch
 
+import fastq
 from benchmarks import networks
 from benchmarks.measure import interleave, machine, read_csv, use_threads, write_csv
 from benchmarks.model_peers import PEERS, Subject
 from fastq.kernels import isa, peak
 from fastq.nn.network import Stage
 from fastq.plan import plan
-from fastq.profiling import memory
+from fastq.profiling import memory as memory_of
 
 IMAGES_SEED = 1000
 PLANS = 3  # of which the fastest counts
@@ -45,6 +48,8 @@ class ModelRow:
     macs         multiply-adds of the whole batch.
     share        of the int8 peak of exact dot products, peak_gops.
     over_int8    the best int8 peer's median / median: above 1 is faster; over_float likewise.
+    resident     bytes by which loading the model and running it lets a fresh process grow; 0 is
+                 not measured.
     arena, panels, weights   fastq's bytes, as in `fastq.profiling.Memory`.
     planning     fastq's time to plan a new input size, with its kernels compiled.
     quantize     seconds of fastq.quantize_model.
@@ -64,6 +69,7 @@ class ModelRow:
     share: float = float("nan")
     over_int8: float = float("nan")
     over_float: float = float("nan")
+    resident: int = 0
     arena: int = 0
     panels: int = 0
     weights: int = 0
@@ -166,12 +172,66 @@ def check(subject: Subject, got: Any) -> None:
 def describe(row: ModelRow, subject: Subject) -> None:
     """What fastq's row says of memory, planning and quantizing."""
     model, x = subject.quantized, subject.x
-    held = memory(model, x)
+    held = memory_of(model, x)
     row.arena, row.panels, row.weights = held.arena, held.panels, held.weights
     row.quantize = subject.quantize_seconds
     if len(model.layout.stages) == 1:
         (bound,) = model._bound()
         row.planning = _planning(bound.program, x)
+
+
+def resident(name: str, peer: str, batch: int, folder: Path) -> int:
+    """Bytes of memory, without what files are mapped to, that a peer takes to load and to run a
+    model that lies in the folder. For a process of its own, with one thread."""
+    for module in ("onnxruntime", "openvino"):  # the library itself does not count
+        with contextlib.suppress(ImportError):
+            import_module(module)
+    network = networks.NETWORKS[name]
+    subject = Subject(name, network, folder, networks.images(network, batch, IMAGES_SEED))
+    subject.expected = np.load(folder / f"{name}.npy")
+    build = {one.name: one.build for one in PEERS}[peer]
+    with use_threads(1):
+        before = _anonymous()
+        if peer == "fastq":
+            subject.quantized = fastq.load(folder / f"{name}.safetensors")
+        run, _ = build(subject, 1)
+        for _ in range(3):
+            run()
+        return _anonymous() - before
+
+
+def _anonymous() -> int:
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in x)
+    return 1024 * int(line.split()[1])
+
+
+FROM_FILES = ("fastq", "onnxruntime QDQ", "onnxruntime QOperator", "openvino int8",
+              "onnxruntime float32", "openvino float")  # fmt: skip
+_RESIDENT = """
+import sys, pathlib
+from benchmarks.models import resident
+print(resident(sys.argv[1], sys.argv[2], int(sys.argv[3]), pathlib.Path(sys.argv[4])))
+"""
+
+
+def fill_resident(rows: Iterable[ModelRow], subject: Subject) -> None:
+    """Measure `resident` of the rows whose peers can load a model from a file."""
+    fastq.save(subject.quantized, subject.folder / f"{subject.name}.safetensors")
+    np.save(subject.folder / f"{subject.name}.npy", subject.expected)
+    for row in rows:
+        if row.peer in FROM_FILES and not row.failed:
+            arguments = [row.network, row.peer, str(row.batch), str(subject.folder)]
+            done = _run("-c", _RESIDENT, *arguments, threads=1, capture=True)
+            row.resident = 0 if done.returncode else int(done.stdout.split()[-1])
+
+
+def _run(*arguments: str, threads: int, capture: bool = False) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, with so many threads."""
+    fixed = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    return subprocess.run(
+        [sys.executable, *arguments], env={**os.environ, **fixed}, cwd=Path(__file__).parents[1],
+        capture_output=capture, text=True,
+    )  # fmt: skip
 
 
 def _planning(program: Any, x: torch.Tensor) -> float:
@@ -187,52 +247,58 @@ def _planning(program: Any, x: torch.Tensor) -> float:
 
 
 @click.command()
-@click.option("--network", "names", type=click.Choice([*networks.NETWORKS]), multiple=True,
-              help="Repeatable; all by default.")  # fmt: skip
+@click.option("--filter", "pattern", default="", help="Regular expression on the network's name.")
 @click.option("--threads", type=click.IntRange(1), multiple=True, default=[1, 2],
               show_default=True, help="Repeatable.")  # fmt: skip
 @click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=[1, 8],
               show_default=True, help="Repeatable.")  # fmt: skip
-@click.option("--peer", default="", help="Regular expression on the peer's name.")
+@click.option("--peer", "peer_pattern", default="", help="Regular expression on the peer's name.")
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True,
               help="Of timing, per network, batch and peer.")  # fmt: skip
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write the rows here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a picture here.")
 @click.option("--folder", type=click.Path(path_type=Path, file_okay=False),
               help="Keep the peers' ONNX models here, for the next time.")  # fmt: skip
-@click.option("--in-process", is_flag=True,
-              help="Here, with OMP_NUM_THREADS as it is, not in processes of their own.")  # fmt: skip
+@click.option("--memory", is_flag=True, help="Measure the memory that each peer takes, too.")
+@click.option("--in-process", is_flag=True, help="Here, with OMP_NUM_THREADS as it is, not in "
+              "processes of their own.")  # fmt: skip
 def bench(
-    names: tuple[str, ...],
+    pattern: str,
     threads: tuple[int, ...],
     batches: tuple[int, ...],
-    peer: str,
+    peer_pattern: str,
     seconds: float,
     csv_path: Path | None,
     plot: Path | None,
     folder: Path | None,
+    memory: bool,
     in_process: bool,
 ) -> None:
     """Time whole networks beside ONNX Runtime, OpenVINO and torch, fastq's answer checked first.
 
     Exits with 1 if an answer of fastq was wrong.
     """
-    if not any(re.search(peer, p.name) for p in PEERS):
-        raise click.BadParameter(f"no peer matches {peer!r}", param_hint="--peer")
+    names = [name for name in networks.NETWORKS if re.search(pattern, name)]
+    if not names:
+        known = ", ".join(networks.NETWORKS)
+        raise click.BadParameter(f"{pattern!r} matches none of {known}", param_hint="--filter")
+    if not any(re.search(peer_pattern, peer.name) for peer in PEERS):
+        raise click.BadParameter(f"no peer matches {peer_pattern!r}", param_hint="--peer")
     with tempfile.TemporaryDirectory() as temporary:
         kept = folder or Path(temporary)
         kept.mkdir(parents=True, exist_ok=True)
         rows: list[ModelRow] = []
-        for name in names or networks.NETWORKS:
+        for name in names:
             for count in threads:
                 if in_process:
-                    rows += _network(name, kept, batches, count, seconds, peer)
+                    rows += _network(name, kept, batches, count, seconds, peer_pattern, memory)
                 else:
                     part = Path(temporary) / "rows.csv"
                     options = [
-                        "--in-process", "--network", name, "--threads", str(count), "--peer", peer,
-                        "--seconds", str(seconds), "--csv", str(part), "--folder", str(kept),
-                        *(f"--batch={batch}" for batch in batches),
+                        "--in-process", f"--filter=^{name}$", f"--threads={count}",
+                        f"--peer={peer_pattern}", f"--seconds={seconds}", f"--csv={part}",
+                        f"--folder={kept}", *(f"--batch={batch}" for batch in batches),
+                        *["--memory"] * memory,
                     ]  # fmt: skip
                     rows += _process(options, count, part)
                 if csv_path and rows:
@@ -248,17 +314,20 @@ def bench(
 def _process(options: Sequence[str], threads: int, part: Path) -> list[ModelRow]:
     """The rows that a process of its own has written; it prints them."""
     part.unlink(missing_ok=True)
-    fixed = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    command = [sys.executable, "-m", "benchmarks.models", *options]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, env={**os.environ, **fixed}, cwd=root)
+    done = _run("-m", "benchmarks.models", *options, threads=threads)
     if done.returncode:
         click.secho(f"{' '.join(options)}: exit code {done.returncode}", fg="red")
     return read_csv(part, ModelRow) if part.exists() else []
 
 
 def _network(
-    name: str, folder: Path, batches: Sequence[int], threads: int, seconds: float, pattern: str
+    name: str,
+    folder: Path,
+    batches: Sequence[int],
+    threads: int,
+    seconds: float,
+    pattern: str,
+    with_memory: bool,
 ) -> list[ModelRow]:
     network = networks.NETWORKS[name]
     images = networks.images(network, max(batches), IMAGES_SEED)
@@ -268,6 +337,8 @@ def _network(
         for batch in batches:
             subject.batch = batch
             new = measure(subject, threads, seconds, pattern)
+            if with_memory:
+                fill_resident(new, subject)
             _print(new)
             rows += new
     return rows
@@ -288,6 +359,8 @@ def _print(rows: list[ModelRow]) -> None:
             f"{row.share:4.0%}  int8 x{row.over_int8:.2f}  float x{row.over_float:.2f}  "
             f"{row.snr:5.1f} dB  {row.check}"
         )
+        if row.resident:
+            line += f"  takes {row.resident / 2**20:.0f} MiB"
         if row.ours:
             line += (
                 f"  arena {row.arena / 2**20:.1f} MiB, plan {row.planning:.0f} ms, "

@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import ScalarFormatter
 
 from benchmarks.measure import Row, first_of_ours, summaries
+from benchmarks.models import ModelRow
 
 matplotlib.use("Agg")  # a file, no window
 
@@ -110,3 +111,38 @@ def _curves(axes: Any, ours: list[Row]) -> None:
               ha="left", va="bottom", family="monospace")  # fmt: skip
     axes.set_title("times as fast as the fastest peer of each shape", fontsize=10)
     axes.legend(frameon=False, loc="upper left", fontsize=9)
+
+
+def draw_models(rows: list[ModelRow], path: Path) -> None:
+    """Write a picture of whole networks: a column for each batch size and number of threads."""
+    cells: dict[tuple[int, int], list[ModelRow]] = defaultdict(list)
+    for row in rows:
+        if row.ours and not row.failed:
+            cells[row.batch, row.threads].append(row)
+    names = list(dict.fromkeys(row.network for row in rows))
+    at = {name: -y for y, name in enumerate(names)}
+    size = (3 + 3.5 * len(cells), 1.8 + 0.32 * len(names))
+    figure, columns = plt.subplots(
+        1, max(len(cells), 1), figsize=size, layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, ((batch, threads), ours) in zip(columns[0], sorted(cells.items()), strict=False):
+        y = [at[row.network] for row in ours]
+        int8 = np.array([row.over_int8 for row in ours])
+        colors = [OURS if ratio >= 1 else "#c8553d" for ratio in int8]
+        axes.barh(y, int8 - 1, left=1, color=colors, height=0.6, label="best int8 peer")
+        axes.scatter([row.over_float for row in ours], y, s=18, color=PEER, zorder=3,
+                     label="best float peer")  # fmt: skip
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set(xscale="log", title=f"batch {batch}, {threads} thread(s)")
+        axes.set_yticks(list(at.values()), list(at), fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        _ratio_axis(axes.xaxis)
+    columns[0][0].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.suptitle(
+        f"fastq: times as fast as the best peer. {rows[0].cpu}, {rows[0].isa}, commit "
+        f"{rows[0].commit}\n{rows[0].versions}",
+        fontsize=9,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,4 +1,7 @@
-"""`python -m benchmarks.readme_table results.csv`: the README's measured table, from the CSV."""
+"""`python -m benchmarks.readme_table results.csv`: the README's measured tables, from the CSVs.
+
+Of a CSV of `benchmarks.run` the table of kernels, of one of `benchmarks.models` that of networks.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,13 @@ from pathlib import Path
 import click
 
 from benchmarks.measure import Row, network_sums, read_csv
+from benchmarks.models import ModelRow
 from benchmarks.shapes import WHOLE
 
-BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
+MARKS = {
+    "kernels": ("<!-- table:begin -->", "<!-- table:end -->"),
+    "models": ("<!-- models:begin -->", "<!-- models:end -->"),
+}
 # column, and the peers of which it shows the best
 COLUMNS = {
     "fastq": ("fastq", "fastq int32", "fastq.QLinear"),
@@ -24,6 +31,14 @@ COLUMNS = {
     ),
     "OpenVINO int8": ("openvino int8",),
     "float32, the best": ("torch float32", "onnxruntime float32", "openvino float32"),
+}  # fmt: skip
+MODEL_COLUMNS = {
+    "ONNX Runtime int8": ("onnxruntime QDQ", "onnxruntime QOperator"),
+    "OpenVINO int8": ("openvino int8", "openvino nncf"),
+    "torch int8": ("torch onednn", "torch x86"),
+    "float, the best": (
+        "onnxruntime float32", "openvino float", "torch float32", "torch channels_last",
+    ),
 }  # fmt: skip
 TITLES = {"goal": "GEMM", "module": "QLinear, float in and out, dynamic,"}
 
@@ -75,12 +90,50 @@ def _line(title: str, times: dict[str, float], limit: float) -> str:
     return f"| {title} | {' | '.join(cells)} | {ratio} |"
 
 
-def put(text: str, new: str) -> str:
+def models_table(rows: list[ModelRow]) -> str:
+    """Markdown: what was measured on what, then a line per network, batch and threads."""
+    first = rows[0]
+    lines = [
+        f"{first.cpu}, {first.isa}, commit {first.commit}; {first.versions}"
+        f"{'; ' + first.settings if first.settings else ''}. Medians in milliseconds; in brackets "
+        f"the share of {first.peak_gops:.0f} GOP/s a thread, the peak of exact dot products. "
+        "Arena: the memory of all values between the layers, in MiB.",
+        "",
+        f"| network | batch | threads | fastq | {' | '.join(MODEL_COLUMNS)} | over int8 "
+        "| over float | arena |",
+        f"|---|{'---:|' * (len(MODEL_COLUMNS) + 6)}",
+    ]
+    cells: dict[tuple[str, int, int], dict[str, ModelRow]] = defaultdict(dict)
+    for row in rows:
+        cells[row.network, row.batch, row.threads][row.peer] = row
+    for (network, batch, threads), peers in cells.items():
+        ours = peers.get("fastq")
+        if ours is None or ours.failed:
+            continue
+        best = [
+            min((peers[p].median for p in names if p in peers and not peers[p].failed),
+                default=None)
+            for names in MODEL_COLUMNS.values()
+        ]  # fmt: skip
+        shown = ["-" if ms is None else f"{ms:.3g}" for ms in best]
+        ratios = [
+            "-" if ratio != ratio else f"{ratio:.2f}x"
+            for ratio in (ours.over_int8, ours.over_float)
+        ]
+        lines.append(
+            f"| {network} | {batch} | {threads} | **{ours.median:.3g}** ({100 * ours.share:.0f} %) "
+            f"| {' | '.join(shown)} | {' | '.join(ratios)} | {ours.arena / 2**20:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def put(text: str, new: str, marks: tuple[str, str]) -> str:
     """`text` with `new` between the two marks; ValueError where there is not one of each."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"wanted one line {BEGIN} and after it one line {END}")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{new}\n{END}{rest.split(END)[1]}"
+    begin, end = marks
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"wanted one line {begin} and after it one line {end}")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{new}\n{end}{rest.split(end)[1]}"
 
 
 @click.command()
@@ -88,10 +141,15 @@ def put(text: str, new: str) -> str:
 @click.option("--into", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="The file with the two marks; without it the table is printed.")  # fmt: skip
 def main(csv_path: Path, into: Path | None) -> None:
-    """Make the README's table from a CSV of `benchmarks.run`."""
-    new = table(read_csv(csv_path, Row))
+    """Make one of the README's tables from a CSV."""
+    header = csv_path.read_text().partition("\n")[0].split(",")
+    kind = "models" if "network" in header else "kernels"
+    if kind == "models":
+        new = models_table(read_csv(csv_path, ModelRow))
+    else:
+        new = table(read_csv(csv_path, Row))
     if into:
-        into.write_text(put(into.read_text(), new))
+        into.write_text(put(into.read_text(), new, MARKS[kind]))
     else:
         click.echo(new)
 

@@ -31,29 +31,38 @@ from fastq.ops import (
 )
 from fastq.qconfig import QConfig
 from fastq.qparams import Dequant, QParams, Requant, choose_qparams, quantize_weight
+from fastq.runtime import load_program
 from fastq.weights import Conv2dWeight, LinearWeight
 
 if TYPE_CHECKING:
-    from fastq.convert import quantize_layers, summary
-    from fastq.network import quantize_model
+    from fastq.custom import pointwise
+    from fastq.layerwise import sensitivity
     from fastq.nn import QConv2d, QLinear, QuantizedModel
     from fastq.profiling import profile
+    from fastq.qat import QATModel, convert, prepare_qat
+    from fastq.quantization import quantize_model
     from fastq.reporting import report
     from fastq.serialize import load, save
+    from fastq.swap import quantize_layers, summary
 
 __version__ = "0.1.0"
 
 _NEEDS_TORCH = {
+    "QATModel": "fastq.qat",
     "QConv2d": "fastq.nn",
     "QLinear": "fastq.nn",
     "QuantizedModel": "fastq.nn",
+    "convert": "fastq.qat",
     "load": "fastq.serialize",
+    "pointwise": "fastq.custom",
+    "prepare_qat": "fastq.qat",
     "profile": "fastq.profiling",
-    "quantize_layers": "fastq.convert",
-    "quantize_model": "fastq.network",
+    "quantize_layers": "fastq.swap",
+    "quantize_model": "fastq.quantization",
     "report": "fastq.reporting",
     "save": "fastq.serialize",
-    "summary": "fastq.convert",
+    "sensitivity": "fastq.layerwise",
+    "summary": "fastq.swap",
 }
 
 __all__ = [
@@ -65,6 +74,7 @@ __all__ = [
     "MinMaxObserver",
     "MovingAverageObserver",
     "PercentileObserver",
+    "QATModel",
     "QConfig",
     "QConv2d",
     "QLinear",
@@ -74,6 +84,7 @@ __all__ = [
     "choose_qparams",
     "conv2d",
     "conv2d_float",
+    "convert",
     "dequantize",
     "dynamic_qparams",
     "explain",
@@ -81,7 +92,10 @@ __all__ = [
     "linear",
     "linear_float",
     "load",
+    "load_program",
     "make_observer",
+    "pointwise",
+    "prepare_qat",
     "profile",
     "quantize",
     "quantize_layers",
@@ -90,6 +104,7 @@ __all__ = [
     "report",
     "requantize",
     "save",
+    "sensitivity",
     "set_num_threads",
     "summary",
     "warmup",

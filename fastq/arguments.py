@@ -20,7 +20,7 @@ def _whole(low: int, high: int) -> Check:
 
 
 def _real(low: float = -math.inf) -> Check:
-    return lambda v: isinstance(v, float | np.floating) and bool(np.isfinite(v)) and v > low
+    return lambda v: isinstance(v, float | np.floating) and bool(np.isfinite(v) and v > low)
 
 
 def _kind(*kinds: type) -> Check:
@@ -104,7 +104,7 @@ TWO_OPERANDS_ARE_FINE = ("conv2d", "linear")
 
 
 def check_arguments(step: Any) -> None:
-    """ValueError unless a step has the inputs and the arguments of its operation, of their kinds."""
+    """ValueError unless a step has its operation's inputs and arguments, each of its kind."""
     count, wanted = len(step.inputs), OPERANDS.get(step.op, 1)
     epilogue = step.arguments.get("epilogue")
     if step.op in TWO_OPERANDS_ARE_FINE and getattr(epilogue, "add_multiplier", None) is not None:

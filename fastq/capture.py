@@ -8,80 +8,42 @@ batch becomes a `Batch`, and a graph that differs in anything else holds for tha
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fastq.graph import Batch, Graph, Node, Ref, normalization
+from fastq.graph import POINTWISE_NAMESPACE, Batch, Graph, Node, Ref, normalization
 from fastq.trace import quiet, twin
 
 _aten = torch.ops.aten
 
-POINTWISE_NAMESPACE = "fastq_pointwise"  # of operators made by `fastq.pointwise`
-_POINTWISE = frozenset(
-    [
-        "relu",
-        "relu6",
-        "hardtanh",
-        "clamp",
-        "clamp_min",
-        "clamp_max",
-        "hardswish",
-        "hardsigmoid",
-        "silu",
-        "gelu",
-        "sigmoid",
-        "tanh",
-        "elu",
-        "leaky_relu",
-        "mish",
-        "softplus",
-        "selu",
-        "celu",
-        "exp",
-        "expm1",
-        "log",
-        "log1p",
-        "sqrt",
-        "rsqrt",
-        "abs",
-        "neg",
-        "square",
-        "pow",
-        "reciprocal",
-        "sin",
-        "cos",
-        "erf",
-        "threshold",
-        "hardshrink",
-        "softshrink",
-        "tanhshrink",
-        "log_sigmoid",
-        "softsign",
-        "rsub",
-        "sign",
-        "floor",
-        "ceil",
-        "round",
-        "trunc",
-        "sigmoid_",
-        "add",
-        "sub",
-        "mul",
-        "div",
-    ]
-)
-_SAME = frozenset(["dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach", "lift_fresh_copy", "detach_", "identity"])  # fmt: skip
-_VIEWS = frozenset(["reshape", "permute", "slice", "alias", "view", "transpose"])
+_POINTWISE = frozenset([
+    "relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "hardswish", "hardsigmoid",
+    "silu", "gelu", "sigmoid", "tanh", "elu", "leaky_relu", "mish", "softplus", "selu", "celu",
+    "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "abs", "neg", "square", "pow", "reciprocal",
+    "sin", "cos", "erf", "threshold", "hardshrink", "softshrink", "tanhshrink", "log_sigmoid",
+    "softsign", "rsub", "sign", "floor", "ceil", "round", "trunc", "add", "sub", "mul", "div",
+])  # fmt: skip
+_SAME = frozenset([
+    "dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach",
+    "lift_fresh_copy", "identity",
+])  # fmt: skip
+_GROWING = ("expand", "expand_as", "repeat", "tile", "broadcast_to")  # with the batch, perhaps
 
 
 class CannotCapture(Exception):
     """Why there is no graph of a model."""
+
+
+class _Aliased(CannotCapture):
+    """A tensor is changed in place that is read by another name later."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +63,10 @@ class Captured:
     out_spec: Any
     any_extent: bool
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
+        graph, arguments = copy.deepcopy((self.graph, self.arguments), memo)
+        return replace(self, graph=graph, arguments=arguments)  # specs do not change
+
 
 def capture(
     model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None = None
@@ -112,38 +78,67 @@ def capture(
     """
     kwargs = dict(kwargs or {})
     leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
-    failures: list[str] = []
-    for stretch in (1, 0):
-        try:
-            pair = [
-                _export(model, pytree.tree_unflatten([_resized(x, *how) for x in leaves], spec))
-                for how in ((2, 0), (3, stretch))
-            ]
-            first, second = (_Reader(model, program).graph() for program in pair)
-            _generalize(first, second)
-        except Exception as error:  # torch.export raises whatever its innards or the model raised
-            message = str(error).strip().splitlines() or [""]
-            failures.append(f"{type(error).__name__}: {message[0]:.160}")
-            continue
-        first.remove_unused()
-        nodes = iter(first.inputs)
-        arguments = tuple(next(nodes) if isinstance(x, Tensor) else x for x in leaves)
-        return Captured(first, arguments, spec, pair[0].call_spec.out_spec, bool(stretch))
-    raise CannotCapture(failures[-1])
+    try:
+        first = _export(model, leaves, spec, BATCHES[0], ())
+        for ways in (*_stretches(leaves), ((),)):
+            for how in ways:
+                try:
+                    second = _export(model, leaves, spec, BATCHES[1], how)
+                except Exception:  # it does not take this size
+                    if not how:
+                        raise
+                    continue
+                graph = _read(model, first)
+                try:
+                    _generalize(graph, _read(model, second))
+                except CannotCapture:  # another network for each size: it holds for this one
+                    if not how:
+                        raise
+                    break
+                graph.remove_unused()
+                nodes = iter(graph.inputs)
+                arguments = tuple(next(nodes) if isinstance(x, Tensor) else x for x in leaves)
+                return Captured(graph, arguments, spec, first.call_spec.out_spec, bool(how))
+    except CannotCapture:
+        raise
+    except Exception as error:  # torch.export raises whatever its innards or the model raised
+        message = str(error).strip().splitlines() or [""]
+        raise CannotCapture(f"{type(error).__name__}: {message[0]:.160}") from error
+    raise AssertionError("the last way returns or raises")
 
 
-def _resized(x: Any, batch: int, stretch: int) -> Any:
-    """An example of another batch size, and with `stretch` of a greater extent."""
+# A size that is in one capture 8/5 of what it is in the other follows the batch: no image or
+# sequence that is longer by one of the numbers in `_stretches` is.
+BATCHES = (5, 8)
+Stretch = tuple[tuple[int, tuple[int, ...], int], ...]
+
+
+def _stretches(leaves: Sequence[Any]) -> list[tuple[Stretch, ...]]:
+    """Ways to make examples larger: (number of axes, the axes that grow, by how much).
+
+    By an odd number first: a network that pads to even sizes is another one then, and its graph
+    holds for one size only. Many networks take multiples of 32 alone, which comes second.
+    """
+    dims = {x.dim() for x in leaves if isinstance(x, Tensor)}
+    return [
+        tuple(
+            ((2, (1,), tokens), (3, (axis,), tokens), (4, (2, 3), pixels), (5, (2, 3, 4), tokens))
+            for pixels, tokens in ((65, 7), (64, 8))
+        )
+        for axis in ((2, 1) if 3 in dims else (2,))  # (B, C, L), then (B, L, C)
+    ]
+
+
+def _resized(x: Any, batch: int, stretch: Stretch) -> Any:
+    """An example of another batch size, and of a greater extent."""
     if not isinstance(x, Tensor) or x.dim() == 0:
         return x
     repeats = -(-batch // max(len(x), 1))
     x = torch.cat([x] * repeats)[:batch]
-    if stretch:
-        axes = {4: (2, 3), 3: (2,), 5: (2, 3, 4)}.get(x.dim(), ())
-        if x.dim() == 2 and not x.is_floating_point():
-            axes = (1,)
+    for dim, axes, more in stretch:
+        if dim != x.dim() or (dim == 2 and x.is_floating_point()):
+            continue
         for axis in axes:
-            more = 32 if x.dim() == 4 else 8
             x = torch.cat([x, x.narrow(axis, 0, 1).expand(*_grown(x.shape, axis, more))], axis)
     return x.clone()
 
@@ -154,13 +149,27 @@ def _grown(shape: Sequence[int], axis: int, more: int) -> list[int]:
     return sizes
 
 
-def _export(model: nn.Module, example: tuple[Any, Any]) -> Any:
+def _export(
+    model: nn.Module, leaves: Sequence[Any], spec: Any, batch: int, stretch: Stretch
+) -> Any:
+    example = pytree.tree_unflatten([_resized(x, batch, stretch) for x in leaves], spec)
     with quiet(), torch.no_grad():
         return torch.export.export(twin(model), example[0], example[1], strict=False)
 
 
+def _read(model: nn.Module, program: Any) -> Graph:
+    try:
+        return _Reader(model, program).graph()
+    except _Aliased:  # a second pass of torch's turns changes of memory into new values
+        with quiet(), torch.no_grad():
+            return _Reader(model, program.run_decompositions({})).graph()
+
+
 def _generalize(first: Graph, second: Graph) -> None:
-    """Turns what differs with the batch into Batch, in `first`; CannotCapture for other differences."""
+    """Turns what differs with the batch into Batch, in `first`.
+
+    Raises CannotCapture for other differences.
+    """
     if len(first.nodes) != len(second.nodes):
         raise CannotCapture("the graph depends on the size of the input")
     pairs = dict(zip(first.nodes, second.nodes, strict=True))
@@ -173,6 +182,11 @@ def _generalize(first: Graph, second: Graph) -> None:
             one.attrs["groups"] = _joined_groups(one.name, *groups)
         else:
             one.attrs = _joined(one.name, one.attrs, two.attrs)
+            if one.op != "aten" and _has_batch(one.attrs):
+                raise CannotCapture(f"{one.name}: {one.op} depends on the batch size")
+        for key, tensor in one.tensors.items():
+            if not _equal(tensor, two.tensors[key]):
+                raise CannotCapture(f"{one.name}: {key} depends on the size of the input")
     if len(first.outputs) != len(second.outputs):
         raise CannotCapture("the number of outputs depends on the size of the input")
 
@@ -197,9 +211,24 @@ def _joined(name: str, one: Any, two: Any) -> Any:
         return type(one)(_joined(name, a, b) for a, b in zip(one, two, strict=True))
     if type(one) is type(two) and (one == two or one is two):
         return one
-    if type(one) is int and type(two) is int and one % 2 == 0 and one // 2 * 3 == two:
-        return Batch(one // 2)
+    small, large = BATCHES
+    if type(one) is int and type(two) is int and one * large == two * small and one % small == 0:
+        return Batch(one // small)
     raise CannotCapture(f"{name}: {one} and {two} for two sizes of the input")
+
+
+def _has_batch(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return any(map(_has_batch, value))
+    return isinstance(value, Batch)
+
+
+def _equal(one: Tensor, two: Tensor) -> bool:
+    if one is two or one.data_ptr() == two.data_ptr():
+        return True
+    return one.shape == two.shape and torch.equal(one.nan_to_num(), two.nan_to_num())
 
 
 class _Reader:
@@ -210,6 +239,7 @@ class _Reader:
         self.values: dict[fx.Node, Any] = {}
         self.nodes: list[Node] = []
         self.names: set[str] = set()
+        self.place = {node: i for i, node in enumerate(program.graph.nodes)}
 
     def graph(self) -> Graph:
         signature = self.program.graph_signature
@@ -271,8 +301,8 @@ class _Reader:
         target: Any = node.target
         if not isinstance(target, torch._ops.OpOverload):
             if target is operator.getitem:
-                source, index = self.values[node.args[0]], node.args[1]  # type: ignore[index]
-                if isinstance(source, list):
+                source, index = (self.look_up(value) for value in node.args)
+                if isinstance(source, list | tuple):
                     return source[index]
                 return self.add(node, "aten", [source], attrs={
                     "target": "getitem", "args": (Ref(0), index), "kwargs": {}})  # fmt: skip
@@ -283,17 +313,28 @@ class _Reader:
             return None
         in_place = name.endswith("_") and not name.startswith("_")
         plain = name.rstrip("_") if in_place else name
-        result: Any = None
         given = {key: self.look_up(value) for key, value in arguments.items()}
+        leaves = pytree.tree_leaves(list(given.values()))
+        if not any(isinstance(v, Node) for v in leaves) and self.folds(target, leaves):
+            with torch.no_grad():
+                return target(*map(self.look_up, node.args), **self.look_up(dict(node.kwargs)))
+        result: Any = None
         if target.namespace in ("aten", POINTWISE_NAMESPACE) and node.meta.get("val") is not None:
             result = self.convert(node, plain, target, given)
         if result is None:
             if in_place:
                 target = self.functional(target, plain)
             result = self.other(node, target, arguments)
-        if in_place and result is not given.get("self", given.get("input")):
+        if in_place:
             self.overwrite(node, result)
         return result
+
+    def folds(self, target: Any, leaves: list[Any]) -> bool:
+        """Whether an operator of parameters and buffers is computed here and now."""
+        name = target._schema.name.split("::")[1]
+        fixed = not target._schema.is_mutable and name not in _GROWING
+        random = torch.Tag.nondeterministic_seeded in target.tags
+        return fixed and not random and any(isinstance(v, Tensor) for v in leaves)
 
     def functional(self, target: Any, plain: str) -> Any:
         """The operator that returns what this one writes."""
@@ -305,23 +346,25 @@ class _Reader:
     def overwrite(self, node: fx.Node, result: Node) -> None:
         """Who reads the changed value later shall get the new one."""
         changed: Any = node.args[0]
-        old = self.values[changed]
-        if isinstance(old, Tensor):
-            raise CannotCapture(f"{node.name} changes a parameter or buffer")
-        aliases = [v for v in self.values.values() if isinstance(v, Node) and v is not old]
-        if any(old in v.inputs and v.op in ("reshape", "permute", "slice") for v in aliases):
-            raise CannotCapture(f"{node.name} changes a tensor that has views")
-        if old.op in ("reshape", "permute", "slice", "input"):
-            raise CannotCapture(f"{node.name} changes a view or an input")
-        for key, value in self.values.items():
-            if value is old:
-                self.values[key] = result
+        old, memory, now = self.values[changed], _memory(changed), self.place[node]
+        for other in self.values:
+            if _memory(other) != memory:
+                continue
+            if other.op == "placeholder":
+                kind = "an input" if isinstance(self.values[other], Node) else "a parameter"
+                raise CannotCapture(f"{node.name} changes {kind}")
+            if self.values[other] is old:
+                self.values[other] = result
+            elif other is not node and any(self.place[user] > now for user in other.users):
+                raise _Aliased(f"{node.name} changes what {other.name} reads")
 
     def look_up(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
             return self.values[value]
         if isinstance(value, list | tuple):
             return [self.look_up(v) for v in value]
+        if isinstance(value, dict):
+            return {key: self.look_up(v) for key, v in value.items()}
         return value
 
     def other(self, node: fx.Node, target: Any, arguments: dict[str, Any]) -> Node:
@@ -357,8 +400,9 @@ class _Reader:
 
     def convert(self, node: fx.Node, name: str, target: Any, a: dict[str, Any]) -> Any:
         """The value of an operator that has a name here, or None."""
-        value = node.meta["val"]
-        if isinstance(value, Tensor) and value.dtype != torch.float32:
+        values = [v.meta.get("val") for v in (node, *node.all_input_nodes)]
+        leaves = [v for v in pytree.tree_leaves(values) if isinstance(v, Tensor)]
+        if name != "adaptive_max_pool2d" and any(v.dtype != torch.float32 for v in leaves):
             return None
         x = a.get("self", a.get("input", a.get("query")))
         if name in _SAME and isinstance(x, Node) and _off(a):
@@ -434,7 +478,7 @@ class _Reader:
             sides = (_one(a["padding"]),) * 2
         b, c, length = x.shape
         line = self.add(f"{node.name}_line", "reshape", [x], shape=(b, c, 1, length),
-                        attrs={"groups": (((0,), (None,)), ((1,), (None, 1)), ((2,), (None,)))})  # fmt: skip
+                        attrs={"groups": (_axis(0), ((1,), (None, 1)), _axis(2))})  # fmt: skip
         attrs = {"stride": (1, _one(a["stride"])), "padding": ((0, 0), sides),
                  "dilation": (1, _one(a["dilation"])), "groups": a["groups"]}  # fmt: skip
         out = tuple(node.meta["val"].shape)
@@ -442,7 +486,7 @@ class _Reader:
         y = self.add(node, "conv2d", [line], attrs=attrs, tensors=tensors,
                      shape=(out[0], out[1], 1, out[2]))  # fmt: skip
         return self.add(f"{node.name}_sequence", "reshape", [y], shape=out,
-                        attrs={"groups": (((0,), (None,)), ((1, 2), (None,)), ((3,), (None,)))})  # fmt: skip
+                        attrs={"groups": (_axis(0), ((1, 2), (None,)), _axis(3))})  # fmt: skip
 
     def read_conv_transpose2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x, weight, bias = a["input"], a["weight"], a.get("bias")
@@ -487,6 +531,13 @@ class _Reader:
         y.origin = origin
         return y
 
+    def read__native_batch_norm_legit_no_training(
+        self, node: fx.Node, a: dict[str, Any]
+    ) -> list[Any] | None:
+        """What a batch norm is called where changes of memory became values."""
+        y = self.read_batch_norm(node, {**a, "training": False})
+        return None if y is None else [y]
+
     def read_layer_norm(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x = a["input"]
         if not isinstance(x, Node) or len(a["normalized_shape"]) != 1:
@@ -514,17 +565,37 @@ class _Reader:
         x, y = a["self"], a["other"]
         if not (isinstance(x, Node | Tensor) and isinstance(y, Node | Tensor)):
             return None
-        tensors = [v for v in (x, y) if isinstance(v, Tensor)]
-        if len(tensors) == 2 or any(v.numel() == 1 for v in tensors):
+        if any(v.numel() == 1 or v.dtype != torch.float32 for v in (x, y) if isinstance(v, Tensor)):
             return None
-        if any(v.dtype != torch.float32 for v in tensors):
-            return None
-        sides = [
-            self.constant(f"{node.name}_constant", v) if isinstance(v, Tensor) else v
-            for v in (x, y)
-        ]
+        rank = max(len(x.shape), len(y.shape))
+        sides = []
+        for i, value in enumerate((x, y)):
+            shape = (1,) * (rank - len(value.shape)) + tuple(value.shape)
+            if isinstance(value, Tensor):
+                sides.append(self.constant(f"{node.name}_constant", value.reshape(shape)))
+            elif len(value.shape) == rank:
+                sides.append(value)
+            else:
+                groups = reshape_groups(value.shape, shape)
+                sides.append(self.add(f"{node.name}_{i}", "reshape", [value], shape=shape,
+                                      attrs={"groups": groups}))  # fmt: skip
+        if op == "mul":
+            for value, constant in (sides, sides[::-1]):
+                if constant.op == "constant" and len(value.shape) == rank > 1:
+                    scaled = self.scaled(node, value, constant.tensors["value"])
+                    if scaled is not None:
+                        self.nodes.remove(constant)
+                        return scaled
         attrs = {"alpha": alpha} if alpha != 1 else {}
         return self.add(node, op, sides, attrs=attrs)
+
+    def scaled(self, node: fx.Node, x: Node, factor: Tensor) -> Node | None:
+        """A product with one factor for each channel."""
+        if factor.numel() != factor.shape[1] or factor.shape[1] != x.shape[1]:
+            return None
+        factor = factor.detach().double().reshape(-1)
+        tensors = {"factor": factor, "shift": torch.zeros_like(factor)}
+        return self.add(node, "affine", [x], tensors=tensors)
 
     def read_relu(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         return self.clamped(node, a["self"], 0.0, None)
@@ -552,7 +623,7 @@ class _Reader:
             -float("inf") if lo is None else float(lo),
             float("inf") if hi is None else float(hi),
         )
-        call = ("aten.clamp.default", (Ref(0), lo, hi), {})
+        call: Any = ("aten.clamp.default", (Ref(0), lo, hi), {})
         return self.add(node, "pointwise", [x], attrs={"calls": [call], "clamp_only": bounds})
 
     def read_prelu(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
@@ -562,10 +633,9 @@ class _Reader:
 
     def read_softmax(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x = a["self"]
-        dim = a["dim"] % len(x.shape) if isinstance(x, Node) else 0
-        if not isinstance(x, Node) or dim != len(x.shape) - 1:
+        if not isinstance(x, Node) or not x.shape:
             return None
-        return self.add(node, "softmax", [x], attrs={"dim": dim})
+        return self.add(node, "softmax", [x], attrs={"dim": a["dim"] % len(x.shape)})
 
     def read_matmul(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x, y = a["self"], a.get("other", a.get("mat2"))
@@ -629,44 +699,72 @@ class _Reader:
         return self.adaptive(node, "adaptive_avg_pool2d", a)
 
     def adaptive(self, node: fx.Node, op: str, a: dict[str, Any]) -> Node | None:
-        x, size = a["self"], tuple(a["output_size"])
+        x = a["self"]
         if not isinstance(x, Node) or len(x.shape) != 4:
             return None
-        return self.add(node, op, [x], attrs={"output_size": size})
+        # F.adaptive_avg_pool2d(x, (None, 1)) comes with the input's size
+        size = tuple(
+            None if n == m else n for n, m in zip(a["output_size"], x.shape[2:], strict=True)
+        )
+        shape = pytree.tree_leaves(node.meta["val"])[0].shape
+        return self.add(node, op, [x], attrs={"output_size": size}, shape=tuple(map(int, shape)))
 
     def read_adaptive_max_pool2d(self, node: fx.Node, a: dict[str, Any]) -> Any:
         """It returns indices as well; a list, of which getitem takes the first."""
         x = a["self"]
         if not isinstance(x, Node) or len(x.shape) != 4:
             return None
-        if any(user.args[1] != 0 for user in node.users if user.target is operator.getitem):
+        if any(user.users and user.args[1] != 0 for user in node.users):
             return None
-        y = self.add(node, "adaptive_max_pool2d", [x], attrs={"output_size": tuple(a["output_size"])},
-                     shape=tuple(node.meta["val"][0].shape))  # fmt: skip
-        return [y]
+        y = self.adaptive(node, "adaptive_max_pool2d", a)
+        return None if y is None else [y, None]
 
     def read_mean(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        """Over height, width or both of an image: pooling. Over a sequence: the same."""
         x = a["self"]
-        if not isinstance(x, Node) or len(x.shape) != 4 or a.get("dim") is None:
+        if not isinstance(x, Node) or a.get("dim") is None:
             return None
-        if sorted(d % 4 for d in a["dim"]) != [2, 3]:
+        if len(x.shape) == 3 and [d % 3 for d in a["dim"]] == [1] and not a.get("keepdim"):
+            return self.mean_of_sequence(node, x)
+        if len(x.shape) != 4:
             return None
+        dims = {d % 4 for d in a["dim"]}
+        if not dims or not dims <= {2, 3}:
+            return None
+        size = tuple(1 if d in dims else None for d in (2, 3))
+        shape = tuple(1 if d in dims else n for d, n in enumerate(x.shape))
         y = self.add(f"{node.name}_pool", "adaptive_avg_pool2d", [x],
-                     attrs={"output_size": (1, 1)}, shape=(*x.shape[:2], 1, 1))  # fmt: skip
+                     attrs={"output_size": size}, shape=shape)  # fmt: skip
         y.layer, y.kind = self.where(node)
-        return y if a.get("keepdim") else self.reshape(node, y, x.shape[:2])
+        if a.get("keepdim"):
+            return y
+        return self.reshape(node, y, [n for d, n in enumerate(x.shape) if d not in dims])
+
+    def mean_of_sequence(self, node: fx.Node, x: Node) -> Node:
+        """(B, L, C) as an image of L x 1 pixels."""
+        b, length, c = x.shape
+        turned = self.add(f"{node.name}_turned", "permute", [x], attrs={"dims": (0, 2, 1)},
+                          shape=(b, c, length))  # fmt: skip
+        image = self.add(f"{node.name}_image", "reshape", [turned], shape=(b, c, length, 1),
+                         attrs={"groups": (_axis(0), _axis(1), ((2,), (None, 1)))})  # fmt: skip
+        y = self.add(f"{node.name}_pool", "adaptive_avg_pool2d", [image],
+                     attrs={"output_size": (1, 1)}, shape=(b, c, 1, 1))  # fmt: skip
+        y.layer, y.kind = self.where(node)
+        groups = (_axis(0), ((1, 2, 3), (None,)))
+        return self.add(node, "reshape", [y], attrs={"groups": groups})
 
     def read_upsample_nearest2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
-        if not isinstance(a.get("input", a.get("self")), Node):
+        x = a.get("input", a.get("self"))
+        if not isinstance(x, Node):
             return None
-        return self.add(node, "upsample_nearest2d", [a.get("input", a.get("self"))],
-                        attrs={"size": _size(node, a)})  # fmt: skip
+        return self.add(node, "upsample_nearest2d", [x], attrs={"size": _size(node, a)})
 
     def read_upsample_bilinear2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
-        if not isinstance(a.get("input", a.get("self")), Node):
+        x = a.get("input", a.get("self"))
+        if not isinstance(x, Node):
             return None
-        return self.add(node, "upsample_bilinear2d", [a.get("input", a.get("self"))],
-                        attrs={"size": _size(node, a), "align_corners": a["align_corners"]})  # fmt: skip
+        attrs = {"size": _size(node, a), "align_corners": a["align_corners"]}
+        return self.add(node, "upsample_bilinear2d", [x], attrs=attrs)
 
     def read_cat(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         parts = a["tensors"]
@@ -685,14 +783,30 @@ class _Reader:
         if not isinstance(x, Node):
             return None
         dim %= len(x.shape)
-        if dim == 0:
-            return None
         found, start = [], 0
         for i, value in enumerate(node.meta["val"]):
-            end = start + value.shape[dim]
-            found.append(self.add(f"{node.name}_{i}", "slice", [x], shape=tuple(value.shape),
-                                  attrs={"dim": dim, "start": start, "end": end, "step": 1}))  # fmt: skip
+            end = start + int(value.shape[dim])
+            found.append(self.part(f"{node.name}_{i}", x, dim, start, end))
             start = end
+        return found
+
+    def part(self, name: str, x: Node, dim: int, start: int, end: int | None) -> Node:
+        shape = list(x.shape)
+        shape[dim] = len(range(*slice(start, end).indices(shape[dim])))
+        attrs = {"dim": dim, "start": start, "end": end, "step": 1}
+        return self.add(name, "slice", [x], shape=tuple(shape), attrs=attrs)
+
+    def read_unbind(self, node: fx.Node, a: dict[str, Any]) -> list[Any] | None:
+        x = a["self"]
+        if not isinstance(x, Node):
+            return None
+        dim = (a.get("dim") or 0) % len(x.shape)
+        shape = x.shape[:dim] + x.shape[dim + 1 :]
+        attrs = {"groups": _without(dim, len(x.shape))}
+        found = []
+        for i in range(x.shape[dim]):
+            part = self.part(f"{node.name}_{i}_part", x, dim, i, i + 1)
+            found.append(self.add(f"{node.name}_{i}", "reshape", [part], shape=shape, attrs=attrs))
         return found
 
     def read_slice(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
@@ -701,7 +815,7 @@ class _Reader:
             return None
         dim = (a.get("dim") or 0) % len(x.shape)
         start, end, step = a.get("start") or 0, a.get("end"), a.get("step") or 1
-        if end is not None and end >= 2**31:
+        if end is not None and (end >= 2**31 or end == x.shape[dim]):
             end = None
         if (start, end, step) == (0, None, 1):
             return x
@@ -713,12 +827,8 @@ class _Reader:
         if not isinstance(x, Node):
             return None
         dim, index = a["dim"] % len(x.shape), a["index"]
-        shape = list(x.shape)
-        shape[dim] = 1
-        end = None if index == -1 else index + 1
-        y = self.add(f"{node.name}_slice", "slice", [x], shape=tuple(shape),
-                     attrs={"dim": dim, "start": index, "end": end, "step": 1})  # fmt: skip
-        return self.reshape(node, y, shape[:dim] + shape[dim + 1 :])
+        y = self.part(f"{node.name}_slice", x, dim, index, None if index == -1 else index + 1)
+        return self.add(node, "reshape", [y], attrs={"groups": _without(dim, len(x.shape))})
 
     def read_reshape(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x = a["self"]
@@ -760,6 +870,34 @@ class _Reader:
             return x
         return self.add(node, "permute", [x], attrs={"dims": dims})
 
+    def read_channel_shuffle(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        groups = a["groups"]
+        return self.rearranged(node, a, (groups, None), (0, 2, 1, 3, 4), ((1, 2),))
+
+    def read_pixel_shuffle(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        r = a["upscale_factor"]
+        return self.rearranged(node, a, (None, r, r), (0, 1, 4, 2, 5, 3), ((2, 3), (4, 5)))
+
+    def rearranged(
+        self, node: fx.Node, a: dict[str, Any], parts: tuple[int | None, ...],
+        dims: tuple[int, ...], joined: tuple[tuple[int, ...], ...],
+    ) -> Node | None:  # fmt: skip
+        """Channels of an image split into parts, permuted, and axes joined again."""
+        x = a["self"]
+        if not isinstance(x, Node) or len(x.shape) != 4:
+            return None
+        b, c, h, w = x.shape
+        known = prod(n for n in parts if n is not None)
+        shape = (b, *(c // known if n is None else n for n in parts), h, w)
+        attrs = {"groups": (_axis(0), ((1,), parts), _axis(2), _axis(3))}
+        split = self.add(f"{node.name}_split", "reshape", [x], shape=shape, attrs=attrs)
+        turned = self.add(f"{node.name}_turned", "permute", [split], attrs={"dims": dims},
+                          shape=tuple(shape[d] for d in dims))  # fmt: skip
+        alone = {d: (d,) for d in range(len(dims))} | {axes[0]: axes for axes in joined}
+        inner = {axes[1] for axes in joined}
+        groups = tuple((axes, (None,)) for d, axes in sorted(alone.items()) if d not in inner)
+        return self.add(node, "reshape", [turned], attrs={"groups": groups})
+
     def read_pad(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x = a["self"]
         if not isinstance(x, Node) or a.get("mode", "constant") != "constant" or a.get("value"):
@@ -768,6 +906,12 @@ class _Reader:
 
     def read_constant_pad_nd(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         return self.read_pad(node, a)
+
+
+def _memory(node: fx.Node) -> int:
+    """Of two values that lie in the same memory it is the same."""
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else 0
 
 
 def _arguments(node: fx.Node, target: Any) -> dict[str, Any]:
@@ -790,6 +934,16 @@ def _off(a: dict[str, Any]) -> bool:
 def _two(value: Any) -> tuple[int, int]:
     both = [value, value] if isinstance(value, int) else list(value)
     return (both[0], both[-1])
+
+
+def _axis(d: int) -> Any:
+    """The group of a reshape that leaves an axis alone."""
+    return (d,), (None,)
+
+
+def _without(dim: int, rank: int) -> Any:
+    """The groups of a reshape that drops an axis of size 1."""
+    return tuple(((d,), ()) if d == dim else _axis(d) for d in range(rank))
 
 
 def _one(value: Any) -> int:

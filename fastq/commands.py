@@ -33,9 +33,14 @@ def cli() -> None:
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     help="Where to save the int8 parameters.  [default: a new temporary directory]",
 )
+@click.option("--qat", is_flag=True, help="Train the quantized lenet as well: load, train, save.")
 @extra("demo")
-def demo(network: str, output: Path | None) -> None:
+def demo(network: str, output: Path | None, qat: bool) -> None:
     """Quantize a real network, save it, load it back, and compare it with float32."""
+    if qat and network != "lenet":
+        raise click.BadParameter(
+            f"there is nothing here to train {network} with", param_hint="--qat"
+        )
     if output and not output.parent.is_dir():
         raise click.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
 
@@ -45,7 +50,7 @@ def demo(network: str, output: Path | None) -> None:
 
     task = TASKS[network]()
     path = output or Path(tempfile.mkdtemp(prefix="fastq-")) / f"{network}-int8.safetensors"
-    comparison = compare(task, path)
+    comparison = compare(task, path, qat=qat)
     click.echo(f"int8 parameters: {path}")
     Console().print(table(comparison))
 
@@ -90,17 +95,18 @@ def report(network: str, output: Path) -> None:
 )
 @click.option("--kernels", "what", flag_value="kernels", help="Kernels, other people's shapes.")
 @click.option("--models", "what", flag_value="models", help="Whole networks.")
+@click.option("--accuracy", "what", flag_value="accuracy", help="Real networks, from a folder.")
 @click.option("--tiles", "what", flag_value="tiles", help="How good the choice of a tile is.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="...")
 @click.pass_context
 @extra("bench")
 def bench(context: click.Context, what: str | None, options: tuple[str, ...]) -> None:
-    """Time fastq beside other libraries, in a clone of the repository.
+    """Time fastq beside other libraries, or score it, in a clone of the repository.
 
     `fastq bench --kernels --help` lists the options that may follow.
     """
     if what is None:
-        raise click.UsageError("what to time comes first: fastq bench --kernels ...")
+        raise click.UsageError("what to measure comes first: fastq bench --kernels ...")
     root = Path(fastq.__file__).parents[1]
     if not (root / "pyproject.toml").is_file() or not (root / "benchmarks").is_dir():
         sys.exit(
@@ -108,7 +114,7 @@ def bench(context: click.Context, what: str | None, options: tuple[str, ...]) ->
             'repository, pip install -e ".[bench]" and run this again'
         )
     sys.path.insert(0, str(root))
-    rooms = {"kernels": "run", "models": "models", "tiles": "tiles"}
+    rooms = {"kernels": "run", "models": "models", "accuracy": "accuracy", "tiles": "tiles"}
     module = import_module(f"benchmarks.{rooms[what]}")
     module.bench.main(args=list(options), prog_name=f"{context.command_path} --{what}")
 

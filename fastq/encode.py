@@ -1,4 +1,4 @@
-"""Programs as JSON and arrays, and back: the part of a file that needs no torch.
+"""Programs as JSON and arrays, and back, and a file's header: what of a file needs no torch.
 
 What is not a plain JSON value is an object with one key that names its kind:
 
@@ -12,6 +12,8 @@ Decoding builds these classes and no other, and runs nothing from the file.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -25,6 +27,8 @@ from fastq.weights import Conv2dWeight, LinearWeight
 
 CLASSES: dict[str, Any] = {c.__name__: c for c in (Requant, Dequant, LinearWeight, Conv2dWeight)}
 DERIVED = ("panels",)  # fields that are a cache
+VERSION = 1  # of the files
+Parts = dict[str, tuple[str, list[int], Any]]  # a tensor's name -> dtype as torch's, shape, bytes
 DTYPES = (np.uint8, np.int8, np.int32, np.float32)
 
 
@@ -125,3 +129,36 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"wanted a string, got {value!r:.80}")
     return value
+
+
+def digest(header: Mapping[str, Any], parts: Parts) -> str:
+    """sha256 of a header without it, and of each tensor in the order of the names."""
+    found = hashlib.sha256(json.dumps(header).encode())
+    for name in sorted(parts):
+        dtype, shape, data = parts[name]
+        found.update(f"\0{name}\0{dtype}\0{shape}\0".encode())
+        found.update(data)
+    return found.hexdigest()
+
+
+def read_header(where: str, metadata: Mapping[str, str], parts: Parts) -> dict[str, Any]:
+    """The header from a file's metadata; ValueError unless it is fastq's, and undamaged."""
+    if "fastq" not in metadata:
+        raise ValueError(
+            f"{where} is a safetensors file without fastq's header; wanted one from fastq.save"
+        )
+    try:
+        header = json.loads(metadata["fastq"])
+        json.dumps(header)  # as the digest will: nested too deep, it is refused here
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} has a header that is not JSON: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != "fastq":
+        raise ValueError(f"{where} has a header of another format; wanted one from fastq.save")
+    if header.get("version") != VERSION:
+        raise ValueError(
+            f"{where} has version {header.get('version')!r}, this fastq reads {VERSION}; "
+            "use the fastq that wrote it, or one that is newer"
+        )
+    if header.pop("sha256", None) != digest(header, parts):
+        raise ValueError(f"{where} was altered: its digest is not that of its content")
+    return header

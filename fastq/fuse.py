@@ -94,7 +94,7 @@ def fold(
 
 
 def _pointwise(graph: Graph) -> None:
-    """A chain becomes one function of its first input, and so does a product of two functions of it."""
+    """A chain becomes one function of its first input; so does a product of two functions of it."""
     for node in list(graph.nodes):
         users = graph.users()
         if node.op == "pointwise":

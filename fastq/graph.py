@@ -1,5 +1,5 @@
-"""A float network as a list of nodes: what `trace` captures, and what everything that thinks about a
-whole network works on: fusing, calibration, remedies, training, lowering to an integer program.
+"""A float network as a list of nodes: what `capture` makes of a module, and what everything that
+thinks about a whole network works on: fusing, calibration, remedies, training, lowering.
 
 Operations have torch's names and torch's meaning and order of axes (NCHW). What has no name here is
 an "aten" node: any other torch operator, which stays float.
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Values = dict["Node", Any]
+POINTWISE_NAMESPACE = "fastq_pointwise"  # of operators made by `fastq.pointwise`
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,9 @@ class Graph:
         watch: Callable[[Node, Any], Any] | None = None,
         tensors: Mapping[Node, dict[str, Tensor]] | None = None,
     ) -> list[Any]:
-        """The network in float, of the leaves of its arguments; `watch(node, value)` sees each value, and may return another.
+        """The network in float, of the leaves of its arguments.
 
+        watch    watch(node, value) sees each value, and may return another.
         tensors  parameters to take instead of a node's own.
         """
         given = [x for x in arguments if isinstance(x, Tensor)]
@@ -197,11 +199,15 @@ def check_target(name: Any) -> None:
     parts = name.split(".") if isinstance(name, str) else []
     if name == "getitem":
         return
-    if len(parts) == 3 and parts[0] == "aten" and parts[1] not in TOUCH_FILES:
-        packet = getattr(torch.ops.aten, parts[1], None)
-        if packet is not None and parts[2] in packet.overloads():
+    known = parts[:1] in (["aten"], [POINTWISE_NAMESPACE])
+    if len(parts) == 3 and known and parts[1] not in TOUCH_FILES:
+        packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
+        if isinstance(packet, torch._ops.OpOverloadPacket) and parts[2] in packet.overloads():
             return
-    raise ValueError(f"{name!r:.80} is no operator of torch that only computes")
+    raise ValueError(
+        f"{name!r:.80} is no operator of torch that only computes, and no function made with "
+        "fastq.pointwise before"
+    )
 
 
 TOUCH_FILES = ("from_file",)

@@ -24,12 +24,13 @@ from fastq.qparams import MAX_K, Dequant, QParams, Requant, quantize_weight
 from fastq.weights import Conv2dWeight, LinearWeight
 
 Weights = Callable[[Node], tuple[Any, Any]]  # a node's (int8 data, float32 scale per output)
+Biases = Callable[[Node], Tensor | None]
 
 NHWC = (0, 2, 3, 1)
 # Values that keep the quantization of what they are made from.
 MOVES = ("reshape", "permute", "slice", "pad", "concat", "max_pool2d", "adaptive_max_pool2d",
          "upsample_nearest2d", "upsample_bilinear2d")  # fmt: skip
-SOFTMAX_QPARAMS = QParams(np.float32(1 / 255))
+SOFTMAX_QPARAMS = QParams(np.array(1 / 255, np.float32))
 
 
 def why_float(node: Node) -> str:
@@ -195,14 +196,19 @@ def inputs_first(node: Node, weight: Tensor) -> Tensor:
     return split.reshape(groups * c, n // groups, kh, kw).contiguous()
 
 
+def default_bias(node: Node) -> Tensor | None:
+    return node.tensors.get("bias")
+
+
 def lower(
     region: Region,
     qparams: Callable[[Node], QParams],
     weights: Weights = default_weights,
     any_extent: bool = True,
+    biases: Biases = default_bias,
 ) -> Program:
     """The program of a region. qparams(node) is the uint8 quantization of a value."""
-    return lowered(region, qparams, weights, any_extent).program
+    return lowered(region, qparams, weights, any_extent, biases).program
 
 
 @dataclass(frozen=True)
@@ -223,17 +229,23 @@ def lowered(
     qparams: Callable[[Node], QParams],
     weights: Weights = default_weights,
     any_extent: bool = True,
+    biases: Biases = default_bias,
 ) -> Lowered:
     """`lower`, for who follows the values."""
-    lowering = _Lowering(region, qparams, weights, any_extent)
+    lowering = _Lowering(region, qparams, weights, any_extent, biases)
     return Lowered(lowering.program(), lowering.names, lowering.axes)
 
 
 class _Lowering:
     def __init__(
-        self, region: Region, qparams: Callable[[Node], QParams], weights: Weights, any_extent: bool
+        self,
+        region: Region,
+        qparams: Callable[[Node], QParams],
+        weights: Weights,
+        any_extent: bool,
+        biases: Biases,
     ) -> None:
-        self.region, self.qparams, self.weights = region, qparams, weights
+        self.region, self.qparams, self.weights, self.biases = region, qparams, weights, biases
         self.any_extent = any_extent
         self.steps: list[Step] = []
         self.axes: dict[str, tuple[int, ...]] = {}  # value -> the torch axis of each of its axes
@@ -360,12 +372,12 @@ class _Lowering:
     def product(self, node: Node) -> tuple[Any, Requant | Dequant]:
         """(int8 weight, epilogue) of a convolution or a linear layer."""
         data, scale = self.weights(node)
-        bias = node.tensors.get("bias")
+        bias = self.biases(node)
         real = None if bias is None else bias.detach().numpy()
         x_scale = self.scale(node.inputs[0])
         if self.ends_float(node):
             fmin, fmax = node.attrs.get("clamp", (-math.inf, math.inf))
-            return data, Dequant(scale, np.float32(x_scale), real, fmin, fmax)
+            return data, Dequant(scale, np.array(x_scale, np.float32), real, fmin, fmax)
         step = np.float64(x_scale) * scale.astype(np.float64)
         y_scale = self.scale(node)
         limits = self.requantized(node)
@@ -428,10 +440,13 @@ class _Lowering:
         transposed = self.axes[self.names[b]][-1] == rank - 2
         arguments: dict[str, Any] = {"transpose_b": transposed}
         factor = node.attrs.get("factor", 1.0)
+        inputs = [
+            self.in_order(a, plain, node),
+            self.in_order(b, turned if transposed else plain, node),
+        ]
         return self.emit(
-            "matmul", node.name,
-            [self.in_order(a, plain, node), self.in_order(b, turned if transposed else plain, node)],
-            plain, node, multiplier=self.scale(a) * self.scale(b) * factor / self.scale(node),
+            "matmul", node.name, inputs, plain, node,
+            multiplier=self.scale(a) * self.scale(b) * factor / self.scale(node),
             a_zero_point=self.zero_point(a), **arguments, **self.requantized(node),
         )  # fmt: skip
 
@@ -501,7 +516,7 @@ class _Lowering:
         return self.emit("table", node.name, [name], self.axes[name], node, values=values)
 
     def lower_softmax(self, node: Node) -> str:
-        name = self.features_last(node.inputs[0], node)
+        name = self.features_last(node.inputs[0], node, node.attrs["dim"])
         return self.emit("softmax", node.name, [name], self.axes[name], node,
                          scale=self.scale(node.inputs[0]))  # fmt: skip
 
@@ -613,7 +628,9 @@ class _Lowering:
         ones: list[int] = []
         for joined, parts in groups:
             wide = [d for d in joined if x.shape[d] != 1]
-            ones += [axes.index(d) for d in joined if x.shape[d] == 1 and len(joined) > 1]
+            ones += [
+                axes.index(d) for d in joined if x.shape[d] == 1 and (len(joined) > 1 or not parts)
+            ]
             place = min((axes.index(d) for d in wide or joined), default=len(axes))
             known = prod(p for p in parts if p is not None)
             from_axes = tuple(axes.index(d) for d in joined)

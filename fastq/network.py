@@ -1,32 +1,17 @@
-"""A float model in, an integer network out: what users call."""
+"""From a model and its calibration data to a QuantizedModel, step by step."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from tqdm import tqdm
 
 from fastq.batches import Batches, arguments_of
 from fastq.capture import CannotCapture, capture
-from fastq.convert import (
-    ASKED,
-    LISTED,
-    QuantizationSummary,
-    Row,
-    Selector,
-    leave_fast_path,
-    module_names,
-    quantize_layers,
-    select,
-    summary,
-)
 from fastq.fuse import fuse
 from fastq.graph import Node
 from fastq.lower import Region
@@ -34,69 +19,21 @@ from fastq.nn.network import QuantizedModel, Stage, assemble
 from fastq.prepare import Prepared, prepare_graph
 from fastq.qconfig import QConfig
 from fastq.recipe import write_recipe
+from fastq.remedies import Remedies
+from fastq.remedies import calibrate as apply_remedies
+from fastq.swap import (
+    ASKED,
+    LISTED,
+    QuantizationSummary,
+    Row,
+    Selector,
+    leave_fast_path,
+    module_names,
+    select,
+)
 from fastq.trace import Forward
 
 Config = QConfig | Mapping[Selector, QConfig | None]
-
-
-def quantize_model(
-    model: nn.Module,
-    calibration_data: Any = None,
-    *,
-    forward: Forward | None = None,
-    config: Config | None = None,
-    skip: Selector | Iterable[Selector] = (),
-    strict: bool = False,
-    progress: bool = True,
-) -> nn.Module:
-    """The model as integer programs: called like it, in eval mode, for inference.
-
-    The network is captured with torch.export as it runs on the first batch; batch norm is folded,
-    activations and residual additions become part of the products before them; the calibration
-    data fix the ranges of the values between operations. What has an integer form is computed in
-    integers, in one native call without Python between the layers; what has none stays a float
-    operator between two programs. `fastq.summary(result)` says for each layer what it became and
-    why. A model that torch.export cannot follow gets int8 layers in its place instead:
-    `quantize_layers`, which is also what is used without calibration data.
-
-    calibration_data  one batch (a tensor or a dict), or an iterable of batches, such as a
-        DataLoader. A batch is a tensor: model(batch); a dict: model(**batch); or a tuple or list
-        whose first element is one of these, and the input: most data sets give
-        (images, labels). One batch is held at a time.
-    forward   forward(model, batch) runs the model on a batch of any other kind.
-    config    a `QConfig` for all layers, or a dict from name, pattern or class of modules to a
-        QConfig, or to None: float. Of several that match, the last one holds.
-    skip      layers to keep float: a name ('features.0'), a pattern ('*.attn.*'), a class, or
-        several of these. What holds for a module holds for all within it.
-    strict    raise ValueError if a layer stays float and neither skip nor config asks for it.
-    progress  show a progress bar if standard error is a terminal.
-
-    Raises TypeError for a model, data or batch of a wrong kind; ValueError for empty data, for
-    a name that matches nothing, and if nothing can become int8. An error that the model
-    raises passes through, with a note.
-    """
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(
-            f"quantize_model: got {type(model).__name__}, wanted a torch.nn.Module, not scripted"
-        )
-    if calibration_data is None:
-        return quantize_layers(model, skip=skip, strict=strict, progress=progress)
-    prepared, why = None, ""
-    batches = Batches(calibration_data)
-    try:
-        args, kwargs = call_of(model, batches.first(), forward)
-        prepared = prepare_model(model, args, kwargs, config=config, skip=skip)
-    except CannotCapture as error:
-        why = str(error)
-    if prepared is None or not prepared.regions:
-        result = quantize_layers(
-            model, batches, forward=forward, skip=skip, strict=strict, progress=progress
-        )
-        note = f"int8 layers, not one network: {why or 'no product has an integer form'}"
-        result._fastq_summary = replace(summary(result), note=note)  # type: ignore[assignment]
-        return result
-    calibrate(prepared, model, batches, forward, progress=progress)
-    return finish(prepared, model, strict=strict)
 
 
 class _Called(BaseException):
@@ -165,27 +102,41 @@ def choose(
     return chosen
 
 
+class _Arguments:
+    """The flat arguments of each batch, as often as they are asked for."""
+
+    def __init__(self, model: nn.Module, batches: Batches, forward: Forward | None) -> None:
+        self.model, self.batches, self.forward = model, batches, forward
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for batch in self.batches:
+            yield pytree.tree_leaves(call_of(self.model, batch, self.forward))
+
+    def __len__(self) -> int:
+        if self.batches.total is None:
+            raise TypeError("the number of batches is not known")
+        return self.batches.total
+
+    def __contains__(self, item: object) -> bool:
+        return False
+
+
 def calibrate(
     prepared: Prepared,
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Batches,
     forward: Forward | None = None,
     *,
+    remedies: Remedies = (),
     progress: bool = True,
 ) -> None:
-    """Run the float network on all batches and watch its values."""
-    total = getattr(batches, "total", None)
-    bar = tqdm(batches, "calibrate", unit="batch", total=total, disable=None if progress else True)
-    with bar:
-        for number, batch in enumerate(bar):
-            call = call_of(model, batch, forward)
-            try:
-                prepared.observe(pytree.tree_leaves(call))
-            except Exception as error:
-                error.add_note(
-                    f"quantize_model ran the float network on calibration batch {number}"
-                )
-                raise
+    """Run the float network on all batches and watch its values; then the remedies."""
+    data = _Arguments(model, batches, forward)
+    try:
+        apply_remedies(prepared, data, remedies, progress=progress)
+    except Exception as error:
+        error.add_note("quantize_model ran the float network on the calibration data")
+        raise
 
 
 def finish(prepared: Prepared, model: nn.Module, *, strict: bool = False) -> QuantizedModel:
@@ -241,13 +192,13 @@ def build(prepared: Prepared, names: Sequence[str], report: QuantizationSummary)
             tensors |= {f"{item.name}.{k}": v.clone() for k, v in item.tensors.items()}
     recipe, kept = write_recipe(prepared)
     tensors |= kept
-    inputs = [node.name if isinstance(node, Node) else None for node in captured.arguments]
+    arguments = [node.name if isinstance(node, Node) else None for node in captured.arguments]
     outputs = [v.name if isinstance(v, Node) else ("constant", v) for v in graph.outputs]
     constants = {
         str(i): leaf for i, leaf in enumerate(captured.arguments) if not isinstance(leaf, Node)
     }
     network = assemble(
-        stages, prepared.programs(), tensors, inputs, constants, outputs,
+        stages, prepared.programs(), tensors, arguments, constants, outputs,
         (captured.in_spec, captured.out_spec), names, recipe,
     )  # fmt: skip
     network._fastq_summary = report  # type: ignore[assignment]

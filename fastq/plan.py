@@ -12,7 +12,7 @@ A plan holds for one set of input shapes and strides, one tier and one number of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -76,7 +76,7 @@ class Storage:
     first: int
     last: int
     whole: Array  # a stand-in: its strides and addresses count, nothing is read or written
-    place: At = At(0)
+    place: At = field(default_factory=lambda: At(0))
 
     @property
     def mold(self) -> Array:
@@ -278,6 +278,8 @@ class _Planner:
             weight, a = step.arguments["weight"], maker.arguments
             if weight.dilation != (1, 1) or weight.stride != (1, 1) or len(step.inputs) != 1:
                 continue
+            if a["value"] != step.arguments["x_zero_point"]:
+                continue  # what lies between the pixels is no zero
             source = maker.inputs[0]
             axes = zip(
                 weight.kernel_size, a["stride"], a["padding"], self.shapes[step.name][1:3],
@@ -290,9 +292,12 @@ class _Planner:
     def source(self, step: Step) -> tuple[str, Frame]:
         """The image that a convolution reads, and the frame that it reads around it."""
         if step.name in self.phases:
-            frame = [max(getattr(p, side) for p in axis)
-                     for axis in self.phases[step.name] for side in ("before", "after")]  # fmt: skip
-            return self.apart[step.inputs[0]], (frame[0], frame[1], frame[2], frame[3])
+            sides = [
+                max(getattr(phase, side) for phase in axis)
+                for axis in self.phases[step.name]
+                for side in ("before", "after")
+            ]
+            return self.apart[step.inputs[0]], (sides[0], sides[1], sides[2], sides[3])
         (top, bottom), (left, right) = step.arguments["weight"].padding
         return step.inputs[0], (top, bottom, left, right)
 
@@ -419,7 +424,7 @@ class _Planner:
             value = pending.pop()
             for i in self.users[value]:
                 step = self.steps[i]
-                if step.op == "conv2d" and step.inputs[0] == value:
+                if step.op == "conv2d" and self.source(step)[0] == value:
                     return int(step.arguments["x_zero_point"])
                 if step.op == "concat" or self.shares_frame(step):
                     pending.append(step.name)
@@ -446,7 +451,8 @@ class _Planner:
                     self.values[self.root(name)][0] is storage
                 )
                 enough = all(map(int.__le__, frame, storage.frame)) and shared
-                fits &= frame == NO_FRAME or enough
+                zeros = storage.border == step.arguments["x_zero_point"]
+                fits &= frame == NO_FRAME or (enough and zeros)
                 dense = strides[2] == mold.shape[3] * self.item
                 fits &= dense or not any(p.needs_dense_pixels() for p in self.layers(step))
             elif step.op == "linear":
@@ -693,7 +699,8 @@ class _Planner:
         storage, mold = self.values[step.name]
         x = self.input(i, step.inputs[0])
         fill_row(self.call, storage.view(mold, self.kind), a["value"])
-        (top, _), (left, _), (sh, sw) = *a["padding"], a["stride"]
+        (top, _), (left, _) = a["padding"]
+        sh, sw = a["stride"]
         h, w = (x.shape[1] - 1) * sh + 1, (x.shape[2] - 1) * sw + 1
         target = storage.view(mold[:, top : top + h : sh, left : left + w : sw], self.kind)
         copy_row(self.call, x, target)

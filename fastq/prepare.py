@@ -22,6 +22,7 @@ from fastq.qconfig import QConfig
 from fastq.qparams import QParams, quantize_weight
 
 WEIGHTED = ("conv2d", "linear", "conv_transpose2d")
+DEFAULT = QConfig()
 Weight = tuple[Any, Any]  # (int8 data, float32 scale per output)
 
 
@@ -35,6 +36,7 @@ class Prepared:
     observers  what was seen, by the value that stands for its range.
     chosen     weights that a remedy has chosen: node -> (int8 data, float32 scale per output),
                outputs first as in `weight_of`. All others are rounded to nearest.
+    biases     float32 biases that a remedy has chosen, instead of the float network's own.
     """
 
     captured: Captured
@@ -44,6 +46,7 @@ class Prepared:
     configs: Callable[[Node], QConfig]
     observers: dict[Node, Observer] = field(default_factory=dict)
     chosen: dict[Node, Weight] = field(default_factory=dict)
+    biases: dict[Node, Tensor] = field(default_factory=dict)
     _rounded: dict[Node, tuple[Any, Weight]] = field(default_factory=dict)
     _qparams: dict[Node, QParams] = field(default_factory=dict)
 
@@ -94,17 +97,11 @@ class Prepared:
             self._qparams[stands] = found
         return found
 
-    def quantized(self) -> list[Node]:
-        """The nodes that stand for the ranges that the programs need; not the fixed ones."""
-        asked: dict[Node, None] = {}
-
-        def ask(node: Node) -> QParams:
-            asked[self.ranges.find(node)] = None
-            return self.qparams(node)
-
-        for region in self.regions:
-            lower(region, ask, self.weight, self.captured.any_extent)
-        return [node for node in asked if node not in self.ranges.fixed]
+    def stand_ins(self) -> list[Node]:
+        """The nodes that stand for the ranges of quantized values, but for fixed ranges."""
+        values = self.quantized_values()
+        found = dict.fromkeys(self.ranges.find(node) for node in self.graph if node in values)
+        return [node for node in found if node not in self.ranges.fixed]
 
     def set_qparams(self, node: Node, qparams: QParams) -> None:
         """Let a value have this quantization, until more is observed."""
@@ -123,10 +120,14 @@ class Prepared:
             kept = self._rounded[node] = (given, (data, scale))
         return kept[1]
 
+    def bias(self, node: Node) -> Tensor | None:
+        """float32 (n,) of a layer, or None."""
+        return self.biases.get(node, node.tensors.get("bias"))
+
     def programs(self) -> list[Program]:
         """A program for each region."""
         return [
-            lower(region, self.qparams, self.weight, self.captured.any_extent)
+            lower(region, self.qparams, self.weight, self.captured.any_extent, self.bias)
             for region in self.regions
         ]
 
@@ -135,23 +136,13 @@ class Prepared:
     ) -> list[Any]:
         """The network with its values and weights on their grids, in float: what the integers
         compute but for rounding in the last bit. `watch` sees each value after quantization."""
-        inside = {node for region in self.regions for node in (*region.inputs, *region.nodes)}
-        floats = {
-            node
-            for region in self.regions
-            for node in region.outputs
-            if node.op in WEIGHTED and len(node.inputs) == 1
-        }
-        users = self.graph.users()
-        integers = set(self.integer_nodes())
-        twins = {node: self._with_grid_weight(node) for node in self.layers()}
+        quantized = self.quantized_values()
+        twins = {node: self.simulated_tensors(node) for node in self.layers()}
 
         def on_grid(node: Node, value: Any) -> Any:
             given = value
-            if node in inside and isinstance(value, Tensor):
-                ends = node in floats and not any(user in integers for user in users[node])
-                if not ends:
-                    value = fake_quantize(value, self.qparams(node))
+            if node in quantized and isinstance(value, Tensor):
+                value = fake_quantize(value, self.qparams(node))
             changed = watch(node, value) if watch is not None else None
             if changed is not None:
                 return changed
@@ -160,10 +151,26 @@ class Prepared:
         with torch.no_grad():
             return self.graph.run(arguments, on_grid, twins)
 
-    def _with_grid_weight(self, node: Node) -> dict[str, Tensor]:
+    def quantized_values(self) -> set[Node]:
+        """The nodes whose values become uint8: all that regions take and make, but for products
+        that end a region in float."""
+        values = {node for region in self.regions for node in (*region.inputs, *region.nodes)}
+        taken = {value for node in self.integer_nodes() for value in node.inputs}
+        ends = {
+            node
+            for region in self.regions
+            for node in region.outputs
+            if node.op in WEIGHTED and len(node.inputs) == 1
+        }
+        return values - (ends - taken)
+
+    def simulated_tensors(self, node: Node) -> dict[str, Tensor]:
+        """The tensors of a layer with its weight on its grid."""
         data, scale = self.weight(node)
         real = torch.from_numpy(data * scale.reshape(-1, *[1] * (data.ndim - 1)))
-        return {**node.tensors, "weight": inputs_first(node, real)}
+        tensors = {**node.tensors, "weight": inputs_first(node, real)}
+        bias = self.bias(node)
+        return tensors if bias is None else {**tensors, "bias": bias}
 
 
 def symmetric(qparams: QParams) -> QParams:
@@ -185,7 +192,7 @@ def prepare(
     args: Iterable[Any],
     kwargs: Mapping[str, Any] | None = None,
     *,
-    config: QConfig | Callable[[Node], QConfig | None] = QConfig(),
+    config: QConfig | Callable[[Node], QConfig | None] = DEFAULT,
 ) -> Prepared:
     """Capture and fuse the network that `model(*args, **kwargs)` runs, ready to be calibrated.
 
@@ -199,7 +206,7 @@ def prepare(
 
 
 def prepare_graph(
-    captured: Captured, config: QConfig | Callable[[Node], QConfig | None] = QConfig()
+    captured: Captured, config: QConfig | Callable[[Node], QConfig | None] = DEFAULT
 ) -> Prepared:
     """`prepare` of a graph that was captured and fused."""
 
@@ -209,4 +216,4 @@ def prepare_graph(
     graph = captured.graph
     kept = {node: "as asked" for node in graph.nodes if asked(node) is None}
     regions, reasons = find_regions(graph, kept)
-    return Prepared(captured, regions, reasons, Ranges(regions), lambda n: asked(n) or QConfig())
+    return Prepared(captured, regions, reasons, Ranges(regions), lambda n: asked(n) or DEFAULT)

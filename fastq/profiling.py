@@ -24,6 +24,7 @@ from fastq.plan import BoundProgram
 from fastq.program import Step
 
 FLOAT_BYTES = 4
+LEAST = 1e-3  # microseconds of a kernel: shares are over its time
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class StepProfile:
     @property
     def gops(self) -> float:
         """10^9 operations a second; 0 of what is no product."""
-        return 2e-3 * self.macs / self.time if self.macs and self.time else 0.0
+        return 2e-3 * self.macs / self.time if self.macs else 0.0
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Profile:
         time, macs = sum(s.time for s in steps), sum(s.macs for s in steps)
         read, written = (1e-3 * sum(getattr(s, k) for s in steps) for k in ("read", "written"))
         rate = of_peak = "-"
-        if macs and time:
+        if macs:
             gops = 2e-3 * macs / time
             rate, of_peak = f"{gops:.1f}", f"{gops / self.peak:.0%}"
         return (
@@ -304,7 +305,7 @@ def _integer_steps(bound: BoundProgram, arrays: list[Any], passes: int) -> list[
     names = {address: name_of(kernel_at(address)) for address in set(addresses)}
     kernels: dict[int, list[KernelTime]] = {i: [] for i in range(len(program.steps))}
     for step, address, time in zip(plan.steps, addresses, times, strict=True):
-        kernels[step].append(KernelTime(names[address], max(time - nothing, 0.0)))
+        kernels[step].append(KernelTime(names[address], max(time - nothing, LEAST)))
     bound.give(key, plan)
     shapes = program.shapes(*(x.shape for x in arrays))
     floats = {*program.inputs, *(name for name, _ in program.outputs)}

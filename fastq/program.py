@@ -1,4 +1,4 @@
-"""An integer program: the steps of a network, or of a part of one, between float inputs and outputs.
+"""An integer program: the steps of a network, or a part of one, from float inputs to outputs.
 
 A step is a function of `reference` with its arguments: the specification in NumPy and the fast
 kernels run the same steps, and give the same bits. Values are NumPy arrays, images NHWC. A
@@ -32,7 +32,8 @@ class Step:
     """name = op(*inputs, **arguments).
 
     op         a key of OPERATIONS.
-    arguments  by the names of the function of `reference`; plain values, arrays, weights, epilogues.
+    arguments  by the names of the function of `reference`: plain values, arrays, weights and
+               epilogues.
     layer      the float network's module that this is, for reports.
     """
 
@@ -97,9 +98,10 @@ class Program:
             wanted = "float32" if step.op == "quantize" else "uint8"
             for name in step.inputs:
                 if kinds.get(name) != wanted:
+                    found = kinds.get(name, "unknown")
                     raise ValueError(
-                        f"Program: {step.name} takes {name}, which is {kinds.get(name, 'unknown')}; "
-                        f"wanted a {wanted} value that a step before it makes"
+                        f"Program: {step.name} takes {name}, which is {found}; wanted a {wanted} "
+                        "value that a step before it makes"
                     )
             check_arguments(step)
             ends = step.op == "dequantize" or isinstance(step.arguments.get("epilogue"), Dequant)
@@ -194,6 +196,11 @@ def _quantize(module: Any, step: Step, x: Array) -> Array:
     return module.quantize(x, scale=a["scale"], zero_point=a["zero_point"])  # type: ignore[no-any-return]
 
 
+def _adaptive_pool(module: Any, step: Step, x: Array) -> Array:
+    arguments = {**step.arguments, "output_size": _adaptive(step, x.shape)[1:3]}
+    return getattr(module, step.op)(x, **arguments)  # type: ignore[no-any-return]
+
+
 def _upsample(module: Any, step: Step, x: Array) -> Array:
     arguments = {**step.arguments, "output_size": _upsampled(step, x.shape)[1:3]}
     return getattr(module, step.op)(x, **arguments)  # type: ignore[no-any-return]
@@ -232,7 +239,8 @@ def _dilate(module: Any, step: Step, x: Array) -> Array:
     """Pixels apart: what a transposed convolution reads."""
     a = step.arguments
     y = np.full(_dilated(step, x.shape), a["value"], np.uint8)
-    (top, _), (left, _), (sh, sw) = *a["padding"], a["stride"]
+    (top, _), (left, _) = a["padding"]
+    sh, sw = a["stride"]
     h, w = (x.shape[1] - 1) * sh + 1, (x.shape[2] - 1) * sw + 1
     y[:, top : top + h : sh, left : left + w : sw] = x
     return y
@@ -362,8 +370,8 @@ OPERATIONS: dict[str, Operation] = {
     "layer_norm": Operation(_plain, _same),
     "max_pool2d": Operation(_plain, _pooled),
     "avg_pool2d": Operation(_plain, _pooled),
-    "adaptive_avg_pool2d": Operation(_plain, _adaptive),
-    "adaptive_max_pool2d": Operation(_plain, _adaptive),
+    "adaptive_avg_pool2d": Operation(_adaptive_pool, _adaptive),
+    "adaptive_max_pool2d": Operation(_adaptive_pool, _adaptive),
     "upsample_nearest2d": Operation(_upsample, _upsampled),
     "upsample_bilinear2d": Operation(_upsample, _upsampled),
     "reshape": Operation(_reshape, _reshaped),

@@ -31,7 +31,6 @@ from torch.utils import _pytree as pytree
 from fastq import ops
 from fastq.batches import Batches
 from fastq.capture import capture
-from fastq.convert import QuantizationSummary, Selector, leave_fast_path, summary
 from fastq.fuse import fold, fuse
 from fastq.graph import Node, evaluate, normalization
 from fastq.lower import MOVES, Region, inputs_first, lowered, outputs_first, weight_of
@@ -42,6 +41,7 @@ from fastq.program import OPERATIONS
 from fastq.qconfig import QConfig
 from fastq.qparams import FLT_MIN, QParams, choose_qparams, quantize_weight
 from fastq.recipe import read_recipe
+from fastq.swap import QuantizationSummary, Selector, leave_fast_path, summary
 from fastq.trace import Forward
 
 UNCLAMPED = (-math.inf, math.inf)
@@ -86,8 +86,8 @@ def prepare_qat(
         return QATModel(prepared, _parts(prepared), model.layout.names, summary(model), learned)
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule | QATModel):
         raise TypeError(
-            f"prepare_qat: got {type(model).__name__}, wanted a float torch.nn.Module, not "
-            "scripted, or what quantize_model returned"
+            f"prepare_qat: got {type(model).__name__}; wanted a float torch.nn.Module, not "
+            "scripted or prepared already, or what quantize_model returned"
         )
     if data is None:
         raise TypeError(
@@ -156,11 +156,12 @@ class QATModel(nn.Module):
         for name, buffer in model._buffers.items():
             self.register_buffer(name, buffer, name not in model._non_persistent_buffers_set)
         self._prepared, self._names, self._report = prepared, list(names), report
+        self._learned = learned
         self._norms_move = self._ranges_move = True
         named = self._named()
         self._places = {node: _places(node, named) for node in prepared.graph}
         self.fastq = nn.ModuleDict()
-        for stands in prepared.quantized():
+        for stands in prepared.stand_ins():
             centered = stands in prepared.ranges.symmetric
             self.fastq[f"{stands.name}_u8"] = _Range(prepared.qparams(stands), centered, learned)
         for node in prepared.layers():
@@ -222,8 +223,8 @@ class QATModel(nn.Module):
         named = self._named()
         return {
             node: {
-                key: places[key].find(named) if key in places else tensor
-                for key, tensor in (node.origin or node.tensors).items()
+                key: place if isinstance(place, Tensor) else place.find(named)
+                for key, place in places.items()
             }
             for node, places in self._places.items()
         }
@@ -281,7 +282,7 @@ def _parts(prepared: Prepared) -> nn.Module:
         for key, tensor in node.tensors.items():
             if key not in same:
                 part.register_parameter(key, nn.Parameter(tensor))
-            node.tensors[key] = part.get_parameter(key)  # of a layer that is called twice, one
+            node.tensors[key] = part.get_parameter(key).detach()  # one of a layer called twice
     return root
 
 
@@ -337,7 +338,8 @@ class _Pass:
             for region in self.prepared.regions:
                 self.runs |= dict.fromkeys(region.nodes, _Run(self.prepared, region))
         self.watched = self.prepared.ranges.watched()
-        self.seen: dict[Node, list[Tensor]] = {}
+        self.moves_ranges = model.training and model._ranges_move and not model._learned
+        self.seen: dict[_Range, list[Tensor]] = {}
         self.statistics: list[Callable[[], None]] = []
 
     def value(self, node: Node) -> Any:
@@ -410,7 +412,7 @@ class _Pass:
         data, scale = self.prepared.chosen[node]
         steps = torch.from_numpy(scale).reshape(-1, *[1] * (data.ndim - 1))
         limit = _limit(self.prepared.configs(node))
-        result = _OnGrid.apply(
+        result = _on_grid(
             outputs_first(node, weight), self.model._steps(node),
             lambda: torch.from_numpy(data) * steps, steps, -limit, limit, data[0].size,
         )  # fmt: skip
@@ -419,15 +421,14 @@ class _Pass:
     def on_grid(self, run: _Run, node: Node, value: Tensor) -> Tensor:
         """What the integers of a node are, with the gradient of `value`."""
         if run.ends_float(node):
-            return _OnGrid.apply(value, None, partial(run.real, node), 1.0, -math.inf, math.inf, 1)
-        stands = self.watched.get(node)
-        if stands is not None:
-            self.seen.setdefault(stands, []).append(value.detach())
+            return _on_grid(value, None, partial(run.real, node), 1.0, -math.inf, math.inf, 1)
         qparams, moving = self.prepared.qparams(node), self.model._range(node)
         # what is moved is on the grid already: its scale is learned where it was made
         learned = None if moving is None or node.op in MOVES else moving.scale
         low = -int(qparams.zero_point)
-        return _OnGrid.apply(
+        if moving is not None and self.moves_ranges and node in self.watched:
+            self.seen.setdefault(moving, []).append(torch.stack(value.detach().aminmax()))
+        return _on_grid(
             value, learned, partial(run.real, node), float(qparams.scale), low, low + 255,
             value[:1].numel(),
         )  # fmt: skip
@@ -440,10 +441,8 @@ class _Pass:
         with torch.no_grad():
             for move in self.statistics:
                 move()
-            for stands, tensors in self.seen.items():
-                moving = model._range(stands)
-                if moving is not None and model._ranges_move:
-                    moving.follow(tensors)
+            for moving, ends in self.seen.items():
+                moving.follow(torch.stack(ends).float())
 
 
 class _Run:
@@ -507,7 +506,7 @@ class _OnGrid(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         steps = x.float() / step
         inside = (steps >= low - 0.5) & (steps <= high + 0.5)  # what rounds to a step of the grid
-        if ctx.needs_input_grad[1]:
+        if scale is not None and ctx.needs_input_grad[1]:
             slope = torch.where(inside, steps.round() - steps, steps.clamp(low, high))
             ctx.save_for_backward(inside, slope)
             ctx.share, ctx.shape = (count * max(high, -low)) ** -0.5, scale.shape
@@ -524,6 +523,15 @@ class _OnGrid(torch.autograd.Function):
         return grad * inside, learned, None, None, None, None, None
 
 
+def _on_grid(
+    x: Tensor, scale: Tensor | None, real: Callable[[], Tensor],
+    step: Any, low: float, high: float, count: int,
+) -> Tensor:  # fmt: skip
+    """See _OnGrid."""
+    result: Tensor = _OnGrid.apply(x, scale, real, step, low, high, count)  # type: ignore[no-untyped-call]
+    return result
+
+
 class _Range(nn.Module):
     """The scale and zero point of a value; learned, or following the values of training.
 
@@ -537,7 +545,7 @@ class _Range(nn.Module):
     def __init__(self, qparams: QParams, centered: bool, learned: bool) -> None:
         super().__init__()
         scale, zero_point = float(qparams.scale), int(qparams.zero_point)
-        self.centered, self.learned = centered, learned
+        self.centered = centered
         if learned:
             self.scale = nn.Parameter(torch.tensor(scale))
         else:
@@ -546,20 +554,18 @@ class _Range(nn.Module):
         self.register_buffer("ends", torch.tensor([-zero_point, 255 - zero_point]) * scale)
 
     def qparams(self) -> QParams:
-        scale = np.float32(max(self.scale.item(), FLT_MIN))
-        return QParams(scale, np.int32(self.zero_point.item()))
+        scale = self.scale.detach().clamp(min=FLT_MIN)
+        return QParams(scale.numpy(), self.zero_point.numpy())
 
-    def follow(self, tensors: list[Tensor]) -> None:
-        """Take a batch's values into account."""
-        lows, highs = zip(*(torch.aminmax(x.float()) for x in tensors), strict=True)
-        ends = torch.stack([torch.stack(lows).min(), torch.stack(highs).max()])
-        if self.learned or not bool(ends.isfinite().all()):
-            return
-        self.ends.lerp_(ends, AVERAGING)
-        found = choose_qparams(*self.ends.numpy())
-        found = symmetric(found) if self.centered else found
-        self.scale.fill_(float(found.scale))
-        self.zero_point.fill_(int(found.zero_point))
+    def follow(self, ends: Tensor) -> None:
+        """Take a batch into account: (n, 2), the ends of each of its values."""
+        ends = torch.stack([ends[:, 0].min(), ends[:, 1].max()])
+        if bool(ends.isfinite().all()):
+            self.ends.lerp_(ends, AVERAGING)
+            found = choose_qparams(*self.ends.numpy())
+            found = symmetric(found) if self.centered else found
+            self.scale.fill_(float(found.scale))
+            self.zero_point.fill_(int(found.zero_point))
 
 
 class _Steps(nn.Module):
@@ -590,11 +596,12 @@ class _Place:
         return tensor.as_strided(self.shape, self.strides)
 
 
-def _places(node: Node, named: Mapping[str, Tensor]) -> dict[str, _Place]:
-    """The place of each of a node's tensors that is the network's own."""
+def _places(node: Node, named: Mapping[str, Tensor]) -> dict[str, _Place | Tensor]:
+    """The place of each of a node's tensors that is the network's own; others as they are."""
     at = {(own.data_ptr(), own.numel()): name for name, own in named.items() if own.numel()}
     return {
         key: _Place(at[place], tuple(tensor.shape), tensor.stride())
-        for key, tensor in (node.origin or node.tensors).items()
         if (place := (tensor.data_ptr(), tensor.numel())) in at
+        else tensor
+        for key, tensor in (node.origin or node.tensors).items()
     }

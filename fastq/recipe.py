@@ -36,13 +36,18 @@ def write_recipe(prepared: Prepared) -> tuple[dict[str, Any], dict[str, Tensor]]
     layers = set(prepared.layers())
     constants = [n for region in prepared.regions for n in region.inputs if n.op == "constant"]
     tensors: dict[str, Tensor] = {}
+    keys = {node: set(node.tensors) for node in prepared.graph}
     for node in {*prepared.integer_nodes(), *constants}:
         own = dict(node.tensors)
         if node in layers:
             own.pop("weight")
             own["scale"] = torch.from_numpy(prepared.weight(node)[1])
+            bias = prepared.bias(node)
+            if bias is not None:
+                own["bias"] = bias
+                keys[node].add("bias")
         tensors |= {f"{node.name}.real_{key}": tensor.clone() for key, tensor in own.items()}
-    values = {node.name: prepared.qparams(node) for node in prepared.quantized()}
+    values = {node.name: prepared.qparams(node) for node in prepared.stand_ins()}
     recipe = {
         "nodes": [
             {
@@ -53,7 +58,7 @@ def write_recipe(prepared: Prepared) -> tuple[dict[str, Any], dict[str, Tensor]]
                 "layer": node.layer,
                 "kind": node.kind,
                 "shape": list(node.shape),
-                "tensors": sorted(node.tensors),
+                "tensors": sorted(keys[node]),
             }
             for node in prepared.graph
         ],
@@ -118,7 +123,7 @@ class _Reader:
             captured, regions, {}, Ranges(regions), lambda node: bits.get(node, QConfig())
         )
         for name, (scale, zero_point) in recipe["values"].items():
-            qparams = QParams(np.float32(scale), np.int32(zero_point))
+            qparams = QParams(np.array(scale, np.float32), np.array(zero_point, np.int32))
             prepared.set_qparams(self.nodes[name], qparams)
         steps = {step.name: step for program in network.programs for step in program.steps}
         for node in prepared.layers():

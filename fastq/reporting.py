@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from fastq import ops
 from fastq.batches import Batches
-from fastq.convert import QuantizationSummary, summary
+from fastq.swap import QuantizationSummary, summary
 from fastq.graph import Graph, Node
 from fastq.kernels import isa
 from fastq.lower import MOVES, lowered, weight_of

@@ -28,7 +28,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
-import hashlib
 import json
 import os
 import uuid
@@ -42,7 +41,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastq.convert import (
+from fastq.encode import VERSION, Parts, digest, read_header
+from fastq.nn import QConv2d, QLinear, QuantizedModel
+from fastq.nn.layer import QLayer
+from fastq.nn.network import decode_layout, encode_layout
+from fastq.swap import (
     QuantizationSummary,
     Result,
     Row,
@@ -51,11 +54,6 @@ from fastq.convert import (
     rebuild,
     replace,
 )
-from fastq.nn import QConv2d, QLinear, QuantizedModel
-from fastq.nn.layer import QLayer
-from fastq.nn.network import decode_layout, encode_layout
-
-VERSION = 1
 
 # type -> (the float layer it stands for, the arguments that both have, bias aside)
 TYPES: dict[str, tuple[type[nn.Module], type[QLayer], tuple[str, ...]]] = {
@@ -129,7 +127,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "tied": tied,
         "summary": [[row.name, row.kind, row.result, row.reason] for row in report.rows],
     }
-    text = json.dumps({"sha256": _digest(header, tensors), **header})
+    text = json.dumps({"sha256": digest(header, _parts(tensors)), **header})
     _write(Path(os.path.realpath(path)), safetensors.torch.save(tensors, {"fastq": text}))
 
 
@@ -193,7 +191,7 @@ def _save_network(
         "summary": [[row.name, row.kind, row.result, row.reason] for row in report.rows],
         "note": report.note,
     }
-    text = json.dumps({"sha256": _digest(header, tensors), **header})
+    text = json.dumps({"sha256": digest(header, _parts(tensors)), **header})
     _write(Path(os.path.realpath(path)), safetensors.torch.save(tensors, {"fastq": text}))
 
 
@@ -237,13 +235,11 @@ def _distinct(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, st
     return tensors, tied
 
 
-def _digest(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(header).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _parts(tensors: Mapping[str, Tensor]) -> Parts:
+    return {
+        name: (str(t.dtype), list(t.shape), t.reshape(-1).view(torch.uint8).numpy().data)
+        for name, t in tensors.items()
+    }
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -280,24 +276,7 @@ def _read(where: str, path: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
         raise ValueError(
             f"{where} is no safetensors file, or is truncated ({error}); save it again"
         ) from error
-    if "fastq" not in metadata:
-        raise ValueError(
-            f"{where} is a safetensors file without fastq's header; wanted one from fastq.save"
-        )
-    try:
-        header = json.loads(metadata["fastq"])
-        json.dumps(header)  # as the digest will: nested too deep, it is refused here
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} has a header that is not JSON: {error}") from error
-    if not isinstance(header, dict) or header.get("format") != "fastq":
-        raise ValueError(f"{where} has a header of another format; wanted one from fastq.save")
-    if header.get("version") != VERSION:
-        raise ValueError(
-            f"{where} has version {header.get('version')!r}, this fastq reads {VERSION}; "
-            "use the fastq that wrote it, or one that is newer"
-        )
-    if header.pop("sha256", None) != _digest(header, tensors):
-        raise ValueError(f"{where} was altered: its digest is not that of its content")
+    header = read_header(where, metadata, _parts(tensors))
     for key, kind in (NETWORK_HEADER if "network" in header else HEADER).items():
         if not isinstance(header.get(key), kind):
             raise ValueError(

@@ -61,6 +61,22 @@ def test_calibration_images_are_not_scored(lenet):
 
 
 @pytest.mark.usefixtures("brief")
+def test_the_demo_trains_what_it_loaded(lenet, tmp_path):
+    before, after = tmp_path / "before", tmp_path / "after"
+    plain = demo.compare(lenet, before)
+    trained = demo.compare(lenet, after, qat=True)
+    assert trained.int8.accuracy >= plain.int8.accuracy - 0.01
+    images, labels = lenet.training
+    losses = [torch.nn.functional.cross_entropy(fastq.load(path)(images), labels)
+              for path in (before, after)]  # fmt: skip
+    assert losses[1] < losses[0]
+    result = CliRunner().invoke(
+        commands.cli, ["demo", "--qat", "--network", "efficientnet-lite0"]
+    )
+    assert result.exit_code == 2 and "nothing here to train" in result.output
+
+
+@pytest.mark.usefixtures("brief")
 def test_comparison_of_lenet(lenet, tmp_path):
     path = tmp_path / "lenet.safetensors"
     result = demo.compare(lenet, path)

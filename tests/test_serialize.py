@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastq.convert import quantize_layers, summary
 from fastq.nn import QConv2d, QLinear
 from fastq.serialize import load, save
+from fastq.swap import quantize_layers, summary
 
 
 class Padded(nn.Conv2d):

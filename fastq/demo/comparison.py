@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fastq
-from fastq.demo.tasks import Task
+from fastq.demo.tasks import Task, train
 
 BATCHES = (1, 64)
 SECONDS = 2.0  # of timing per batch size
@@ -70,9 +70,14 @@ class Comparison:
             yield name, f"{before:,} B", f"{after:,} B", f"{before / after:.2f}x smaller"
 
 
-def compare(task: Task, path: Path) -> Comparison:
-    """Quantize `task.network`, save it to `path`, load that file back and measure both networks."""
+def compare(task: Task, path: Path, *, qat: bool = False) -> Comparison:
+    """Quantize `task.network`, save it to `path`, load that file back and measure both networks.
+
+    qat  train what was loaded, save it to `path`, and load it again; wants `task.training`.
+    """
     fastq.save(fastq.quantize_model(task.network, task.calibration, strict=True), path)
+    if qat:
+        train_file(task, path)
     int8 = fastq.load(path)
 
     threads = min(torch.get_num_threads(), fastq.get_num_threads())
@@ -99,6 +104,15 @@ def compare(task: Task, path: Path) -> Comparison:
         int8=measured(1, int8, after, path.stat().st_size),
         agreement=(before == after).float().mean().item(),
     )
+
+
+def train_file(task: Task, path: Path, epochs: int = 3) -> None:
+    """Load the quantized parameters, train them with the integer network's values, save them."""
+    if task.training is None:
+        raise ValueError(f"{task.title} has no images to train with; wanted the task 'lenet'")
+    model = fastq.prepare_qat(fastq.load(path))
+    train(model, *task.training, epochs, lr=0.002)
+    fastq.save(fastq.convert(model), path)
 
 
 def tensors(network: nn.Module) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ class Task:
     blank        builds the same network without its training, for the parameters in a file.
     calibration  (n, 3, h, w) float32, images that are not scored.
     images       (n, 3, h, w) float32, held out; labels (n,) int64.
+    training     images and labels that the network was trained with, where they are here.
     """
 
     title: str
@@ -33,6 +34,7 @@ class Task:
     calibration: Tensor
     images: Tensor
     labels: Tensor
+    training: tuple[Tensor, Tensor] | None = None
 
 
 class Net(nn.Module):
@@ -75,10 +77,15 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def train(
-    network: nn.Module, images: Tensor, labels: Tensor, epochs: int, batch_size: int = 32
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    epochs: int,
+    batch_size: int = 32,
+    lr: float = 0.02,
 ) -> None:
     """Train in place: SGD with momentum 0.9, cross entropy. Leaves the network in eval mode."""
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9)
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9)
     network.train()
     for _ in (progress := tqdm(range(epochs), desc="training", unit="epoch")):
         total = 0.0
@@ -105,6 +112,7 @@ def lenet(epochs: int = 20) -> Task:
         calibration=train_images[:256],
         images=images,
         labels=labels,
+        training=(train_images, train_labels),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,11 +76,14 @@ class QuantizedModel(nn.Module):
             if step not in self._modules:
                 self.add_module(step, nn.Module())
             self.get_submodule(step).register_buffer(part, tensor.detach())
-        self.in_spec, self.out_spec = (pytree.treespec_loads(text) for text in layout.specs)
-        self._single = self.in_spec == ONE_TENSOR and self.out_spec.is_leaf()
         self._ready: list[BoundProgram] | None = None
+        self._read_specs()
         self._bound()
         self.eval()
+
+    def _read_specs(self) -> None:
+        self.in_spec, self.out_spec = map(pytree.treespec_loads, self.layout.specs)
+        self._single = self.in_spec == ONE_TENSOR and self.out_spec.is_leaf()
 
     @property
     def programs(self) -> list[Program]:
@@ -103,6 +105,7 @@ class QuantizedModel(nn.Module):
                 f"{step}.{part}": tensor.detach().numpy()
                 for step, module in self._modules.items()
                 for part, tensor in module._buffers.items()  # type: ignore[union-attr]
+                if tensor is not None
             }
             programs = [decode_program(given, arrays) for given in self.layout.programs]
             self._ready = [BoundProgram(program) for program in programs]
@@ -172,16 +175,15 @@ class QuantizedModel(nn.Module):
     def extra_repr(self) -> str:
         steps = sum(len(p.steps) for p in self.programs)
         floats = sum(stage.program < 0 for stage in self.layout.stages)
-        return f"{len(self.layout.programs)} integer program(s) of {steps} steps, {floats} float operators"
+        programs = len(self.layout.programs)
+        return f"{programs} integer program(s) of {steps} steps, {floats} float operators"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ready": None}
+        return {**self.__dict__, "_ready": None, "in_spec": None, "out_spec": None}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items()})
-        return twin
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._read_specs()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -219,7 +221,8 @@ def leaves_of(
         leaves, given_spec = pytree.tree_flatten((moved, {k: given.pop(k) for k in wanted_kwargs}))
     except (KeyError, IndexError):
         given_spec = None
-    if given_spec != spec or any(v is not None for v in given.values()):
+    extra = len(args) > len(names) or any(v is not None for v in given.values())
+    if given_spec != spec or extra:
         shown = [*map(str, names[: len(wanted_args)]), *(f"{k}=" for k in wanted_kwargs)]
         raise TypeError(
             f"{type(network).__name__}: got {len(args)} arguments and {sorted(kwargs)}; wanted "
@@ -272,11 +275,26 @@ def assemble(
         tuple(inputs),
         constants,
         tuple(outputs),
-        (pytree.treespec_dumps(specs[0]), pytree.treespec_dumps(specs[1])),
+        (_spec_text(specs[0]), _spec_text(specs[1])),
         tuple(names),
         recipe,
     )
     return QuantizedModel(layout, tensors)
+
+
+def _spec_text(spec: Any) -> str:
+    """A pytree spec as JSON; named tuples get the name that it asks for."""
+
+    def register(value: Any) -> bool:
+        kind = type(value)
+        named = isinstance(value, tuple) and hasattr(kind, "_fields")
+        if named and kind not in pytree.SUPPORTED_SERIALIZED_TYPES:
+            name = f"{kind.__module__}.{kind.__qualname__}"
+            pytree._register_namedtuple(kind, serialized_type_name=name)
+        return False
+
+    pytree.tree_leaves(pytree.tree_unflatten([0] * spec.num_leaves, spec), is_leaf=register)
+    return pytree.treespec_dumps(spec)
 
 
 # How torch's own kinds of values are written in a file; all others are encode.py's.

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from fastq.convert import QuantizationSummary, fold_batch_norm, quantize_layers, summary
 from fastq.nn import QConv2d, QLinear
 from fastq.qparams import MAX_K, choose_qparams
+from fastq.swap import QuantizationSummary, fold_batch_norm, quantize_layers, summary
 from fastq.trace import trace
 
 

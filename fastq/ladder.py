@@ -1,0 +1,108 @@
+"""Accuracy within a budget: remedies first, then the most sensitive layers in float."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fastq.layerwise import sensitivity
+from fastq.remedies import DEFAULT, remedy_names
+
+Build = Callable[[tuple[str, ...], tuple[str, ...]], nn.Module]
+
+# What each rung adds to the best so far; what gains nothing is left out again.
+RUNGS = (
+    ("cross_layer_equalization", "activation_equalization"),
+    ("gptq",),
+    ("adaround",),
+)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One way to quantize: its remedies, the layers left float, and what it scored."""
+
+    remedies: tuple[str, ...]
+    skip: tuple[str, ...]
+    score: float
+
+    def __str__(self) -> str:
+        floats = f", float: {', '.join(self.skip)}" if self.skip else ""
+        return f"{' + '.join(self.remedies)}{floats}"
+
+
+def climb(
+    model: nn.Module,
+    data: Any,
+    evaluate: Callable[[nn.Module], float],
+    max_drop: float,
+    build: Build,
+    *,
+    forward: Any = None,
+    echo: Callable[[str], None] = print,
+) -> nn.Module:
+    """The first quantized network whose score is at most max_drop below the float network's.
+
+    First the default remedies, then more of them (RUNGS), and at last 1, 2, 4, ... of the layers
+    that `sensitivity` finds to harm the output most stay float. A line for each attempt says what
+    it gained.
+
+    data      calibration data that can be read again and again: a list of batches or a DataLoader.
+    evaluate  gives a network's score, more being better; called on the float network too.
+    max_drop  in the units of the score, at least 0.
+    build     build(remedies, skip) quantizes the model with these remedies, these layers float.
+    echo      takes the lines.
+
+    Where nothing is within the budget the best attempt is returned, with a UserWarning.
+    Raises ValueError for a negative max_drop or data that can be read once only.
+    """
+    if not max_drop >= 0:
+        raise ValueError(f"max_drop={max_drop}; wanted at least 0, in the score's units")
+    if iter(data) is data:
+        raise ValueError(
+            f"calibration_data is a {type(data).__name__}, which can be read once only; a search "
+            "wants a list of batches or a DataLoader"
+        )
+    goal = float(evaluate(model))
+    echo(f"float32 scores {goal:.4g}; wanted at least {goal - max_drop:.4g}")
+    best: tuple[Attempt, nn.Module] | None = None
+
+    def attempt(remedies: Collection[str], skip: tuple[str, ...] = ()) -> bool:
+        """Whether this is within the budget; the better of it and the best so far is kept."""
+        nonlocal best
+        names = remedy_names(remedies)
+        made = build(names, skip)
+        new = Attempt(names, skip, float(evaluate(made)))
+        gain = "" if best is None else f", {new.score - best[0].score:+.4g}"
+        echo(f"{new}: {new.score:.4g}{gain}")
+        if best is None or new.score > best[0].score:
+            best = new, made
+        return best[0].score >= goal - max_drop
+
+    done = attempt(DEFAULT)
+    for rung in RUNGS:
+        if not done:
+            assert best is not None
+            done = attempt({*best[0].remedies, *rung})
+    if not done:
+        assert best is not None
+        remedies = best[0].remedies
+        worst = [row.name for row in sensitivity(model, data, forward=forward).worst()]
+        names = list(dict.fromkeys(name for name in worst if name))
+        count = 1
+        while not done and count < len(names):
+            done = attempt(remedies, tuple(names[:count]))
+            count *= 2
+    assert best is not None
+    found, result = best
+    if not done:
+        warnings.warn(
+            f"quantize_model: nothing was within {max_drop:.4g} of float32's {goal:.4g}; the best, "
+            f"{found}, scores {found.score:.4g}",
+            stacklevel=2,
+        )
+    return result

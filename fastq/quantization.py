@@ -1,0 +1,100 @@
+"""A float model in, an integer network out: what users call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastq.batches import Batches
+from fastq.capture import CannotCapture
+from fastq.ladder import climb
+from fastq.network import Config, calibrate, call_of, finish, prepare_model
+from fastq.remedies import DEFAULT, Remedies, remedy_names
+from fastq.swap import Selector, quantize_layers, summary
+from fastq.trace import Forward
+
+
+def quantize_model(
+    model: nn.Module,
+    calibration_data: Any = None,
+    *,
+    forward: Forward | None = None,
+    config: Config | None = None,
+    skip: Selector | Iterable[Selector] = (),
+    remedies: Remedies = DEFAULT,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    max_drop: float | None = None,
+    strict: bool = False,
+    progress: bool = True,
+) -> nn.Module:
+    """The model as integer programs: called like it, in eval mode, for inference.
+
+    The network is captured with torch.export as it runs on the first batch; batch norm is folded,
+    activations and residual additions become part of the products before them; the calibration
+    data fix the ranges of the values between operations. What has an integer form is computed in
+    integers, in one native call without Python between the layers; what has none stays a float
+    operator between two programs. `fastq.summary(result)` says for each layer what it became and
+    why. A model that torch.export cannot follow gets int8 layers in its place instead:
+    `quantize_layers`, which is also what is used without calibration data.
+
+    calibration_data  one batch (a tensor or a dict), or an iterable of batches, such as a
+        DataLoader. A batch is a tensor: model(batch); a dict: model(**batch); or a tuple or list
+        whose first element is one of these, and the input: most data sets give
+        (images, labels). One batch is held at a time.
+    remedies  names of what shall win accuracy back, see `fastq.remedies`: bias correction unless
+        told otherwise. They go through the data again; of an iterator, which cannot be read
+        again, they see the first batch.
+    evaluate, max_drop  a function that scores a model, more being better, and how much less than
+        the float model's score may be had: more remedies are tried one after the other, then
+        the layers that are most sensitive stay float. What each step gains is printed.
+    forward   forward(model, batch) runs the model on a batch of any other kind.
+    config    a `QConfig` for all layers, or a dict from name, pattern or class of modules to a
+        QConfig, or to None: float. Of several that match, the last one holds.
+    skip      layers to keep float: a name ('features.0'), a pattern ('*.attn.*'), a class, or
+        several of these. What holds for a module holds for all within it.
+    strict    raise ValueError if a layer stays float and neither skip nor config asks for it.
+    progress  show a progress bar if standard error is a terminal.
+
+    Raises TypeError for a model, data or batch of a wrong kind; ValueError for empty data, for
+    a name that matches nothing, and if nothing can become int8. An error that the model
+    raises passes through, with a note.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"quantize_model: got {type(model).__name__}, wanted a torch.nn.Module, not scripted"
+        )
+    remedies = remedy_names(remedies)
+    if (evaluate is None) != (max_drop is None):
+        raise TypeError("quantize_model: evaluate= and max_drop= come together")
+    if calibration_data is None:
+        return quantize_layers(model, skip=skip, strict=strict, progress=progress)
+    if evaluate is not None and max_drop is not None:
+
+        def build(names: tuple[str, ...], floats: tuple[str, ...]) -> nn.Module:
+            given = (skip,) if isinstance(skip, str | type) else tuple(skip)
+            return quantize_model(
+                model, calibration_data, forward=forward, config=config, skip=(*given, *floats),
+                remedies=names, progress=progress,
+            )  # fmt: skip
+
+        return climb(model, calibration_data, evaluate, max_drop, build, forward=forward)
+    prepared, why = None, ""
+    batches = Batches(calibration_data)
+    try:
+        args, kwargs = call_of(model, batches.first(), forward)
+        prepared = prepare_model(model, args, kwargs, config=config, skip=skip)
+    except CannotCapture as error:
+        why = str(error)
+    if prepared is None or not prepared.regions:
+        result = quantize_layers(
+            model, batches, forward=forward, skip=skip, strict=strict, progress=progress
+        )
+        note = f"int8 layers, not one network: {why or 'no product has an integer form'}"
+        result._fastq_summary = replace(summary(result), note=note)  # type: ignore[assignment]
+        return result
+    calibrate(prepared, model, batches, forward, remedies=remedies, progress=progress)
+    return finish(prepared, model, strict=strict)

@@ -1,0 +1,608 @@
+"""What wins back accuracy that rounding costs. Each remedy changes a `Prepared`: the first kind the
+float network, before its values are observed, to an equal one that is easier to quantize; the
+second kind the integer weights and the biases, afterwards.
+
+    cross_layer_equalization   channels of products that are clamped, averaged or pooled at most
+    activation_equalization    channels of layer norms, and of batch norms that stand alone
+    gptq                       rounds weights one after the other, by least squares
+    adaround                   rounds each weight to the side that it learns
+    batch_norm                 scales and biases that give the outputs' float mean and variance
+    bias_correction            biases that give the outputs' float mean
+
+`calibrate` applies those that are named, in this order. The second kind walks through the network
+with the float values and the quantized ones side by side, so that each layer sees what the
+layers before it, remedies included, will give it, and makes up for their errors as well.
+
+The data are flat arguments of the network, as `Graph.run` takes them, in batches that can be read
+again and again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from fastq.graph import Graph, Node, Values, evaluate
+from fastq.lower import weight_of
+from fastq.prepare import WEIGHTED, Prepared, fake_quantize
+from fastq.qparams import quantize_weight
+
+Data = Collection[Sequence[Any]]
+Remedies = str | Iterable[str]
+
+DEFAULT = ("bias_correction",)
+
+WALK_BYTES = 2**28  # of the largest value of the network, over the batches that are walked at once
+ROWS_BYTES = 2**27  # of the inputs of a layer's products that its weights are fitted to
+MAX_ROWS = 2**15
+
+
+class Remedy(NamedTuple):
+    """apply(prepared, data, progress); `first`: before the values are observed."""
+
+    apply: Callable[[Prepared, Data, bool], None]
+    first: bool = False
+
+
+def calibrate(
+    prepared: Prepared, data: Data, remedies: Remedies = DEFAULT, *, progress: bool = False
+) -> None:
+    """Observe the network's values on the data, and apply these remedies, a name or several.
+
+    Raises TypeError and ValueError for names that are none.
+    """
+    names = remedy_names(remedies)
+    chosen = [REMEDIES[name] for name in REMEDIES if name in names]
+    for remedy in chosen:
+        if remedy.first:
+            remedy.apply(prepared, data, progress)
+    for arguments in bar(data, "calibrate", progress):
+        prepared.observe(arguments)
+    for remedy in chosen:
+        if not remedy.first:
+            remedy.apply(prepared, data, progress)
+
+
+def remedy_names(remedies: Remedies) -> tuple[str, ...]:
+    """The names, in the order in which they are applied."""
+    given = (remedies,) if isinstance(remedies, str) else tuple(remedies)
+    unknown = [name for name in given if name not in REMEDIES]
+    if unknown:
+        raise ValueError(f"remedies: {unknown[0]!r} is none; there are {', '.join(REMEDIES)}")
+    return tuple(name for name in REMEDIES if name in given)
+
+
+def bar(items: Any, title: str, progress: bool) -> Any:
+    """A progress bar, if wanted and standard error is a terminal."""
+    return tqdm(items, title, disable=None if progress else True)
+
+
+# ------------------------------------------------------------------------------------ equalization
+
+
+def cross_layer_equalization(prepared: Prepared, data: Data, progress: bool = False) -> None:
+    """Divide the channels of a convolution's or linear layer's output, and multiply the weights of
+    the layers that read them, so that all channels use the range that they share.
+
+    The channels may pass pooling, zero padding and flattening, and clamps: below at 0 (ReLU) as
+    they are; above (ReLU6), a channel that reached the bound on the data is left alone, and none
+    is made to reach it, so the network is the same as long as the channels keep to the range
+    that they had. Outputs that a residual addition reads or made are left alone.
+
+    Source: M. Nagel, M. van Baalen, T. Blankevoort, M. Welling, Data-Free Quantization Through
+    Weight Equalization and Bias Correction, 2019, arXiv:1906.04721. Weights have a scale for each
+    output here, so the channel's range over the data stands for its row of weights.
+    """
+    _equalize(prepared, data, ("conv2d", "linear"), progress)
+
+
+def activation_equalization(prepared: Prepared, data: Data, progress: bool = False) -> None:
+    """The same for the outputs of a layer norm, or of a batch norm that stands alone, whose only
+    readers are convolutions and linear layers: the scales go into the norm's own factors.
+
+    Source: G. Xiao et al., SmoothQuant: Accurate and Efficient Post-Training Quantization for
+    Large Language Models, 2022, arXiv:2211.10438, with its migration strength of 0.5.
+    """
+    _equalize(prepared, data, ("layer_norm", "affine"), progress)
+
+
+# Operations after which each channel is still itself, times the same factor.
+_CHANNELS_PASS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d",
+                  "upsample_nearest2d", "upsample_bilinear2d", "pad", "reshape")  # fmt: skip
+_LARGEST_FACTOR = 1e4
+
+
+def _equalize(prepared: Prepared, data: Data, makers: Sequence[str], progress: bool) -> None:
+    graph = prepared.graph
+    pairs = {
+        node: readers
+        for node in prepared.integer_nodes()
+        if node.op in makers and len(node.inputs) == 1 and (readers := _readers(graph, node))
+    }
+    peaks: dict[Node, Tensor] = {}
+
+    def watch(node: Node, value: Any) -> None:
+        if node in pairs:
+            seen = _by_channel(node, value).abs().amax(1)
+            peaks[node] = torch.maximum(peaks.get(node, seen), seen)
+
+    with torch.no_grad():
+        for arguments in bar(data, "equalize", progress):
+            graph.run(arguments, watch)
+    for node, readers in pairs.items():
+        factor = _factors(peaks[node], readers, node.attrs.get("clamp", (-math.inf, math.inf))[1])
+        # each layer changes what the next one is scaled by: peaks stay valid, weights are read anew
+        for name in ("weight", "bias", "factor", "shift"):
+            if name in node.tensors or (node.op == "layer_norm" and name == "weight"):
+                old = node.tensors.get(name, torch.ones(()))
+                node.tensors = {**node.tensors, name: old / _along(factor, old, 0)}
+        for reader in readers:
+            old = reader.tensors["weight"]
+            if reader.op == "conv2d" and reader.attrs["groups"] > 1:
+                new = _grouped(reader, old) * factor.reshape(reader.attrs["groups"], 1, -1, 1, 1)
+                new = new.reshape(old.shape)
+            else:
+                new = old * _along(factor, old, 0 if reader.op == "conv_transpose2d" else 1)
+            reader.tensors = {**reader.tensors, "weight": new}
+    prepared.forget()
+
+
+def _factors(peak: Tensor, readers: Sequence[Node], bound: float) -> Tensor:
+    """What each channel is divided by (C,): peak is its largest magnitude, bound its clamp."""
+    weight = torch.stack([_channel_weights(reader) for reader in readers]).amax(0)
+    alive = (peak > 0) & (weight > 0)
+    peak, weight = torch.where(alive, peak, 1.0), torch.where(alive, weight, 1.0)
+    if all(reader.attrs.get("groups", 1) == len(peak) for reader in readers):
+        factor = peak  # depthwise: a scale of its own for each channel's weights
+    else:
+        factor = (peak / weight).sqrt()
+    if alive.any():  # the largest channel stays as large as it was
+        factor = factor * (peak / factor)[alive].amax() / peak[alive].amax()
+    if math.isfinite(bound):
+        factor = torch.maximum(factor, peak / bound)
+        alive &= peak < bound
+    factor = factor.clamp(1 / _LARGEST_FACTOR, _LARGEST_FACTOR)
+    return torch.where(alive, factor, 1.0)
+
+
+def _readers(graph: Graph, node: Node) -> list[Node]:
+    """The products that take the channels of a node, or [] if anyone else does."""
+    low, _ = node.attrs.get("clamp", (-math.inf, math.inf))
+    if low not in (0, -math.inf) or node in graph.output_nodes():
+        return []
+    users, found = graph.users(), []
+    pending = [node]
+    while pending:
+        value = pending.pop()
+        for user in users[value]:
+            if user.op in WEIGHTED and user.inputs[0] is value and value not in user.inputs[1:]:
+                found.append(user)
+            elif (
+                user.op in _CHANNELS_PASS
+                and "clamp" not in user.attrs
+                and user not in graph.output_nodes()
+                and (user.op != "reshape" or _flattens(value, user))
+                and (user.op != "pad" or len(user.attrs["pad"]) <= 4)
+            ):
+                pending.append(user)
+            else:
+                return []
+    return found
+
+
+def _flattens(value: Node, reshape: Node) -> bool:
+    """(B, C, 1, 1) into (B, C)."""
+    return len(value.shape) == 4 and value.shape[2:] == (1, 1) and len(reshape.shape) == 2
+
+
+def _by_channel(node: Node, value: Tensor) -> Tensor:
+    """(C, all else) of an image, or of features that are the last axis."""
+    return value.transpose(0, _channel_axis(node, value)).flatten(1)
+
+
+def _channel_axis(node: Node, value: Tensor) -> int:
+    return 1 if node.op in ("conv2d", "conv_transpose2d", "affine") else value.dim() - 1
+
+
+def _grouped(node: Node, weight: Tensor) -> Tensor:
+    """(groups, N / groups, C / groups, KH, KW) of a convolution's weight."""
+    return weight.reshape(node.attrs["groups"], -1, *weight.shape[1:])
+
+
+def _channel_weights(reader: Node) -> Tensor:
+    """The largest magnitude of the weights that read each input channel, (C,)."""
+    weight = reader.tensors["weight"].abs()
+    if reader.op == "conv2d":
+        return _grouped(reader, weight).amax((1, 3, 4)).flatten()
+    if reader.op == "conv_transpose2d":
+        return weight.flatten(1).amax(1)
+    return weight.amax(0)
+
+
+def _along(factor: Tensor, tensor: Tensor, axis: int) -> Tensor:
+    shape = [1] * max(tensor.dim(), 1)
+    shape[axis] = -1
+    return factor.reshape(shape)
+
+
+# ------------------------------------------------------------------------ the network side by side
+
+
+@dataclass
+class Side:
+    """One batch at a layer, as it is when the layer's turn has come.
+
+    inputs  its inputs, quantized, as the simulation has them.
+    wanted  its output in the float network, before the clamp.
+    made    its output in the simulation, before the clamp: a remedy that knows it may put it here,
+            and the layer is not run again.
+    """
+
+    inputs: list[Tensor]
+    wanted: Tensor
+    made: Tensor | None = None
+
+
+def walk(prepared: Prepared, batches: Sequence[Sequence[Any]]) -> Iterator[tuple[Node, list[Side]]]:
+    """Run the float network and the simulated one, an operation at a time, on all batches.
+
+    Gives each layer that becomes integers before it is run; what has been made of the layer by the
+    time that the next one is asked for is what the layers after it see.
+    """
+    graph, layers, quantized = prepared.graph, set(prepared.layers()), prepared.quantized_values()
+    last = {value: node for node in graph for value in node.inputs}
+    floats: list[Values] = [{} for _ in batches]
+    grids: list[Values] = [{} for _ in batches]
+    sizes = [next((len(x) for x in b if isinstance(x, Tensor) and x.dim()), 1) for b in batches]
+    for node in graph:
+        if node.op == "input":
+            for values, given in zip(floats, batches, strict=True):
+                values[node] = given[graph.inputs.index(node)]
+        else:
+            bare = _unclamped(node) if node in layers else node
+            for values, size in zip(floats, sizes, strict=True):
+                values[node] = evaluate(bare, [values[v] for v in node.inputs], size)
+        made: list[Any] = [None] * len(batches)
+        if node in layers:
+            sides = [
+                Side([grid[v] for v in node.inputs], real[node])
+                for grid, real in zip(grids, floats, strict=True)
+            ]
+            yield node, sides
+            made = [
+                _simulated(prepared, node, side.inputs) if side.made is None else side.made
+                for side in sides
+            ]
+            made = [_clamped(node, value) for value in made]
+            for values in floats:
+                values[node] = _clamped(node, values[node])
+        for grid, real, size, value in zip(grids, floats, sizes, made, strict=True):
+            if node.op == "input":
+                value = real[node]
+            elif value is None:
+                value = evaluate(node, [grid[v] for v in node.inputs], size)
+            if node in quantized and isinstance(value, Tensor):
+                value = fake_quantize(value, prepared.qparams(node))
+            grid[node] = value
+        for taken in set(node.inputs):
+            if last[taken] is node:
+                for values in (*floats, *grids):
+                    del values[taken]
+
+
+def _unclamped(node: Node) -> Node:
+    return replace(node, attrs={k: v for k, v in node.attrs.items() if k != "clamp"})
+
+
+def _clamped(node: Node, value: Tensor) -> Tensor:
+    return value.clamp(*node.attrs["clamp"]) if "clamp" in node.attrs else value
+
+
+def _simulated(prepared: Prepared, node: Node, inputs: list[Tensor]) -> Tensor:
+    """The output of a layer with its integer weight, before the clamp."""
+    bare = replace(_unclamped(node), tensors=prepared.simulated_tensors(node))
+    return evaluate(bare, inputs)
+
+
+def _sample(prepared: Prepared, data: Data) -> list[Sequence[Any]]:
+    """The first batches, as many as may be walked at once, at least one."""
+    largest = max(
+        math.prod(node.shape) / max(node.shape[0], 1) for node in prepared.quantized_values()
+    )
+    kept: list[Sequence[Any]] = []
+    total = 0
+    for arguments in data:
+        size = next((len(x) for x in arguments if isinstance(x, Tensor) and x.dim()), 1)
+        total += int(4 * largest * size)
+        if kept and total > WALK_BYTES:
+            break
+        kept.append(arguments)
+    return kept
+
+
+# ------------------------------------------------------------------------- biases, means, variances
+
+
+def bias_correction(prepared: Prepared, data: Data, progress: bool = False) -> None:
+    """Shift each bias so that each channel of the layer's output, before the clamp, has the mean
+    that it has in the float network.
+
+    One pass: on each batch, a layer is corrected by the mean of its error on the batches so
+    far before the layers after it are run.
+
+    Source: M. Nagel et al., 2019, arXiv:1906.04721, section 4.2, on data as in its appendix D.
+    """
+    errors: dict[Node, Tensor] = {}
+    biases = {node: _bias(prepared, node) for node in prepared.layers()}
+    with torch.no_grad():
+        for number, arguments in enumerate(bar(data, "correct biases", progress)):
+            for node, (side,) in walk(prepared, [arguments]):
+                old = biases[node]
+                prepared.biases[node] = old
+                made = _simulated(prepared, node, side.inputs)
+                mean = _by_channel(node, side.wanted - made).mean(1, dtype=torch.float64)
+                errors[node] = errors.get(node, torch.zeros_like(mean)) + mean
+                shift = (errors[node] / (number + 1)).float()
+                prepared.biases[node] = old + shift
+                side.made = made + _along(shift, made, _channel_axis(node, made))
+
+
+def batch_norm(prepared: Prepared, data: Data, progress: bool = False) -> None:
+    """Scale each channel of a layer's weight, and shift its bias, so that the layer's output,
+    before the clamp, has the mean and the variance that it has in the float network: what
+    estimating the statistics of the batch norm anew would do, had it not been folded. The integers
+    stay.
+
+    Source: I. Hubara et al., Improving Post Training Neural Quantization: Layer-wise Calibration
+    and Integer Programming, 2020, arXiv:2006.10518, section 3.4 (batch normalization tuning).
+    """
+    batches = _sample(prepared, data)
+    with torch.no_grad():
+        layers = walk(prepared, batches)
+        for node, sides in bar(layers, "re-estimate", progress):
+            got, wanted = [], []
+            for side in sides:
+                add = side.inputs[1] if len(side.inputs) == 2 else 0.0
+                y = _simulated(prepared, node, side.inputs)
+                got.append(_by_channel(node, y - add).double())
+                wanted.append(_by_channel(node, side.wanted - add).double())
+            y, real = torch.cat(got, 1), torch.cat(wanted, 1)
+            alive = (y.var(1) > 0) & (real.var(1) > 0) & bool(y.shape[1] > 1)
+            factor = torch.where(alive, real.std(1) / y.std(1).clamp_min(1e-30), 1.0)
+            data_, scale = prepared.weight(node)
+            prepared.chosen[node] = data_, (scale * factor.numpy()).astype(np.float32)
+            # the bias was scaled with the output, and is not with the weight alone
+            bias = _bias(prepared, node).double()
+            prepared.biases[node] = (real.mean(1) - factor * (y.mean(1) - bias)).float()
+
+
+def _bias(prepared: Prepared, node: Node) -> Tensor:
+    """The bias of a layer, (N,) float32; zeros if it has none."""
+    bias = prepared.bias(node)
+    return torch.zeros(len(prepared.weight(node)[1])) if bias is None else bias
+
+
+# --------------------------------------------------------------------------------- rounding weights
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the products of a layer are fitted to: some of its outputs, chosen at random.
+
+    x       (R, G, K) float32: what each group multiplies with its weights, quantized.
+    wanted  (R, N): the product that would give the float network's output, with its bias.
+    add     (R, N) or None: what is added to the product before the clamp.
+    """
+
+    x: Tensor
+    wanted: Tensor
+    add: Tensor | None
+
+
+def _rows(node: Node, sides: list[Side]) -> Rows:
+    """Random outputs of a layer, the same number from each batch."""
+    groups = node.attrs.get("groups", 1)
+    k = math.prod(node.tensors["weight"].shape[1:])
+    most = min(MAX_ROWS, max(ROWS_BYTES // (4 * groups * k), 64))
+    share = -(-most // len(sides))
+    generator = torch.Generator().manual_seed(0)
+    xs, wanted, added = [], [], []
+    for side in sides:
+        x, y = side.inputs[0], side.wanted
+        count = y.numel() // (y.shape[-1] if node.op == "linear" else y.shape[1])
+        picked = torch.randperm(count, generator=generator)[:share]
+        if node.op == "linear":
+            xs.append(_pixels(node, x, picked)[:, None])
+        else:
+            xs.append(_patches(node, x, y, picked).reshape(len(picked), groups, k))
+        product = _pixels(node, y, picked)
+        if len(side.inputs) == 2:
+            added.append(_pixels(node, side.inputs[1], picked))
+            product = product - added[-1]
+        wanted.append(product)
+    return Rows(torch.cat(xs), torch.cat(wanted), torch.cat(added) if added else None)
+
+
+def _pixels(node: Node, value: Tensor, picked: Tensor) -> Tensor:
+    """Features (R, C) by their place among all but the axis of the features."""
+    return value.movedim(_channel_axis(node, value), -1).flatten(0, -2)[picked]
+
+
+def _patches(node: Node, x: Tensor, y: Tensor, picked: Tensor) -> Tensor:
+    """What a convolution of x multiplies for these pixels of its output y, (R, C, KH, KW)."""
+    a = node.attrs
+    h, w = y.shape[2:]
+    image, row, column = picked // (h * w), picked // w % h, picked % w
+    (top, bottom), (left, right) = a["padding"]
+    x = F.pad(x, (left, right, top, bottom))
+    kh, kw = node.tensors["weight"].shape[2:]
+    (sh, sw), (dh, dw) = a["stride"], a["dilation"]
+    rows = row[:, None] * sh + torch.arange(kh) * dh
+    columns = column[:, None] * sw + torch.arange(kw) * dw
+    index = image[:, None, None], slice(None), rows[:, :, None], columns[:, None, :]
+    return x[index].movedim(3, 1)
+
+
+def _fit(
+    prepared: Prepared,
+    data: Data,
+    title: str,
+    progress: bool,
+    choose: Callable[[Prepared, Node, Rows], tuple[Tensor, Tensor]],
+) -> None:
+    """Let choose(prepared, node, rows) give the integers (G, N / G, K) and scales (G, N / G) of
+    each layer, then the scale and the bias that fit them best."""
+    batches = _sample(prepared, data)
+    layers = walk(prepared, batches)
+    with torch.no_grad(), bar(None, title, progress) as shown:
+        shown.reset(len(prepared.layers()))
+        for node, sides in layers:
+            shown.update()
+            if node.op == "conv_transpose2d":
+                continue  # its products are no patches of the input
+            rows = _rows(node, sides)
+            integers, scale = choose(prepared, node, rows)
+            shape = node.tensors["weight"].shape
+            y = torch.einsum("rgk,gnk->rgn", rows.x, integers * scale[..., None]).flatten(1)
+            mean_y, mean = y.mean(0), rows.wanted.mean(0)
+            scale = scale.flatten()
+            if len(y) >= 1024:  # a scale fitted to few rows fits them alone
+                y, t = y - mean_y, rows.wanted - mean
+                square = (y * y).sum(0)
+                factor = torch.where(square > 0, (y * t).sum(0) / square.clamp_min(1e-30), 1.0)
+                factor = factor.clamp(0.9, 1.1)
+                scale, mean_y = scale * factor, mean_y * factor
+            data_ = integers.reshape(shape).to(torch.int8).numpy()
+            prepared.chosen[node] = data_, scale.numpy().astype(np.float32)
+            prepared.biases[node] = mean - mean_y
+
+
+def _grid(prepared: Prepared, node: Node, weight: Tensor) -> tuple[Tensor, int]:
+    """(scale (G, N / G), largest integer) for a weight (G, N / G, K), by the layer's QConfig."""
+    config = prepared.configs(node)
+    _, scale = quantize_weight(
+        weight.flatten(0, 1).numpy(), range=config.weight_range, bits=config.weight_bits
+    )
+    return torch.from_numpy(scale).reshape(weight.shape[:2]), 2 ** (config.weight_bits - 1) - 1
+
+
+def _float_weight(node: Node) -> Tensor:
+    """(G, N / G, K)."""
+    weight = weight_of(node).float()
+    return weight.reshape(node.attrs.get("groups", 1), -1, math.prod(weight.shape[1:]))
+
+
+DAMPING = 0.01  # of the mean of the diagonal, as in GPTQ
+
+
+def _moments(x: Tensor) -> Tensor:
+    """The second moments of inputs (R, G, K) about their mean, damped: (G, K, K) float64."""
+    x = x - x.mean(0)
+    h = torch.einsum("rgk,rgl->gkl", x, x).double() / len(x)
+    damp = DAMPING * torch.diagonal(h, dim1=1, dim2=2).mean(1).clamp_min(1e-12)
+    return h + damp[:, None, None] * torch.eye(h.shape[-1], dtype=torch.float64)
+
+
+def gptq(prepared: Prepared, data: Data, progress: bool = False) -> None:
+    """Round the weights of each output one after the other, and let those that are left make up
+    for the error, by least squares over the layer's quantized inputs.
+
+    Source: E. Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative
+    Pre-trained Transformers, 2022, arXiv:2210.17323, in the order of the diagonal. The moments
+    are about the mean: what is left of it goes into the bias.
+    """
+    _fit(prepared, data, "least squares", progress, _gptq)
+
+
+def _gptq(prepared: Prepared, node: Node, rows: Rows) -> tuple[Tensor, Tensor]:
+    h, weight = _moments(rows.x), _float_weight(node)
+    scale, qmax = _grid(prepared, node, weight)
+    order = torch.diagonal(h, dim1=1, dim2=2).argsort(1, descending=True)  # (G, K)
+    groups, n, k = weight.shape
+    column = order[:, None].expand(groups, n, k)
+    w = weight.double().gather(2, column)
+    h = h.gather(1, order[:, :, None].expand(-1, -1, k)).gather(2, order[:, None].expand(-1, k, -1))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    factor = torch.linalg.cholesky(inverse, upper=True)  # (G, K, K)
+    step = scale.double()
+    q = torch.empty_like(w)
+    for i in range(k):
+        q[:, :, i] = (w[:, :, i] / step).round().clamp(-qmax, qmax)
+        error = (w[:, :, i] - q[:, :, i] * step) / factor[:, None, i, i]
+        w[:, :, i + 1 :] -= error[:, :, None] * factor[:, None, i, i + 1 :]
+    return torch.empty_like(q).scatter_(2, column, q).float(), scale
+
+
+ADAROUND_STEPS = 1000
+ADAROUND_SECONDS = 20.0  # for a layer at most
+ADAROUND_ROWS = 512  # in a step
+
+
+def adaround(prepared: Prepared, data: Data, progress: bool = False) -> None:
+    """Learn for each weight whether it is rounded up or down, by gradients of the squared error of
+    the layer's output, after the clamp, given its quantized inputs.
+
+    ADAROUND_STEPS steps for each layer, fewer where they take longer than ADAROUND_SECONDS: then
+    what was learned until then decides.
+
+    Source: M. Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization, 2020,
+    arXiv:2004.10568: the rectified sigmoid, and the pressure towards 0 and 1 that grows.
+    """
+    _fit(prepared, data, "learn rounding", progress, _adaround)
+
+
+def _adaround(prepared: Prepared, node: Node, rows: Rows) -> tuple[Tensor, Tensor]:
+    weight = _float_weight(node)
+    scale, qmax = _grid(prepared, node, weight)
+    steps = weight / scale[..., None]
+    floor = steps.floor()
+    wanted = _clamped(node, rows.wanted if rows.add is None else rows.wanted + rows.add)
+    bias = rows.wanted.mean(0) - torch.einsum("gk,gnk->gn", rows.x.mean(0), weight).flatten()
+    rest = (steps - floor).clamp(0.01, 0.99)
+    share = ((rest + 0.1) / 1.2).logit().requires_grad_()
+    optimizer = torch.optim.Adam([share], lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    # the error of rounding to nearest is 1: the pressure means the same for all layers
+    nearest = (steps.round() - steps) * scale[..., None]
+    unit = torch.einsum("rgk,gnk->rgn", rows.x[:4096], nearest).square().mean().clamp_min(1e-30)
+    end = time.monotonic() + ADAROUND_SECONDS
+    with torch.enable_grad():
+        for i in range(ADAROUND_STEPS):
+            done = max(i / ADAROUND_STEPS, 1 - (end - time.monotonic()) / ADAROUND_SECONDS)
+            if done >= 1:
+                break
+            some = torch.randint(len(rows.x), (ADAROUND_ROWS,), generator=generator)
+            up = (share.sigmoid() * 1.2 - 0.1).clamp(0, 1)
+            rounded = (floor + up).clamp(-qmax, qmax) * scale[..., None]
+            y = torch.einsum("rgk,gnk->rgn", rows.x[some], rounded).flatten(1) + bias
+            y = _clamped(node, y if rows.add is None else y + rows.add[some])
+            loss = (y - wanted[some]).square().mean() / unit
+            if done > 0.2:  # the first fifth without pressure
+                power = 2 + 18 * (1 - (done - 0.2) / 0.8)
+                loss = loss + ADAROUND_PRESSURE * (1 - (2 * up - 1).abs() ** power).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    up = (share.detach().sigmoid() * 1.2 - 0.1).round().clamp(0, 1)
+    return (floor + up).clamp(-qmax, qmax), scale
+
+
+ADAROUND_PRESSURE = 0.5
+
+REMEDIES: dict[str, Remedy] = {
+    "cross_layer_equalization": Remedy(cross_layer_equalization, first=True),
+    "activation_equalization": Remedy(activation_equalization, first=True),
+    "gptq": Remedy(gptq),
+    "adaround": Remedy(adaround),
+    "batch_norm": Remedy(batch_norm),
+    "bias_correction": Remedy(bias_correction),
+}

@@ -1,0 +1,434 @@
+"""Small networks, with every operation of a program in at least one, and random data for them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastq
+from fastq.nn.network import QuantizedModel
+from fastq.program import Program
+
+Make = Callable[[int, int], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, its arguments by (batch, size), and what shall become of it.
+
+    decibels  the least signal-to-noise ratio of its outputs against float32.
+    extents   sizes that go through one network; the first is calibrated with.
+    programs  how many integer programs it has.
+    """
+
+    build: Callable[[], nn.Module]
+    make: Make
+    decibels: float = 25.0
+    extents: tuple[int, ...] = (13, 16)
+    programs: int = 1
+
+    def network(self) -> nn.Module:
+        torch.manual_seed(0)
+        network = self.build().eval()
+        with torch.no_grad():
+            network(*self.arguments(2))  # lazy layers find their size
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                seen, spread = module.running_mean, module.running_var
+                assert seen is not None and spread is not None
+                seen.normal_()
+                spread.uniform_(0.5, 2)
+                if module.weight is not None:
+                    module.weight.data.uniform_(0.5, 2)
+                    module.bias.data.normal_()
+        return network
+
+    def arguments(self, batch: int, size: int | None = None, seed: int = 1) -> tuple[Tensor, ...]:
+        torch.manual_seed(seed)
+        return self.make(batch, self.extents[0] if size is None else size)
+
+    def quantized(self, network: nn.Module | None = None) -> QuantizedModel:
+        result = fastq.quantize_model(
+            self.network() if network is None else network,
+            [self.arguments(8, seed=seed) for seed in (1, 2)],
+            forward=lambda model, given: model(*given),
+            config=fastq.QConfig(observer="minmax"),
+            progress=False,
+        )
+        assert isinstance(result, QuantizedModel), fastq.summary(result).note
+        return result
+
+
+def images(channels: int) -> Make:
+    return lambda batch, size: (torch.randn(batch, channels, size, size + 3),)
+
+
+def squares(channels: int) -> Make:
+    return lambda batch, size: (torch.randn(batch, channels, size, size),)
+
+
+def rows(features: int) -> Make:
+    return lambda batch, size: (torch.randn(batch, features),)
+
+
+def sequences(features: int) -> Make:
+    return lambda batch, size: (torch.randn(batch, size, features),)
+
+
+def signals(channels: int) -> Make:
+    return lambda batch, size: (torch.randn(batch, channels, size),)
+
+
+class Call(nn.Module):
+    """Modules, and a function of them and of x."""
+
+    def __init__(self, function: Callable[..., object], **modules: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, *inputs: Tensor) -> object:
+        return self.function(self, *inputs)
+
+
+def call(function: Callable[..., object], **modules: Callable[[], nn.Module]) -> Callable[[], Call]:
+    return lambda: Call(function, **{name: build() for name, build in modules.items()})
+
+
+def conv(*args: object, **kwargs: object) -> Callable[[], nn.Module]:
+    return lambda: nn.Conv2d(*args, **kwargs)  # type: ignore[arg-type]
+
+
+def after(build: Callable[[], nn.Module], c: int = 5, inputs: int = 3) -> Callable[[], nn.Module]:
+    """Something of one image, between two convolutions."""
+    return lambda: nn.Sequential(nn.Conv2d(inputs, c, 3, padding=1), build(), nn.LazyConv2d(4, 1))
+
+
+class Apply(nn.Module):
+    def __init__(self, function: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> object:
+        return self.function(x)
+
+
+def apply(function: Callable[[Tensor], object]) -> Callable[[], nn.Module]:
+    return lambda: Apply(function)
+
+
+def between(
+    function: Callable[[Tensor], Tensor], c: int = 5, n: int | None = None
+) -> Callable[[], nn.Module]:
+    """A function of an image of c channels, giving n, between two convolutions."""
+    return lambda: nn.Sequential(
+        nn.Conv2d(3, c, 3, padding=1), Apply(function), nn.Conv2d(c if n is None else n, 4, 1)
+    )
+
+
+class Residual(nn.Module):
+    """Of ResNet: batch norm after each convolution, and a sum before the last ReLU."""
+
+    def __init__(self, c: int, n: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(c, n, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(n)
+        self.conv2 = nn.Conv2d(n, n, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(n)
+        self.down = None
+        if stride > 1 or c != n:
+            self.down = nn.Sequential(nn.Conv2d(c, n, 1, stride, bias=False), nn.BatchNorm2d(n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        y += x if self.down is None else self.down(x)
+        return F.relu_(y)
+
+
+class PreActivation(nn.Module):
+    """Batch norm and ReLU come before the convolutions."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(c), nn.Conv2d(c, c, 3, 1, 1)
+        self.bn2, self.conv2 = nn.BatchNorm2d(c), nn.Conv2d(c, c, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.relu(self.bn1(x)))
+        return x + self.conv2(F.relu(self.bn2(y)))
+
+
+class Dense(nn.Module):
+    """Of DenseNet: each layer sees all before it."""
+
+    def __init__(self, c: int, growth: int, layers: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(c + i * growth) for i in range(layers))
+        self.convs = nn.ModuleList(
+            nn.Conv2d(c + i * growth, growth, 3, padding=1) for i in range(layers)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = [x]
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            seen.append(conv(F.relu(norm(torch.cat(seen, 1)))))
+        return torch.cat(seen, 1)
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(c, 3, 1), nn.Conv2d(3, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1))))
+        return x * torch.sigmoid(s)
+
+
+class UNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(1, 6, 3, padding=1)
+        self.down = nn.Conv2d(6, 10, 3, padding=1)
+        self.up = nn.ConvTranspose2d(10, 6, 2, 2)
+        self.leave = nn.Conv2d(12, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.enter(x))
+        y = F.relu(self.down(F.max_pool2d(x, 2)))
+        return self.leave(torch.cat([x, self.up(y)], 1))
+
+
+class Shuffle(nn.Module):
+    """Of ShuffleNet: half of the channels pass by, then all are shuffled."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        h = c // 2
+        self.branch = nn.Sequential(
+            nn.Conv2d(h, h, 1), nn.ReLU(), nn.Conv2d(h, h, 3, 1, 1, groups=h), nn.Conv2d(h, h, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, 1)
+        y = torch.cat([a, self.branch(b)], 1)
+        batch, c, h, w = y.shape
+        return y.view(batch, 2, c // 2, h, w).transpose(1, 2).reshape(batch, c, h, w)
+
+
+class Attention(nn.Module):
+    """By hand: one product for query, key and value, as of a vision transformer."""
+
+    def __init__(self, c: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.out = heads, nn.Linear(c, 3 * c), nn.Linear(c, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-2, -1) * (c // self.heads) ** -0.5).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).reshape(b, n, c))
+
+
+class Tokens(nn.Module):
+    """A convolution cuts patches, a transformer layer looks at them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, 4)
+        self.norm, self.attention = nn.LayerNorm(16), Attention(16, 2)
+        self.norm2 = nn.LayerNorm(16)
+        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = x + self.attention(self.norm(x))
+        x = x + self.mlp(self.norm2(x))
+        return self.head(x.mean(1))
+
+
+def written_hardswish(x: Tensor) -> Tensor:
+    return x * F.relu6(x + 3) / 6
+
+
+def self_attention(net: Call, x: Tensor) -> Tensor:
+    return net.attention(x, x, x, need_weights=False)[0]  # type: ignore[operator]
+
+
+CASES: dict[str, Case] = {
+    # products
+    "linear": Case(lambda: nn.Sequential(nn.Linear(7, 9), nn.ReLU(), nn.Linear(9, 3)), rows(7)),
+    "linear of sequences": Case(lambda: nn.Sequential(nn.Linear(7, 9), nn.Linear(9, 3, False)), sequences(7)),
+    "conv": Case(lambda: nn.Sequential(nn.Conv2d(1, 5, 3), nn.ReLU6(), nn.Conv2d(5, 2, 3, 2, 1)), images(1)),
+    "one conv": Case(conv(3, 4, 3), images(3)),
+    "conv of 3 channels": Case(lambda: nn.Sequential(nn.Conv2d(3, 33, 7, 2, 3), nn.SiLU()), images(3)),
+    "dilated": Case(after(conv(5, 7, 3, padding=2, dilation=2)), images(3)),
+    "same": Case(after(conv(5, 6, (5, 3), padding="same", dilation=(1, 2))), images(3)),
+    "padding cuts": Case(after(lambda: nn.Sequential(nn.ZeroPad2d((1, 0, 2, 1)), nn.Conv2d(5, 5, 3))), images(3)),
+    "reflect": Case(after(conv(5, 5, 3, padding=1, padding_mode="reflect")), images(3), programs=2),
+    "circular": Case(after(conv(5, 5, 3, padding=1, padding_mode="circular")), images(3), programs=2),
+    "replicate": Case(after(conv(5, 5, 3, padding=1, padding_mode="replicate")), images(3), programs=2),
+    "grouped": Case(after(conv(6, 9, 3, padding=1, groups=3), 6), images(3)),
+    "depthwise": Case(after(conv(8, 8, 3, 2, 1, groups=8), 8), images(3)),
+    "depthwise multiplier": Case(after(conv(5, 10, 3, padding=1, groups=5)), images(3)),
+    "mobilenet": Case(lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 16, 1), nn.Hardswish(),
+        nn.Conv2d(16, 16, 5, 1, 2, groups=16), nn.BatchNorm2d(16), nn.SiLU(), nn.Conv2d(16, 8, 1)), images(3)),
+    "conv1d": Case(lambda: nn.Sequential(
+        nn.Conv1d(4, 6, 5, 2, 2), nn.BatchNorm1d(6), nn.ReLU(), nn.Conv1d(6, 6, 3, padding="same", groups=2)), signals(4)),
+    "conv transpose": Case(after(lambda: nn.ConvTranspose2d(5, 6, 3, 2, 1, output_padding=1)), images(3)),
+    "conv transpose grouped": Case(after(lambda: nn.Sequential(
+        nn.ConvTranspose2d(6, 4, (3, 2), (1, 3), (1, 0), groups=2, dilation=(2, 1)), nn.BatchNorm2d(4), nn.ReLU()), 6), images(3)),
+    "conv transpose out": Case(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 2, 2, 2)), images(3)),
+    "matmul": Case(call(lambda net, x: net.a(x) @ net.b(x).transpose(1, 2),
+                        a=lambda: nn.Linear(6, 8), b=lambda: nn.Linear(6, 8)), sequences(6)),
+    "matmul of 2": Case(call(lambda net, x: net.a(x).t() @ net.b(x),
+                             a=lambda: nn.Linear(6, 8), b=lambda: nn.Linear(6, 5)), rows(6)),
+    "matmul of weights": Case(call(lambda net, x: x @ net.a.weight.t() + net.a.bias, a=lambda: nn.Linear(6, 8)), rows(6)),
+    # pointwise
+    "hardswish by hand": Case(between(written_hardswish), images(3)),
+    "silu by hand": Case(between(lambda x: x * torch.sigmoid(x)), images(3)),
+    "gelu": Case(between(F.gelu), images(3)),
+    "mish, elu": Case(between(lambda x: F.elu(F.mish(x))), images(3)),
+    "leaky": Case(between(lambda x: F.leaky_relu(x, 0.3)), images(3)),
+    "prelu": Case(after(lambda: nn.PReLU(5)), images(3)),
+    "prelu of one": Case(after(nn.PReLU), images(3)),
+    "numbers": Case(between(lambda x: (2 - x / 3 + 1).abs().sqrt()), images(3)),
+    "clamp both": Case(between(lambda x: x.clamp(-0.5, 0.7)), images(3)),
+    "clamp twice": Case(between(lambda x: x.clamp(min=-0.2).clamp(max=0.4)), images(3)),
+    "clamp of the input": Case(lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 1)), images(3)),
+    # two operands
+    "residual": Case(lambda: nn.Sequential(Residual(3, 8, 1), Residual(8, 8, 1), Residual(8, 12, 2)), images(3)),
+    "pre-activation": Case(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), PreActivation(8), PreActivation(8), nn.BatchNorm2d(8), nn.ReLU()), images(3)),
+    "add the input": Case(call(lambda net, x: net.a(x) + x, a=conv(3, 3, 3, padding=1)), images(3)),
+    "twice itself": Case(call(lambda net, x: (lambda y: y + y)(net.a(x)), a=conv(3, 3, 1)), images(3)),
+    "sub": Case(call(lambda net, x: net.c(net.a(x) - F.relu(net.b(x))),
+                     a=conv(3, 4, 1), b=conv(3, 4, 1), c=conv(4, 3, 1)), images(3)),
+    "add with alpha": Case(call(lambda net, x: torch.add(net.a(x), net.b(x), alpha=-0.5),
+                                a=conv(3, 4, 1), b=conv(3, 4, 1)), images(3)),
+    "mul": Case(call(lambda net, x: net.a(x) * net.b(x), a=conv(3, 4, 1), b=conv(3, 4, 1)), images(3)),
+    "mul itself": Case(between(lambda x: x * x), images(3)),
+    "broadcast": Case(call(lambda net, x: net.a(x) + net.b(x)[:, :, :1] * net.b(x)[:, :1],
+                           a=conv(3, 4, 1), b=conv(3, 4, 1)), images(3)),
+    "squeeze-excite": Case(lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), SqueezeExcite(8), nn.Conv2d(8, 4, 1)), images(3)),
+    "add a constant": Case(call(lambda net, x: net.a(x) + net.p.weight.reshape(1, 4, 1, 1),
+                                a=conv(3, 4, 1), p=lambda: nn.Linear(4, 1)), images(3)),
+    "mul by a constant": Case(call(lambda net, x: net.b(net.a(x) * net.p.weight.reshape(1, 4, 1, 1)),
+                                   a=conv(3, 4, 1), b=conv(4, 3, 1), p=lambda: nn.Linear(4, 1)), images(3)),
+    "batch norm first": Case(lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), images(3)),
+    "batch norm after pool": Case(after(lambda: nn.Sequential(nn.AvgPool2d(2), nn.BatchNorm2d(5), nn.ReLU())), images(3)),
+    "batch norm of rows": Case(lambda: nn.Sequential(
+        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 4)), rows(6)),
+    "batch norm used twice": Case(call(lambda net, x: net.n(net.a(x)) + net.n(net.b(x)), n=lambda: nn.BatchNorm2d(4),
+                                       a=conv(3, 4, 1), b=conv(3, 4, 1)), images(3)),
+    # concatenation and slices
+    "dense": Case(lambda: nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), Dense(6, 4, 3), nn.Conv2d(18, 4, 1)), images(3)),
+    "inception": Case(call(lambda net, x: net.d(torch.cat([net.a(x), F.relu(net.b(x)), F.max_pool2d(x, 3, 1, 1), net.c(x)], 1)),
+                           a=conv(3, 5, 1), b=conv(3, 4, 3, padding=1), c=conv(3, 7, 5, padding=2), d=conv(19, 4, 3, padding=1)), images(3)),
+    "cat of the same": Case(call(lambda net, x: (lambda y: net.b(torch.cat([y, y, x], 1)))(net.a(x)),
+                                 a=conv(3, 4, 1), b=conv(11, 4, 3, padding=1)), images(3)),
+    "cat of cats": Case(call(lambda net, x: (lambda y, z: net.c(torch.cat([torch.cat([y, z], 1), torch.cat([z, y], 1)], 1)))(net.a(x), net.b(x)),
+                             a=conv(3, 4, 1), b=conv(3, 5, 1), c=conv(18, 4, 3, padding=1)), images(3)),
+    "cat of rows": Case(call(lambda net, x: net.c(torch.cat([net.a(x), net.b(x)], -2)),
+                             a=conv(3, 4, 1), b=conv(3, 4, 1), c=conv(4, 4, 3, padding=1)), images(3)),
+    "cat of different scales": Case(call(lambda net, x: net.c(torch.cat([net.a(x), torch.sigmoid(net.b(x))], 1)),
+                                         a=conv(3, 4, 1), b=conv(3, 4, 1), c=conv(8, 4, 1)), images(3)),
+    "cat with softmax": Case(call(lambda net, x: net.c(torch.cat([net.a(x), net.b(x).softmax(-1)], -1)),
+                                  a=lambda: nn.Linear(6, 4), b=lambda: nn.Linear(6, 5), c=lambda: nn.Linear(9, 3)), rows(6)),
+    "grouped after cat": Case(call(lambda net, x: net.c(torch.cat([net.a(x), net.b(x)], 1)),
+                                   a=conv(3, 4, 1), b=conv(3, 8, 1), c=conv(12, 12, 3, padding=1, groups=12)), images(3)),
+    "shuffle": Case(lambda: nn.Sequential(nn.Conv2d(3, 12, 3), Shuffle(12), Shuffle(12), nn.Conv2d(12, 4, 1)), images(3)),
+    "channel shuffle": Case(between(lambda x: F.channel_shuffle(x, 3), 6), images(3)),
+    "split": Case(call(lambda net, x: (lambda a, b, c: net.b(torch.cat([c, F.relu(b) + a, a], 1)))(*net.a(x).split([2, 2, 3], 1)),
+                       a=conv(3, 7, 1), b=conv(7, 4, 3, padding=1)), images(3)),
+    "slices": Case(between(lambda x: x[:, 1:-1, ::2, -7:], 7, 5), images(3)),
+    "negative slices": Case(between(lambda x: x[..., :-2, 1:] + x[..., 2:, :-1], 5), images(3)),
+    "focus": Case(lambda: nn.Sequential(Apply(lambda x: torch.cat([x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1)),
+                                        nn.Conv2d(12, 5, 3, padding=1)), squares(3), extents=(12, 16)),
+    "select": Case(call(lambda net, x: net.b(net.a(x)[:, -1]) + net.b(net.a(x)[:, 0]), a=lambda: nn.Linear(6, 7), b=lambda: nn.Linear(7, 3)), sequences(6)),
+    "depthwise of slices": Case(call(lambda net, x: (lambda y: net.b(y[:, :4]) + net.b(y[:, 4:]))(net.a(x)),
+                                     a=conv(3, 8, 1), b=conv(4, 4, 3, padding=1, groups=4)), images(3)),
+    # pads, pools, sizes
+    "pad": Case(between(lambda x: F.pad(x, (1, 2, 0, 3))[:, :, 1:], 5), images(3)),
+    "pad channels": Case(between(lambda x: F.pad(F.relu(x), (0, 0, 1, 0, 1, 2)), 5, 8), images(3)),
+    "pad rows": Case(lambda: nn.Sequential(nn.Linear(5, 6), Apply(lambda x: F.pad(x, (2, 1))), nn.Linear(9, 4)), rows(5)),
+    "pad, then pool": Case(between(lambda x: F.max_pool2d(F.pad(x, (0, 1, 0, 1)), 2, 2), 5), images(3)),
+    "max pool": Case(between(lambda x: F.max_pool2d(x, 3, 2, 1, ceil_mode=True)), images(3)),
+    "max pool dilated": Case(between(lambda x: F.max_pool2d(x, (3, 2), 1, 0, 2)), images(3)),
+    "avg pool": Case(between(lambda x: F.avg_pool2d(x, 3, 2, 1, True, False)), images(3)),
+    "avg pool divisor": Case(between(lambda x: F.relu(F.avg_pool2d(x, 2, divisor_override=3))), images(3)),
+    "adaptive avg": Case(between(lambda x: F.adaptive_avg_pool2d(x, (3, 5))), images(3)),
+    "adaptive avg of one axis": Case(between(lambda x: F.adaptive_avg_pool2d(x, (None, 1))), images(3)),
+    "adaptive max": Case(between(lambda x: F.adaptive_max_pool2d(x, (5, 2))), images(3)),
+    "mean": Case(lambda: nn.Sequential(nn.Conv2d(3, 6, 3), Apply(lambda x: x.mean((2, 3))), nn.Linear(6, 4)), images(3)),
+    "mean kept": Case(between(lambda x: x.mean((-1, -2), keepdim=True)), images(3)),
+    "flatten": Case(lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(5 * 5 * 7, 4)), images(3), extents=(13,)),
+    "global pool, flatten": Case(lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4)), images(3)),
+    "pool to 2x2, flatten": Case(lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(20, 4)), images(3)),
+    "unflatten": Case(lambda: nn.Sequential(nn.Linear(6, 4 * 3 * 5), nn.Unflatten(1, (4, 3, 5)), nn.Conv2d(4, 3, 3, padding=1)), rows(6)),
+    "nearest": Case(between(lambda x: F.interpolate(x, scale_factor=2)), images(3)),
+    "nearest by size": Case(between(lambda x: F.interpolate(x, size=(9, 31))), images(3)),
+    "nearest by a fraction": Case(between(lambda x: F.interpolate(x, scale_factor=(1.5, 0.7))), images(3)),
+    "bilinear": Case(between(lambda x: F.interpolate(x, scale_factor=2, mode="bilinear")), images(3)),
+    "bilinear aligned": Case(between(lambda x: F.interpolate(x, size=(7, 30), mode="bilinear", align_corners=True)), images(3)),
+    "pixel shuffle": Case(between(lambda x: F.pixel_shuffle(x, 2), 8, 2), images(3)),
+    "pixel shuffle by hand": Case(between(lambda x: x.view(len(x), 2, 2, 2, *x.shape[2:]).permute(0, 1, 4, 2, 5, 3).reshape(
+        len(x), 2, 2 * x.shape[2], 2 * x.shape[3]), 8, 2), images(3)),
+    "permuted": Case(lambda: nn.Sequential(nn.Conv2d(3, 6, 3), Apply(lambda x: x.permute(0, 2, 3, 1)), nn.LayerNorm(6), nn.Linear(6, 5), nn.GELU(),
+                                           Apply(lambda x: x.permute(0, 3, 1, 2)), nn.Conv2d(5, 3, 3)), images(3)),
+    "u-net": Case(UNet, squares(1), extents=(12, 16)),
+    # sequences
+    "softmax": Case(lambda: nn.Sequential(nn.Linear(6, 7), nn.Softmax(-1)), rows(6), decibels=20),
+    "layer norm": Case(lambda: nn.Sequential(nn.Linear(6, 7), nn.LayerNorm(7), nn.Linear(7, 4)), sequences(6)),
+    "layer norm bare": Case(lambda: nn.Sequential(nn.Linear(6, 7), nn.LayerNorm(7, elementwise_affine=False), nn.Linear(7, 4)), rows(6)),
+    "attention": Case(lambda: Attention(8, 2), sequences(8)),
+    "nn.MultiheadAttention": Case(call(self_attention, attention=lambda: nn.MultiheadAttention(8, 2, batch_first=True)), sequences(8), extents=(13,)),
+    "scaled_dot_product": Case(call(lambda net, x: F.scaled_dot_product_attention(*net.a(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)),
+                                    a=lambda: nn.Linear(8, 24)), sequences(8)),
+    "transformer layer": Case(lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), sequences(8), extents=(13,)),
+    "transformer layer, norm first": Case(lambda: nn.TransformerEncoderLayer(8, 2, 16, activation="gelu", batch_first=True, norm_first=True), sequences(8), extents=(13,)),
+    "vision transformer": Case(Tokens, squares(3), extents=(16, 24)),
+    # in place, shared, folded
+    "dropout, identity": Case(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout2d(), nn.Identity(), nn.ReLU(inplace=True), nn.Dropout(), nn.Conv2d(4, 2, 1)), images(3)),
+    "shared module": Case(call(lambda net, x: net.a(F.relu(net.a(F.relu(net.a(x))))), a=conv(3, 3, 3, padding=1)), images(3)),
+    "reused": Case(call(lambda net, x: (lambda y: net.b(y) + net.c(y) * y.mean((2, 3), keepdim=True))(F.relu(net.a(x))),
+                        a=conv(3, 4, 3, padding=1), b=conv(4, 4, 3, padding=1), c=conv(4, 4, 1)), images(3)),
+}  # fmt: skip
+
+
+def noise_ratio(wanted: Tensor, found: Tensor) -> float:
+    """Signal to noise in decibels."""
+    wanted, found = wanted.detach(), found.detach()
+    noise = (wanted.double() - found.double()).square().sum().clamp_min(1e-300)
+    return float(10 * (wanted.double().square().sum() / noise).log10())
+
+
+@cache
+def quantized_case(name: str) -> QuantizedModel:
+    return CASES[name].quantized()
+
+
+@dataclass
+class _Specification:
+    program: Program
+
+    def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        return [np.ascontiguousarray(y) for y in self.program.reference(*inputs)]
+
+
+def by_reference(network: QuantizedModel) -> QuantizedModel:
+    """The same network, its programs computed by the specification in NumPy."""
+    bound = network._bound()
+    twin = copy.copy(network)
+    twin._ready = [_Specification(one.program) for one in bound]  # type: ignore[misc]
+    return twin

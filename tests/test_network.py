@@ -1,0 +1,460 @@
+"""Whole networks: what goes in and comes out, in every form that a module may have."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections import namedtuple
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from networks import CASES, Apply, Call, Case, between, call, conv, images, noise_ratio, rows
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+import fastq
+from fastq.nn.network import QuantizedModel
+
+
+def quantized(model: nn.Module, *batches: object, **kwargs: object) -> nn.Module:
+    """Calibrated with its arguments: each batch is a tuple, or a dict of keyword arguments."""
+
+    def forward(network: nn.Module, given: object) -> object:
+        return network(**given) if isinstance(given, dict) else network(*given)
+
+    arguments = {"config": fastq.QConfig(observer="minmax"), "progress": False, **kwargs}
+    return fastq.quantize_model(model.eval(), batches, forward=forward, **arguments)
+
+
+def check(model: nn.Module, *args: object, decibels: float = 25.0, **kwargs: object) -> nn.Module:
+    """Quantized with these arguments, it gives the same structure of nearly the same values."""
+    q = quantized(model, (*args,)) if not kwargs else quantized(model, kwargs)
+    assert isinstance(q, QuantizedModel), fastq.summary(q).note
+    with torch.no_grad():
+        wanted, spec = pytree.tree_flatten(model(*args, **kwargs))
+    found, spec_too = pytree.tree_flatten(q(*args, **kwargs))
+    assert spec == spec_too
+    for x, y in zip(wanted, found, strict=True):
+        if isinstance(x, Tensor):
+            assert x.shape == y.shape and x.dtype == y.dtype
+            assert noise_ratio(x, y) > decibels
+        else:
+            assert x == y
+    return q
+
+
+@cache
+def small() -> tuple[nn.Module, nn.Module, Tensor]:
+    """A network, its integers, and an input."""
+    case = CASES["residual"]
+    network = case.network()
+    return network, case.quantized(network), case.arguments(4)[0]
+
+
+# ------------------------------------------------------------------------- arguments and results
+
+
+class Structured(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(2, 4, 3)
+
+    def forward(
+        self, x: Tensor, others: dict[str, list[Tensor]], scale: float = 1.0, extra: object = None,
+        double: bool = False,
+    ) -> dict[str, object]:  # fmt: skip
+        y = self.a(x) + self.b(others["image"][0])
+        if double:
+            y = y * 2
+        return {
+            "sum": y * scale,
+            "pair": (F.relu(y), [y.mean((2, 3))]),
+            "none": extra,
+            "flag": double,
+        }
+
+
+def test_nested_arguments_and_results():
+    x, z = torch.randn(4, 3, 8, 9), torch.randn(4, 2, 8, 9)
+    q = check(Structured(), x, {"image": [z]})
+    assert q(x, {"image": [z]})["none"] is None
+    by_name = q(others={"image": [z]}, x=x)
+    assert torch.equal(by_name["sum"], q(x, {"image": [z]})["sum"])
+
+
+def test_keyword_arguments_flags_and_none():
+    x, z = torch.randn(4, 3, 8, 9), torch.randn(4, 2, 8, 9)
+    model = Structured()
+    q = check(model, x=x, others={"image": [z]}, scale=0.5, extra=None, double=True)
+    given = {"others": {"image": [z]}, "scale": 0.5, "extra": None, "double": True}
+    assert torch.equal(q(x, **given)["sum"], q(x=x, **given)["sum"])
+    with pytest.raises(ValueError, match="captured with True"):
+        q(x=x, **{**given, "double": False})
+    with pytest.raises(TypeError, match="as in the calibration data"):
+        q(x)
+    with pytest.raises(TypeError, match="as in the calibration data"):
+        q(x, **given, surprise=1)
+    with pytest.raises(ValueError, match="captured with None"):
+        q(x=x, **{**given, "extra": x})
+    with pytest.raises(TypeError, match="wanted a float32 tensor"):
+        q(x=3, **given)
+
+
+def test_named_tuples_and_two_inputs():
+    Pair = namedtuple("Pair", ["left", "right"])  # noqa: PYI024
+    model = call(
+        lambda net, x, y: Pair(net.a(x), net.b(y) + net.a(x)), a=conv(3, 4, 1), b=conv(2, 4, 1)
+    )()
+    q = check(model, torch.randn(4, 3, 5, 6), torch.randn(4, 2, 5, 6))
+    assert isinstance(q(torch.randn(2, 3, 5, 6), torch.randn(2, 2, 5, 6)), Pair)
+
+
+def test_an_unused_input_and_an_input_returned_unchanged():
+    model = call(lambda net, x, y, z: (net.a(x), y), a=conv(3, 4, 1))()
+    args = torch.randn(4, 3, 5, 6), torch.randn(4, 2), torch.randn(4, 7)
+    q = check(model, *args)
+    assert q(*args)[1] is args[1]
+
+
+def test_integer_inputs():
+    model = call(
+        lambda net, i: net.b(net.a(i)), a=lambda: nn.Embedding(20, 8), b=lambda: nn.Linear(8, 5)
+    )()
+    ids = torch.randint(0, 20, (8, 6))
+    q = check(model, ids)
+    assert q(ids[:3]).shape == (3, 6, 5) and q(ids[:, :4]).shape == (8, 4, 5)
+
+
+def test_results_that_are_one_value():
+    model = call(lambda net, x: (lambda y: (y, y, F.relu(y)))(net.a(x)), a=conv(3, 4, 1))()
+    check(model, torch.randn(4, 3, 5, 6))
+
+
+def test_an_output_that_is_used_inside():
+    model = call(lambda net, x: (lambda y: (y, net.b(y), net.b(F.relu(y))))(net.a(x)),
+                 a=conv(3, 4, 3), b=conv(4, 4, 3))()  # fmt: skip
+    check(model, torch.randn(4, 3, 9, 8))
+
+
+def test_outputs_and_inputs_of_any_layout():
+    _, q, x = small()
+    wanted = q(x)
+    for given in (
+        x.to(memory_format=torch.channels_last),
+        torch.cat([x, x], 1)[:, :3],
+        x.transpose(2, 3).contiguous().transpose(2, 3),
+        x.flip(0).flip(0),
+        x.repeat_interleave(2, 3)[..., ::2],
+        x[:1].expand(4, -1, -1, -1),
+    ):
+        assert torch.equal(q(given), q(given.clone().contiguous()))
+    assert torch.equal(q(x), wanted)
+
+
+def test_a_batch_of_any_size_and_its_images_one_by_one():
+    _, q, x = small()
+    wanted = q(x)
+    for i in range(4):
+        assert torch.equal(q(x[i : i + 1]), wanted[i : i + 1])
+    assert torch.equal(q(x.flip(0)), wanted.flip(0))
+    assert q(x[:0]).shape == (0, *wanted.shape[1:])
+
+
+def test_gradients_are_refused():
+    _, q, x = small()
+    given = x.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="no_grad"):
+        q(given)
+    with torch.no_grad():
+        assert torch.equal(q(given), q(x))
+
+
+def test_inputs_that_do_not_fit():
+    _, q, x = small()
+    for given in (x[0], x[:, :2], torch.zeros(1, 3, 2, 2, 2)):
+        with pytest.raises(ValueError, match="wanted"):
+            q(given)
+    with pytest.raises(TypeError, match="float32"):
+        q(x.double())
+    with pytest.raises(TypeError, match="float32"):
+        q(x.half())
+
+
+def test_nothing_is_left_of_other_networks_and_threads():
+    _, q, x = small()
+    other = CASES["u-net"].quantized()
+    wanted, wanted_too = q(x), other(torch.full((2, 1, 12, 12), 9.0))
+    for size in (12, 40):
+        other(torch.full((2, 1, size, size), 1e9))
+        assert torch.equal(q(x), wanted)
+    wrong: list[str] = []
+
+    def run(network: nn.Module, given: Tensor, result: Tensor) -> None:
+        for _ in range(20):
+            if not torch.equal(network(given), result):
+                wrong.append("differs")
+
+    pairs = [
+        (q, x, wanted),
+        (q, x[:1], wanted[:1]),
+        (other, torch.full((2, 1, 12, 12), 9.0), wanted_too),
+    ]
+    threads = [threading.Thread(target=run, args=pair) for pair in pairs * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_nan_and_infinity():
+    _, q, x = small()
+    with torch.no_grad():
+        odd = x.clone()
+        odd[0, 0, 0, 0], odd[1, 0, 0, 0], odd[2, 0, 0, 0] = torch.nan, torch.inf, -torch.inf
+        plain = x.clone()
+        plain[0, 0, 0, 0], plain[1, 0, 0, 0], plain[2, 0, 0, 0] = 0, 1e30, -1e30
+    assert torch.equal(q(odd), q(plain))
+
+
+# ------------------------------------------------------------------------------- as on any module
+
+
+@pytest.mark.parametrize(
+    "twin", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q)), copy.copy]
+)
+def test_copies_give_the_same(twin: Callable[[nn.Module], nn.Module]):
+    _, q, x = small()
+    wanted = q(x)
+    again = twin(q)
+    assert torch.equal(again(x), wanted)
+    assert str(fastq.summary(again)) == str(fastq.summary(q))
+
+
+def test_a_copy_has_its_own_state():
+    _, q, x = small()
+    wanted, again = q(x), copy.deepcopy(q)
+    for tensor in again.buffers():
+        if tensor.dtype == torch.int8:
+            tensor.zero_()
+    assert not torch.equal(again(x), wanted)
+    assert torch.equal(q(x), wanted)
+    again.load_state_dict(q.state_dict())
+    assert torch.equal(again(x), wanted)
+
+
+def test_save_and_load(tmp_path):
+    _, q, x = small()
+    fastq.save(q, tmp_path / "q")
+    fastq.save(fastq.load(tmp_path / "q"), tmp_path / "again")
+    assert (tmp_path / "q").read_bytes() == (tmp_path / "again").read_bytes()
+    again = fastq.load(tmp_path / "again")
+    assert torch.equal(again(x), q(x)) and str(fastq.summary(again)) == str(fastq.summary(q))
+
+
+def test_modes_and_contexts():
+    _, q, x = small()
+    wanted = q(x)
+    with torch.inference_mode():
+        y = q(x)
+        assert torch.equal(y, wanted) and torch.equal(q(x.clone()), wanted)
+        made_inside = CASES["one conv"].quantized()
+    assert not wanted.requires_grad
+    assert made_inside(torch.zeros(1, 3, 8, 8)).shape == (1, 4, 6, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(q(x), wanted)
+    assert not q.training and not list(q.parameters())
+    assert torch.equal(q.train()(x), wanted)
+    q.eval()
+
+
+def test_hooks_see_it_from_outside():
+    _, q, x = small()
+    seen: list[str] = []
+    before = q.register_forward_pre_hook(lambda module, args: seen.append("before"))
+    after = q.register_forward_hook(lambda module, args, y: y * 0)
+    assert not q(x).any() and seen == ["before"]
+    before.remove()
+    after.remove()
+
+
+def test_dtypes_and_devices_stay():
+    _, q, x = small()
+    wanted, again = q(x), copy.deepcopy(q)
+    assert torch.equal(again.half()(x), wanted)
+    assert torch.equal(again.double()(x), wanted)
+    assert torch.equal(again.to(torch.bfloat16)(x), wanted)
+    assert torch.equal(again.to("cpu")(x), wanted)
+    with pytest.raises(RuntimeError, match="cannot move to meta"):
+        again.to("meta")
+
+
+def test_a_network_in_a_network():
+    _, q, x = small()
+    whole = nn.Sequential(q, nn.Flatten())
+    assert torch.equal(whole(x), q(x).flatten(1))
+    assert "integer program" in repr(whole)
+
+
+def test_programs_can_be_read():
+    _, q, _ = small()
+    assert str(q.program).count(" = conv2d(") == 8
+    assert "add" not in [step.op for step in q.program.steps]  # sums are part of the products
+
+
+# --------------------------------------------------------------------------- shared, tied, changed
+
+
+def test_tied_parameters_and_buffers():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.b.weight = self.a.weight
+            self.register_buffer("mean", torch.randn(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.relu(self.a(x - self.mean))) + F.linear(x, self.a.weight)
+
+    q = check(Tied(), torch.randn(16, 6))
+    assert q.program
+
+
+def test_parametrized_weights():
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU())
+    nn.utils.parametrizations.weight_norm(model[0])
+    q = check(model, torch.randn(4, 3, 8, 8))
+    assert [step.op for step in q.program.steps] == ["quantize", "conv2d"]
+
+
+IN_PLACE: dict[str, Callable[[Call, Tensor], object]] = {
+    "relu": lambda net, x: F.relu_(net.a(x)),
+    "add": lambda net, x: net.a(x).add_(x),
+    "a copy": lambda net, x: (lambda y: y.clone().relu_() + y)(net.a(x)),
+    "the original": lambda net, x: (lambda y, z: (y.relu_(), z + y)[1])(*(lambda y: (y, y.clone()))(net.a(x))),
+    "with a view": lambda net, x: (lambda y, v: (y.relu_(), v + 1)[1])(*(lambda y: (y, y.flatten(1)))(net.a(x))),
+    "a view": lambda net, x: (lambda y: (y[:, :1].mul_(3), y)[1])(net.a(x)),
+    "a view of a view": lambda net, x: (lambda y: (y.flatten(2)[:, 1:].relu_(), y)[1])(net.a(x)),
+    "chunks": lambda net, x: (lambda y: (y.unbind(1)[0].zero_(), net.b(y))[1])(net.a(x)),
+    "before it is read": lambda net, x: (lambda y: (net.b(y), y.relu_(), y)[::2])(net.a(x)),
+    "assigned": lambda net, x: (lambda y: (y.__setitem__((slice(None), 0), 0.5), net.b(y))[1])(net.a(x)),
+    "clamp, mul": lambda net, x: net.b(net.a(x).clamp_(-1, 1).mul_(2).add_(0.5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_operations(name: str):
+    torch.manual_seed(0)
+    model = call(IN_PLACE[name], a=conv(3, 3, 3, padding=1), b=conv(3, 2, 1))()
+    with torch.no_grad():
+        check(model, torch.randn(4, 3, 6, 7))
+
+
+# ------------------------------------------------------------------------------- floats in between
+
+
+ISLANDS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "sort": (lambda x: x.sort(2)[0], "sort"),
+    "fft": (lambda x: torch.fft.rfft2(x).abs()[..., : x.shape[-1]], "fft"),
+    "einsum": (lambda x: torch.einsum("bchw,bdhw->bcd", x, x)[..., None], ""),
+    "grid_sample": (lambda x: F.grid_sample(x, F.affine_grid(
+        torch.eye(2, 3)[None].expand(len(x), -1, -1) * 0.7, [len(x), 5, 6, 6], False), align_corners=False), "grid"),
+    "cumsum": (lambda x: x.cumsum(3) / 4, "cumsum"),
+    "where": (lambda x: torch.where(x > 0, x, x * 0.1), "where"),
+    "topk": (lambda x: x.topk(3, -1).values, "topk"),
+    "norm": (lambda x: x / (x.norm(dim=1, keepdim=True) + 1), "norm"),
+    "group norm": (lambda x: F.group_norm(x, 5), "group_norm"),
+    "batch size": (lambda x: x + torch.arange(len(x))[:, None, None, None] / 10, "arange"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ISLANDS)
+def test_float_islands(name: str, tmp_path):
+    torch.manual_seed(0)
+    function, operator = ISLANDS[name]
+    model = between(function, 5)()
+    x = torch.randn(6, 3, 8, 8)
+    q = check(model, x)
+    targets = [str(stage.attrs.get("target", "")) for stage in q.layout.stages]
+    assert any(operator in target for target in targets)
+    assert noise_ratio(model(x[:2]).detach(), q(x[:2])) > 20
+    fastq.save(q, tmp_path / "q")
+    assert torch.equal(fastq.load(tmp_path / "q")(x), q(x))
+
+
+def test_skipped_layers_stay_float():
+    _, _, x = small()
+    network = CASES["residual"].network()
+    q = quantized(network, (x,), skip="1.conv2")
+    rows = {row.name: (row.result, row.reason) for row in fastq.summary(q).rows}
+    assert rows["1.conv2"] == ("float", "as asked") and rows["0.conv1"][0] == "int8 static"
+    assert noise_ratio(network(x).detach(), q(x)) > 25
+
+
+# --------------------------------------------------------------------------------- no whole network
+
+
+def test_a_network_without_products_has_no_integers():
+    with pytest.raises(ValueError, match="int8"):
+        quantized(nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), (torch.randn(2, 3, 8, 8),))
+
+
+def test_a_model_that_cannot_be_captured_gets_int8_layers():
+    class Data(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) if float(x.sum()) > 0 else self.b(x)
+
+    model, x = Data().eval(), torch.randn(8, 6)
+    q = quantized(model, (x,), (-x,))
+    assert "int8 layers, not one network" in fastq.summary(q).note
+    assert isinstance(q.a, fastq.QLinear)
+    assert noise_ratio(model(x).detach(), q(x)) > 25
+
+
+def test_a_graph_that_depends_on_the_size_holds_for_that_size():
+    class Even(nn.Module):
+        """Pads to even sizes, as TensorFlow's networks do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(F.pad(x, (0, -x.shape[3] % 2, 0, -x.shape[2] % 2)))
+
+    model = Even().eval()
+    q = quantized(model, (torch.randn(4, 3, 8, 8),))
+    assert q(torch.randn(1, 3, 8, 8)).shape == (1, 4, 4, 4)
+    with pytest.raises(ValueError, match=r"wanted \(any, 3, 8, 8\)"):
+        q(torch.randn(1, 3, 9, 9))
+
+
+def test_control_flow_on_the_batch_size():
+    class Few(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x)[: len(x)].reshape(len(x), -1)
+
+    q = check(Few(), torch.randn(4, 3, 8, 8))
+    assert q(torch.randn(1, 3, 8, 8)).shape == (1, 256)
+
+
+def test_any_parameters_of_the_model_stay_as_they_are():
+    model = CASES["dense"].network()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    CASES["dense"].quantized(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert isinstance(Case(conv(3, 4, 1), images(3)).quantized(), QuantizedModel)
+    assert isinstance(Case(lambda: nn.Linear(3, 2), rows(3)).quantized(), QuantizedModel)
+    assert isinstance(Apply(F.relu)(torch.ones(1)), Tensor)

@@ -1,0 +1,67 @@
+"""Networks on the kernels: the bits of the specification, on every tier, for every shape."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from networks import CASES, by_reference, noise_ratio, quantized_case
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fastq.program import OPERATIONS
+
+BATCHES = (1, 3)
+
+
+@cache
+def expected(name: str, batch: int, size: int) -> list[Tensor]:
+    case = CASES[name]
+    return pytree.tree_leaves(by_reference(quantized_case(name))(*case.arguments(batch, size)))
+
+
+def check(name: str, batch: int, size: int) -> None:
+    case = CASES[name]
+    found = pytree.tree_leaves(quantized_case(name)(*case.arguments(batch, size)))
+    for x, y in zip(expected(name, batch, size), found, strict=True):
+        assert torch.equal(x, y), f"batch {batch}, size {size}: {(x != y).sum()} of {x.numel()}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_tier_gives_the_bits_of_the_reference(name: str, isa: str):
+    for size in CASES[name].extents:
+        for batch in BATCHES:
+            check(name, batch, size)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_threads_and_layouts_do_not_matter(name: str, threads: int):
+    case = CASES[name]
+    check(name, 3, case.extents[0])
+    given = [x.transpose(0, -1).contiguous().transpose(0, -1) for x in case.arguments(3)]
+    found = pytree.tree_leaves(quantized_case(name)(*given))
+    assert all(map(torch.equal, expected(name, 3, case.extents[0]), found))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_what_float32_computes(name: str):
+    case = CASES[name]
+    network, quantized = case.network(), quantized_case(name)
+    assert len(quantized.programs) == case.programs
+    given = case.arguments(8)
+    with torch.no_grad():
+        wanted, found = (pytree.tree_leaves(net(*given)) for net in (network, quantized))
+    for x, y in zip(wanted, found, strict=True):
+        assert x.shape == y.shape
+        assert noise_ratio(x, y) > case.decibels
+
+
+def test_the_cases_have_all_operations():
+    used = {
+        step.op
+        for name in CASES
+        for program in quantized_case(name).programs
+        for step in program.steps
+    }
+    assert used == OPERATIONS.keys()

@@ -1,0 +1,323 @@
+"""Remedies: each shows its own gain on a network made for it, and leaves alone what it must."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastq import remedies as room
+from fastq.graph import Node
+from fastq.layerwise import decibels
+from fastq.plan import BoundProgram
+from fastq.prepare import Prepared, prepare
+from fastq.qconfig import QConfig
+from fastq.remedies import REMEDIES, calibrate, remedy_names, walk
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def images(count: int = 8, channels: int = 3, size: int = 12) -> Tensor:
+    """Smooth and not centred, as pictures are: neighbouring pixels say nearly the same."""
+    rough = torch.randn(count, channels, size // 3, size // 3)
+    return nn.functional.interpolate(rough, size=(size, size), mode="bilinear") + 0.5
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.second = nn.Conv2d(16, 16, 3, padding=1)
+        self.third = nn.Conv2d(16, 16, 3, stride=2)
+        self.last = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        x = (x + self.second(x)).relu()
+        return self.last(self.third(x).relu().mean((2, 3)))
+
+
+class Depthwise(nn.Module):
+    """Few weights for each output, all of them off to one side: rounding shifts means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 16, 1), nn.ReLU6(),
+            nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.ReLU6(),
+            nn.Conv2d(16, 16, 1), nn.ReLU6(),
+            nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.ReLU6(),
+        )  # fmt: skip
+        self.last = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.body(x).mean((2, 3)))
+
+
+class Embedding(nn.Module):
+    """A layer norm with a few channels that are 100 times as large as the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(32)
+        self.query, self.key = nn.Linear(32, 32), nn.Linear(32, 32)
+        with torch.no_grad():
+            self.norm.weight[::8] = 100
+            for layer in (self.query, self.key):
+                layer.weight[:, ::8] /= 100
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.query(x) * self.key(x)
+
+
+def uneven(model: nn.Sequential) -> nn.Sequential:
+    """The same function, with channels between its layers that differ by 1000:1."""
+    layers: list[Any] = [m for m in model if isinstance(m, nn.Conv2d | nn.Linear)]
+    with torch.no_grad():
+        for one, two in itertools.pairwise(layers):
+            factor = torch.logspace(-1.5, 1.5, len(one.weight))[torch.randperm(len(one.weight))]
+            one.weight *= factor.reshape(-1, *[1] * (one.weight.dim() - 1))
+            one.bias *= factor
+            two.weight /= factor.reshape(1, -1, *[1] * (two.weight.dim() - 2))
+    return model
+
+
+def plain() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(16, 10),
+    )  # fmt: skip
+
+
+def prepared_for(model: nn.Module, x: Tensor, **config: Any) -> Prepared:
+    prepared = prepare(model.eval(), [x], config=QConfig(**config))
+    assert len(prepared.regions) == 1
+    return prepared
+
+
+def gained(
+    model: nn.Module, data: Sequence[Tensor], test: Tensor, remedies: Any, **config: Any
+) -> float:
+    """What the remedies add to the SNR of the integer network's output, in dB, over none."""
+    with torch.no_grad():
+        real = model.eval()(test)
+    ratios = []
+    for names in ((), remedies):
+        prepared = prepared_for(model, data[0], **config)
+        calibrate(prepared, [[batch] for batch in data], names)
+        (program,) = prepared.programs()
+        (y,) = BoundProgram(program)(test.numpy())
+        ratios.append(decibels(real, torch.from_numpy(y)))
+    return ratios[1] - ratios[0]
+
+
+def batches(make: Callable[[], Tensor] = images, count: int = 4) -> list[Tensor]:
+    return [make() for _ in range(count)]
+
+
+def test_names_are_checked_and_put_in_order() -> None:
+    assert remedy_names("gptq") == ("gptq",)
+    assert remedy_names(["bias_correction", "gptq"]) == ("gptq", "bias_correction")
+    assert remedy_names(()) == ()
+    with pytest.raises(ValueError, match="remedies: 'magic' is none; there are cross_layer_equal"):
+        remedy_names(["gptq", "magic"])
+
+
+@pytest.mark.parametrize("model", [Residual, Depthwise])
+def test_bias_correction_gains(model: Callable[[], nn.Module]) -> None:
+    assert gained(model(), batches(), images(32), "bias_correction", weight_bits=4) > 1
+
+
+def test_bias_correction_restores_the_mean_of_every_layer() -> None:
+    data = [[batch] for batch in batches()]
+    prepared = prepared_for(Residual(), data[0][0], weight_bits=3)
+    worst = {}
+    for names in ((), ("bias_correction",)):
+        calibrate(prepared, data, names)
+        shifts = []
+        for node, sides in walk(prepared, data):
+            errors = [s.wanted - room._simulated(prepared, node, s.inputs) for s in sides]
+            mean = room._by_channel(node, torch.cat(errors)).mean(1).abs().max()
+            shifts.append(float(mean / torch.cat([s.wanted for s in sides]).std()))
+        worst[names] = max(shifts)
+    assert worst["bias_correction",] < 0.1 * worst[()]
+
+
+def test_biases_are_corrected_once_however_often_it_is_asked() -> None:
+    data = [[batch] for batch in batches(count=1)]
+    prepared = prepared_for(Residual(), data[0][0], weight_bits=4)
+    calibrate(prepared, data)
+    once = {node: bias.clone() for node, bias in prepared.biases.items()}
+    REMEDIES["bias_correction"].apply(prepared, data, False)
+    for node, bias in prepared.biases.items():
+        torch.testing.assert_close(bias, once[node], atol=1e-4, rtol=1e-3)
+
+
+def test_batch_norm_gains_and_restores_mean_and_variance() -> None:
+    data, test = batches(), images(32)
+    assert gained(Depthwise(), data, test, "batch_norm", weight_bits=4) > 1
+    prepared = prepared_for(Depthwise(), data[0], weight_bits=3)
+    calibrate(prepared, [[batch] for batch in data], "batch_norm")
+    for node, sides in walk(prepared, [[batch] for batch in data]):
+        got = torch.cat([room._simulated(prepared, node, s.inputs) for s in sides])
+        wanted = torch.cat([s.wanted for s in sides])
+        got, wanted = room._by_channel(node, got), room._by_channel(node, wanted)
+        torch.testing.assert_close(got.mean(1), wanted.mean(1), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(got.std(1), wanted.std(1), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("remedy", ["gptq", "adaround"])
+def test_learned_rounding_gains_more_than_the_mean(
+    remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "ADAROUND_STEPS", 200)
+    data, test = batches(), images(32)
+    only_mean = gained(Residual(), data, test, "bias_correction", weight_bits=4)
+    torch.manual_seed(0)
+    both = gained(Residual(), data, test, [remedy, "bias_correction"], weight_bits=4)
+    assert both > only_mean + 1
+
+
+def test_cross_layer_equalization_gains_on_uneven_channels() -> None:
+    assert gained(uneven(plain()), batches(), images(32), "cross_layer_equalization") > 10
+
+
+def test_activation_equalization_gains_on_a_layer_norm_with_outliers() -> None:
+    def tokens() -> Tensor:
+        return torch.randn(4, 10, 32)
+
+    data, test = batches(tokens), torch.randn(16, 10, 32)
+    assert gained(Embedding(), data, test, "activation_equalization") > 6
+    assert gained(Embedding(), data, test, "cross_layer_equalization") == 0
+
+
+def equalized(model: nn.Module, x: Tensor) -> tuple[Prepared, dict[str, Node], dict[str, Tensor]]:
+    """The network after equalization, its layers, and their weights before."""
+    prepared = prepared_for(model, x)
+    before = {n.layer: n.tensors["weight"].clone() for n in prepared.layers()}
+    for name in ("cross_layer_equalization", "activation_equalization"):
+        REMEDIES[name].apply(prepared, [[x]], False)
+    return prepared, {node.layer: node for node in prepared.layers()}, before
+
+
+@pytest.mark.parametrize("make", [lambda: uneven(plain()), Residual, Depthwise, Embedding])
+def test_an_equalized_network_is_the_same_function(make: Callable[[], nn.Module]) -> None:
+    model = make().eval()
+    x = torch.randn(4, 10, 32) if make is Embedding else 3 * images()
+    prepared, _, _ = equalized(model, x)
+    with torch.no_grad():
+        (y,) = prepared.graph.run([x])
+        torch.testing.assert_close(y, model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_equalization_leaves_what_a_residual_addition_reads() -> None:
+    _, layers, before = equalized(Residual(), images())
+    assert torch.equal(layers["first"].tensors["weight"], before["first"])
+    assert torch.equal(layers["second"].tensors["weight"], before["second"])
+    assert not torch.equal(layers["third"].tensors["weight"], before["third"])  # read by last alone
+
+
+def test_equalization_leaves_channels_that_reach_the_bound_of_relu6() -> None:
+    model = Depthwise()
+    first: Any = model.body[0]
+    with torch.no_grad():
+        first.bias[:4] = 20
+        first.bias[4:] = 0.1
+    _, layers, before = equalized(model, images())
+    same = (layers["body.0"].tensors["weight"] == before["body.0"]).flatten(1).all(1)
+    assert same[:4].all() and not same[4:].any()
+
+
+def test_the_float_network_stays_as_it_is() -> None:
+    model = Residual().eval()
+    state = copy.deepcopy(model.state_dict())
+    prepared = prepared_for(model, images())
+    calibrate(prepared, [[images()]], [n for n in REMEDIES if n != "adaround"])
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def test_adaround_stops_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "ADAROUND_SECONDS", 1e-6)
+    prepared = prepared_for(Residual(), images(), weight_bits=4)
+    calibrate(prepared, [[images()]], "adaround")
+    assert set(prepared.layers()) == prepared.chosen.keys()
+
+
+def test_walked_batches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepared_for(Residual(), images())
+    data = [[batch] for batch in batches(count=5)]
+    assert len(room._sample(prepared, data)) == 5
+    monkeypatch.setattr(room, "WALK_BYTES", 2 * 4 * 8 * 16 * 12 * 12)
+    assert len(room._sample(prepared, data)) == 2
+    monkeypatch.setattr(room, "WALK_BYTES", 1)
+    assert len(room._sample(prepared, data)) == 1
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_rows_are_the_products_of_a_convolution(stride: int, groups: int) -> None:
+    layer = nn.Conv2d(3, 6, (3, 2), stride, padding=(1, 0), dilation=(1, 2), groups=groups).eval()
+    x = images(2, size=9)
+    prepared = prepared_for(layer, x)
+    prepared.observe([x])
+    ((node, sides),) = walk(prepared, [[x]])
+    rows = room._rows(node, sides)
+    y = torch.einsum("rgk,gnk->rgn", rows.x, room._float_weight(node)).flatten(1) + layer.bias
+    with torch.no_grad():
+        real = layer(sides[0].inputs[0])
+    assert len(y) == real.numel() // 6
+    torch.testing.assert_close(y.sort(0).values, real.transpose(0, 1).flatten(1).T.sort(0).values)
+    torch.testing.assert_close(rows.wanted, y, atol=0.1, rtol=0.1)  # the same outputs
+
+
+def digits() -> tuple[nn.Sequential, Tensor, Tensor]:
+    """A network trained on scikit-learn's digits, its images and labels."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    x = torch.from_numpy(data.images.astype(np.float32) / 16)[:, None]
+    y = torch.from_numpy(data.target)
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(),
+        nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(8):
+        for at in torch.randperm(1200).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[at]), y[at]).backward()
+            optimizer.step()
+    return model.eval(), x, y
+
+
+def test_remedies_recover_a_network_made_hard() -> None:
+    model, x, y = digits()
+    uneven(model[:5])
+    test, labels = x[1200:], y[1200:]
+
+    def accuracy(run: Callable[[Tensor], Tensor]) -> float:
+        return float((run(test).argmax(1) == labels).double().mean())
+
+    def quantized(remedies: Any) -> float:
+        prepared = prepared_for(model, x[:2])
+        calibrate(prepared, [[x[:100]], [x[100:200]]], remedies)
+        return accuracy(lambda batch: prepared.simulate([batch])[0])
+
+    with torch.no_grad():
+        real = accuracy(model)
+    bare = quantized(())
+    best = quantized(["cross_layer_equalization", "gptq", "bias_correction"])
+    assert real > 0.9 and bare < real - 0.05
+    assert best - bare >= 0.9 * (real - bare)
