@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from fastq import ops
 from fastq.batches import Batches
-from fastq.swap import QuantizationSummary, summary
 from fastq.graph import Graph, Node
 from fastq.kernels import isa
 from fastq.lower import MOVES, lowered, weight_of
@@ -38,9 +37,11 @@ from fastq.profiling import medians, memory, profile
 from fastq.qparams import QParams
 from fastq.recipe import read_recipe
 from fastq.serialize import save
+from fastq.swap import QuantizationSummary, summary
 from fastq.trace import Forward
 
 BINS = 64
+SECONDS = 10.0  # of timing per batch size, at most
 # A remedy scaled the channels of a value if without their factors less than 20 dB are left, with
 # them 6 dB more, and there are enough values in a channel for that not to be chance.
 SCALED_SNR, SCALED_GAIN, SCALED_COUNT = 20.0, 6.0, 16
@@ -293,8 +294,8 @@ def report(
     forward      forward(model, batch) runs the model on batches of another kind.
     batch_sizes  to time at, made of the first batch's inputs, repeated where it has fewer. The
                  steps are timed at the first one; memory is that of the last one.
-    passes       a time is the median of so many runs, float32 and int8 taking turns, with the same
-                 number of threads.
+    passes       a time is the median of so many runs, or of those that 10 seconds allow, float32
+                 and int8 taking turns, with the same number of threads.
 
     Raises TypeError for a model that is no QuantizedModel or no module, ValueError for a float
     model of another graph, for labels that do not fit, no batch sizes, or less than one pass,
@@ -633,7 +634,7 @@ def _latency(
     args, kwargs = call
     with torch.inference_mode():
         before, after = medians(
-            [lambda: twin(*args, **kwargs), lambda: quantized(*args, **kwargs)], passes
+            [lambda: twin(*args, **kwargs), lambda: quantized(*args, **kwargs)], passes, SECONDS
         )
     return before, after
 
