@@ -254,6 +254,7 @@ summary { cursor: pointer; padding: .6rem 0; overflow-wrap: anywhere; }
   tbody th { min-width: 5.5rem; } td.r { white-space: normal; } }
 @media print { main { max-width: none; padding: 0; } svg, .grid { print-color-adjust: exact; }
   .wide { overflow: visible; } figure, tr { break-inside: avoid; }
+  h2, summary, caption { break-after: avoid; }
   details::details-content { content-visibility: visible; height: auto; } }
 """
 
