@@ -91,7 +91,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Bars:
-    """One bar for each label, in order; none where a value is None or not finite."""
+    """One bar for each label, in order; none where a value is None, all the height for inf."""
 
     caption: str
     unit: str
@@ -100,9 +100,9 @@ class Bars:
 
     def heights(self) -> list[float]:
         """0 to 1, of the largest."""
-        known = [v if v is not None and isfinite(v) else 0.0 for v in self.values]
-        top = max(known, default=0.0)
-        return [max(v, 0.0) / top if top > 0 else 0.0 for v in known]
+        top = max((v for v in self.values if v is not None and isfinite(v)), default=0.0)
+        scaled = (v / top if v is not None and top > 0 else 0.0 for v in self.values)
+        return [min(max(height, 0.0), 1.0) for height in scaled]
 
     def html(self) -> str:
         bars = "".join(
@@ -119,7 +119,7 @@ class Bars:
         return f"{plain(self.caption)}: `{line}` {plain(', '.join(self._ends()))}"
 
     def _value(self, value: float | None) -> str:
-        return "none" if value is None or not isfinite(value) else f"{value:,.1f} {self.unit}"
+        return "none" if value is None else f"{value:,.1f} {self.unit}"
 
     def _ends(self) -> tuple[str, str]:
         known = [v for v in self.values if v is not None and isfinite(v)]
@@ -201,8 +201,10 @@ def sparkline(heights: Sequence[float]) -> str:
 
 
 def _breakable(text: str) -> str:
-    """Escaped; a long name may break after its dots and underscores."""
-    return re.sub(r"(?<=[a-z0-9])([._])(?=[a-z])", r"\1<wbr>", escape(text))
+    """Escaped; a name, which has letters and no spaces, may break after dots and underscores."""
+    if " " in text or not re.search("[A-Za-z]", text):
+        return escape(text)
+    return re.sub(r"([._])(?=\w)", r"\1<wbr>", escape(text))
 
 
 def _figure(caption: str, shapes: str, width: int, ends: tuple[str, str]) -> str:
@@ -237,7 +239,7 @@ th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-a
 th:first-child, td:first-child { padding-left: 0; }
 tbody th { font-weight: normal; overflow-wrap: anywhere; min-width: 7rem; }
 thead th { border-bottom-width: 2px; vertical-align: bottom; }
-.l { text-align: left; }
+.l { text-align: left; overflow-wrap: break-word; }
 .r { text-align: right; white-space: nowrap; }
 thead .r { white-space: normal; }
 figure { margin: 1rem 0; }
@@ -252,6 +254,7 @@ summary { cursor: pointer; padding: .6rem 0; overflow-wrap: anywhere; }
   tbody th { min-width: 5.5rem; } td.r { white-space: normal; } }
 @media print { main { max-width: none; padding: 0; } svg, .grid { print-color-adjust: exact; }
   .wide { overflow: visible; } figure, tr { break-inside: avoid; }
+  h2, summary, caption { break-after: avoid; }
   details::details-content { content-visibility: visible; height: auto; } }
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -351,14 +352,17 @@ def _macs(step: Step, shapes: dict[str, tuple[int, ...]], apart: dict[str, str])
     return prod(shapes[step.name]) * weight.data[0].size
 
 
-def medians(runs: list[Callable[[], Any]], passes: int) -> list[float]:
-    """Microseconds of each, all run in order again and again."""
+def medians(runs: list[Callable[[], Any]], passes: int, seconds: float = math.inf) -> list[float]:
+    """Microseconds of each, all run in order `passes` times, or fewer that took so many seconds."""
     for run in runs:
         run()
     samples: list[list[float]] = [[] for _ in runs]
+    end = perf_counter() + seconds
     for _ in range(passes):
         for times, run in zip(samples, runs, strict=True):
             start = perf_counter()
             run()
             times.append(perf_counter() - start)
+        if perf_counter() > end:
+            break
     return [1e6 * statistics.median(times) for times in samples]

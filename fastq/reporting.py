@@ -41,6 +41,7 @@ from fastq.swap import QuantizationSummary, summary
 from fastq.trace import Forward
 
 BINS = 64
+SECONDS = 10.0  # of timing per batch size, at most
 # A remedy scaled the channels of a value if without their factors less than 20 dB are left, with
 # them 6 dB more, and there are enough values in a channel for that not to be chance.
 SCALED_SNR, SCALED_GAIN, SCALED_COUNT = 20.0, 6.0, 16
@@ -293,20 +294,19 @@ def report(
     forward      forward(model, batch) runs the model on batches of another kind.
     batch_sizes  to time at, made of the first batch's inputs, repeated where it has fewer. The
                  steps are timed at the first one; memory is that of the last one.
-    passes       a time is the median of so many runs, float32 and int8 taking turns, with the same
-                 number of threads.
+    passes       a time is the median of so many runs, or of those that 10 seconds allow, float32
+                 and int8 taking turns, with the same number of threads.
 
     Raises TypeError for a model that is no QuantizedModel or no module, ValueError for a float
     model of another graph, for labels that do not fit, no batch sizes, or less than one pass,
     FileNotFoundError if the path's folder is missing; and what the models raise.
     """
-    _check(float_model, quantized, batch_sizes, passes, path)
-    assert isinstance(quantized, QuantizedModel)  # as checked
+    int8 = _checked(float_model, quantized, batch_sizes, passes, path)
     batches = Batches(data)
     first = batches.first()
     twin = copy.deepcopy(float_model).eval()
     args, kwargs = call_of(twin, first, forward)
-    comparison = _Comparison(prepare_model(twin, args, kwargs).graph, quantized)
+    comparison = _Comparison(prepare_model(twin, args, kwargs).graph, int8)
     seen = _Outputs()
     bar = tqdm(batches, "compare", unit="batch", total=batches.total, disable=_off(progress))
     with torch.no_grad(), bar:
@@ -317,16 +317,16 @@ def report(
     if labels is not None:
         scores[ACCURACY] = seen.accuracy(torch.as_tensor(labels))
     if evaluate is not None:
-        scores["score"] = float(evaluate(twin)), float(evaluate(quantized))
+        scores["score"] = float(evaluate(twin)), float(evaluate(int8))
     calls = {n: _resized((args, kwargs), n) for n in batch_sizes}
     bar = tqdm(total=len(calls) + 1, desc="measure", unit="part", disable=_off(progress))
     load = _load()
     with _same_threads() as threads, bar:
         latency = {}
         for n, call in calls.items():
-            latency[n] = _latency(twin, quantized, call, passes)
+            latency[n] = _latency(twin, int8, call, passes)
             bar.update()
-        steps = profile(quantized, _as_batch(calls[batch_sizes[0]], quantized), passes=passes).steps
+        steps = profile(int8, _as_batch(calls[batch_sizes[0]], int8), passes=passes).steps
         bar.update()
     result = Report(
         title=title or f"{type(float_model).__name__}: int8 beside float32",
@@ -336,9 +336,9 @@ def report(
         agreement=seen.agreement(),
         snr=tuple(tally.snr for tally in seen.tallies),
         latency=latency,
-        memory=_memory(twin, quantized, comparison.graph, calls[batch_sizes[-1]], batch_sizes[-1]),
+        memory=_memory(twin, int8, comparison.graph, calls[batch_sizes[-1]], batch_sizes[-1]),
         steps=tuple(comparison.step(s.name, s.layer, s.op, s.why, s.time) for s in steps),
-        summary=summary(quantized),
+        summary=summary(int8),
         busy=load > 1.5,
     )
     if path is not None:
@@ -346,9 +346,10 @@ def report(
     return result
 
 
-def _check(
+def _checked(
     float_model: Any, quantized: Any, batch_sizes: Sequence[int], passes: int, path: Any
-) -> None:
+) -> QuantizedModel:
+    """The quantized network, if `report` takes all of these."""
     if not isinstance(float_model, nn.Module):
         raise TypeError(f"report: float_model is a {type(float_model).__name__}, wanted a Module")
     if not isinstance(quantized, QuantizedModel):
@@ -364,6 +365,7 @@ def _check(
         raise ValueError(f"report: path={str(path)!r} is the Markdown's; wanted a .html beside it")
     if path is not None and not Path(path).parent.is_dir():
         raise FileNotFoundError(f"report: there is no folder {Path(path).parent}")
+    return quantized
 
 
 def _off(progress: bool) -> bool | None:
@@ -632,7 +634,7 @@ def _latency(
     args, kwargs = call
     with torch.inference_mode():
         before, after = medians(
-            [lambda: twin(*args, **kwargs), lambda: quantized(*args, **kwargs)], passes
+            [lambda: twin(*args, **kwargs), lambda: quantized(*args, **kwargs)], passes, SECONDS
         )
     return before, after
 

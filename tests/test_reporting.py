@@ -155,6 +155,23 @@ def test_channels_that_a_remedy_scaled_are_compared_scaled():
     assert reporting._channel_factor(real, real + 0.2 * torch.randn_like(real)) is None
 
 
+def test_a_network_with_equalized_channels():
+    torch.manual_seed(0)
+    first, last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+    spread = torch.logspace(-2, 2, 8)
+    with torch.no_grad():
+        first.weight *= spread[:, None, None, None]
+        first.bias *= spread
+        last.weight /= spread[:, None, None]
+    model = nn.Sequential(first, nn.ReLU(), last, nn.Flatten(), nn.Linear(128, 4)).eval()
+    x = torch.randn(32, 3, 8, 8)
+    int8 = fastq.quantize_model(model, x, remedies="cross_layer_equalization", progress=False)
+    found = fastq.report(model, int8, x, path=None, batch_sizes=(1,), passes=1, progress=False)
+    steps = {step.layer: step for step in found.steps if step.op in ("conv2d", "linear")}
+    assert [steps[name].rescaled for name in "024"] == [True, False, False]
+    assert min(step.snr for step in steps.values()) > 25
+
+
 class Page(HTMLParser):
     """Checks that tags are closed in order; keeps tables, tags and attributes."""
 
@@ -244,8 +261,8 @@ def test_text_stays_text():
 def test_charts_show_what_they_are_given():
     assert page.sparkline([0, 0.01, 0.5, 1]) == " ▁▅█"
     bars = page.Bars("noise", "dB", ("a", "b", "c", "d"), (10.0, None, math.inf, 40.0))
-    assert bars.heights() == [0.25, 0, 0, 1]
-    assert "`▃  █`" in bars.markdown() and "40.0 dB" in bars.markdown()
+    assert bars.heights() == [0.25, 0, 1, 1]
+    assert "`▃ ██`" in bars.markdown() and "40.0 dB" in bars.markdown()
     assert page.Bars("none", "us", (), ()).html().startswith("<figure>")
     chart = page.Histogram("values", (0, 1, 3), -1.0, 2.0, (0.0, 1.0))
     assert chart.heights() == pytest.approx([0, 0.5, 1])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastq.ladder import climb
-from fastq.remedies import REMEDIES
 from fastq.layerwise import LayerSensitivity, Sensitivity, decibels, sensitivity
+from fastq.remedies import REMEDIES
 
 
 @pytest.fixture(autouse=True)
