@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastq.qparams import Dequant, Requant
+from fastq.qparams import FLT_MAX, MAX_FEATURES, Dequant, Requant
 from fastq.weights import LARGEST, Conv2dWeight, LinearWeight
 
 Check = Callable[[Any], bool]
@@ -19,8 +19,25 @@ def _whole(low: int, high: int) -> Check:
     return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
 
 
-def _real(low: float = -math.inf) -> Check:
-    return lambda v: isinstance(v, float | np.floating) and bool(np.isfinite(v) and v > low)
+def _real(v: Any) -> bool:
+    return isinstance(v, float | np.floating) and math.isfinite(v)
+
+
+def _scale(v: Any) -> bool:
+    """What is divided by in float32."""
+    return _real(v) and 0 < v <= FLT_MAX and float(np.float32(v)) > 0
+
+
+def _factor(v: Any) -> bool:
+    return _real(v) and abs(v) <= LARGEST_FACTOR
+
+
+def _multiplier(v: Any) -> bool:
+    return _factor(v) and v > 0
+
+
+def _epsilon(v: Any) -> bool:
+    return _real(v) and v > 0
 
 
 def _kind(*kinds: type) -> Check:
@@ -31,8 +48,8 @@ def _array(dtype: Any, *ndims: int) -> Check:
     def check(v: Any) -> bool:
         if not isinstance(v, np.ndarray | np.generic):
             return False
-        finite = v.dtype.kind != "f" or bool(np.isfinite(v).all())
-        return v.dtype == dtype and v.ndim in ndims and finite
+        small = v.dtype.kind != "f" or bool((np.abs(v) <= LARGEST_FACTOR).all())
+        return v.dtype == dtype and v.ndim in ndims and small
 
     return check
 
@@ -42,6 +59,11 @@ def _each(check: Check, count: int | None = None) -> Check:
         return isinstance(v, tuple) and count in (None, len(v)) and all(check(x) for x in v)
 
     return every
+
+
+def _order(v: Any) -> bool:
+    """Of all axes."""
+    return isinstance(v, tuple) and all(map(_whole(0, 63), v)) and sorted(v) == list(range(len(v)))
 
 
 def _maybe(check: Check) -> Check:
@@ -61,29 +83,29 @@ AXES = _each(_whole(0, 63))
 PAIR = _each(_whole(1, LARGEST), 2)
 SPAN = _each(_whole(0, LARGEST), 2)
 FLAG = _kind(bool)
-SCALE = _real(0.0)
+LARGEST_FACTOR = 2.0**96  # a product with it stays finite in float32
 REQUANTIZED = {"zero_point": STEP, "qmin": STEP, "qmax": STEP}
 POOL = {"kernel_size": PAIR, "stride": PAIR, "padding": SPAN, "ceil_mode": FLAG}
-AVERAGE = {"multiplier": SCALE, "x_zero_point": STEP, **REQUANTIZED}
+AVERAGE = {"multiplier": _multiplier, "x_zero_point": STEP, **REQUANTIZED}
 TWO = {"a_zero_point": STEP, "b_zero_point": STEP, **REQUANTIZED}
-RESIZE = {"output_size": _maybe(PAIR), "scale_factor": _maybe(_each(SCALE, 2))}
+RESIZE = {"output_size": _maybe(PAIR), "scale_factor": _maybe(_each(_scale, 2))}
 VECTOR = _array(np.float32, 0, 1)
 EPILOGUE = _kind(Requant, Dequant)
 
 # operation -> its arguments, all of them; of those in OPTIONAL some may be missing
 ARGUMENTS: dict[str, dict[str, Check]] = {
-    "quantize": {"scale": SCALE, "zero_point": STEP, "axes": AXES},
-    "dequantize": {"scale": SCALE, "zero_point": STEP},
+    "quantize": {"scale": _scale, "zero_point": STEP, "axes": _order},
+    "dequantize": {"scale": _scale, "zero_point": STEP},
     "constant": {"value": _array(np.uint8, 0, 1, 2, 3, 4)},
     "conv2d": {"weight": _kind(Conv2dWeight), "epilogue": EPILOGUE, "x_zero_point": STEP},
     "linear": {"weight": _kind(LinearWeight), "epilogue": EPILOGUE, "x_zero_point": STEP},
-    "matmul": {"multiplier": SCALE, "a_zero_point": STEP, "transpose_b": FLAG, **REQUANTIZED},
-    "add": {"a_multiplier": _real(), "b_multiplier": _real(), **TWO},
-    "mul": {"multiplier": SCALE, **TWO},
+    "matmul": {"multiplier": _multiplier, "a_zero_point": STEP, "transpose_b": FLAG, **REQUANTIZED},
+    "add": {"a_multiplier": _factor, "b_multiplier": _factor, **TWO},
+    "mul": {"multiplier": _multiplier, **TWO},
     "affine": {"multiplier": VECTOR, "shift": VECTOR, "x_zero_point": STEP, **REQUANTIZED},
     "table": {"values": _array(np.uint8, 1, 2)},
-    "softmax": {"scale": SCALE},
-    "layer_norm": {"multiplier": VECTOR, "shift": VECTOR, "epsilon": _real(), **REQUANTIZED},
+    "softmax": {"scale": _scale},
+    "layer_norm": {"multiplier": VECTOR, "shift": VECTOR, "epsilon": _epsilon, **REQUANTIZED},
     "max_pool2d": {**POOL, "dilation": PAIR},
     "avg_pool2d": {**POOL, "count_include_pad": FLAG,
                    "divisor_override": _maybe(_whole(1, 2**31 - 1)), **AVERAGE},
@@ -92,7 +114,7 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     "upsample_nearest2d": RESIZE,
     "upsample_bilinear2d": {**RESIZE, "align_corners": FLAG},
     "reshape": {"sizes": _each(_size), "ones": AXES},
-    "permute": {"axes": AXES},
+    "permute": {"axes": _order},
     "slice": {"axis": _whole(0, 63), "start": _whole(-LARGEST, LARGEST),
               "end": _maybe(_whole(-LARGEST, LARGEST)), "step": _whole(1, LARGEST)},
     "concat": {"axis": _whole(0, 63)},
@@ -122,6 +144,13 @@ def check_arguments(step: Any) -> None:
         raise ValueError(f"{step.name}: qmin={given['qmin']} over qmax={given['qmax']}")
     if isinstance(epilogue, Dequant) and epilogue.x_scale.ndim:
         raise ValueError(f"{step.name}: Dequant.x_scale {epilogue.x_scale.shape}; wanted a scalar")
+    if "padding" in given and "kernel_size" in given:
+        sides = zip(given["padding"], given["kernel_size"], strict=True)
+        if any(2 * before > kernel for before, kernel in sides):
+            raise ValueError(
+                f"{step.name}: {step.op} with padding={given['padding']} for "
+                f"kernel_size={given['kernel_size']}; wanted up to half"
+            )
     if step.op.startswith("upsample") and (given["output_size"] is None) == (
         given["scale_factor"] is None
     ):
@@ -130,8 +159,10 @@ def check_arguments(step: Any) -> None:
 
 def check_channels(step: Any, x: tuple[int, ...]) -> None:
     """ValueError unless what a step has for each channel fits an input of shape x."""
-    if step.op in IMAGES and len(x) != 4:
-        raise ValueError(f"{step.op} of shape {x}; wanted (B, H, W, C)")
+    if step.op in IMAGES and (len(x) != 4 or 0 in x[1:3]):
+        raise ValueError(f"{step.op} of shape {x}; wanted (B, H, W, C) with H, W > 0")
+    if step.op in LINES and not (x and 0 < x[-1] <= MAX_FEATURES):
+        raise ValueError(f"{step.op} of shape {x}; wanted (..., N), 0 < N <= {MAX_FEATURES}")
     for name in ("multiplier", "shift", "values"):
         value = step.arguments.get(name)
         if not isinstance(value, np.ndarray):
@@ -141,5 +172,6 @@ def check_channels(step: Any, x: tuple[int, ...]) -> None:
             raise ValueError(f"{step.op}: {name} {value.shape}; wanted one of {wanted}")
 
 
+LINES = ("softmax", "layer_norm")
 IMAGES = ("conv2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d",
           "upsample_nearest2d", "upsample_bilinear2d", "dilate")  # fmt: skip

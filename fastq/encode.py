@@ -57,6 +57,8 @@ def encode(value: Any, keep: Callable[[str, Any], str], name: str = "") -> Any:
 
 def decode(given: Any, arrays: Mapping[str, Any]) -> Any:
     """The value again; lists are tuples. ValueError for what `encode` does not write."""
+    if isinstance(given, int) and abs(given) >= 2**63:
+        raise ValueError("an integer is beyond 64 bits")
     if given is None or isinstance(given, bool | int | float | str):
         return given
     if isinstance(given, list):
@@ -121,7 +123,7 @@ def decode_program(given: Any, arrays: Mapping[str, Any]) -> Program:
         outputs = tuple((_text(name), tuple(axes)) for name, axes in given["outputs"])
         inputs = tuple(_text(name) for name in given["inputs"])
         return Program(inputs, steps, outputs, tuple(tuple(e) for e in given["extents"]))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"a program is not in order: {type(error).__name__}: {error}") from error
 
 

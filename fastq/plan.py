@@ -278,6 +278,8 @@ class _Planner:
             weight, a = step.arguments["weight"], maker.arguments
             if weight.dilation != (1, 1) or weight.stride != (1, 1) or len(step.inputs) != 1:
                 continue
+            if weight.padding != ((0, 0), (0, 0)):
+                continue
             if a["value"] != step.arguments["x_zero_point"]:
                 continue  # what lies between the pixels is no zero
             source = maker.inputs[0]
@@ -585,7 +587,8 @@ class _Planner:
     def is_staged(self, step: Step) -> bool:
         """Whether an input is quantized as an image, with its frame, into a storage of its own."""
         storage, mold = self.values[step.name]
-        return mold.ndim == 4 and mold.shape == storage.shape
+        zeros = storage.frame == NO_FRAME or storage.border == step.arguments["zero_point"]
+        return mold.ndim == 4 and mold.shape == storage.shape and zeros
 
     def row_quantize(self, i: int, step: Step) -> None:
         a = step.arguments

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 
 from fastq import reference
 from fastq.arguments import check_arguments, check_channels
-from fastq.qparams import Dequant
+from fastq.qparams import MAX_K, Dequant
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
+MAX_VALUES = 2**44  # of one array: addresses stay within int64
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +112,8 @@ class Program:
             set(names)
         ) != len(names):
             raise ValueError(f"Program: outputs {names}; wanted different float32 values of steps")
+        if not all(type(axis) is int for _, axes in self.outputs for axis in axes):
+            raise ValueError(f"Program: outputs {self.outputs}; wanted axes as integers")
         if len(self.extents) != len(self.inputs) or not all(
             n is None or (isinstance(n, int) and n >= 0) for e in self.extents for n in e
         ):
@@ -125,6 +128,8 @@ class Program:
             try:
                 shapes[step.name] = tuple(map(int, shape(step, *(shapes[i] for i in step.inputs))))
                 check_channels(step, shapes[step.inputs[0]] if step.inputs else ())
+                if prod(shapes[step.name]) > MAX_VALUES:
+                    raise ValueError(f"shape {shapes[step.name]}; wanted up to {MAX_VALUES} values")
             except (ValueError, IndexError) as error:
                 raise ValueError(
                     f"{step.name}: {error}; inputs of the program: {', '.join(map(str, inputs))}"
@@ -309,9 +314,11 @@ def _upsampled(step: Step, x: Shape) -> Shape:
 
 
 def _matmul(step: Step, a: Shape, b: Shape) -> Shape:
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"matmul: {a} by {b}; wanted two axes or more")
     k, n = b[-2:][:: -1 if step.arguments.get("transpose_b") else 1]
-    if a[-1] != k:
-        raise ValueError(f"matmul: {a} by {b}")
+    if a[-1] != k or k > MAX_K:
+        raise ValueError(f"matmul: {a} by {b}; the sums are exact up to K={MAX_K}")
     return (*np.broadcast_shapes(a[:-2], b[:-2]), a[-2], n)
 
 
