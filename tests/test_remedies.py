@@ -182,10 +182,10 @@ def test_learned_rounding_gains_more_than_the_mean(
     remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(room, "ADAROUND_STEPS", 200)
-    data, test = batches(), images(32)
-    only_mean = gained(Residual(), data, test, "bias_correction", weight_bits=4)
     torch.manual_seed(0)
-    both = gained(Residual(), data, test, [remedy, "bias_correction"], weight_bits=4)
+    data, test, network = batches(), images(32), Residual()
+    only_mean = gained(network, data, test, "bias_correction", weight_bits=4)
+    both = gained(network, data, test, [remedy, "bias_correction"], weight_bits=4)
     assert both > only_mean + 1
 
 

