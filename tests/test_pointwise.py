@@ -96,7 +96,7 @@ def test_each_way_to_read_a_table(
     method: str, kind: str, rng: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if method not in ("scalar", pointwise.choose_lookup()):
-        pytest.skip(f"this CPU reads tables by {pointwise.choose_lookup()}")
+        pytest.skip(f"this CPU lacks {method}: it reads tables by {pointwise.choose_lookup()}")
     monkeypatch.setattr(pointwise, "choose_lookup", lambda: method)
     pointwise.pointwise_kernel.cache_clear()
     x, values = np.arange(256, dtype=U8).repeat(3), rng.permutation(256).astype(U8)
