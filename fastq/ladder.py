@@ -43,6 +43,8 @@ def climb(
     build: Build,
     *,
     forward: Any = None,
+    config: Any = None,
+    skip: Any = (),
     echo: Callable[[str], None] = print,
 ) -> nn.Module:
     """The first quantized network whose score is at most max_drop below the float network's.
@@ -55,6 +57,7 @@ def climb(
     evaluate  gives a network's score, more being better; called on the float network too.
     max_drop  in the units of the score, at least 0.
     build     build(remedies, skip) quantizes the model with these remedies, these layers float.
+    forward, config, skip  those of `fastq.quantize_model`, for `sensitivity`.
     echo      takes the lines.
 
     Where nothing is within the budget the best attempt is returned, with a UserWarning.
@@ -91,7 +94,10 @@ def climb(
     if not done:
         assert best is not None
         remedies = best[0].remedies
-        worst = [row.name for row in sensitivity(model, data, forward=forward).worst()]
+        worst = [
+            row.name
+            for row in sensitivity(model, data, forward=forward, config=config, skip=skip).worst()
+        ]
         names = list(dict.fromkeys(name for name in worst if name))
         count = 1
         while not done and count < len(names):

@@ -80,7 +80,16 @@ def quantize_model(
                 remedies=names, progress=progress,
             )  # fmt: skip
 
-        return climb(model, calibration_data, evaluate, max_drop, build, forward=forward)
+        return climb(
+            model,
+            calibration_data,
+            evaluate,
+            max_drop,
+            build,
+            forward=forward,
+            config=config,
+            skip=skip,
+        )
     prepared, why = None, ""
     batches = Batches(calibration_data)
     try:
