@@ -338,7 +338,7 @@ def test_another_float_model_is_refused(networks):
 
 def test_command_writes_both_files(networks, monkeypatch, tmp_path):
     network, _, images = networks
-    task = demo.Task("Tiny <net>", network, Tiny, images[:8], images[8:], LABELS[8:])
+    task = demo.Task("Tiny <net>", network, images[:8], images[8:], LABELS[8:])
     monkeypatch.setitem(demo.TASKS, "lenet", lambda: task)
     path: Path = tmp_path / "out.html"
     run = CliRunner().invoke(commands.cli, ["report", "--output", str(path)])
