@@ -10,10 +10,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 
 class Batches:
-    """Batches of one tensor, one dict, or any iterable, which may be gone through several times.
+    """Batches of one tensor, one dict, or any iterable, to be gone through once.
 
-    What can be read once only, such as a generator, gives its first batch alone after the first
-    time: one batch is held, and no more.
+    The first may be looked at before. One batch is held, and no more.
     """
 
     def __init__(self, data: Any) -> None:
@@ -29,18 +28,13 @@ class Batches:
                 f"calibration_data is a {type(data).__name__}, wanted a tensor, a dict, or an "
                 "iterable of batches such as a DataLoader"
             )
-        self._data = data
-        self._rest: Any = iter(data)
-        self._once = self._rest is data
+        # how many there are, where that is known
+        self.total = len(data) if hasattr(data, "__len__") else None
+        self._rest = iter(data)
         self._head: list[Any] = []
 
-    @property
-    def total(self) -> int | None:
-        """How many batches there are, where that is known."""
-        return len(self._data) if hasattr(self._data, "__len__") else None  # type: ignore[arg-type]
-
     def first(self) -> Any:
-        """The first batch; ValueError if there is none."""
+        """The first batch, before any is gone through; ValueError if there is none."""
         if not self._head:
             for batch in self._rest:
                 self._head.append(batch)
@@ -53,13 +47,9 @@ class Batches:
         return self._head[0]
 
     def __iter__(self) -> Iterator[Any]:
-        """All batches, the first time; then as many as can be had again."""
-        if self._rest is None:
-            yield from (self._head if self._once else self._data)
-            return
-        yield self.first()
-        rest, self._rest = self._rest, None
-        yield from rest
+        self.first()
+        yield self._head.pop()
+        yield from self._rest
 
 
 def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
