@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import fastq
+from fastq.layerwise import decibels
 from fastq.network import finish, prepare_model
 from fastq.prepare import Prepared
 from fastq.remedies import REMEDIES, calibrate, remedy_names
@@ -70,12 +71,6 @@ class _Recorder:
         return output
 
 
-def snr(real: Tensor, other: Tensor) -> float:
-    """10 log10 of the signal's energy over the error's, in dB."""
-    error = (real.double() - other.double()).square().sum()
-    return float(10 * torch.log10(real.double().square().sum() / error))
-
-
 def measure(
     task: Any, network: str, limit: int | None, methods: Iterator[tuple[str, Run, float]]
 ) -> Iterator[Result]:
@@ -91,7 +86,7 @@ def measure(
         equal = 100 * (got.argmax(1) == real.argmax(1)).double().mean().item()
         yield Result(
             network, name, metric, score, float32, equal if predicts else math.nan,
-            snr(real, got), seconds,
+            decibels(real, got), seconds,
         )  # fmt: skip
 
 

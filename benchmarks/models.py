@@ -30,6 +30,7 @@ from benchmarks import networks
 from benchmarks.measure import interleave, machine, read_csv, use_threads, write_csv
 from benchmarks.model_peers import PEERS, Subject
 from fastq.kernels import isa, peak
+from fastq.layerwise import ratio
 from fastq.nn.network import Stage
 from fastq.plan import plan
 from fastq.profiling import memory as memory_of
@@ -140,9 +141,8 @@ def decibels(want: Any, got: Any) -> float:
     """Signal-to-noise ratio; infinite for the same values."""
     if want.shape != got.shape:
         raise AssertionError(f"answer {got.shape}, wanted {want.shape}")
-    noise = np.square(want - got, dtype=np.float64).sum()
-    with np.errstate(divide="ignore"):
-        return float(10 * np.log10(np.square(want, dtype=np.float64).sum() / noise))
+    signal, noise = (float(np.square(v, dtype=np.float64).sum()) for v in (want, want - got))
+    return ratio(signal, noise)
 
 
 def check(subject: Subject, got: Any) -> None:

@@ -153,7 +153,11 @@ def _numbers(outputs: list[Any]) -> Tensor:
 def decibels(real: Tensor, other: Tensor) -> float:
     """10 log10 of the signal's energy over the error's; infinite where there is no error."""
     signal = float(real.double().square().sum())
-    error = float((other.double() - real.double()).square().sum())
+    return ratio(signal, float((other.double() - real.double()).square().sum()))
+
+
+def ratio(signal: float, error: float) -> float:
+    """10 log10 of one energy over another, in dB; infinite where there is no error."""
     if error == 0:
         return math.inf
     return 10 * math.log10(signal / error) if signal else -math.inf

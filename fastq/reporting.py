@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from math import inf, log10
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from fastq import ops
 from fastq.batches import Batches
 from fastq.graph import Graph, Node
 from fastq.kernels import isa
+from fastq.layerwise import ratio
 from fastq.lower import MOVES, lowered, weight_of
 from fastq.network import call_of, prepare_model
 from fastq.nn.network import QuantizedModel, Stage
@@ -393,9 +394,7 @@ class _Tally:
 
     @property
     def snr(self) -> float:
-        if self.noise == 0:
-            return inf
-        return 10 * log10(self.signal / self.noise) if self.signal else -inf
+        return ratio(self.signal, self.noise)
 
 
 @dataclass
