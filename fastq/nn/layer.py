@@ -162,16 +162,8 @@ class QLayer(nn.Module):
         return {**self.__dict__, "_ready": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            if result.device.type != "cpu":
-                raise RuntimeError(
-                    f"{type(self).__name__}: cannot move to {result.device}, the int8 kernels run "
-                    "on the CPU; keep this module there, or move its to_float()"
-                )
-            return result if result.dtype == tensor.dtype else tensor
-
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        hint = "; keep this module there, or move its to_float()"
+        super()._apply(stay(type(self).__name__, fn, hint), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(
@@ -213,6 +205,21 @@ class QLayer(nn.Module):
             scale, zero_point = self.input_scale.item(), self.input_zero_point.item()
             given = f"uint8 scale={scale:.4g} zero_point={zero_point}"
         return f"weight=int8 per channel, input={given}"
+
+
+def stay(name: str, fn: Callable[[Tensor], Tensor], hint: str = "") -> Callable[[Tensor], Tensor]:
+    """fn of `nn.Module._apply` for state whose dtypes are part of the arithmetic: another dtype
+    is not taken over, and RuntimeError, with the hint, for another device than the CPU."""
+
+    def applied(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        if result.device.type != "cpu":
+            raise RuntimeError(
+                f"{name}: cannot move to {result.device}, the int8 kernels run on the CPU{hint}"
+            )
+        return result if result.dtype == tensor.dtype else tensor
+
+    return applied
 
 
 def _problem(name: str, value: Tensor) -> str | None:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fastq.encode import decode_program, encode_program
 from fastq.graph import OPERATIONS, Batch, Node, Ref, check_target, evaluate
-from fastq.nn.layer import accept, as_array
+from fastq.nn.layer import accept, as_array, stay
 from fastq.plan import BoundProgram
 from fastq.program import Program
 
@@ -186,16 +186,7 @@ class QuantizedModel(nn.Module):
         self._read_specs()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            result: Tensor = fn(tensor)
-            if result.device.type != "cpu":
-                raise RuntimeError(
-                    f"{type(self).__name__}: cannot move to {result.device}, the int8 kernels run "
-                    "on the CPU"
-                )
-            return result if result.dtype == tensor.dtype else tensor
-
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(stay(type(self).__name__, fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
 
