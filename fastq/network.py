@@ -204,8 +204,7 @@ def _in_order(prepared: Prepared) -> list[Any]:
                 order.append(top)
                 continue
             stack.append((top, True))
-            before = top.inputs if isinstance(top, Node) else list(top.inputs)
-            for value in reversed(before):
+            for value in reversed(top.inputs):
                 needed = region_of.get(value, value)
                 if needed is not top and needed not in done:
                     stack.append((needed, False))
@@ -240,8 +239,6 @@ def summarize(prepared: Prepared, model: nn.Module) -> QuantizationSummary:
                 rows.append(Row(name, kind, "folded", f"into '{target}'"))
             else:
                 rows.append(Row(name, kind, "float", f"in '{target}', which stays float"))
-        elif name in integer and name not in floats:
-            rows.append(Row(name, kind, "int8 static"))
         elif name in floats:
             rows.append(Row(name, kind, "float", floats[name]))
         elif name in inside:

@@ -219,7 +219,7 @@ class _Planner:
         self.kind = ACTIVATIONS[emitter(isa).a_bytes]
         self.item = ITEM_BYTES[self.kind]
         self.steps, self.shapes = program.steps, program.shapes(*shapes)
-        self.index = {step.name: i for i, step in enumerate(self.steps)}
+        self.makers = {step.name: step for step in self.steps}
         self.users: dict[str, list[int]] = {name: [] for name in self.shapes}
         for i, step in enumerate(self.steps):
             for name in step.inputs:
@@ -271,8 +271,7 @@ class _Planner:
         """A convolution of pixels set apart is one for each place between them, on the pixels as
         they were: the taps that fall on zero points are left out."""
         for i, step in enumerate(self.steps):
-            maker = self.steps[self.index[step.inputs[0]]] if step.op == "conv2d" and (
-                step.inputs[0] in self.index) else None  # fmt: skip
+            maker = self.makers.get(step.inputs[0]) if step.op == "conv2d" else None
             if maker is None or maker.op != "dilate" or len(self.users[maker.name]) != 1:
                 continue
             weight, a = step.arguments["weight"], maker.arguments
@@ -321,7 +320,7 @@ class _Planner:
                     self.placed[step.name] = first
                     continue
             for name, start in zip(step.inputs, starts, strict=True):
-                maker = self.steps[self.index[name]] if name in self.index else None
+                maker = self.makers.get(name)
                 if (
                     maker is not None
                     and maker.op not in (*VIEWS, "constant")
@@ -336,7 +335,7 @@ class _Planner:
             if name in self.placed:
                 name = self.placed[name][0]
                 continue
-            step = self.steps[self.index[name]]
+            step = self.makers[name]
             if not self.shares_frame(step):
                 return name
             name = step.inputs[0]
