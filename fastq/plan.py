@@ -254,16 +254,19 @@ class _Planner:
         arena = self.lay_out()
         rows: list[int] = []
         for i, step in enumerate(self.steps):
-            self.fill_frames(i, step)
-            for (at, name), (storage, mold) in self.copies.items():
-                if at == i:
-                    source, target = self.stored(name), storage.view(mold, self.kind)
-                    copy_row(self.call, source, target)
-            if step.name in self.apart:
-                continue
-            getattr(self, f"row_{step.op}")(i, step)
+            with self.call.borrowed_scratch():
+                self.rows_of(i, step)
             rows += [i] * (len(self.call.labels) - len(rows))
         return Plan(self.call, self.outputs, arena, tuple(rows))
+
+    def rows_of(self, i: int, step: Step) -> None:
+        """Appends the rows of a step."""
+        self.fill_frames(i, step)
+        for (at, name), (storage, mold) in self.copies.items():
+            if at == i:
+                copy_row(self.call, self.stored(name), storage.view(mold, self.kind))
+        if step.name not in self.apart:
+            getattr(self, f"row_{step.op}")(i, step)
 
     # ------------------------------------------------------------------ transposed convolutions
 

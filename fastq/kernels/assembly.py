@@ -16,7 +16,7 @@ from llvmlite import binding, ir
 from numba import cfunc
 from numba.core.ccallback import CFunc
 
-from fastq.kernels import gemm, isa, simd
+from fastq.kernels import gemm, isa, simd, winograd
 from fastq.kernels.gemm import Tile
 from fastq.kernels.signature import SIGNATURE
 
@@ -46,16 +46,14 @@ def config_of(kernel: Any) -> tuple[Any, ...]:
 
 def name(factory: str, arguments: tuple[Any, ...]) -> str:
     """`u8s8s32_gemm_6x8c4__avx2 u8 affine` of a tile; the factory and its arguments of others."""
-    words = arguments
-    if not arguments or not isinstance(arguments[0], Tile):
-        words = (factory.removesuffix("_kernel"), *arguments)
-    return " ".join(map(str, words))
+    words = (factory.removesuffix("_kernel"), *arguments)
+    return " ".join(map(str, words)).removeprefix("gemm ")
 
 
 def name_of(kernel: Any) -> str:
     """The `name` of a compiled kernel."""
     factory, config = kernel.__wrapped__.__qualname__.partition(".")[0], config_of(kernel)
-    if factory == gemm.gemm_kernel.__name__:
+    if factory in (gemm.gemm_kernel.__name__, winograd.winograd_kernel.__name__):
         config = (Tile(*config[:_TILE_FIELDS]), *config[_TILE_FIELDS:])
     return name(factory, config)
 

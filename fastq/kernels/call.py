@@ -7,7 +7,8 @@ offset from a base that is known when the call runs: the thread's workspace, or 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,13 +129,22 @@ class Call:
         self._bases = np.zeros(arguments + 1, np.int64)  # the last one is SCRATCH's
         self._tables: tuple[executor.Table, executor.Table] | None = None
         self._kept: list[Any] = []  # what the table and the blocks point to
-        self.scratch_bytes = 0
+        self.scratch_bytes = 0  # of the workspace, at most at once
+        self._scratch_taken = 0
 
     def scratch(self, size: int) -> At:
         """`size` fresh bytes of the workspace, 64-byte aligned."""
-        offset = self.scratch_bytes
-        self.scratch_bytes += -(-size // 64) * 64
+        offset = self._scratch_taken
+        self._scratch_taken += -(-size // 64) * 64
+        self.scratch_bytes = max(self.scratch_bytes, self._scratch_taken)
         return At(SCRATCH, offset)
+
+    @contextmanager
+    def borrowed_scratch(self) -> Iterator[None]:
+        """What is taken inside the `with` block serves its rows only: later rows take it again."""
+        taken = self._scratch_taken
+        yield
+        self._scratch_taken = taken
 
     def row(
         self,

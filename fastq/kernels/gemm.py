@@ -30,6 +30,7 @@ A task is one (image, block of MC rows, group, tile's panels), the last running 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -145,6 +146,10 @@ def emit_tiles(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: A
     here = [b.add(b.mul(group, count), index) for index in here]
     weights = [address(b, field(f.B, ptr), b.mul(index, field(f.B_PANEL))) for index in here]
     offsets, steps = field(f.OFFSETS, ptr), field(f.STEPS)
+
+    def by_table(step: Any) -> Any:
+        return b.sext(load(b, i32, offsets, b.mul(step, i64(4))), i64)
+
     columns = [b.mul(index, i64(4 * tile.nr)) for index in here]
     depthwise = tile.kind == "depthwise"
     first_channel = b.mul(panel, i64(tile.nr * tile.a_bytes)) if depthwise else i64(0)
@@ -165,7 +170,7 @@ def emit_tiles(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: A
         if depthwise:
             accs = emit_tap_loop(b, tile.isa, a_rows(m, mr), weights[0], offsets, steps)
         else:
-            accs = _emit_k_loop(b, tile, a_rows(m, mr), weights, offsets, steps)
+            accs = emit_k_loop(b, tile, a_rows(m, mr), weights, by_table, steps)
         targets = rows_out = out_rows(m, mr)
         if mr is not None:  # one that is not full in N goes to a scratch tile first
             targets = [b.select(edge, s, o) for s, o in zip(scratch_rows, rows_out, strict=True)]
@@ -209,10 +214,21 @@ def _loop(b: Any, start: Any, end: Any, step: Any, body: Any) -> Any:
     return at
 
 
-def _emit_k_loop(
-    b: Any, tile: Tile, a_rows: list[Any], panels: list[Any], offsets: Any, steps: Any
+def emit_k_loop(
+    b: Any,
+    tile: Tile,
+    a_rows: list[Any],
+    panels: list[Any],
+    offset_of: Callable[[Any], Any],
+    steps: Any,
+    *,
+    wide: bool = False,
 ) -> list[list[Any]]:
-    """The K loop; returns the accumulators, a lane for each column, [row][vector]."""
+    """The K loop; returns the accumulators, a lane for each column, [row][vector].
+
+    offset_of(step) is where a row's activations of a K-step lie, in bytes. The panels hold int8,
+    or if wide what the dot product takes.
+    """
     simd = emitter(tile.isa)
     vectors = tile.nr // simd.cols
     count = tile.panels * vectors
@@ -224,17 +240,21 @@ def _emit_k_loop(
     step = b.phi(i64)
     weights = [b.phi(ptr) for _ in panels]
     accs = [[b.phi(simd.acc) for _ in range(count)] for _ in range(tile.mr)]
-    offset = b.sext(load(b, i32, offsets, b.mul(step, i64(4))), i64)
+    offset = offset_of(step)
     sums = [list(row_accs) for row_accs in accs]
     side = simd.side_by_side
+    weight_bytes = simd.a_bytes if wide else 1
     for k in range(0, KR, side):
         starts = [(j * KR + k) * simd.cols for j in range(vectors)]
-        w = [simd.load_b(b, p, start) for p in weights for start in starts]
+        if wide:
+            w = [load(b, simd.operand, p, simd.a_bytes * at) for p in weights for at in starts]
+        else:
+            w = [simd.load_b(b, p, at) for p in weights for at in starts]
         for row, row_sums in zip(a_rows, sums, strict=True):
             a = simd.load_a(b, address(b, row, k * simd.a_bytes) if k else row, offset)
             row_sums[:] = [simd.dot(b, acc, a, w[j]) for j, acc in enumerate(row_sums)]
     next_step = b.add(step, i64(1))
-    next_weights = [address(b, p, KR * tile.nr) for p in weights]
+    next_weights = [address(b, p, KR * tile.nr * weight_bytes) for p in weights]
     branch_back(b, b.icmp_signed("<", next_step, steps), loop, done)
 
     step.add_incoming(i64(0), entry)

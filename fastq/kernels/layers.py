@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fastq.kernels import block, executor, gemm, stage
+from fastq.kernels import block, executor, gemm, stage, winograd
 from fastq.kernels.call import (
     ITEM_BYTES,
     At,
@@ -172,8 +172,7 @@ class _Layer:
             block.OUT: out.place,
             **self.operands,
         }
-        if scale is not None and zero_point is not None:
-            places |= {block.ROW_SCALE: scale, block.ROW_ZERO_POINT: zero_point}
+        places |= _scales(scale, zero_point)
         kind = out.kind
         if add is not None:
             kind += "+add"
@@ -281,6 +280,12 @@ class PackedConv2d(_Layer):
             row = weight.kernel_size[1] if self._taps_are_rows() else 1
             self.channels = weight.c if row * weight.c // groups >= KR else KR
             self.pad_operands(_packed(weight, isa, self._filters), groups)
+        self.by_winograd = (
+            weight.kernel_size == (3, 3)
+            and (weight.stride, weight.dilation, weight.groups) == ((1, 1), (1, 1), 1)
+            and winograd.fits(isa, weight.c, n, self.packed.nr)
+            and winograd.is_exact(weight.data)
+        )
 
     @property
     def depthwise(self) -> bool:
@@ -325,6 +330,13 @@ class PackedConv2d(_Layer):
         The channels lie side by side. Of a pixel, `channels` may be read, and by depthwise tiles
         a whole panel. scale and zero_point as in PackedLinear, one each.
         """
+        if self.by_winograd:
+            split = winograd.Split(self.isa, self.packed.nr, self.channels, out.shape)
+            if split.pays:
+                operands = self.operands | _scales(scale, zero_point)
+                panels = self.packed.panels
+                winograd.winograd_row(call, split, x, out, add, panels, operands, label)
+                return
         weight, groups = self.weight, self.groups
         (kh, kw), (sh, sw), (dh, dw) = weight.kernel_size, weight.stride, weight.dilation
         batch, oh, ow, n = out.shape
@@ -366,6 +378,12 @@ class PackedConv2d(_Layer):
             call, images, m, offsets, operands[0], operands[1],
             operands[2] if add else None, scale, zero_point, label=label,
         )  # fmt: skip
+
+
+def _scales(scale: Place | None, zero_point: Place | None) -> dict[int, Place]:
+    if scale is None or zero_point is None:
+        return {}
+    return {block.ROW_SCALE: scale, block.ROW_ZERO_POINT: zero_point}
 
 
 def x_operands(

@@ -58,9 +58,9 @@ def choose_nr(isa: str, n: int) -> int:
 
 
 @functools.cache
-def choose_tile(isa: str, nr: int, m: int, kind: str = "gemm") -> Tile:
-    """The tile for m rows of panels NR wide: the least time, then the tallest."""
-    tiles = [t for t in tiles_of(isa, kind) if t.nr == nr]
+def choose_tile(isa: str, nr: int, m: int, kind: str = "gemm", *, one_panel: bool = False) -> Tile:
+    """The tile for m rows of panels NR wide, or of one panel: the least time, then the tallest."""
+    tiles = [t for t in tiles_of(isa, kind) if t.nr == nr and (t.panels == 1 or not one_panel)]
     return min(tiles, key=lambda t: (_column_cost(t, m), -t.mr))
 
 

@@ -24,6 +24,7 @@ from fastq.kernels import (
     pointwise,
     stage,
     windows,
+    winograd,
 )
 from fastq.kernels import isa as isa_room
 from fastq.kernels.call import ITEM_BYTES
@@ -92,6 +93,13 @@ FAMILIES = (
         "conv",
         gemm.gemm_kernel,
         lambda tier: product(tiles_of(tier), _epilogues(tier), ("affine", "table")),
+    ),
+    Family(
+        "conv",
+        winograd.winograd_kernel,
+        lambda tier: product(
+            winograd.tiles(tier) if emitter(tier).side_by_side == 2 else (), _epilogues(tier)
+        ),
     ),
     Family(
         "depthwise",

@@ -1,0 +1,432 @@
+"""3x3 convolutions of stride 1 with a quarter of the multiplications: Winograd F(4x4, 3x3), exact.
+
+    y = A [ sum over channels of (G g G') * (B d B') ] A'         Lavin, Gray 2015, arXiv 1509.09308
+
+    d   6 x 6 activations of a channel     36 products in place of 144 for
+    g   3 x 3 weights                      y, 4 x 4 outputs
+
+G has fractions of 4, 6 and 24. Here its rows are multiplied by 4, 6, 6, 24, 24, 1, and A's columns
+by 24 over these, so that all is in integers, and y comes out 24 * 24 = 9 * 64 times too large:
+
+    B d B'    of uint8 values: within 68 * 255, an int16
+    G g G'    of int8 weights: within 49 * 128, an int16
+    products  int16 x int16 -> int32 (vpmaddwd); their sums wrap, modulo 2**32
+    y         times 1/9 modulo 2**32, then shifted right by 6: exact where |y| < 2**25 (`is_exact`)
+
+It pays where activations are int16 anyway, so where a dot product sums two (`side_by_side`).
+
+A task works through units, one after the other, each a block of MB tiles of 4 x 4 outputs against
+a panel of NR filters:
+
+    once a block   B d B'  of each tile  -> a task's scratch, [tile][36][C]
+    once a unit    G g G'  of the panel  -> [36][a tap's part of the panel, as int16]
+                   36 products of MR tiles by NR columns -> [36][MR][NR] on the stack
+                   y, and the epilogue
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import astuple
+from typing import Any
+
+import numpy as np
+from numba import cfunc, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from fastq.kernels import block as f
+from fastq.kernels import executor
+from fastq.kernels.call import ITEM_BYTES, Call, Place, View
+from fastq.kernels.gemm import Tile, emit_k_loop
+from fastq.kernels.lines import emit_loop
+from fastq.kernels.requantize import emit_epilogue
+from fastq.kernels.scalar import stack_bytes
+from fastq.kernels.signature import SIGNATURE, sources_digest
+from fastq.kernels.simd import address, const, emitter, i8, i16, i32, i64, load, ptr, store, vec
+from fastq.kernels.tiles import choose_tile, nanoseconds, tiles_of
+
+OUT = 4  # outputs of a tile, down and across
+IN = OUT + 2
+POSITIONS = IN * IN
+TAPS = 9
+BLOCK_BYTES = 256 * 1024  # of transformed activations: half of the second cache
+LEAST_TILES = 24  # of a block, for which a panel's filters are transformed anew
+INVERSE_OF_9 = pow(9, -1, 2**32)
+
+# beyond the fields of the products: strides in bytes, sizes of the padded image and of the output
+(
+    LINE, PIXEL, HEIGHT, WIDTH, C,
+    OUT_LINE, OUT_PIXEL, OUT_HEIGHT, OUT_WIDTH, ADD_LINE, ADD_PIXEL,
+    DOWN, ACROSS, TILES, MB, PANELS, TASKS, SCRATCH, SLOT, FILTERS, SUMS,
+    FIELDS,
+) = range(f.FIELDS, f.FIELDS + 22)  # fmt: skip
+
+
+def is_exact(weight: NDArray[np.int8]) -> bool:
+    """Whether no uint8 input can take an output of these filters (N, ...) out of 26 bits."""
+    filters = weight.reshape(len(weight), -1).astype(np.int64)
+    positive, negative = (np.maximum(s * filters, 0).sum(axis=1) for s in (1, -1))
+    return bool(255 * np.maximum(positive, negative).max(initial=0) < 2**25)
+
+
+def fits(isa: str, c: int, n: int, nr: int) -> bool:
+    """Whether a tier's kernel takes C channels and N filters in panels NR wide."""
+    simd = emitter(isa)
+    return simd.side_by_side == 2 and c % simd.operand.count == 0 and n % nr == 0
+
+
+def tiles(isa: str) -> list[Tile]:
+    """The register tiles that serve here, too."""
+    return [tile for tile in tiles_of(isa) if tile.panels == 1]
+
+
+class Split:
+    """How the tiles of B images of H x W outputs are shared out: blocks of MB tiles."""
+
+    def __init__(self, isa: str, nr: int, c: int, out_shape: tuple[int, ...]) -> None:
+        batch, height, width, n = out_shape
+        self.down, self.across = -(-height // OUT), -(-width // OUT)
+        self.tiles = batch * self.down * self.across
+        most = max(BLOCK_BYTES // (POSITIONS * c * 2), LEAST_TILES)
+        self.blocks = max(-(-self.tiles // most), 1)
+        count = -(-self.tiles // self.blocks)
+        self.tile = choose_tile(isa, nr, count, one_panel=True)
+        self.mb = max(-(-count // self.tile.mr), 1) * self.tile.mr
+        self.panels = n // nr
+        self.pixels = batch * height * width
+        # time in multiply-adds for each channel and filter, measured on AVX2: 42 for 36 products,
+        # and the transforms as if they were products
+        self.cost = self.blocks * (42 * self.mb + 130) + self.tiles * (400 / n + 600 / c)
+        self.activations = POSITIONS * c * 2 * self.mb  # bytes of a task's scratch, and so on
+        self.filters = IN * c * 2 * nr
+        self.sums = POSITIONS * 4 * self.mb * nr
+
+    @property
+    def pays(self) -> bool:
+        """Whether it is faster than the direct sum."""
+        return self.cost < 10 * self.pixels
+
+
+def winograd_row(
+    call: Call,
+    split: Split,
+    x: View,
+    out: View,
+    add: View | None,
+    packed: NDArray[np.int8],
+    operands: dict[int, Place],
+    label: str,
+) -> None:
+    """Appends the convolution of x (B, HP, WP, C), padded, with packed filters to out (B, H, W, N).
+
+    operands are the epilogue's, as the products have them.
+    """
+    c, kind = x.shape[3], out.kind
+    tasks = min(executor.get_num_threads(), split.blocks * split.panels)
+    slot = split.activations + split.filters + split.sums
+    values = {
+        f.A_IMAGE: x.strides[0],
+        LINE: x.strides[1],
+        PIXEL: x.strides[2],
+        HEIGHT: x.shape[1],
+        WIDTH: x.shape[2],
+        C: c,
+        f.B_PANEL: packed[:1].nbytes,
+        f.OUT_IMAGE: out.strides[0],
+        OUT_LINE: out.strides[1],
+        OUT_PIXEL: out.strides[2],
+        OUT_HEIGHT: out.shape[1],
+        OUT_WIDTH: out.shape[2],
+        DOWN: split.down,
+        ACROSS: split.across,
+        TILES: split.tiles,
+        MB: split.mb,
+        PANELS: split.panels,
+        TASKS: tasks,
+        SLOT: slot,
+        FILTERS: split.activations,
+        SUMS: split.activations + split.filters,
+    }
+    places: dict[int, Place] = {
+        f.A: x.place,
+        f.B: packed,
+        f.OUT: out.place,
+        SCRATCH: call.scratch(tasks * slot),
+        **operands,
+    }
+    if add is not None:
+        kind += "+add"
+        values |= {f.ADD_IMAGE: add.strides[0], ADD_LINE: add.strides[1], ADD_PIXEL: add.strides[2]}
+        places[f.ADD] = add.place
+    call.row(
+        winograd_kernel(split.tile, kind),
+        FIELDS,
+        tasks,
+        values,
+        places,
+        nanoseconds(split.tile.isa, int(split.cost * c * out.shape[3])),
+        label or f"winograd_{split.tile}",
+    )
+
+
+def _activation_line(b: Any, d: list[Any]) -> list[Any]:
+    """B times six values."""
+    four, five = const(d[0].type, 4), const(d[0].type, 5)
+    p, q = b.sub(d[4], b.mul(d[2], four)), b.sub(d[3], b.mul(d[1], four))
+    r, s = b.sub(d[4], d[2]), b.sub(d[3], d[1])
+    s = b.add(s, s)
+    return [
+        b.add(b.sub(b.mul(d[0], four), b.mul(d[2], five)), d[4]),
+        b.add(p, q),
+        b.sub(p, q),
+        b.add(r, s),
+        b.sub(r, s),
+        b.add(b.sub(b.mul(d[1], four), b.mul(d[3], five)), d[5]),
+    ]
+
+
+def _filter_line(b: Any, g: list[Any]) -> list[Any]:
+    """G, its rows made integer, times three weights."""
+    near, far = b.add(g[0], g[2]), b.add(g[0], b.mul(g[2], const(g[0].type, 4)))
+    twice = b.add(g[1], g[1])
+    minus = b.neg(near)
+    return [
+        g[0],
+        b.sub(minus, g[1]),
+        b.add(minus, g[1]),
+        b.add(far, twice),
+        b.sub(far, twice),
+        g[2],
+    ]
+
+
+def _output_line(b: Any, m: list[Any]) -> list[Any]:
+    """24 A, with the rows of G undone, times six sums."""
+
+    def times(x: Any, factor: int) -> Any:
+        return b.mul(x, const(x.type, factor))
+
+    p, q, r, s = (
+        b.add(m[1], m[2]), b.sub(m[1], m[2]), b.add(m[3], m[4]), b.sub(m[3], m[4]),
+    )  # fmt: skip
+    p, q = times(p, 4), times(q, 4)
+    return [
+        b.add(b.add(times(m[0], 6), p), r),
+        b.add(q, times(s, 2)),
+        b.add(p, times(r, 4)),
+        b.add(b.add(q, times(s, 8)), times(m[5], 24)),
+    ]
+
+
+def _both_ways(b: Any, line: Callable[[Any, list[Any]], list[Any]], square: list[list[Any]]) -> Any:
+    """`line` along the columns of a square, then along the rows."""
+    columns = [line(b, list(column)) for column in zip(*square, strict=True)]
+    return [line(b, list(row)) for row in zip(*columns, strict=True)]
+
+
+Field = Callable[..., Any]  # (index, type) -> the argument block's field
+
+
+def _emit_read(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
+    """B d B' of the tile at (image, down, across), to the address `target`: [36][C] int16.
+
+    What lies beyond the image is read as its last line and pixel: no valid output depends on it.
+    """
+    image, down, across, target = place
+    lanes = emitter(tile.isa).operand.count
+    kind = vec(i16, lanes)
+    start = address(b, field(f.A, ptr), b.mul(image, field(f.A_IMAGE)))
+
+    def offsets(first: Any, size: Any, stride: Any) -> list[Any]:
+        last = b.sub(size, i64(1))
+        index = [b.add(b.mul(first, i64(OUT)), i64(i)) for i in range(IN)]
+        inside = [b.select(b.icmp_signed("<", i, last), i, last) for i in index]
+        return [b.mul(i, stride) for i in inside]
+
+    lines = [address(b, start, at) for at in offsets(down, field(HEIGHT), field(LINE))]
+    pixels = offsets(across, field(WIDTH), field(PIXEL))
+    channels = field(C)
+    out = b.inttoptr(target, ptr)
+
+    def channel(c: Any) -> None:
+        at = b.mul(c, i64(2))
+        here = [address(b, line, at) for line in lines]
+        d = [[load(b, kind, line, pixel) for pixel in pixels] for line in here]
+        for i, row in enumerate(_both_ways(b, _activation_line, d)):
+            for j, value in enumerate(row):
+                store(b, value, out, b.add(b.mul(channels, i64(2 * (IN * i + j))), at))
+
+    emit_loop(b, i64(0), channels, lanes, (), channel)
+
+
+def _emit_multiply(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
+    """36 products of a block's `count` tiles against a panel, to `target`: [36][MB][NR] int32.
+
+    A line of 6 positions after the other: what G g G' takes of them stays in the first caches.
+    """
+    panel, block, filters, count, target = place
+    weights = address(b, field(f.B, ptr), b.mul(panel, field(f.B_PANEL)))
+    channels, mb = field(C), field(MB)
+    tap = b.mul(channels, i64(tile.nr))  # weights of one tap
+    wide = b.inttoptr(filters, ptr)
+    tile_bytes, position = b.mul(channels, i64(2 * POSITIONS)), b.mul(channels, i64(2))
+    sums_bytes = b.mul(mb, i64(4 * tile.nr))
+    last = b.sub(count, i64(1))
+    for line in range(IN):
+        _emit_expand(b, tile, line, weights, tap, wide)
+        first = b.mul(position, i64(IN * line))
+        activations = address(b, b.inttoptr(block, ptr), first)
+        sums = address(b, b.inttoptr(target, ptr), b.mul(sums_bytes, i64(IN * line)))
+
+        def tiles(m: Any, activations: Any = activations, sums: Any = sums) -> None:
+            rows = []
+            for i in range(tile.mr):  # of fewer tiles, the last is repeated
+                index = b.add(m, i64(i))
+                index = b.select(b.icmp_signed("<", index, last), index, last)
+                rows.append(address(b, activations, b.mul(index, tile_bytes)))
+            out = address(b, sums, b.mul(m, i64(4 * tile.nr)))
+
+            def across(q: Any) -> None:
+                here = [address(b, row, b.mul(q, position)) for row in rows]
+                panel = address(b, wide, b.mul(q, b.mul(position, i64(tile.nr))))
+                found = emit_k_loop(
+                    b, tile, here, [panel], lambda step: b.mul(step, i64(8)),
+                    b.udiv(channels, i64(4)), wide=True,
+                )  # fmt: skip
+                at = b.mul(q, sums_bytes)
+                for i, row in enumerate(found):
+                    for j, value in enumerate(row):
+                        lanes = value.type.count
+                        store(b, value, out, b.add(at, i64(4 * (i * tile.nr + j * lanes))))
+
+            emit_loop(b, i64(0), i64(IN), 1, (), across)
+
+        emit_loop(b, i64(0), b.add(count, i64(tile.mr - 1)), tile.mr, (), tiles)
+
+
+def _emit_expand(b: Any, tile: Tile, line: int, weights: Any, tap: Any, out: Any) -> None:
+    """One line of G g G' of a panel: [6][C / 4][NR][4] int16, ordered as the panel."""
+    lanes = emitter(tile.isa).operand.count
+
+    def chunk(at: Any) -> None:
+        taps = [address(b, weights, b.add(b.mul(tap, i64(t)), at)) for t in range(TAPS)]
+        g = [b.sext(load(b, vec(i8, lanes), p), vec(i16, lanes)) for p in taps]
+        columns = [_filter_line(b, g[x::3])[line] for x in range(3)]  # what is not used is dropped
+        for j, value in enumerate(_filter_line(b, columns)):
+            store(b, value, out, b.mul(b.add(b.mul(tap, i64(j)), at), i64(2)))
+
+    emit_loop(b, i64(0), tap, lanes, (), chunk)
+
+
+def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any]) -> None:
+    """y of the tile at (image, down, across), the i-th of those at `source`, and its epilogue."""
+    image, down, across, panel, source, i, beyond = place
+    kind, _, added = epilogue.partition("+")
+    lanes, out_bytes = emitter(tile.isa).lanes, ITEM_BYTES[kind]
+    sums = address(b, b.inttoptr(source, ptr), b.mul(i, i64(4 * tile.nr)))
+    position = b.mul(field(MB), i64(4 * tile.nr))
+    inverse = const(vec(i32, lanes), INVERSE_OF_9)
+    six = const(vec(i32, lanes), 6)
+    column = b.mul(panel, i64(tile.nr))
+
+    def pixels(base: int, line: int, otherwise: Any) -> list[list[Any]]:
+        """Addresses of the 4 x 4 pixels; `otherwise` of those beyond the image."""
+        start = address(b, field(base, ptr), b.mul(image, field(base + 2)))
+        start = address(b, start, b.mul(column, i64(out_bytes)))
+        if otherwise is None:
+            otherwise = start
+        found = []
+        for k in range(OUT):
+            y = b.add(b.mul(down, i64(OUT)), i64(k))
+            inside_y = b.icmp_signed("<", y, field(OUT_HEIGHT))
+            found.append([])
+            for j in range(OUT):
+                x = b.add(b.mul(across, i64(OUT)), i64(j))
+                inside = b.and_(inside_y, b.icmp_signed("<", x, field(OUT_WIDTH)))
+                offset = b.add(b.mul(y, field(line)), b.mul(x, field(line + 1)))
+                found[-1].append(b.select(inside, address(b, start, offset), otherwise))
+        return found
+
+    targets = pixels(f.OUT, OUT_LINE, b.inttoptr(beyond, ptr))
+    add_rows = pixels(f.ADD, ADD_LINE, None) if added else None
+
+    def columns(v: Any) -> None:
+        m = [
+            [load(b, vec(i32, lanes), sums, b.add(b.mul(v, i64(4)), b.mul(position, i64(at))))
+             for at in range(IN * k, IN * k + IN)]
+            for k in range(IN)
+        ]  # fmt: skip
+        at = b.mul(v, i64(out_bytes))
+        here = b.mul(b.add(column, v), i64(4))
+        for k, row in enumerate(_both_ways(b, _output_line, m)):
+            accs = [[b.ashr(b.mul(value, inverse), six)] for value in row]
+            emit_epilogue(
+                b, kind, accs, [address(b, p, at) for p in targets[k]], [here], [i64(0)] * OUT,
+                field, [address(b, p, at) for p in add_rows[k]] if add_rows else None,
+            )  # fmt: skip
+
+    emit_loop(b, i64(0), i64(tile.nr), lanes, (), columns)
+
+
+_EMITTERS = {"read": _emit_read, "multiply": _emit_multiply}
+
+
+@intrinsic(prefer_literal=True)
+def _do(typingctx: Any, config: Any, stage: Any, args: Any, place: Any) -> Any:
+    """Emits a stage, by its name; config is the kernel's, place its integers."""
+
+    def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
+        *words, epilogue = (t.literal_value for t in config.types[:-1])
+        tile, block = Tile(*words), b.bitcast(values[2], ptr)
+
+        def field(index: int, kind: Any = i64) -> Any:
+            return load(b, kind, block, 8 * index)
+
+        integers = [b.extract_value(values[3], i) for i in range(place.count)]
+        if stage.literal_value == "write":
+            _emit_write(b, tile, epilogue, field, integers)
+        else:
+            _EMITTERS[stage.literal_value](b, tile, field, integers)
+        return context.get_dummy_value()
+
+    return types.void(config, stage, args, place), codegen
+
+
+@functools.cache
+def winograd_kernel(tile: Tile, epilogue: str) -> Any:
+    """The kernel of a tile, one of the products' own; epilogues are theirs."""
+    config = (*astuple(tile), epilogue, sources_digest())
+    beyond_bytes = 4 * tile.nr
+
+    @cfunc(SIGNATURE, cache=True)
+    def kernel(args, begin, end):  # type: ignore[no-untyped-def]
+        tiles, mb, channels, panels = args[TILES], args[MB], args[C], args[PANELS]
+        units = (tiles + mb - 1) // mb * panels
+        across = args[ACROSS]
+        an_image = args[DOWN] * across
+        beyond = stack_bytes(beyond_bytes)
+        for task in range(begin, end):
+            activations = args[SCRATCH] + task * args[SLOT]
+            filters = activations + args[FILTERS]
+            sums = activations + args[SUMS]
+            block = -1
+            for unit in range(units * task // args[TASKS], units * (task + 1) // args[TASKS]):
+                first = unit // panels * mb
+                count = min(mb, tiles - first)
+                if block != first:
+                    block = first
+                    for i in range(count):
+                        at = (first + i) % an_image
+                        place = (first + i) // an_image, at // across, at % across
+                        target = activations + i * 2 * POSITIONS * channels
+                        _do(config, "read", args, (*place, target))
+                panel = unit % panels
+                _do(config, "multiply", args, (panel, activations, filters, count, sums))
+                for i in range(count):
+                    at = (first + i) % an_image
+                    place = (first + i) // an_image, at // across, at % across
+                    _do(config, "write", args, (*place, panel, sums, i, beyond))
+
+    return kernel
