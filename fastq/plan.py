@@ -53,6 +53,7 @@ Array = NDArray[Any]
 Frame = tuple[int, int, int, int]  # top, bottom, left, right
 NO_FRAME: Frame = (0, 0, 0, 0)
 VIEWS = ("reshape", "permute", "slice")
+MAX_PHASES = 2**12  # each has rows and packed weights of its own; FCN-32s has 2**10
 
 
 IMAGE_ROWS: dict[str, Any] = {
@@ -284,6 +285,8 @@ class _Planner:
                 continue
             if a["value"] != step.arguments["x_zero_point"]:
                 continue  # what lies between the pixels is no zero
+            if prod(a["stride"]) > MAX_PHASES:
+                continue
             source = maker.inputs[0]
             axes = zip(
                 weight.kernel_size, a["stride"], a["padding"], self.shapes[step.name][1:3],
