@@ -208,14 +208,15 @@ def _product(module: Any, step: Step, x: Array, *add: Array) -> Array:
     if step.op == "conv2d":
         extra = {"add": add[0]} if add else {}
         return module.conv2d(x, weight, epilogue, **arguments, **extra)  # type: ignore[no-any-return]
-    extra = {"add": add[0].reshape(-1, weight.n)} if add else {}
-    y = module.linear(x.reshape(-1, x.shape[-1]), weight, epilogue, **arguments, **extra)
+    extra = {"add": add[0].reshape(prod(x.shape[:-1]), weight.n)} if add else {}
+    rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])
+    y = module.linear(rows, weight, epilogue, **arguments, **extra)
     return y.reshape(*x.shape[:-1], weight.n)  # type: ignore[no-any-return]
 
 
 def _quantize(module: Any, step: Step, x: Array) -> Array:
     a = step.arguments
-    x = np.ascontiguousarray(x.transpose(a["axes"]))
+    x = x.transpose(a["axes"]).copy()
     return module.quantize(x, scale=a["scale"], zero_point=a["zero_point"])  # type: ignore[no-any-return]
 
 
@@ -234,7 +235,7 @@ def _reshape(module: Any, step: Step, x: Array) -> Array:
 
 
 def _permute(module: Any, step: Step, x: Array) -> Array:
-    return np.ascontiguousarray(x.transpose(step.arguments["axes"]))
+    return x.transpose(step.arguments["axes"]).copy()
 
 
 def _slice(module: Any, step: Step, x: Array) -> Array:
