@@ -369,8 +369,15 @@ class _Planner:
             if step.op == "conv2d":
                 name, wanted = self.source(step)
                 root = self.root(name)
+                if not self.takes_frame(root):
+                    continue
                 have = self.frames.get(root, NO_FRAME)
                 self.frames[root] = tuple(map(max, have, wanted))  # type: ignore[assignment]
+
+    def takes_frame(self, root: str) -> bool:
+        """Whether an image can be made inside a frame: not by a linear layer, whose rows join."""
+        parts = [root, *(name for name in self.placed if self.root(name) == root)]
+        return all(self.makers[name].op != "linear" for name in parts)
 
     def storage(
         self, shape: tuple[int, ...], frame: Frame, border: int, first: int, last: int

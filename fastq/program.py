@@ -168,11 +168,6 @@ class Program:
                 "fixed are part of the network, as it was captured"
             )
 
-    def reference(self, *inputs: Array, module: Any = reference) -> list[Array]:
-        """The outputs by the specification, step by step; or with `module=ops` by its functions."""
-        values = self.values(*inputs, module=module)
-        return [values[name].transpose(axes) for name, axes in self.outputs]
-
     def values(self, *inputs: Array, module: Any = reference) -> dict[str, Array]:
         """Every value of the program, by the specification."""
         self.check([x.shape for x in inputs])
@@ -181,6 +176,11 @@ class Program:
             run = OPERATIONS[step.op].run
             values[step.name] = run(module, step, *(values[name] for name in step.inputs))
         return values
+
+    def reference(self, *inputs: Array, module: Any = reference) -> list[Array]:
+        """The outputs by the specification, step by step; or with `module=ops` by its functions."""
+        values = self.values(*inputs, module=module)
+        return [values[name].transpose(axes) for name, axes in self.outputs]
 
     def __str__(self) -> str:
         lines = [f"program({', '.join(self.inputs)})", *(f"  {step}" for step in self.steps)]
