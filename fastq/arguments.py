@@ -30,7 +30,7 @@ def _whole(low: int, high: int) -> Check:
 
 def _real(low: float, high: float) -> Check:
     def fits(v: Any) -> bool:
-        return isinstance(v, float | np.floating) and low <= v <= high
+        return isinstance(v, float | np.floating) and low <= float(v) <= high
 
     return Check(f"a float from {low:.3g} to {high:.3g}", fits)
 
@@ -169,7 +169,7 @@ def _check_epilogue(step: Any, epilogue: Any) -> None:
                 raise ValueError(f"{step.name}: Dequant.x_scale {x_scale.shape}; wanted a scalar")
             factors = [scale.astype(np.float64) * x_scale]
         case Requant(multiplier):
-            factors = [multiplier, np.abs(epilogue.add_multiplier or 0.0)]
+            factors = [multiplier.astype(np.float64), np.array(abs(epilogue.add_multiplier or 0.0))]
         case _:
             return
     largest = max(float(np.max(factor, initial=0.0)) for factor in factors)
