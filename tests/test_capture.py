@@ -125,6 +125,16 @@ def test_sizes_that_follow_the_batch() -> None:
     assert Batch(1) in held
 
 
+def test_a_parameter_for_each_of_the_batch() -> None:
+    """A class token, in the two ways that it is written."""
+    for grow in (lambda t, n: t.expand(n, -1, -1), lambda t, n: t.repeat(n, 1, 1)):
+
+        def forward(net: Call, x: Tensor, grow: Any = grow) -> Tensor:
+            return torch.cat([grow(net.a.weight[None, :2], len(x)), x], 1)
+
+        check(call(forward, a=lambda: nn.Linear(6, 4))(), torch.randn(4, 3, 6))
+
+
 BATCHES: dict[str, tuple[Callable[[Call, Tensor], Any], str]] = {
     "a branch": (lambda net, x: net.a(x) if len(x) < 6 else F.relu(net.a(x)), "size of the input"),
     "a loop": (lambda net, x: sum(net.a(x)[i] for i in range(len(x))), "size of the input"),
