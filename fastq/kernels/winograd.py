@@ -337,7 +337,7 @@ def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any
         start = address(b, start, b.mul(column, i64(out_bytes)))
         if otherwise is None:
             otherwise = start
-        found = []
+        found: list[list[Any]] = []
         for k in range(OUT):
             y = b.add(b.mul(down, i64(OUT)), i64(k))
             inside_y = b.icmp_signed("<", y, field(OUT_HEIGHT))
