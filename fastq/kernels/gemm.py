@@ -87,7 +87,7 @@ TILES = (
     Tile("avx2", 1, 16, panels=4),
     Tile("avx2", 6, 8),
     Tile("avx2", 2, 8),
-    Tile("avx2", 4, 16, "depthwise"),
+    Tile("avx2", 5, 16, "depthwise"),
     Tile("generic", 3, 8),
     Tile("generic", 1, 8, panels=2),
     Tile("generic", 2, 8, "depthwise"),
