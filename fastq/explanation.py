@@ -47,8 +47,9 @@ class Explanation:
     time        of a call, with all that Python does around the kernels.
     estimate    of the kernels on one thread, by the model that decides whether threads pay.
     macs        multiply-adds; 2 operations each in `gops`, 10^9 operations a second.
-    limit       the roofline: the time that no exact sum of these products can beat here, by `bound`:
-                "compute" (dot products on registers) or "memory" (reading operands of this size).
+    limit       the roofline: the time that no exact sum of these products can beat here, by
+                `bound`: "compute" (dot products on registers) or "memory" (reading operands of
+                this size).
     share       limit / time; over 1 where Winograd does with fewer products.
     """
 
