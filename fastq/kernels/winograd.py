@@ -16,12 +16,15 @@ by 24 over these, so that all is in integers, and y comes out 24 * 24 = 9 * 64 t
 It pays where activations are int16 anyway, so where a dot product sums two (`side_by_side`).
 
 A task works through units, one after the other, each a block of MB tiles of 4 x 4 outputs against
-a panel of NR filters:
+a panel of NR filters. All that it needs between is in its own scratch:
 
-    once a block   B d B'  of each tile  -> a task's scratch, [tile][36][C]
-    once a unit    G g G'  of the panel  -> [36][a tap's part of the panel, as int16]
-                   36 products of MR tiles by NR columns -> [36][MR][NR] on the stack
-                   y, and the epilogue
+    once a block   B d B' of each tile                           [tile][36][C] int16
+    once a unit    for each of the six lines of 6 positions
+                     G g G' of the panel                         [6][C / 4][NR][4] int16
+                     6 products of MB tiles by NR columns        [36][MB][NR] int32
+                   y of each tile, and the epilogue
+
+The filters stay int8 in memory, in the panels of the direct sum: G g G' takes eight times as much.
 """
 
 from __future__ import annotations
