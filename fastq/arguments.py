@@ -3,8 +3,8 @@ may come from a file."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,100 +12,103 @@ import numpy as np
 from fastq.qparams import FLT_MAX, MAX_FEATURES, Dequant, Requant
 from fastq.weights import LARGEST, Conv2dWeight, LinearWeight
 
-Check = Callable[[Any], bool]
+
+@dataclass(frozen=True)
+class Check:
+    """What an argument has to be, and whether a value is that."""
+
+    wanted: str
+    fits: Callable[[Any], bool]
 
 
 def _whole(low: int, high: int) -> Check:
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
+    def fits(v: Any) -> bool:
+        return isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
+
+    return Check(f"an int from {low} to {high}", fits)
 
 
-def _real(v: Any) -> bool:
-    return isinstance(v, float | np.floating) and math.isfinite(v)
+def _real(low: float, high: float) -> Check:
+    def fits(v: Any) -> bool:
+        return isinstance(v, float | np.floating) and low <= float(v) <= high
 
-
-def _scale(v: Any) -> bool:
-    """What is divided by in float32."""
-    return _real(v) and 0 < v <= FLT_MAX and float(np.float32(v)) > 0
-
-
-def _factor(v: Any) -> bool:
-    return _real(v) and abs(v) <= LARGEST_FACTOR
-
-
-def _multiplier(v: Any) -> bool:
-    return _factor(v) and v > 0
-
-
-def _epsilon(v: Any) -> bool:
-    return _real(v) and v > 0
+    return Check(f"a float from {low:.3g} to {high:.3g}", fits)
 
 
 def _kind(*kinds: type) -> Check:
-    return lambda v: isinstance(v, kinds)
+    return Check(" or ".join(kind.__name__ for kind in kinds), lambda v: isinstance(v, kinds))
 
 
 def _array(dtype: Any, *ndims: int) -> Check:
-    def check(v: Any) -> bool:
+    def fits(v: Any) -> bool:
         if not isinstance(v, np.ndarray | np.generic):
             return False
         small = v.dtype.kind != "f" or bool((np.abs(v) <= LARGEST_FACTOR).all())
         return v.dtype == dtype and v.ndim in ndims and small
 
-    return check
+    most = f", each up to {LARGEST_FACTOR:.3g}" if dtype is np.float32 else ""
+    return Check(f"{np.dtype(dtype)} of {' or '.join(map(str, ndims))} axes{most}", fits)
 
 
 def _each(check: Check, count: int | None = None) -> Check:
-    def every(v: Any) -> bool:
-        return isinstance(v, tuple) and count in (None, len(v)) and all(check(x) for x in v)
+    def fits(v: Any) -> bool:
+        return isinstance(v, tuple) and count in (None, len(v)) and all(map(check.fits, v))
 
-    return every
-
-
-def _order(v: Any) -> bool:
-    """Of all axes."""
-    return isinstance(v, tuple) and all(map(_whole(0, 63), v)) and sorted(v) == list(range(len(v)))
+    many = "of any length" if count is None else f"of {count}"
+    return Check(f"a tuple {many}, each {check.wanted}", fits)
 
 
 def _maybe(check: Check) -> Check:
-    return lambda v: v is None or check(v)
+    return Check(f"None or {check.wanted}", lambda v: v is None or check.fits(v))
 
 
-def _size(v: Any) -> bool:
-    """Of a reshape: a number, or (axes, divisor)."""
+def _is_order(v: Any) -> bool:
+    return AXES.fits(v) and sorted(v) == list(range(len(v)))
+
+
+def _is_size(v: Any) -> bool:
     if isinstance(v, tuple):
-        return len(v) == 2 and AXES(v[0]) and _whole(1, LARGEST)(v[1])
-    return COUNT(v)
+        return len(v) == 2 and AXES.fits(v[0]) and DIVISOR.fits(v[1])
+    return COUNT.fits(v)
 
 
+LARGEST_FACTOR = 2.0**96  # a product with it stays finite in float32
+MAX_AXES = 32  # of a value
 STEP = _whole(0, 255)
 COUNT = _whole(0, 2**40)
-AXES = _each(_whole(0, 63))
+DIVISOR = _whole(1, LARGEST)
+AXES = _each(_whole(0, MAX_AXES - 1))
+ORDER = Check("a tuple of all axes, each once", _is_order)
+SIZE = Check(f"{COUNT.wanted}, or (axes, divisor)", _is_size)
 PAIR = _each(_whole(1, LARGEST), 2)
 SPAN = _each(_whole(0, LARGEST), 2)
 FLAG = _kind(bool)
-LARGEST_FACTOR = 2.0**96  # a product with it stays finite in float32
+SCALE = _real(float(np.finfo(np.float32).smallest_subnormal), FLT_MAX)  # a divisor in float32
+FACTOR = _real(-LARGEST_FACTOR, LARGEST_FACTOR)
+EPSILON = _real(1e-70, FLT_MAX)  # its root's inverse stays finite in float32
+MULTIPLIER = _real(float(np.finfo(np.float64).smallest_subnormal), LARGEST_FACTOR)
 REQUANTIZED = {"zero_point": STEP, "qmin": STEP, "qmax": STEP}
 POOL = {"kernel_size": PAIR, "stride": PAIR, "padding": SPAN, "ceil_mode": FLAG}
-AVERAGE = {"multiplier": _multiplier, "x_zero_point": STEP, **REQUANTIZED}
+AVERAGE = {"multiplier": MULTIPLIER, "x_zero_point": STEP, **REQUANTIZED}
 TWO = {"a_zero_point": STEP, "b_zero_point": STEP, **REQUANTIZED}
-RESIZE = {"output_size": _maybe(PAIR), "scale_factor": _maybe(_each(_scale, 2))}
+RESIZE = {"output_size": _maybe(PAIR), "scale_factor": _maybe(_each(SCALE, 2))}
 VECTOR = _array(np.float32, 0, 1)
 EPILOGUE = _kind(Requant, Dequant)
 
-# operation -> its arguments, all of them; of those in OPTIONAL some may be missing
+# operation -> its arguments, all of them
 ARGUMENTS: dict[str, dict[str, Check]] = {
-    "quantize": {"scale": _scale, "zero_point": STEP, "axes": _order},
-    "dequantize": {"scale": _scale, "zero_point": STEP},
+    "quantize": {"scale": SCALE, "zero_point": STEP, "axes": ORDER},
+    "dequantize": {"scale": SCALE, "zero_point": STEP},
     "constant": {"value": _array(np.uint8, 0, 1, 2, 3, 4)},
     "conv2d": {"weight": _kind(Conv2dWeight), "epilogue": EPILOGUE, "x_zero_point": STEP},
     "linear": {"weight": _kind(LinearWeight), "epilogue": EPILOGUE, "x_zero_point": STEP},
-    "matmul": {"multiplier": _multiplier, "a_zero_point": STEP, "transpose_b": FLAG, **REQUANTIZED},
-    "add": {"a_multiplier": _factor, "b_multiplier": _factor, **TWO},
-    "mul": {"multiplier": _multiplier, **TWO},
+    "matmul": {"multiplier": MULTIPLIER, "a_zero_point": STEP, "transpose_b": FLAG, **REQUANTIZED},
+    "add": {"a_multiplier": FACTOR, "b_multiplier": FACTOR, **TWO},
+    "mul": {"multiplier": MULTIPLIER, **TWO},
     "affine": {"multiplier": VECTOR, "shift": VECTOR, "x_zero_point": STEP, **REQUANTIZED},
     "table": {"values": _array(np.uint8, 1, 2)},
-    "softmax": {"scale": _scale},
-    "layer_norm": {"multiplier": VECTOR, "shift": VECTOR, "epsilon": _epsilon, **REQUANTIZED},
+    "softmax": {"scale": SCALE},
+    "layer_norm": {"multiplier": VECTOR, "shift": VECTOR, "epsilon": EPSILON, **REQUANTIZED},
     "max_pool2d": {**POOL, "dilation": PAIR},
     "avg_pool2d": {**POOL, "count_include_pad": FLAG,
                    "divisor_override": _maybe(_whole(1, 2**31 - 1)), **AVERAGE},
@@ -113,11 +116,11 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     "adaptive_max_pool2d": {"output_size": _each(_maybe(_whole(1, LARGEST)), 2)},
     "upsample_nearest2d": RESIZE,
     "upsample_bilinear2d": {**RESIZE, "align_corners": FLAG},
-    "reshape": {"sizes": _each(_size), "ones": AXES},
-    "permute": {"axes": _order},
-    "slice": {"axis": _whole(0, 63), "start": _whole(-LARGEST, LARGEST),
+    "reshape": {"sizes": _each(SIZE), "ones": AXES},
+    "permute": {"axes": ORDER},
+    "slice": {"axis": _whole(0, MAX_AXES - 1), "start": _whole(-LARGEST, LARGEST),
               "end": _maybe(_whole(-LARGEST, LARGEST)), "step": _whole(1, LARGEST)},
-    "concat": {"axis": _whole(0, 63)},
+    "concat": {"axis": _whole(0, MAX_AXES - 1)},
     "pad": {"widths": _each(_each(_whole(0, LARGEST), 2)), "value": STEP},
     "dilate": {"stride": PAIR, "padding": _each(SPAN, 2), "value": STEP},
 }  # fmt: skip
@@ -138,12 +141,13 @@ def check_arguments(step: Any) -> None:
     if given.keys() != checks.keys():
         raise ValueError(f"{step.name}: {step.op} with {sorted(given)}; wanted {sorted(checks)}")
     for name, check in checks.items():
-        if not check(given[name]):
-            raise ValueError(f"{step.name}: {step.op} with {name}={given[name]!r:.80}")
+        if not check.fits(given[name]):
+            raise ValueError(
+                f"{step.name}: {step.op} with {name}={given[name]!r:.80}; wanted {check.wanted}"
+            )
     if given.get("qmin", 0) > given.get("qmax", 255):
         raise ValueError(f"{step.name}: qmin={given['qmin']} over qmax={given['qmax']}")
-    if isinstance(epilogue, Dequant) and epilogue.x_scale.ndim:
-        raise ValueError(f"{step.name}: Dequant.x_scale {epilogue.x_scale.shape}; wanted a scalar")
+    _check_epilogue(step, epilogue)
     if "padding" in given and "kernel_size" in given:
         sides = zip(given["padding"], given["kernel_size"], strict=True)
         if any(2 * before > kernel for before, kernel in sides):
@@ -155,6 +159,25 @@ def check_arguments(step: Any) -> None:
         given["scale_factor"] is None
     ):
         raise ValueError(f"{step.name}: wanted output_size or scale_factor")
+
+
+def _check_epilogue(step: Any, epilogue: Any) -> None:
+    """ValueError for one per row, and for factors that make NaN of infinities."""
+    match epilogue:
+        case Dequant(scale, x_scale):
+            if x_scale.ndim:
+                raise ValueError(f"{step.name}: Dequant.x_scale {x_scale.shape}; wanted a scalar")
+            factors = [scale.astype(np.float64) * x_scale]
+        case Requant(multiplier):
+            factors = [multiplier.astype(np.float64), np.array(abs(epilogue.add_multiplier or 0.0))]
+        case _:
+            return
+    largest = max(float(np.max(factor, initial=0.0)) for factor in factors)
+    if largest > LARGEST_FACTOR:
+        raise ValueError(
+            f"{step.name}: an epilogue with a factor of {largest:.3g}; "
+            f"wanted up to {LARGEST_FACTOR:.3g}"
+        )
 
 
 def check_channels(step: Any, x: tuple[int, ...]) -> None:

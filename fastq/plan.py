@@ -34,6 +34,7 @@ from fastq.kernels.call import (
 from fastq.kernels.executor import get_num_threads
 from fastq.kernels.layers import ACTIVATIONS, PackedConv2d, PackedLinear, stage_image
 from fastq.kernels.layout import border_row, copy_row, dequantize_row, quantize_row
+from fastq.kernels.lines import broadcast
 from fastq.kernels.matmul import matmul_row
 from fastq.kernels.norms import layer_norm_row, softmax_row
 from fastq.kernels.pointwise import add_row, affine_row, fill_row, mul_row, table_row
@@ -53,6 +54,11 @@ Array = NDArray[Any]
 Frame = tuple[int, int, int, int]  # top, bottom, left, right
 NO_FRAME: Frame = (0, 0, 0, 0)
 VIEWS = ("reshape", "permute", "slice")
+JOINED = {  # how many axes kernels take, and how many of them do not join: see `collapse`
+    "linear": (2, 1), "matmul": (4, 2), "softmax": (4, 1), "layer_norm": (4, 1),
+    "add": (4, 0), "mul": (4, 0), "affine": (4, 0), "table": (4, 0),
+}  # fmt: skip
+MAX_PHASES = 2**12  # each has rows and packed weights of its own; FCN-32s has 2**10
 
 
 IMAGE_ROWS: dict[str, Any] = {
@@ -255,7 +261,10 @@ class _Planner:
         rows: list[int] = []
         for i, step in enumerate(self.steps):
             with self.call.borrowed_scratch():
-                self.rows_of(i, step)
+                try:
+                    self.rows_of(i, step)
+                except ValueError as error:
+                    raise ValueError(f"{step}: {error}") from error
             rows += [i] * (len(self.call.labels) - len(rows))
         return Plan(self.call, self.outputs, arena, tuple(rows))
 
@@ -284,6 +293,8 @@ class _Planner:
                 continue
             if a["value"] != step.arguments["x_zero_point"]:
                 continue  # what lies between the pixels is no zero
+            if prod(a["stride"]) > MAX_PHASES:
+                continue
             source = maker.inputs[0]
             axes = zip(
                 weight.kernel_size, a["stride"], a["padding"], self.shapes[step.name][1:3],
@@ -358,8 +369,15 @@ class _Planner:
             if step.op == "conv2d":
                 name, wanted = self.source(step)
                 root = self.root(name)
+                if not self.takes_frame(root):
+                    continue
                 have = self.frames.get(root, NO_FRAME)
                 self.frames[root] = tuple(map(max, have, wanted))  # type: ignore[assignment]
+
+    def takes_frame(self, root: str) -> bool:
+        """Whether an image can be made inside a frame: not by a linear layer, whose rows join."""
+        parts = [root, *(name for name in self.placed if self.root(name) == root)]
+        return all(self.makers[name].op != "linear" for name in parts)
 
     def storage(
         self, shape: tuple[int, ...], frame: Frame, border: int, first: int, last: int
@@ -442,12 +460,13 @@ class _Planner:
         inputs = list(step.inputs)
         if step.op == "conv2d":
             inputs[0], _ = self.source(step)
+        joined = self.joins(step)
         for k, name in enumerate(inputs):
             if name not in self.values or step.op in VIEWS:
                 continue
             storage, mold = self.values[name]
             strides = mold.strides
-            fits = mold.shape[-1] == 1 or strides[-1] == self.item or step.op == "concat"
+            fits = mold.shape[-1:] in ((), (1,)) or strides[-1] == self.item or step.op == "concat"
             frame = NO_FRAME
             if step.op == "conv2d" and k == 0:
                 _, frame = self.source(step)
@@ -459,15 +478,27 @@ class _Planner:
                 fits &= frame == NO_FRAME or (enough and zeros)
                 dense = strides[2] == mold.shape[3] * self.item
                 fits &= dense or not any(p.needs_dense_pixels() for p in self.layers(step))
-            elif step.op == "linear":
-                try:
-                    collapse([View(At(0), mold.shape, strides, self.kind)], 2, keep=1)
-                except ValueError:
-                    fits = False
+            elif not joined:
+                fits = strides == dense_strides(mold.shape, self.item)
             if not fits:
                 border = int(step.arguments.get("x_zero_point", 0))
                 copy = self.storage(mold.shape, frame, border, i, i)
                 self.copies[i, name] = copy, copy.mold
+
+    def joins(self, step: Step) -> bool:
+        """Whether a step's operands have no more axes that do not join than its kernels take."""
+        if step.op not in JOINED:
+            return True
+        rank, keep = JOINED[step.op]
+        leading = self.shapes[step.name][: len(self.shapes[step.name]) - keep]
+        molds = [self.values[v][1] for v in (step.name, *step.inputs) if v in self.values]
+        views = [View(At(0), mold.shape, mold.strides, self.kind) for mold in molds]
+        try:
+            collapse([broadcast(v, leading + v.shape[len(v.shape) - keep :]) for v in views],
+                     rank, keep)  # fmt: skip
+        except ValueError:
+            return False
+        return True
 
     def lay_out(self) -> int:
         """Gives each storage its place: the largest first, where no other is at the same time."""
@@ -612,7 +643,7 @@ class _Planner:
         dequantize_row(self.call, x, out, a["scale"], a["zero_point"])
 
     def row_constant(self, i: int, step: Step) -> None:
-        value = np.ascontiguousarray(step.arguments["value"], np.uint8)
+        value = np.array(step.arguments["value"], order="C")
         source = View(value, value.shape, value.strides, "u8")
         copy_row(self.call, source, self.stored(step.name))
 

@@ -14,18 +14,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastq import reference
-from fastq.arguments import check_arguments, check_channels
+from fastq.arguments import MAX_AXES, check_arguments, check_channels
 from fastq.qparams import MAX_K, Dequant
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
 MAX_VALUES = 2**44  # of one array: addresses stay within int64
+MAX_TAPS = 2**24  # of all windows along an axis: pooling lists them
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +36,7 @@ class Step:
 
     op         a key of OPERATIONS.
     arguments  by the names of the function of `reference`: plain values, arrays, weights and
-               epilogues.
+               epilogues. Read-only: a program checks them once.
     layer      the float network's module that this is, for reports.
     """
 
@@ -43,6 +45,13 @@ class Step:
     inputs: tuple[str, ...]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     layer: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", tuple(self.inputs))
+        object.__setattr__(self, "arguments", MappingProxyType(dict(self.arguments)))
+
+    def __reduce__(self) -> Any:  # of a MappingProxyType there is no copy and no pickle
+        return Step, (self.op, self.name, self.inputs, dict(self.arguments), self.layer)
 
     def __str__(self) -> str:
         shown = ", ".join([*self.inputs, *(f"{k}={_short(v)}" for k, v in self.arguments.items())])
@@ -90,6 +99,8 @@ class Program:
     extents: tuple[tuple[int | None, ...], ...]
 
     def __post_init__(self) -> None:
+        for name in ("inputs", "steps", "outputs", "extents"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         kinds = dict.fromkeys(self.inputs, "float32")
         for step in self.steps:
             if step.op not in OPERATIONS:
@@ -108,10 +119,12 @@ class Program:
             ends = step.op == "dequantize" or isinstance(step.arguments.get("epilogue"), Dequant)
             kinds[step.name] = "float32" if ends else "uint8"
         names = [name for name, _ in self.outputs]
-        if any(kinds.get(n) != "float32" or n in self.inputs for n in names) or len(
-            set(names)
-        ) != len(names):
-            raise ValueError(f"Program: outputs {names}; wanted different float32 values of steps")
+        floats = {n for n, kind in kinds.items() if kind == "float32"} - set(self.inputs)
+        if len(set(names)) != len(names) or set(names) != floats:
+            raise ValueError(
+                f"Program: outputs {names}; wanted each float32 value of a step once: "
+                f"{sorted(floats)}"
+            )
         if not all(type(axis) is int for _, axes in self.outputs for axis in axes):
             raise ValueError(f"Program: outputs {self.outputs}; wanted axes as integers")
         if len(self.extents) != len(self.inputs) or not all(
@@ -128,8 +141,7 @@ class Program:
             try:
                 shapes[step.name] = tuple(map(int, shape(step, *(shapes[i] for i in step.inputs))))
                 check_channels(step, shapes[step.inputs[0]] if step.inputs else ())
-                if prod(shapes[step.name]) > MAX_VALUES:
-                    raise ValueError(f"shape {shapes[step.name]}; wanted up to {MAX_VALUES} values")
+                _check_size(shapes[step.name])
             except (ValueError, IndexError) as error:
                 raise ValueError(
                     f"{step.name}: {error}; inputs of the program: {', '.join(map(str, inputs))}"
@@ -156,11 +168,6 @@ class Program:
                 "fixed are part of the network, as it was captured"
             )
 
-    def reference(self, *inputs: Array, module: Any = reference) -> list[Array]:
-        """The outputs by the specification, step by step; or with `module=ops` by its functions."""
-        values = self.values(*inputs, module=module)
-        return [values[name].transpose(axes) for name, axes in self.outputs]
-
     def values(self, *inputs: Array, module: Any = reference) -> dict[str, Array]:
         """Every value of the program, by the specification."""
         self.check([x.shape for x in inputs])
@@ -170,9 +177,20 @@ class Program:
             values[step.name] = run(module, step, *(values[name] for name in step.inputs))
         return values
 
+    def reference(self, *inputs: Array, module: Any = reference) -> list[Array]:
+        """The outputs by the specification, step by step; or with `module=ops` by its functions."""
+        values = self.values(*inputs, module=module)
+        return [values[name].transpose(axes) for name, axes in self.outputs]
+
     def __str__(self) -> str:
         lines = [f"program({', '.join(self.inputs)})", *(f"  {step}" for step in self.steps)]
         return "\n".join([*lines, f"  return {', '.join(name for name, _ in self.outputs)}"])
+
+
+def _check_size(shape: Shape) -> None:
+    """ValueError for an array that cannot be, even where one of its axes is empty."""
+    if len(shape) > MAX_AXES or prod(max(n, 1) for n in shape) > MAX_VALUES:
+        raise ValueError(f"shape {shape}; wanted up to {MAX_AXES} axes, {MAX_VALUES} values")
 
 
 # ------------------------------------------------------------------------------ what steps compute
@@ -190,14 +208,15 @@ def _product(module: Any, step: Step, x: Array, *add: Array) -> Array:
     if step.op == "conv2d":
         extra = {"add": add[0]} if add else {}
         return module.conv2d(x, weight, epilogue, **arguments, **extra)  # type: ignore[no-any-return]
-    extra = {"add": add[0].reshape(-1, weight.n)} if add else {}
-    y = module.linear(x.reshape(-1, x.shape[-1]), weight, epilogue, **arguments, **extra)
+    extra = {"add": add[0].reshape(prod(x.shape[:-1]), weight.n)} if add else {}
+    rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])
+    y = module.linear(rows, weight, epilogue, **arguments, **extra)
     return y.reshape(*x.shape[:-1], weight.n)  # type: ignore[no-any-return]
 
 
 def _quantize(module: Any, step: Step, x: Array) -> Array:
     a = step.arguments
-    x = np.ascontiguousarray(x.transpose(a["axes"]))
+    x = x.transpose(a["axes"]).copy()
     return module.quantize(x, scale=a["scale"], zero_point=a["zero_point"])  # type: ignore[no-any-return]
 
 
@@ -216,7 +235,7 @@ def _reshape(module: Any, step: Step, x: Array) -> Array:
 
 
 def _permute(module: Any, step: Step, x: Array) -> Array:
-    return np.ascontiguousarray(x.transpose(step.arguments["axes"]))
+    return x.transpose(step.arguments["axes"]).copy()
 
 
 def _slice(module: Any, step: Step, x: Array) -> Array:
@@ -266,6 +285,8 @@ def _conv2d(step: Step, x: Shape, *add: Shape) -> Shape:
     weight = step.arguments["weight"]
     if len(x) != 4 or x[3] != weight.c:
         raise ValueError(f"conv2d: x {x}, wanted (B, H, W, {weight.c})")
+    padded = (n + sum(sides) for n, sides in zip(x[1:3], weight.padding, strict=True))
+    _check_size((x[0], *padded, x[3]))
     y = (x[0], *weight.output_size(*x[1:3]), weight.n)
     if add and add[0] != y:
         raise ValueError(f"conv2d: add {add[0]}, wanted {y}")
@@ -296,6 +317,8 @@ def _pooled(step: Step, x: Shape) -> Shape:
         count = (span + (s - 1 if a["ceil_mode"] else 0)) // s + 1
         if a["ceil_mode"] and (count - 1) * s >= x[1 + axis] + p:
             count -= 1
+        if count * k > MAX_TAPS:
+            raise ValueError(f"{step.op}: {count} windows of {k}; wanted up to {MAX_TAPS} taps")
         sizes.append(count)
     return (x[0], *sizes, x[3])
 
@@ -333,7 +356,10 @@ def _reshaped(step: Step, x: Shape) -> Shape:
 
 
 def _permuted(step: Step, x: Shape) -> Shape:
-    return tuple(x[axis] for axis in step.arguments["axes"])
+    axes = step.arguments["axes"]
+    if len(axes) != len(x):
+        raise ValueError(f"{step.op}: {x} by axes {axes}; wanted all axes")
+    return tuple(x[axis] for axis in axes)
 
 
 def _sliced(step: Step, x: Shape) -> Shape:

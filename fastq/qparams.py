@@ -323,6 +323,8 @@ class Dequant:
         object.__setattr__(self, "scale", check_scale("Dequant: scale", self.scale))
         object.__setattr__(self, "x_scale", check_scale("Dequant: x_scale", self.x_scale))
         object.__setattr__(self, "bias", _check_bias("Dequant", self.bias, np.float32))
+        for name in ("fmin", "fmax"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         if not self.fmin <= self.fmax:
             raise ValueError(f"Dequant: fmin={self.fmin}, fmax={self.fmax}; wanted fmin <= fmax")
 

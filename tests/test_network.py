@@ -313,6 +313,31 @@ def test_programs_can_be_read():
     assert "add" not in [step.op for step in q.program.steps]  # sums are part of the products
 
 
+AXES: dict[str, Callable[[Call, Tensor], object]] = {
+    "a linear layer, and a convolution around it": lambda net, x: net.conv(
+        net.a(net.first(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    ),
+    "attention along one axis of an image": lambda net, x: (
+        lambda y: y @ F.relu(y).transpose(-1, -2)
+    )(net.a(net.first(x).permute(0, 2, 3, 1)).unflatten(3, (2, 2)).permute(0, 3, 1, 2, 4)),
+}
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_values_whose_axes_do_not_join(name: str):
+    torch.manual_seed(0)
+    layers = {"first": conv(3, 4, 1), "a": lambda: nn.Linear(4, 4)}
+    check(call(AXES[name], **layers, conv=conv(4, 5, 3, padding=1))(), torch.randn(6, 3, 5, 7))
+
+
+def test_strided_inputs_of_many_axes():
+    x = torch.randn(4, 2, 3, 4, 6)
+    q = check(nn.Linear(6, 3), x)
+    given = torch.randn(8, 4, 6, 8, 12).permute(0, 3, 2, 1, 4)[::2, ::4, ::2, :, ::2]
+    assert given.shape == x.shape
+    assert torch.equal(q(given), q(given.clone()))
+
+
 # --------------------------------------------------------------------------- shared, tied, changed
 
 

@@ -2,6 +2,9 @@ import copy
 import hashlib
 import json
 import os
+import random
+import sys
+from collections import OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
+import fastq
 from fastq.nn import QConv2d, QLinear
+from fastq.nn.network import _read_spec, _spec_text
 from fastq.serialize import load, save
 from fastq.swap import quantize_layers, summary
 
@@ -391,3 +397,158 @@ def test_a_quantized_model_is_refused(path: Path) -> None:
 def test_what_is_no_model_is_refused(path: Path) -> None:
     with pytest.raises(TypeError, match="wanted the path, then a float model"):
         load(path, Net)  # type: ignore[arg-type]
+
+
+# --- whole networks, damaged at random
+
+
+class Small(nn.Module):
+    """Two programs, and a float operator between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = F.relu(self.a(x)).mean((2, 3))
+        return {"y": self.b(y.sort(1)[0])}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Saved networks: one that is a single program, and one that is not."""
+    folder = tmp_path_factory.mktemp("whole")
+    body = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(2), nn.Flatten())
+    models = {"one": nn.Sequential(body, nn.Linear(144, 5)), "two": Small()}
+    for name, model in models.items():
+        save(fastq.quantize_model(model.eval(), images(), progress=False), folder / name)
+    return {name: (folder / name).read_bytes() for name in models}
+
+
+def load_and_run(path: Path) -> None:
+    """Refused with ValueError, or read; then it computes, or refuses its input."""
+    for read in (load, fastq.load_program):
+        try:
+            network: Any = read(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            continue
+        x = images()[:2]
+        try:
+            network(x if read is load else x.numpy())
+        except (ValueError, TypeError):
+            continue
+        except Exception:  # a float operator may raise anything: torch checks its arguments
+            if read is not load or all(stage.program >= 0 for stage in network.layout.stages):
+                raise
+
+
+def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of all values within a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    found = [place] if place else []
+    for key, part in items:
+        deeper = isinstance(part, dict | list)
+        found += places(part, (*place, key)) if deeper else [(*place, key)]
+    return found
+
+
+ODD: list[Any] = [
+    None, True, -1, 0, 1, 2**31, 2**62, 2**70, 0.5, -1.5, 1e300, float("nan"), "", "x", "q0", [],
+    [1], [[1, 1], [1, 1]], {}, {"array": "x"}, {"float": "inf"}, {"dict": {}}, {"Requant": {}},
+    {"ref": 9}, {"batch": 2**62},
+]  # fmt: skip
+
+
+def spoil(rng: random.Random, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Changes one thing of the network."""
+    names, network = sorted(tensors), header["network"]
+    if rng.random() < 0.8:
+        *path, last = rng.choice(places({k: network[k] for k in network if k != "recipe"}))
+        holder = network
+        for key in path:
+            holder = holder[key]
+        now = holder[last]
+        if isinstance(now, int) and rng.random() < 0.5:
+            holder[last] = now + rng.choice([-1, 1, 100])
+        elif isinstance(now, list | dict) and now and rng.random() < 0.5:
+            now.pop(rng.choice(list(now)) if isinstance(now, dict) else rng.randrange(len(now)))
+        else:
+            holder[last] = copy.deepcopy(rng.choice(ODD))
+        return
+    name = rng.choice(names)
+    tensor = tensors.pop(name)
+    match rng.randrange(5):
+        case 0:
+            tensors[rng.choice(["layout.weight", "a.b.c", "x", ".x", "x.", "to.x"])] = tensor
+        case 1:
+            tensors[name] = tensor.to(rng.choice([torch.bfloat16, torch.float64, torch.int64]))
+        case 2:
+            tensors[name] = tensor.flatten()[:1].clone()
+        case 3:
+            tensors[name] = tensor.unsqueeze(0)
+        case 4:
+            spoilt = tensors[name] = tensor.clone()
+            spoilt.view(-1).view(torch.uint8)[-1] = rng.choice([0, 127, 255])
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_a_network_with_any_part_exchanged(
+    name: str, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    path = tmp_path / "q"
+    for seed in range(250):
+        path.write_bytes(whole[name])
+        rng = random.Random(f"{name} {seed}")
+        rewrite(path, lambda header, tensors, rng=rng: spoil(rng, header, tensors))
+        load_and_run(path)
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_a_network_with_any_bytes_exchanged(
+    name: str, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    path, data, rng = tmp_path / "q", whole[name], random.Random(name)
+    for _ in range(150):
+        spoilt = bytearray(data)
+        for _ in range(rng.choice([1, 1, 4])):
+            spoilt[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(spoilt[: rng.choice([len(data), rng.randrange(len(data))])])
+        for read in (load, fastq.load_program):
+            if path.read_bytes() != data:
+                with pytest.raises(ValueError, match="q"):
+                    read(path)
+
+
+SPECS = {
+    "a factory": json.dumps(
+        [1, {"type": "collections.defaultdict", "children_spec": [], "context": {
+            "default_factory_module": "this", "default_factory_name": "d", "dict_context": []}}]
+    ),
+    "an enum": json.dumps(
+        [1, {"type": "builtins.dict", "children_spec": [],
+             "context": '[{"\\u005f_enum__": true, "fqn": "this:d", "name": "x"}]'}]
+    ),
+    "of another version": "[2, {}]",
+    "deep": "[" * 100_000,
+    "a kind that nobody knows": '[1, {"type": "x", "context": null, "children_spec": []}]',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_spec_imports_nothing(name: str, whole: dict[str, bytes], tmp_path: Path) -> None:
+    path = tmp_path / "q"
+    path.write_bytes(whole["two"])
+    rewrite(path, lambda header, _: header["network"]["specs"].__setitem__(1, SPECS[name]))
+    with pytest.raises(ValueError, match="a spec is not in order"):
+        load(path)
+    assert "this" not in sys.modules
+
+
+def test_specs_of_all_kinds_are_read_again() -> None:
+    Pair = namedtuple("Pair", ["left", "right"])
+    for value in (
+        ((1, {"a": [2, Pair(3, OrderedDict(z=1))]}), {}), defaultdict(list, a=1), deque([1]), None,
+    ):  # fmt: skip
+        spec = pytree.tree_structure(value)
+        assert _read_spec(_spec_text(spec)) == spec

@@ -292,7 +292,11 @@ def dequantize_row(
 
 
 def _has_lines(view: View) -> bool:
-    """Whether elements lie side by side along some axis."""
+    """Whether elements lie side by side along some axis, and the others join to three."""
+    try:
+        collapse([permuted(view, _by_stride(view))], 4)
+    except ValueError:
+        return False
     return all(n == 1 for n in view.shape) or any(
         n > 1 and stride == view.item for n, stride in zip(view.shape, view.strides, strict=True)
     )

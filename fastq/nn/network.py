@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ class Layout:
     recipe: Mapping[str, Any]
 
 
+ARRAYS = (torch.uint8, torch.int8, torch.int32, torch.float32)  # what programs are made of
 ONE_TENSOR = pytree.tree_structure(((0,), {}))  # model(x), the most common call
 
 
@@ -73,16 +75,22 @@ class QuantizedModel(nn.Module):
         self.layout = layout
         for name, tensor in tensors.items():
             step, _, part = name.rpartition(".")
-            if step not in self._modules:
-                self.add_module(step, nn.Module())
-            self.get_submodule(step).register_buffer(part, tensor.detach())
+            try:
+                if step not in self._modules:
+                    self.add_module(step, nn.Module())
+                self.get_submodule(step).register_buffer(part, tensor.detach())
+            except KeyError as error:
+                raise ValueError(f"a tensor is called {name!r:.80}: {error}") from error
         self._ready: list[BoundProgram] | None = None
         self._read_specs()
         self._bound()
         self.eval()
 
     def _read_specs(self) -> None:
-        self.in_spec, self.out_spec = map(pytree.treespec_loads, self.layout.specs)
+        self.in_spec, self.out_spec = map(_read_spec, self.layout.specs)
+        sides = (self.in_spec, self.layout.inputs), (self.out_spec, self.layout.outputs)
+        if any(spec.num_leaves != len(names) for spec, names in sides):
+            raise ValueError(f"specs {self.layout.specs} for {sides[0][1]} and {sides[1][1]}")
         self._single = self.in_spec == ONE_TENSOR and self.out_spec.is_leaf()
 
     @property
@@ -105,7 +113,7 @@ class QuantizedModel(nn.Module):
                 f"{step}.{part}": tensor.detach().numpy()
                 for step, module in self._modules.items()
                 for part, tensor in module._buffers.items()  # type: ignore[union-attr]
-                if tensor is not None
+                if tensor is not None and tensor.dtype in ARRAYS
             }
             programs = [decode_program(given, arrays) for given in self.layout.programs]
             self._ready = [BoundProgram(program) for program in programs]
@@ -289,6 +297,29 @@ def _spec_text(spec: Any) -> str:
     return pytree.treespec_dumps(spec)
 
 
+def _read_spec(text: str) -> Any:
+    """The spec again; ValueError for what `_spec_text` does not write.
+
+    Torch imports the modules that name an enum's class or a defaultdict's factory: refused, but
+    for builtins and collections, for a file may have named them.
+    """
+
+    def refuse_modules(given: dict[str, Any]) -> dict[str, Any]:
+        module = given.get("default_factory_module", "builtins")
+        if "__enum__" in given or module not in ("builtins", "collections"):
+            raise ValueError(f"a spec with {given!r:.80}; wanted tuples, lists and dicts")
+        context = given.get("context")
+        if isinstance(context, str) and given.get("type") != "collections.namedtuple":
+            json.loads(context, object_hook=refuse_modules)
+        return given
+
+    try:
+        json.loads(text, object_hook=refuse_modules)
+        return pytree.treespec_loads(text)
+    except Exception as error:  # torch raises whatever it meets
+        raise ValueError(f"a spec is not in order: {type(error).__name__}: {error}") from error
+
+
 # How torch's own kinds of values are written in a file; all others are encode.py's.
 NAMED: dict[str, dict[str, Any]] = {
     "dtype": {str(v).removeprefix("torch."): v for v in (
@@ -417,6 +448,9 @@ def _check(layout: Layout) -> None:
     texts = [*layout.specs, *layout.names, *known]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("names and specs are strings")
+    wanted = {str(i) for i, name in enumerate(layout.inputs) if name is None}
+    if wanted != layout.constants.keys():
+        raise ValueError(f"constants {sorted(layout.constants)} for inputs {layout.inputs}")
     for stage in layout.stages:
         texts = [*stage.inputs, *stage.outputs, stage.layer, stage.why]
         if not all(isinstance(text, str) for text in texts):
@@ -440,6 +474,6 @@ def _check(layout: Layout) -> None:
             raise ValueError(f"{stage.op!r} is no operation")
         if stage.op != "program" and (stage.program != -1 or len(stage.outputs) != 1):
             raise ValueError(f"{stage.outputs}: a float operator has one output")
-    wanted = [out for out in layout.outputs if isinstance(out, str)]
-    if missing := [name for name in wanted if name not in known]:
+    ends = [out for out in layout.outputs if isinstance(out, str)]
+    if missing := [name for name in ends if name not in known]:
         raise ValueError(f"no stage makes the outputs {missing}")

@@ -1,0 +1,338 @@
+"""Captured graphs: what belongs to the network, what to the example, and what cannot be told."""
+
+from __future__ import annotations
+
+import copy
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from networks import Call, call, conv
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from fastq.capture import CannotCapture, Captured, capture
+from fastq.graph import Batch, Node, evaluate
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def run(captured: Captured, *args: Any, **kwargs: Any) -> Any:
+    """The result of the graph, node by node."""
+    leaves = pytree.tree_leaves((args, kwargs))
+    values: dict[Node, Any] = {}
+    for wanted, leaf in zip(captured.arguments, leaves, strict=True):
+        if isinstance(wanted, Node):
+            values[wanted] = leaf
+        else:
+            assert wanted == leaf
+    batch = next(len(x) for x in leaves if isinstance(x, Tensor) and x.dim())
+    for node in captured.graph:
+        if node.op == "constant":
+            values[node] = node.tensors["value"]
+        elif node not in values:
+            values[node] = evaluate(node, [values[v] for v in node.inputs], batch)
+    outputs = [values[v] if isinstance(v, Node) else v for v in captured.graph.outputs]
+    return pytree.tree_unflatten(outputs, captured.out_spec)
+
+
+def same(wanted: Any, found: Any) -> None:
+    """The same structure of nearly the same values."""
+    (one, spec), (two, spec_too) = map(pytree.tree_flatten, (wanted, found))
+    assert spec == spec_too
+    for x, y in zip(one, two, strict=True):
+        if isinstance(x, Tensor):
+            torch.testing.assert_close(y, x, atol=1e-5, rtol=1e-5)
+        else:
+            assert x == y and type(x) is type(y)
+
+
+@torch.no_grad()
+def check(
+    model: nn.Module, *args: Any, batches: tuple[int, ...] = (1, 6), **kwargs: Any
+) -> Captured:
+    """The graph computes what the model does, for the example and for other batch sizes."""
+    captured = capture(model.eval(), args, kwargs)
+    for batch in (None, *batches):
+
+        def resized(x: Any, batch: int | None = batch) -> Any:
+            whole = isinstance(x, Tensor) and x.dim() and batch is not None
+            return torch.cat([x] * 6)[:batch].flip(0) if whole else x
+
+        given, named = pytree.tree_map(resized, (args, kwargs))
+        wanted = copy.deepcopy(model)(*copy.deepcopy(given), **copy.deepcopy(named))
+        same(wanted, run(captured, *given, **named))
+    return captured
+
+
+def ops(captured: Captured) -> list[str]:
+    return [node.op for node in captured.graph if node.op not in ("input", "constant")]
+
+
+def refused(model: nn.Module, *args: Any, **kwargs: Any) -> str:
+    with pytest.raises(CannotCapture) as caught:
+        capture(model.eval(), args, kwargs)
+    return str(caught.value)
+
+
+def image(channels: int = 3) -> Tensor:
+    return torch.randn(2, channels, 8, 7)
+
+
+A: dict[str, Callable[[], nn.Module]] = {"a": conv(3, 4, 3, padding=1)}
+
+
+# ------------------------------------------------------------------------- what follows the example
+
+
+def test_the_extent_is_the_examples_where_nothing_depends_on_it() -> None:
+    captured = check(call(lambda net, x: F.relu(net.a(x)).mean((2, 3)), **A)(), image())
+    assert captured.any_extent
+    model = call(lambda net, x: F.relu(net.a(x)).mean((2, 3)), **A)().eval()
+    captured, larger = capture(model, (image(),)), torch.randn(3, 3, 12, 30)
+    with torch.no_grad():
+        same(model(larger), run(captured, larger))
+
+
+EXTENTS: dict[str, Callable[[Call, Tensor], Any]] = {
+    "pads to even sizes": lambda net, x: net.a(F.pad(x, (0, -x.shape[3] % 2, 0, 0))),
+    "a size in the values": lambda net, x: net.a(x) / x.shape[2],
+    "a branch": lambda net, x: net.a(x) if x.shape[2] < 50 else F.relu(net.a(x)),
+    "a loop": lambda net, x: sum(net.a(x)[:, :, i] for i in range(x.shape[2])),
+    "positions": lambda net, x: net.a(x) + torch.arange(x.shape[3]),
+    "rows of features": lambda net, x: F.linear(net.a(x).flatten(1), torch.ones(2, 4 * 8 * 7)),
+}
+
+
+@pytest.mark.parametrize("name", EXTENTS)
+def test_a_graph_that_depends_on_the_extent_holds_for_it(name: str) -> None:
+    assert not check(call(EXTENTS[name], **A)(), image()).any_extent
+
+
+def test_sizes_that_follow_the_batch() -> None:
+    def forward(net: Call, x: Tensor) -> Any:
+        y = net.a(x)
+        return y.reshape(len(x), -1), y + torch.zeros(len(x), 4, 1, 1), y.reshape(2 * len(x), -1)
+
+    captured = check(call(forward, **A)(), image())
+    held = [v for node in captured.graph for v in pytree.tree_leaves(node.attrs)]
+    assert Batch(1) in held
+
+
+BATCHES: dict[str, tuple[Callable[[Call, Tensor], Any], str]] = {
+    "a branch": (lambda net, x: net.a(x) if len(x) < 6 else F.relu(net.a(x)), "size of the input"),
+    "a loop": (lambda net, x: sum(net.a(x)[i] for i in range(len(x))), "size of the input"),
+    "a list of images": (lambda net, x: list(net.a(x).unbind(0)), "size of the input"),
+    "a value": (lambda net, x: net.a(x) + 3.5 * len(x) ** 2, "two sizes of the input"),
+    "a slice": (lambda net, x: net.a(x)[: len(x) // 2], "two sizes of the input"),
+    "a constant": (lambda net, x: net.a(x) * torch.full((4, 1, 1), len(x) ** 2), ""),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_graph_that_depends_on_the_batch_is_refused(name: str) -> None:
+    function, reason = BATCHES[name]
+    assert reason in refused(call(function, **A)(), image())
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) if float(x.sum()) > 0 else x
+
+
+def test_a_branch_on_the_data_is_refused_with_a_reason() -> None:
+    reason = refused(Branch(), torch.randn(4, 6))
+    assert "data" in reason.lower() and len(reason) < 300
+
+
+def test_an_error_of_the_model_is_a_reason() -> None:
+    def forward(net: Call, x: Tensor) -> Tensor:
+        raise LookupError("no such image\nand more")
+
+    assert refused(call(forward, **A)(), image()) == "LookupError: no such image"
+
+
+# ------------------------------------------------------------------------------ arguments, results
+
+
+def test_arguments_of_every_kind() -> None:
+    class Many(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.e = nn.Linear(6, 6), nn.Embedding(9, 6)
+
+        def forward(
+            self, x: Tensor, rest: Any, mask: Tensor | None = None, *, scale: float = 2.0,
+            flag: bool = False,
+        ) -> Any:  # fmt: skip
+            y = self.a(x) * scale + self.e(rest["ids"][0])
+            return y if mask is None else torch.where(mask, y, -y), flag, None
+
+    x, ids = torch.randn(4, 6), torch.randint(0, 9, (4,))
+    model = Many()
+    check(model, x, {"ids": [ids]})
+    captured = check(model, x, rest={"ids": [ids]}, mask=x > 0, scale=0.5, flag=True)
+    assert captured.arguments[-2:] == (0.5, True)
+    assert [isinstance(v, Node) for v in captured.arguments] == [True, True, True, False, False]
+
+
+def test_inputs_of_other_dtypes() -> None:
+    for dtype in (torch.float64, torch.bool, torch.int64, torch.uint8, torch.bfloat16):
+        model = call(lambda net, x: net.a(x.float()), a=lambda: nn.Linear(6, 4))()
+        captured = check(model, (torch.randn(4, 6) * 9).to(dtype))
+        assert ops(captured) == ["aten", "linear"], dtype
+    captured = check(nn.Linear(6, 4).double(), torch.randn(4, 6).double())
+    assert ops(captured) == ["aten"]  # no operation of float32
+
+
+Pair = namedtuple("Pair", ["left", "right"])
+RESULTS: dict[str, Callable[[Call, Tensor], Any]] = {
+    "none": lambda net, x: (None, net.a(x)),
+    "a dict of lists": lambda net, x: {"y": [net.a(x), 3], "z": (x, "text", 2.5)},
+    "a named tuple": lambda net, x: Pair(net.a(x), net.a(x) + 1),
+    "the input": lambda net, x: (x, net.a(x), x),
+    "a view of the input": lambda net, x: (x[:, :2], x.flatten(2), net.a(x)),
+    "one value twice": lambda net, x: (lambda y: [y, y, F.relu(y)])(net.a(x)),
+    "a parameter": lambda net, x: (net.a(x), net.a.bias),
+    "a constant": lambda net, x: (net.a(x), torch.ones(3), 2 * net.a.weight),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_results_of_every_kind(name: str) -> None:
+    with torch.no_grad():
+        check(call(RESULTS[name], **A)(), image())
+
+
+# ------------------------------------------------------------------------------------ the model
+
+
+def test_shared_modules_are_called_twice() -> None:
+    captured = check(
+        call(lambda net, x: net.b(F.relu(net.b(net.a(x)))), **A, b=conv(4, 4, 1))(), image()
+    )
+    layers = [node for node in captured.graph if node.op == "conv2d"]
+    assert [node.layer for node in layers] == ["a", "b", "b"]
+    assert layers[1].tensors["weight"] is not None
+    assert layers[1].tensors["weight"].data_ptr() == layers[2].tensors["weight"].data_ptr()
+
+
+def test_layers_have_their_names_and_kinds() -> None:
+    body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4), nn.GELU()))
+    captured = check(body, image())
+    nodes = [node for node in captured.graph if node.op != "input"]
+    assert [(node.layer, node.kind, node.op) for node in nodes] == [
+        ("0", "Conv2d", "conv2d"), ("1.0", "BatchNorm2d", "affine"), ("1.1", "GELU", "pointwise"),
+    ]  # fmt: skip
+
+
+def test_dropout_and_batch_norm_are_those_of_eval_mode() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.9), nn.Dropout2d(), nn.AlphaDropout()
+    )
+    model[1].running_mean.normal_()
+    assert ops(check(model, image())) == ["conv2d", "affine"]
+
+
+def test_a_batch_norm_without_statistics_stays_float() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False))
+    assert ops(check(model, image(), batches=()))[1:] == ["aten"]
+
+
+def test_the_model_stays_as_it_is() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+            self.calls: list[Any] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = x
+            self.calls.append(x.shape)
+            return self.norm(self.a(x))
+
+    model = Counts().eval()
+    model.norm.train()
+    model.a.weight.requires_grad = False
+    state, members = copy.deepcopy(model.state_dict()), set(vars(model))
+    modes = [module.training for module in model.modules()]
+    random = torch.get_rng_state()
+    with pytest.raises(CannotCapture, match="changes a parameter"):
+        capture(model, (torch.randn(4, 6, generator=torch.Generator().manual_seed(1)),))
+    model.norm.eval()
+    captured = capture(model, (torch.zeros(4, 6),))
+    assert [module.training for module in model.modules()][:2] == modes[:2]
+    assert set(vars(model)) == members and model.calls == []
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+    assert model.norm.weight.requires_grad and not model.a.weight.requires_grad
+    assert torch.equal(random, torch.get_rng_state())
+    assert not any(t.requires_grad for node in captured.graph for t in node.tensors.values())
+
+
+def test_hooks_are_part_of_the_network() -> None:
+    model = call(lambda net, x: net.a(x), **A)()
+    handle = model.a.register_forward_hook(lambda module, args, y: y * 2)
+    model.register_forward_pre_hook(lambda module, args: (F.relu(args[0]),))
+    assert ops(check(model, image())) == ["pointwise", "conv2d", "pointwise"]
+    handle.remove()
+    assert ops(check(model, image())) == ["pointwise", "conv2d"]
+
+
+# ------------------------------------------------------------------------------------ in place
+
+
+IN_PLACE: dict[str, Callable[[Call, Tensor], Any]] = {
+    "itself": lambda net, x: F.relu_(net.a(x)).add_(1),
+    "a copy": lambda net, x: (lambda y: (y.clone().relu_(), y))(net.a(x)),
+    "what a view sees": lambda net, x: (lambda y, v: (y.mul_(2), v))(
+        *(lambda y: (y, y.flatten(1)))(net.a(x))
+    ),
+    "through a view": lambda net, x: (lambda y: (y[:, 1:3].zero_(), y)[1])(net.a(x)),
+    "after it was read": lambda net, x: (lambda y: (y + 1, y.relu_(), y))(net.a(x)),
+    "assigned": lambda net, x: (lambda y: (y.__setitem__((..., 0), 7.0), y)[1])(net.a(x)),
+    "a copy of the input": lambda net, x: (lambda y: (y.sub_(1), net.a(y)))(x.clone()),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_changes_in_place_are_seen(name: str) -> None:
+    check(call(IN_PLACE[name], **A)(), image())
+
+
+class Buffered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 6)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        return self.a(x) * self.seen
+
+
+def test_changes_of_what_is_not_the_graphs_are_refused() -> None:
+    model = Buffered()
+    assert "chang" in refused(model, torch.randn(4, 6))
+    assert model.seen == 0
+    assert "chang" in refused(call(lambda net, x: net.a(x.relu_()), **A)(), image())
+    assert "chang" in refused(call(lambda net, x: (x[:, 0].zero_(), net.a(x))[1], **A)(), image())
+
+
+def test_what_nobody_reads_is_left_out() -> None:
+    def forward(net: Call, x: Tensor, y: Tensor) -> Tensor:
+        net.a(y).sort(1)
+        return net.a(x)
+
+    captured = check(call(forward, **A)(), image(), image())
+    assert ops(captured) == ["conv2d"]
+    assert len(captured.graph.inputs) == 2
