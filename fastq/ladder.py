@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fastq.layerwise import sensitivity
-from fastq.remedies import DEFAULT, remedy_names
+from fastq.remedies import DEFAULT, REMEDIES, remedy_names
 
 Build = Callable[[tuple[str, ...], tuple[str, ...]], nn.Module]
 
@@ -50,8 +50,8 @@ def climb(
     """The first quantized network whose score is at most max_drop below the float network's.
 
     First the default remedies, then more of them (RUNGS), and at last 1, 2, 4, ... of the layers
-    that `sensitivity` finds to harm the output most stay float. A line for each attempt says what
-    it gained.
+    that `sensitivity` finds to harm the output most, after the equalizations among these
+    remedies, stay float. A line for each attempt says what it gained.
 
     data      calibration data that can be read again and again: a list of batches or a DataLoader.
     evaluate  gives a network's score, more being better; called on the float network too.
@@ -94,21 +94,20 @@ def climb(
     if not done:
         assert best is not None
         remedies = best[0].remedies
-        worst = [
-            row.name
-            for row in sensitivity(model, data, forward=forward, config=config, skip=skip).worst()
-        ]
-        names = list(dict.fromkeys(name for name in worst if name))
+        # the float network of the best attempt: equalized, it may have another worst layer
+        first = [name for name in remedies if REMEDIES[name].first]
+        found = sensitivity(model, data, forward=forward, config=config, skip=skip, remedies=first)
+        names = list(dict.fromkeys(row.name for row in found.worst() if row.name))
         count = 1
         while not done and count < len(names):
             done = attempt(remedies, tuple(names[:count]))
             count *= 2
     assert best is not None
-    found, result = best
+    last, result = best
     if not done:
         warnings.warn(
             f"quantize_model: nothing was within {max_drop:.4g} of float32's {goal:.4g}; the best, "
-            f"{found}, scores {found.score:.4g}",
-            stacklevel=2,
+            f"{last}, scores {last.score:.4g}",
+            stacklevel=3,  # the caller of quantize_model
         )
     return result

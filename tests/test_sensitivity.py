@@ -65,6 +65,20 @@ def test_only_that_layer_is_quantized() -> None:
         assert row.output_snr == pytest.approx(decibels(model[2](real), model[2](y)), abs=0.5)
 
 
+def test_it_shows_what_equalization_leaves() -> None:
+    """Channels of very different size cost the layer that reads them, until they are equalized."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    factor = torch.logspace(-2, 2, 16)
+    with torch.no_grad():
+        model[0].weight *= factor[:, None]  # type: ignore[operator]
+        model[0].bias *= factor  # type: ignore[operator]
+        model[2].weight /= factor  # type: ignore[operator]
+    data = [torch.randn(64, 16)]
+    before = sensitivity(model, data, progress=False)
+    after = sensitivity(model, data, remedies="cross_layer_equalization", progress=False)
+    assert before.rows[1].snr < 20 and after.rows[1].snr > 30
+
+
 def test_it_prints_the_worst_first() -> None:
     rows = (LayerSensitivity("a", "conv2d", 30.0, 40.0), LayerSensitivity("b", "linear", 25, 21.25))
     assert str(Sensitivity(rows)).split("\n") == [
@@ -141,6 +155,21 @@ def test_the_most_sensitive_layers_become_float_at_last() -> None:
     result, lines = climbed({"bias_correction": 5, "bad": 4.9}, 0.5)
     assert result.skip == ("bad",)
     assert lines[-1] == "bias_correction, float: bad: 89.9, +4.9"
+
+
+def test_the_most_sensitive_layers_are_those_of_the_equalized_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[list[str]] = []
+
+    def watched(*args: object, remedies: list[str], **kwargs: object) -> Sensitivity:
+        asked.append(remedies)
+        return Sensitivity((LayerSensitivity("bad", "linear", 0.0, 0.0),) * 2)
+
+    monkeypatch.setattr("fastq.ladder.sensitivity", watched)
+    with pytest.warns(UserWarning, match="nothing was within"):
+        climbed({"cross_layer_equalization": 1, "gptq": 1}, 0.5)
+    assert asked == [["cross_layer_equalization", "activation_equalization"]]
 
 
 def test_out_of_reach_is_said_and_the_best_is_returned() -> None:
