@@ -131,7 +131,7 @@ def _prepared(layer: Any, shape: tuple[int, ...]) -> tuple[Any, Callable[[], Any
     if not isinstance(layer, QLayer):
         raise TypeError(
             f"explain: got a {type(layer).__name__}; wanted a QLinear, QConv2d, LinearWeight or "
-            "Conv2dWeight: the layers of a quantized model are in model.modules()"
+            "Conv2dWeight; fastq.profile takes what quantize_model returns"
         )
     real = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
     return layer._operands()[0], lambda: layer(real).numpy(), 4
