@@ -14,11 +14,12 @@ from fastq.remedies import DEFAULT, REMEDIES, remedy_names
 
 Build = Callable[[tuple[str, ...], tuple[str, ...]], nn.Module]
 
-# What each rung adds to the best so far; what gains nothing is left out again.
+# What each rung adds to the best so far, and what it takes the place of: adaround chooses all
+# weights that gptq has chosen anew. What gains nothing is left out again.
 RUNGS = (
-    ("cross_layer_equalization", "activation_equalization"),
-    ("gptq",),
-    ("adaround",),
+    (("cross_layer_equalization", "activation_equalization"), ()),
+    (("gptq",), ()),
+    (("adaround",), ("gptq",)),
 )
 
 
@@ -87,10 +88,10 @@ def climb(
         return best[0].score >= goal - max_drop
 
     done = attempt(DEFAULT)
-    for rung in RUNGS:
+    for added, replaced in RUNGS:
         if not done:
             assert best is not None
-            done = attempt({*best[0].remedies, *rung})
+            done = attempt({*best[0].remedies, *added} - {*replaced})
     if not done:
         assert best is not None
         remedies = best[0].remedies

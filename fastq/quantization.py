@@ -67,6 +67,7 @@ def quantize_model(
             f"quantize_model: got {type(model).__name__}, wanted a torch.nn.Module, not scripted"
         )
     remedies = remedy_names(remedies)
+    skip = (skip,) if isinstance(skip, str | type) else tuple(skip)  # a search reads it again
     if (evaluate is None) != (max_drop is None):
         raise TypeError("quantize_model: evaluate= and max_drop= come together")
     if calibration_data is None:
@@ -74,9 +75,8 @@ def quantize_model(
     if evaluate is not None and max_drop is not None:
 
         def build(names: tuple[str, ...], floats: tuple[str, ...]) -> nn.Module:
-            given = (skip,) if isinstance(skip, str | type) else tuple(skip)
             return quantize_model(
-                model, calibration_data, forward=forward, config=config, skip=(*given, *floats),
+                model, calibration_data, forward=forward, config=config, skip=(*skip, *floats),
                 remedies=names, progress=progress,
             )  # fmt: skip
 

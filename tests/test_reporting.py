@@ -269,7 +269,7 @@ def test_charts_show_what_they_are_given():
     assert '<rect class="grid" x="1.00" y="0" width="1.00"' in chart.html()
 
 
-def test_a_program_takes_what_a_float_operator_expanded():
+def test_a_program_takes_what_a_float_operator_expanded(tmp_path):
     """Its array may not be written to, of which torch would warn."""
 
     class Expanded(nn.Module):
@@ -282,7 +282,9 @@ def test_a_program_takes_what_a_float_operator_expanded():
 
     model, x = Expanded().eval(), torch.randn(8, 5, 4)
     int8 = fastq.quantize_model(model, x, progress=False)
-    found = fastq.report(model, int8, x, batch_sizes=(1,), passes=1, progress=False)
+    found = fastq.report(
+        model, int8, x, path=tmp_path / "r.html", batch_sizes=(1,), passes=1, progress=False
+    )
     assert found.steps
 
 

@@ -151,6 +151,12 @@ def test_a_rung_that_gains_nothing_is_left_out() -> None:
     assert lines[3] == "gptq + bias_correction: 89.8, +4.8"
 
 
+def test_adaround_takes_the_place_of_gptq() -> None:
+    result, lines = climbed({"bias_correction": 5, "gptq": 1, "adaround": 4.8}, 0.5)
+    assert result.remedies == ("adaround", "bias_correction")
+    assert lines[-1] == "adaround + bias_correction: 89.8, +3.8"
+
+
 def test_the_most_sensitive_layers_become_float_at_last() -> None:
     result, lines = climbed({"bias_correction": 5, "bad": 4.9}, 0.5)
     assert result.skip == ("bad",)
