@@ -56,7 +56,7 @@ NO_FRAME: Frame = (0, 0, 0, 0)
 VIEWS = ("reshape", "permute", "slice")
 JOINED = {  # how many axes kernels take, and how many of them do not join: see `collapse`
     "linear": (2, 1), "matmul": (4, 2), "softmax": (4, 1), "layer_norm": (4, 1),
-    "add": (4, 0), "mul": (4, 0), "affine": (4, 0), "table": (4, 0),
+    "add": (4, 0), "mul": (4, 0), "affine": (4, 1), "table": (4, 1),
 }  # fmt: skip
 MAX_PHASES = 2**12  # each has rows and packed weights of its own; FCN-32s has 2**10
 
@@ -269,7 +269,9 @@ class _Planner:
         return Plan(self.call, self.outputs, arena, tuple(rows))
 
     def rows_of(self, i: int, step: Step) -> None:
-        """Appends the rows of a step."""
+        """Appends the rows of a step: none for a value without elements."""
+        if 0 in self.shapes[step.name]:
+            return
         self.fill_frames(i, step)
         for (at, name), (storage, mold) in self.copies.items():
             if at == i:

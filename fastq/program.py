@@ -88,7 +88,8 @@ class Program:
     """Steps in an order in which each comes after its inputs.
 
     inputs   the names of the float32 inputs, in order.
-    outputs  for each output its name and `axes`: the result is its value transposed by them.
+    outputs  for each output its name and `axes`: the result is its value transposed by them. They
+             are all float32 values of the steps, in any order.
     extents  the inputs' shapes that it was made for, where other ones may not be given: sizes
              that are None may differ. One tuple for each input.
     """
