@@ -44,6 +44,8 @@ Remedies = str | Iterable[str]
 
 DEFAULT = ("balanced_rounding", "bias_correction")
 
+ROUNDINGS = ("balanced_rounding", "gptq", "adaround")  # the last that is named decides
+
 SAMPLE_BYTES = 2**26  # of the network's largest value: 32 images for ResNet-50
 ROWS_BYTES = 2**27  # of the inputs of a layer's products that its weights are fitted to
 MAX_ROWS = 2**15
@@ -77,9 +79,7 @@ def calibrate(
         if remedy.first:
             remedy.apply(prepared, sample, progress)
     means = _Means(prepared.layers()) if "bias_correction" in names else None
-    for i, arguments in enumerate(
-        bar(itertools.chain(sample, rest), "calibrate", progress, total)
-    ):
+    for i, arguments in enumerate(bar(itertools.chain(sample, rest), "calibrate", progress, total)):
         prepared.observe(arguments, means if i < len(sample) else None)
     prepared.means = means.result() if means else {}
     for remedy in chosen:
@@ -391,10 +391,10 @@ def bias_correction(prepared: Prepared, sample: Sequence[Batch], progress: bool 
 
 
 class _Means:
-    """The mean of each channel of these layers' outputs, (N,) float64, over all that it is shown."""
+    """The mean of each channel of these layers' outputs, (N,) float64, over all it is shown."""
 
     def __init__(self, layers: Iterable[Node]) -> None:
-        self._sums: dict[Node, Tensor | float] = dict.fromkeys(layers, 0.0)
+        self._sums = {node: torch.zeros((), dtype=torch.float64) for node in layers}
         self._counts = dict.fromkeys(self._sums, 0)
 
     def __call__(self, node: Node, value: Tensor) -> None:
@@ -403,7 +403,7 @@ class _Means:
             others = [i for i in range(value.dim()) if i != axis]
             # in float32, as one batch's: torch is 40 times slower in float64
             count = value.numel() // value.shape[axis]
-            self._sums[node] += value.mean(others).double() * count
+            self._sums[node] = self._sums[node] + value.mean(others).double() * count
             self._counts[node] += count
 
     def result(self) -> dict[Node, Tensor]:
@@ -447,9 +447,7 @@ def _bias(prepared: Prepared, node: Node) -> Tensor:
 # --------------------------------------------------------------------------------- rounding weights
 
 
-def balanced_rounding(
-    prepared: Prepared, sample: Sequence[Batch], progress: bool = False
-) -> None:
+def balanced_rounding(prepared: Prepared, sample: Sequence[Batch], progress: bool = False) -> None:
     """Round some weights to the other side, so that the rounding errors in each kernel, then in
     each output, sum to half a step at most.
 
