@@ -10,16 +10,16 @@ from typing import Any
 from torch import nn
 
 from fastq.layerwise import sensitivity
-from fastq.remedies import DEFAULT, REMEDIES, remedy_names
+from fastq.remedies import DEFAULT, REMEDIES, ROUNDINGS, remedy_names
 
 Build = Callable[[tuple[str, ...], tuple[str, ...]], nn.Module]
 
-# What each rung adds to the best so far, and what it takes the place of: adaround chooses all
-# weights that gptq has chosen anew. What gains nothing is left out again.
+# What each rung adds to the best so far; what gains nothing is left out again. One way of rounding
+# takes the place of the other.
 RUNGS = (
-    (("cross_layer_equalization", "activation_equalization"), ()),
-    (("gptq",), ()),
-    (("adaround",), ("gptq",)),
+    ("cross_layer_equalization", "activation_equalization"),
+    ("gptq",),
+    ("adaround",),
 )
 
 
@@ -52,7 +52,8 @@ def climb(
 
     First the default remedies, then more of them (RUNGS), and at last 1, 2, 4, ... of the layers
     that `sensitivity` finds to harm the output most, after the equalizations among these
-    remedies, stay float. A line for each attempt says what it gained.
+    remedies, stay float. A line for each attempt says its score, in brackets how far that is from
+    the float network's, and what it gained.
 
     data      calibration data that can be read again and again: a list of batches or a DataLoader.
     evaluate  gives a network's score, more being better; called on the float network too.
@@ -72,7 +73,7 @@ def climb(
             "wants a list of batches or a DataLoader"
         )
     goal = float(evaluate(model))
-    echo(f"float32 scores {goal:.4g}; wanted at least {goal - max_drop:.4g}")
+    echo(f"float32: {goal:.4g}; wanted: at least {goal - max_drop:.4g}")
     best: tuple[Attempt, nn.Module] | None = None
 
     def attempt(remedies: Collection[str], skip: tuple[str, ...] = ()) -> bool:
@@ -81,17 +82,27 @@ def climb(
         names = remedy_names(remedies)
         made = build(names, skip)
         new = Attempt(names, skip, float(evaluate(made)))
-        gain = "" if best is None else f", {new.score - best[0].score:+.4g}"
-        echo(f"{new}: {new.score:.4g}{gain}")
-        if best is None or new.score > best[0].score:
+        gain = 0.0 if best is None else new.score - best[0].score
+        if best is None:
+            said = ""
+        elif gain > 0:
+            said = f", gains {gain:.4g}"
+        else:
+            said = ", no gain: left out"
+        if best is None or gain > 0:
             best = new, made
-        return best[0].score >= goal - max_drop
+        done = best[0].score >= goal - max_drop
+        echo(f"{new}: {new.score:.4g} ({new.score - goal:+.4g}){said}{': enough' * done}")
+        return done
 
     done = attempt(DEFAULT)
-    for added, replaced in RUNGS:
+    for rung in RUNGS:
         if not done:
             assert best is not None
-            done = attempt({*best[0].remedies, *added} - {*replaced})
+            kept = best[0].remedies
+            if set(rung) & set(ROUNDINGS):
+                kept = tuple(name for name in kept if name not in ROUNDINGS)
+            done = attempt({*kept, *rung})
     if not done:
         assert best is not None
         remedies = best[0].remedies

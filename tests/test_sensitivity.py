@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastq.ladder import climb
 from fastq.layerwise import LayerSensitivity, Sensitivity, decibels, sensitivity
-from fastq.remedies import REMEDIES
+from fastq.remedies import DEFAULT, REMEDIES
 
 
 @pytest.fixture(autouse=True)
@@ -135,10 +135,10 @@ def climbed(scores: dict[str, float], max_drop: float) -> tuple[Built, list[str]
 
 def test_the_ladder_stops_at_the_first_rung_within_the_budget() -> None:
     result, lines = climbed({"bias_correction": 9.6}, 0.5)
-    assert result.remedies == ("bias_correction",) and result.skip == ()
+    assert result.remedies == DEFAULT and result.skip == ()
     assert lines == [
-        "float32 scores 90; wanted at least 89.5",
-        "bias_correction: 89.6",
+        "float32: 90; wanted: at least 89.5",
+        "balanced_rounding + bias_correction: 89.6 (-0.4): enough",
     ]
 
 
@@ -147,8 +147,8 @@ def test_a_rung_that_gains_nothing_is_left_out() -> None:
         {"bias_correction": 5, "cross_layer_equalization": -1, "gptq": 4.8}, 0.5
     )
     assert result.remedies == ("gptq", "bias_correction")
-    assert lines[2].endswith("bias_correction: 84, -1")
-    assert lines[3] == "gptq + bias_correction: 89.8, +4.8"
+    assert lines[2].endswith("bias_correction: 84 (-6), no gain: left out")
+    assert lines[3] == "gptq + bias_correction: 89.8 (-0.2), gains 4.8: enough"
 
 
 def test_adaround_takes_the_place_of_gptq() -> None:
@@ -160,7 +160,9 @@ def test_adaround_takes_the_place_of_gptq() -> None:
 def test_the_most_sensitive_layers_become_float_at_last() -> None:
     result, lines = climbed({"bias_correction": 5, "bad": 4.9}, 0.5)
     assert result.skip == ("bad",)
-    assert lines[-1] == "bias_correction, float: bad: 89.9, +4.9"
+    assert lines[-1] == (
+        "balanced_rounding + bias_correction, float: bad: 89.9 (-0.1), gains 4.9: enough"
+    )
 
 
 def test_the_most_sensitive_layers_are_those_of_the_equalized_network(
