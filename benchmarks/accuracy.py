@@ -24,11 +24,11 @@ import fastq
 from fastq.layerwise import decibels
 from fastq.network import finish, prepare_model
 from fastq.prepare import Prepared
-from fastq.remedies import REMEDIES, calibrate, remedy_names
+from fastq.remedies import DEFAULT, REMEDIES, calibrate, remedy_names
 
 Run = Callable[..., Tensor]
 IMAGES = 200  # for calibration
-DEFAULT_METHODS = ("none", "bias_correction", "gptq+bias_correction")
+DEFAULT_METHODS = ("none", "+".join(DEFAULT), "gptq+bias_correction")
 
 
 @dataclass(frozen=True)

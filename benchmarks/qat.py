@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 import fastq
 from benchmarks.accuracy import IMAGES, load_tasks, measure, quantized
+from fastq.remedies import DEFAULT
 
 TRAINING_IMAGES = 2000
 BATCH = 64
@@ -70,7 +71,7 @@ def train(
 
 def methods(task: Any, config: fastq.QConfig, epochs: int) -> Iterator[Any]:
     model = task.build()
-    for names in ("none", "bias_correction"):
+    for names in ("none", "+".join(DEFAULT)):
         start = time.perf_counter()
         made = quantized(model, task.calib(IMAGES), names, config)
         yield f"{config.weight_bits} bit {names}", made, time.perf_counter() - start

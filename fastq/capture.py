@@ -864,6 +864,9 @@ class _Reader:
             return None
         return self.permute(node, x, (1, 0))
 
+    def read_mT(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.read_transpose(node, {**a, "dim0": -2, "dim1": -1})
+
     def permute(self, node: fx.Node, x: Node, dims: Sequence[int]) -> Node:
         dims = tuple(d % len(dims) for d in dims)
         if dims == tuple(range(len(dims))):

@@ -47,9 +47,10 @@ class Explanation:
     time        of a call, with all that Python does around the kernels.
     estimate    of the kernels on one thread, by the model that decides whether threads pay.
     macs        multiply-adds; 2 operations each in `gops`, 10^9 operations a second.
-    limit       the roofline: the time that no exact kernel can beat here, by `bound`: "compute"
-                (dot products on registers) or "memory" (reading operands of this size).
-    share       limit / time.
+    limit       the roofline: the time that no exact sum of these products can beat here, by
+                `bound`: "compute" (dot products on registers) or "memory" (reading operands of
+                this size).
+    share       limit / time; over 1 where Winograd does with fewer products.
     """
 
     layer: str
@@ -131,7 +132,7 @@ def _prepared(layer: Any, shape: tuple[int, ...]) -> tuple[Any, Callable[[], Any
     if not isinstance(layer, QLayer):
         raise TypeError(
             f"explain: got a {type(layer).__name__}; wanted a QLinear, QConv2d, LinearWeight or "
-            "Conv2dWeight: the layers of a quantized model are in model.modules()"
+            "Conv2dWeight; fastq.profile takes what quantize_model returns"
         )
     real = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
     return layer._operands()[0], lambda: layer(real).numpy(), 4

@@ -107,11 +107,13 @@ class Graph:
         arguments: Iterable[Any],
         watch: Callable[[Node, Any], Any] | None = None,
         tensors: Mapping[Node, dict[str, Tensor]] | None = None,
+        unclamped: Callable[[Node, Tensor], None] | None = None,
     ) -> list[Any]:
         """The network in float, of the leaves of its arguments.
 
-        watch    watch(node, value) sees each value, and may return another.
-        tensors  parameters to take instead of a node's own.
+        watch      watch(node, value) sees each value, and may return another.
+        tensors    parameters to take instead of a node's own.
+        unclamped  unclamped(node, value) sees each operation's value before its clamp.
         """
         given = [x for x in arguments if isinstance(x, Tensor)]
         batch = next((len(x) for x in given if isinstance(x, Tensor) and x.dim()), 1)
@@ -124,7 +126,7 @@ class Graph:
             else:
                 own = (tensors or {}).get(node)
                 stand_in = node if own is None else replace(node, tensors=own)
-                value = evaluate(stand_in, [values[v] for v in node.inputs], batch)
+                value = evaluate(stand_in, [values[v] for v in node.inputs], batch, unclamped)
             if watch is not None:
                 changed = watch(node, value)
                 value = value if changed is None else changed
@@ -141,8 +143,13 @@ class Graph:
         return "\n".join(map(repr, self.nodes))
 
 
-def evaluate(node: Node, inputs: list[Any], batch: int = 1) -> Any:
-    """The value of a node, in float."""
+def evaluate(
+    node: Node,
+    inputs: list[Any],
+    batch: int = 1,
+    unclamped: Callable[[Node, Tensor], None] | None = None,
+) -> Any:
+    """The value of a node, in float; unclamped(node, value) sees it before its clamp."""
     if node.op == "constant":
         return node.tensors["value"]
     if node.op == "aten":
@@ -151,9 +158,11 @@ def evaluate(node: Node, inputs: list[Any], batch: int = 1) -> Any:
             *map(fill, node.attrs["args"]), **{k: fill(v) for k, v in node.attrs["kwargs"].items()}
         )
     y = OPERATIONS[node.op](node, *inputs)
+    if unclamped is not None:
+        unclamped(node, y)
     if "clamp" in node.attrs:
-        lo, hi = node.attrs["clamp"]
-        y = y.clamp(lo, hi)
+        # a product's value is new memory, so it may be clamped where it is
+        y = (y.clamp_ if node.op in PRODUCTS else y.clamp)(*node.attrs["clamp"])
     return y
 
 

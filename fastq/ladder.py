@@ -10,11 +10,12 @@ from typing import Any
 from torch import nn
 
 from fastq.layerwise import sensitivity
-from fastq.remedies import DEFAULT, remedy_names
+from fastq.remedies import DEFAULT, REMEDIES, ROUNDINGS, remedy_names
 
 Build = Callable[[tuple[str, ...], tuple[str, ...]], nn.Module]
 
-# What each rung adds to the best so far; what gains nothing is left out again.
+# What each rung adds to the best so far; what gains nothing is left out again. One way of rounding
+# takes the place of the other.
 RUNGS = (
     ("cross_layer_equalization", "activation_equalization"),
     ("gptq",),
@@ -50,8 +51,9 @@ def climb(
     """The first quantized network whose score is at most max_drop below the float network's.
 
     First the default remedies, then more of them (RUNGS), and at last 1, 2, 4, ... of the layers
-    that `sensitivity` finds to harm the output most stay float. A line for each attempt says what
-    it gained.
+    that `sensitivity` finds to harm the output most, after the equalizations among these
+    remedies, stay float. A line for each attempt says its score, in brackets how far that is from
+    the float network's, and what it gained.
 
     data      calibration data that can be read again and again: a list of batches or a DataLoader.
     evaluate  gives a network's score, more being better; called on the float network too.
@@ -71,7 +73,7 @@ def climb(
             "wants a list of batches or a DataLoader"
         )
     goal = float(evaluate(model))
-    echo(f"float32 scores {goal:.4g}; wanted at least {goal - max_drop:.4g}")
+    echo(f"float32: {goal:.4g}; wanted: at least {goal - max_drop:.4g}")
     best: tuple[Attempt, nn.Module] | None = None
 
     def attempt(remedies: Collection[str], skip: tuple[str, ...] = ()) -> bool:
@@ -80,35 +82,44 @@ def climb(
         names = remedy_names(remedies)
         made = build(names, skip)
         new = Attempt(names, skip, float(evaluate(made)))
-        gain = "" if best is None else f", {new.score - best[0].score:+.4g}"
-        echo(f"{new}: {new.score:.4g}{gain}")
-        if best is None or new.score > best[0].score:
+        gain = 0.0 if best is None else new.score - best[0].score
+        if best is None:
+            said = ""
+        elif gain > 0:
+            said = f", gains {gain:.4g}"
+        else:
+            said = ", no gain: left out"
+        if best is None or gain > 0:
             best = new, made
-        return best[0].score >= goal - max_drop
+        done = best[0].score >= goal - max_drop
+        echo(f"{new}: {new.score:.4g} ({new.score - goal:+.4g}){said}{': enough' * done}")
+        return done
 
     done = attempt(DEFAULT)
     for rung in RUNGS:
         if not done:
             assert best is not None
-            done = attempt({*best[0].remedies, *rung})
+            kept = best[0].remedies
+            if set(rung) & set(ROUNDINGS):
+                kept = tuple(name for name in kept if name not in ROUNDINGS)
+            done = attempt({*kept, *rung})
     if not done:
         assert best is not None
         remedies = best[0].remedies
-        worst = [
-            row.name
-            for row in sensitivity(model, data, forward=forward, config=config, skip=skip).worst()
-        ]
-        names = list(dict.fromkeys(name for name in worst if name))
+        # the float network of the best attempt: equalized, it may have another worst layer
+        first = [name for name in remedies if REMEDIES[name].first]
+        found = sensitivity(model, data, forward=forward, config=config, skip=skip, remedies=first)
+        names = list(dict.fromkeys(row.name for row in found.worst() if row.name))
         count = 1
         while not done and count < len(names):
             done = attempt(remedies, tuple(names[:count]))
             count *= 2
     assert best is not None
-    found, result = best
+    last, result = best
     if not done:
         warnings.warn(
             f"quantize_model: nothing was within {max_drop:.4g} of float32's {goal:.4g}; the best, "
-            f"{found}, scores {found.score:.4g}",
-            stacklevel=2,
+            f"{last}, scores {last.score:.4g}",
+            stacklevel=3,  # the caller of quantize_model
         )
     return result

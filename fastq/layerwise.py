@@ -18,6 +18,7 @@ from fastq.capture import CannotCapture
 from fastq.graph import Node, evaluate
 from fastq.network import Config, calibrate, call_of, prepare_model
 from fastq.prepare import Prepared, fake_quantize
+from fastq.remedies import Remedies
 from fastq.swap import Selector
 from fastq.trace import Forward
 
@@ -99,13 +100,16 @@ def sensitivity(
     forward: Forward | None = None,
     config: Config | None = None,
     skip: Selector | Iterable[Selector] = (),
+    remedies: Remedies = (),
     progress: bool = True,
 ) -> Sensitivity:
     """What quantizing each layer alone, its inputs and its weight, does to its output and to the
     network's.
 
-    The arguments are those of `fastq.quantize_model`. All batches calibrate; the ratios are
-    measured on the first one: a float pass for each layer.
+    The arguments are those of `fastq.quantize_model`, but for the remedies: none unless told
+    otherwise. The equalizations show what is left to lose after them; the others make up for the
+    errors of the layers before, which are not there when a layer is quantized alone. All batches
+    calibrate; the ratios are measured on the first one: a float pass for each layer.
 
     Raises ValueError when torch.export cannot follow the model; else as quantize_model does.
     """
@@ -116,7 +120,7 @@ def sensitivity(
         prepared = prepare_model(model, *call, config=config, skip=skip)
     except CannotCapture as error:
         raise ValueError(f"sensitivity: the model has no graph: {error}") from error
-    calibrate(prepared, model, batches, forward, progress=progress)
+    calibrate(prepared, model, batches, forward, remedies=remedies, progress=progress)
     arguments = pytree.tree_leaves(call)
     layers = prepared.layers()
     with torch.no_grad():

@@ -288,10 +288,11 @@ class _Lowering:
         return Program(names, tuple(self.steps), tuple(outputs), extents)
 
     def extent(self, node: Node) -> tuple[int | None, ...]:
-        """Which sizes of an input may vary: the batch, and an image's height and width."""
+        """Which sizes of an input may vary: the batch, and an image's height and width. Of a value
+        in the network any: where its channels are is not known, but to the steps that take it."""
         free = {0} | (set(range(2, len(node.shape))) if self.any_extent else set())
-        if self.any_extent and len(node.shape) == 3:
-            free = {0, 1, 2}
+        if self.any_extent and (len(node.shape) == 3 or node.op != "input"):
+            free = set(range(len(node.shape)))
         return tuple(None if i in free else n for i, n in enumerate(node.shape))
 
     def emit(

@@ -215,6 +215,7 @@ def _elementwise(
     qmax: int,
     out: NDArray[Any] | None,
 ) -> NDArray[Any]:
+    """scale and zero_point are copies: `out` may lie over what the caller gave."""
     layout, rows, columns, params = "tensor", 1, x.size, 1
     if axis is None:
         if scale.ndim or zero_point.ndim:
@@ -241,9 +242,9 @@ def _elementwise(
     if x.size == 0:
         return result
     source = np.require(x, requirements=["C", "A"])
-    # copies: `out` may lie over the caller's
-    scales = np.full(params, scale, np.float32)
-    zeros = np.full(params, zero_point, np.int32)
+    scales, zeros = (
+        p if p.ndim or params == 1 else np.full(params, p, p.dtype) for p in (scale, zero_point)
+    )
     key = (operation, _KIND[source.dtype], _KIND[dtype], layout, rows, columns, params, qmin, qmax)
     places = (address_of(array) for array in (source, result, scales, zeros))
     _elementwise_calls.run(_elementwise_call, key, *places)
@@ -971,6 +972,8 @@ def _through_numpy(function: Any, x: Any, parameter: Any, out: Any, **named: Any
 
 def _real(what: str, x: ArrayLike) -> NDArray[np.float32]:
     array = np.asarray(x)
+    if array.dtype == np.float32:
+        return array
     if array.dtype.kind != "f" and (isinstance(x, np.ndarray) or array.dtype.kind not in "iu"):
         raise TypeError(f"{what} {array.shape} {array.dtype}; wanted float32")
     with np.errstate(over="ignore"):

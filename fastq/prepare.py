@@ -37,6 +37,8 @@ class Prepared:
     chosen     weights that a remedy has chosen: node -> (int8 data, float32 scale per output),
                outputs first as in `weight_of`. All others are rounded to nearest.
     biases     float32 biases that a remedy has chosen, instead of the float network's own.
+    means      of each channel of the layers' float outputs, before the clamp, over the remedies'
+               sample: (N,) float64. Filled while the values are observed, if a remedy wants them.
     """
 
     captured: Captured
@@ -47,6 +49,7 @@ class Prepared:
     observers: dict[Node, Observer] = field(default_factory=dict)
     chosen: dict[Node, Weight] = field(default_factory=dict)
     biases: dict[Node, Tensor] = field(default_factory=dict)
+    means: dict[Node, Tensor] = field(default_factory=dict)
     _rounded: dict[Node, tuple[Any, Weight]] = field(default_factory=dict)
     _qparams: dict[Node, QParams] = field(default_factory=dict)
 
@@ -61,8 +64,15 @@ class Prepared:
         """The nodes with weights that become integers."""
         return [node for node in self.integer_nodes() if node.op in WEIGHTED]
 
-    def observe(self, arguments: Iterable[Any]) -> list[Any]:
-        """One float pass over flat arguments, watched; the outputs. Ranges grow."""
+    def observe(
+        self,
+        arguments: Iterable[Any],
+        unclamped: Callable[[Node, Tensor], None] | None = None,
+    ) -> list[Any]:
+        """One float pass over flat arguments, watched; the outputs. Ranges grow.
+
+        unclamped  sees each operation's value before its clamp, as in `Graph.run`.
+        """
         watched = self.ranges.watched()
         self._qparams.clear()
 
@@ -74,11 +84,12 @@ class Prepared:
                 self.observers[stands].update(value.detach().numpy())
 
         with torch.no_grad():
-            return self.graph.run(arguments, watch)
+            return self.graph.run(arguments, watch, unclamped=unclamped)
 
     def forget(self) -> None:
         """Drop what was seen: the graph's values have changed."""
         self.observers.clear()
+        self.means.clear()
         self._qparams.clear()
 
     def qparams(self, node: Node) -> QParams:
@@ -183,8 +194,7 @@ def symmetric(qparams: QParams) -> QParams:
 def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
     """x on the grid of qparams, in float32."""
     scale, zero_point = float(qparams.scale), int(qparams.zero_point)
-    q = torch.clamp(torch.round(x / scale) + zero_point, 0, 255)
-    return (q - zero_point) * scale
+    return (x / scale).round_().clamp_(-zero_point, 255 - zero_point).mul_(scale)
 
 
 def prepare(

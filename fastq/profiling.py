@@ -98,7 +98,8 @@ class Profile:
     """What `profile` found; printed, it is a table in the order of the program.
 
     call    microseconds of model(x), with all that Python does around the steps.
-    peak    10^9 operations a second of exact dot products on registers: the machine's limit.
+    peak    10^9 operations a second of exact dot products on registers: the machine's limit, which
+            only convolutions that take fewer of them (Winograd) can pass.
     """
 
     isa: str

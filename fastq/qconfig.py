@@ -12,9 +12,11 @@ from fastq.qparams import WeightRange, check_weight_bits, check_weight_range
 class QConfig:
     """How one layer is quantized.
 
-    observer      how the range of its input is found: a name ("minmax", "moving_average",
-                  "histogram", "percentile", "entropy"), or a class or function without arguments
-                  that makes an observer; see `fastq.make_observer`.
+    observer      how the range of its output is found, after the activation or the addition that
+                  became part of it: a name ("minmax", "moving_average", "histogram",
+                  "percentile", "entropy"), or a class or function without arguments that makes an
+                  observer; see `fastq.make_observer`. The network's inputs take the one that is
+                  given for all layers.
     weight_range  how its weights' range is found: "max" or "mse"; see `fastq.quantize_weight`.
     weight_bits   2 to 8 bits for the weights, stored as int8.
 

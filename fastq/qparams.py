@@ -50,8 +50,11 @@ def check_scale(name: str, scale: ArrayLike) -> Float32:
     given = np.asarray(scale)
     if given.dtype.kind not in "fiu":
         raise TypeError(f"{name}: got dtype {given.dtype}, wanted real numbers")
-    with np.errstate(over="ignore"):
+    if not given.ndim and 0 < given.item() <= FLT_MAX:
         array = np.array(given, dtype=np.float32)
+    else:
+        with np.errstate(over="ignore"):
+            array = np.array(given, dtype=np.float32)
     array.flags.writeable = False
     if array.ndim > 1:
         raise ValueError(f"{name}: shape {array.shape}; wanted a scalar or one axis")

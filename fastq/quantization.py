@@ -45,8 +45,9 @@ def quantize_model(
         DataLoader. A batch is a tensor: model(batch); a dict: model(**batch); or a tuple or list
         whose first element is one of these, and the input: most data sets give
         (images, labels). One batch is held at a time, and the remedies' sample.
-    remedies  names of what shall win accuracy back, see `fastq.remedies`: bias correction unless
-        told otherwise. They work on the first batches: 32 images for ResNet-50.
+    remedies  names of what shall win accuracy back, see `fastq.remedies`: balanced rounding and
+        bias correction unless told otherwise. They work on the first batches: 32 images for
+        ResNet-50.
     evaluate, max_drop  a function that scores a model, more being better, and how much less than
         the float model's score may be had: more remedies are tried one after the other, then
         the layers that are most sensitive stay float. What each step gains is printed.
@@ -67,6 +68,7 @@ def quantize_model(
             f"quantize_model: got {type(model).__name__}, wanted a torch.nn.Module, not scripted"
         )
     remedies = remedy_names(remedies)
+    skip = (skip,) if isinstance(skip, str | type) else tuple(skip)  # a search reads it again
     if (evaluate is None) != (max_drop is None):
         raise TypeError("quantize_model: evaluate= and max_drop= come together")
     if calibration_data is None:
@@ -74,9 +76,8 @@ def quantize_model(
     if evaluate is not None and max_drop is not None:
 
         def build(names: tuple[str, ...], floats: tuple[str, ...]) -> nn.Module:
-            given = (skip,) if isinstance(skip, str | type) else tuple(skip)
             return quantize_model(
-                model, calibration_data, forward=forward, config=config, skip=(*given, *floats),
+                model, calibration_data, forward=forward, config=config, skip=(*skip, *floats),
                 remedies=names, progress=progress,
             )  # fmt: skip
 

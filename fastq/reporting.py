@@ -417,9 +417,8 @@ class _Made:
     qparams: QParams | None
 
     def real(self) -> Tensor:
-        x = torch.from_numpy(self.array).permute(
-            [self.axes.index(d) for d in range(len(self.axes))]
-        )
+        array = np.require(self.array, requirements="W")  # torch warns of what was expanded
+        x = torch.from_numpy(array).permute([self.axes.index(d) for d in range(len(self.axes))])
         if self.qparams is None:
             return x
         return (x.float() - float(self.qparams.zero_point)) * float(self.qparams.scale)

@@ -43,9 +43,13 @@ def load_program(path: str | os.PathLike[str]) -> BoundProgram:
     try:
         if not isinstance(network, dict):
             raise ValueError("it has int8 layers in a float model")
-        floats = [stage["op"] for stage in network["stages"] if stage["program"] < 0]
+        floats = [
+            f"{stage['outputs'][0]} ({stage['why']})"
+            for stage in network["stages"]
+            if stage["program"] < 0
+        ]
         if floats or len(network["stages"]) != 1:
-            raise ValueError(f"it has float operators: {floats}")
+            raise ValueError(f"it has float operators: {', '.join(floats)}")
         (stage,), (program,) = network["stages"], network["programs"]
         bound = BoundProgram(decode_program(program, arrays))
         if network["inputs"] != stage["inputs"] or network["outputs"] != stage["outputs"]:

@@ -267,6 +267,14 @@ def self_attention(net: Call, x: Tensor) -> Tensor:
 CASES: dict[str, Case] = {
     # products
     "linear": Case(lambda: nn.Sequential(nn.Linear(7, 9), nn.ReLU(), nn.Linear(9, 3)), rows(7)),
+    "mT": Case(
+        call(
+            lambda self, x: self.b(F.relu(self.a(x).mT).mT),
+            a=lambda: nn.Linear(8, 6),
+            b=lambda: nn.Linear(6, 4),
+        ),
+        sequences(8),
+    ),
     "linear of sequences": Case(
         lambda: nn.Sequential(nn.Linear(7, 9), nn.Linear(9, 3, False)), sequences(7)
     ),

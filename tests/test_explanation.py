@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 import fastq
@@ -92,6 +93,9 @@ def test_a_recording_sees_all_threads(rng: Any) -> None:
 def test_what_cannot_be_explained() -> None:
     with pytest.raises(TypeError, match="got a Linear; wanted a QLinear"):
         fastq.explain(nn.Linear(2, 3), (1, 2))
+    network = fastq.quantize_model(nn.Sequential(nn.Linear(2, 3)), torch.ones(1, 2), progress=False)
+    with pytest.raises(TypeError, match=r"fastq\.profile takes what quantize_model returns"):
+        fastq.explain(network, (1, 2))
     with pytest.raises(ValueError, match="wanted"):
         fastq.explain(fastq.QLinear.from_float(nn.Linear(2, 3).requires_grad_(False)), (1, 5))
     with pytest.raises(LookupError, match="no kernel is at"):

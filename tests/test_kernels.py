@@ -30,7 +30,8 @@ def test_panels_hold_each_weight_once(tier: str, rng: Any) -> None:
         assert panels.shape == (-(-n // nr), taps * len(starts), nr, 4)
         # a vector of columns: the first `side` weights of each, then the next
         vectors = panels.reshape(*panels.shape[:2], nr // cols, 4 // side, cols, side)
-        by_column = vectors.swapaxes(3, 4).reshape(panels.shape)
+        by_lane = vectors.swapaxes(3, 4).reshape(panels.shape)
+        by_column = by_lane[:, :, np.argsort(simd_of.columns(nr))]
         found = np.zeros((len(panels) * nr, taps, run), np.int64)
         steps = by_column.reshape(len(panels), taps, -1, nr, 4).astype(np.int64)
         for s, start in enumerate(starts):

@@ -307,6 +307,20 @@ def test_a_network_in_a_network():
     assert "integer program" in repr(whole)
 
 
+def test_float_operators_are_shown():
+    def floats(self: Call, x: Tensor) -> Tensor:
+        return self.b(torch.erfinv(self.a(x).clamp(-0.9, 0.9)))
+
+    q = quantized(
+        call(floats, a=lambda: nn.Linear(3, 4), b=lambda: nn.Linear(4, 2))(), (torch.randn(4, 3),)
+    )
+    assert repr(q).split("\n")[1:] == [
+        "  2 integer program(s) of 4 steps, 1 float operator(s)",
+        "  erfinv: aten.erfinv.default has no integer form",
+        ")",
+    ]
+
+
 def test_programs_can_be_read():
     _, q, _ = small()
     assert str(q.program).count(" = conv2d(") == 8
@@ -481,6 +495,35 @@ def test_a_graph_that_depends_on_the_size_holds_for_that_size():
     assert q(torch.randn(1, 3, 8, 8)).shape == (1, 4, 4, 4)
     with pytest.raises(ValueError, match=r"wanted \(any, 3, 8, 8\)"):
         q(torch.randn(1, 3, 9, 9))
+
+
+def test_channels_may_be_last_between_float_operators_and_programs():
+    def floats(self: Call, x: Tensor) -> Tensor:
+        y = torch.erfinv(self.a(x).permute(0, 2, 3, 1).clamp(-0.9, 0.9))
+        return self.b(y).permute(0, 3, 1, 2)
+
+    model = call(floats, a=conv(3, 4, 3), b=lambda: nn.Linear(4, 2))()
+    q = quantized(model, (torch.rand(4, 3, 8, 8),))
+    x = torch.rand(2, 3, 11, 9)
+    with torch.no_grad():
+        assert noise_ratio(model(x), q(x)) > 25
+
+
+def test_a_float_operator_says_where_a_size_does_not_fit():
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.head = nn.Embedding(9, 4), nn.Linear(4, 2)
+            self.register_buffer("positions", torch.randn(16, 4))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.tokens(ids) + self.positions[: ids.shape[1]]
+            return self.head(F.rms_norm(x, (4,)))
+
+    q = quantized(Positions(), (torch.randint(0, 9, (2, 8)),))
+    with pytest.raises(RuntimeError) as info:
+        q(torch.randint(0, 9, (2, 7)))
+    assert "other sizes than the calibration data's" in info.value.__notes__[0]
 
 
 def test_control_flow_on_the_batch_size():

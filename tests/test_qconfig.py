@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
 
-from fastq import HistogramObserver, QConfig
+import fastq
+from fastq import HistogramObserver, PercentileObserver, QConfig
 
 
 def test_the_default_and_a_choice() -> None:
@@ -33,3 +35,18 @@ def test_what_cannot_be_is_said(
 ) -> None:
     with pytest.raises(error, match=message):
         QConfig(**{field: value})
+
+
+def test_the_observer_of_a_layer_is_that_of_its_output() -> None:
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(64, 8)
+
+    def output(**kwargs: Any) -> torch.Tensor:
+        return fastq.quantize_model(model, x, progress=False, **kwargs)(x)
+
+    clipped = QConfig(observer=partial(PercentileObserver, 80))
+    assert not torch.equal(output(), output(config={"0": clipped}))
+    assert torch.equal(output(), output(config={"2": clipped}))

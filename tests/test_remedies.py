@@ -139,6 +139,42 @@ def test_bias_correction_gains(model: Callable[[], nn.Module]) -> None:
     assert gained(model(), batches(), images(32), "bias_correction", weight_bits=4) > 1
 
 
+@pytest.mark.parametrize("make", [Residual, Depthwise])
+def test_balanced_rounding_gains(make: Callable[[], nn.Module]) -> None:
+    assert gained(make(), batches(), images(32), "balanced_rounding", weight_bits=4) > 1
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(6, 8, 3), nn.Conv2d(8, 8, (2, 3), groups=8), nn.Conv2d(12, 8, 1, groups=2)]
+)
+def test_balanced_errors_sum_to_half_a_step(layer: nn.Conv2d, bits: int) -> None:
+    prepared = prepared_for(layer, torch.randn(2, layer.in_channels, 6, 6), weight_bits=bits)
+    (node,) = prepared.layers()
+    nearest, scale = prepared.weight(node)
+    room.balanced_rounding(prepared, [])
+    data, same_scale = prepared.weight(node)
+    np.testing.assert_array_equal(same_scale, scale)
+    assert np.abs(data).max() <= 2 ** (bits - 1) - 1
+    assert np.abs(data - nearest.astype(np.int32)).max() == 1  # some, and by one
+    steps = layer.weight.detach().numpy() / scale.reshape(-1, 1, 1, 1)
+    error = steps - data
+    assert np.abs(error).max() < 1
+    assert np.abs(error.sum((1, 2, 3))).max() <= 0.5 + 1e-4
+    assert np.abs(error.sum((2, 3))).max() <= 1 + 1e-4  # half a step, and one turned for the output
+
+
+def test_equal_weights_are_not_all_turned() -> None:
+    layer = nn.Linear(8, 1, bias=False)
+    with torch.no_grad():
+        layer.weight[:] = torch.tensor([127.0] + [10.4] * 7)
+    prepared = prepared_for(layer, torch.randn(2, 8))
+    (node,) = prepared.layers()
+    room.balanced_rounding(prepared, [])
+    data, _ = prepared.weight(node)
+    assert sorted(data[0]) == [10] * 4 + [11] * 3 + [127]  # 7 * 0.4 is 2.8
+
+
 def test_bias_correction_restores_the_mean_of_every_layer() -> None:
     data = [[batch] for batch in batches()]
     prepared = prepared_for(Residual(), data[0][0], weight_bits=3)

@@ -269,6 +269,25 @@ def test_charts_show_what_they_are_given():
     assert '<rect class="grid" x="1.00" y="0" width="1.00"' in chart.html()
 
 
+def test_a_program_takes_what_a_float_operator_expanded(tmp_path):
+    """Its array may not be written to, of which torch would warn."""
+
+    class Expanded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.start = nn.Linear(4, 4), nn.Parameter(torch.randn(1, 1, 4))
+
+        def forward(self, x):
+            return self.linear(torch.cat([self.start.expand(len(x), -1, -1), x], 1))
+
+    model, x = Expanded().eval(), torch.randn(8, 5, 4)
+    int8 = fastq.quantize_model(model, x, progress=False)
+    found = fastq.report(
+        model, int8, x, path=tmp_path / "r.html", batch_sizes=(1,), passes=1, progress=False
+    )
+    assert found.steps
+
+
 def test_threads_are_what_they_were(networks, monkeypatch):
     network, int8, images = networks
     before = torch.get_num_threads()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastq.ladder import climb
 from fastq.layerwise import LayerSensitivity, Sensitivity, decibels, sensitivity
-from fastq.remedies import REMEDIES
+from fastq.remedies import DEFAULT, REMEDIES
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +63,20 @@ def test_only_that_layer_is_quantized() -> None:
         real = first(x).relu()
         assert row.snr == pytest.approx(decibels(real, y), abs=0.5)
         assert row.output_snr == pytest.approx(decibels(model[2](real), model[2](y)), abs=0.5)
+
+
+def test_it_shows_what_equalization_leaves() -> None:
+    """Channels of very different size cost the layer that reads them, until they are equalized."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    factor = torch.logspace(-2, 2, 16)
+    with torch.no_grad():
+        model[0].weight *= factor[:, None]  # type: ignore[operator]
+        model[0].bias *= factor  # type: ignore[operator]
+        model[2].weight /= factor  # type: ignore[operator]
+    data = [torch.randn(64, 16)]
+    before = sensitivity(model, data, progress=False)
+    after = sensitivity(model, data, remedies="cross_layer_equalization", progress=False)
+    assert before.rows[1].snr < 20 and after.rows[1].snr > 30
 
 
 def test_it_prints_the_worst_first() -> None:
@@ -121,10 +135,10 @@ def climbed(scores: dict[str, float], max_drop: float) -> tuple[Built, list[str]
 
 def test_the_ladder_stops_at_the_first_rung_within_the_budget() -> None:
     result, lines = climbed({"bias_correction": 9.6}, 0.5)
-    assert result.remedies == ("bias_correction",) and result.skip == ()
+    assert result.remedies == DEFAULT and result.skip == ()
     assert lines == [
-        "float32 scores 90; wanted at least 89.5",
-        "bias_correction: 89.6",
+        "float32: 90; wanted: at least 89.5",
+        "balanced_rounding + bias_correction: 89.6 (-0.4): enough",
     ]
 
 
@@ -133,14 +147,37 @@ def test_a_rung_that_gains_nothing_is_left_out() -> None:
         {"bias_correction": 5, "cross_layer_equalization": -1, "gptq": 4.8}, 0.5
     )
     assert result.remedies == ("gptq", "bias_correction")
-    assert lines[2].endswith("bias_correction: 84, -1")
-    assert lines[3] == "gptq + bias_correction: 89.8, +4.8"
+    assert lines[2].endswith("bias_correction: 84 (-6), no gain: left out")
+    assert lines[3] == "gptq + bias_correction: 89.8 (-0.2), gains 4.8: enough"
+
+
+def test_adaround_takes_the_place_of_gptq() -> None:
+    result, lines = climbed({"bias_correction": 5, "gptq": 1, "adaround": 4.8}, 0.5)
+    assert result.remedies == ("adaround", "bias_correction")
+    assert lines[-1] == "adaround + bias_correction: 89.8, +3.8"
 
 
 def test_the_most_sensitive_layers_become_float_at_last() -> None:
     result, lines = climbed({"bias_correction": 5, "bad": 4.9}, 0.5)
     assert result.skip == ("bad",)
-    assert lines[-1] == "bias_correction, float: bad: 89.9, +4.9"
+    assert lines[-1] == (
+        "balanced_rounding + bias_correction, float: bad: 89.9 (-0.1), gains 4.9: enough"
+    )
+
+
+def test_the_most_sensitive_layers_are_those_of_the_equalized_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[list[str]] = []
+
+    def watched(*args: object, remedies: list[str], **kwargs: object) -> Sensitivity:
+        asked.append(remedies)
+        return Sensitivity((LayerSensitivity("bad", "linear", 0.0, 0.0),) * 2)
+
+    monkeypatch.setattr("fastq.ladder.sensitivity", watched)
+    with pytest.warns(UserWarning, match="nothing was within"):
+        climbed({"cross_layer_equalization": 1, "gptq": 1}, 0.5)
+    assert asked == [["cross_layer_equalization", "activation_equalization"]]
 
 
 def test_out_of_reach_is_said_and_the_best_is_returned() -> None:

@@ -24,11 +24,12 @@ from fastq.kernels.simd import address, branch_back, const, emitter, i32, i64, l
 
 
 def emit_tap_loop(
-    b: Any, isa: str, a_rows: list[Any], weights: Any, taps: Any, n_taps: Any
+    b: Any, isa: str, a_rows: list[Any], weights: Any, taps: Any, n_taps: Any, start: list[Any]
 ) -> list[list[Any]]:
-    """Emits the loop over groups of taps; returns accumulators in channel order, [row][vector].
+    """Emits the loop over groups of taps; returns accumulators, [row][vector].
 
-    taps are int32 byte offsets, their number a multiple of taps_at_once.
+    They begin at `start` and come in the order of simd.columns. taps are int32 byte offsets, their
+    number a multiple of taps_at_once.
     """
     simd = emitter(isa)
     group = simd.taps_at_once
@@ -45,8 +46,8 @@ def emit_tap_loop(
     offsets = [
         b.sext(load(b, i32, taps, b.mul(b.add(tap, i64(t)), i64(4))), i64) for t in range(group)
     ]
-    start = address(b, weights, b.mul(tap, i64(vectors * vector_bytes // group)))
-    w = [load(b, kind, start, v * vector_bytes) for v in range(vectors)]
+    here = address(b, weights, b.mul(tap, i64(vectors * vector_bytes // group)))
+    w = [load(b, kind, here, v * vector_bytes) for v in range(vectors)]
     summed = []
     for row, row_accs in zip(a_rows, accs, strict=True):
         channels = [simd.load_channels(b, address(b, row, offset)) for offset in offsets]
@@ -56,12 +57,16 @@ def emit_tap_loop(
     branch_back(b, b.icmp_signed("<", following, n_taps), loop, done)
     tap.add_incoming(i64(0), entry)
     tap.add_incoming(following, loop)
+    first = start if simd.packs else [const(simd.acc, 0)] * vectors
     for row_accs, row_sums in zip(accs, summed, strict=True):
-        for acc, total in zip(row_accs, row_sums, strict=True):
-            acc.add_incoming(const(simd.acc, 0), entry)
+        for acc, total, begin in zip(row_accs, row_sums, first, strict=True):
+            acc.add_incoming(begin, entry)
             acc.add_incoming(total, loop)
     b.position_at_end(done)
-    return [_channel_order(b, simd, row) for row in summed]
+    if simd.packs:
+        return summed
+    ordered = [_channel_order(b, simd, row) for row in summed]
+    return [[b.add(x, y) for x, y in zip(row, start, strict=True)] for row in ordered]
 
 
 def _channel_order(b: Any, simd: Any, accs: list[Any]) -> list[Any]:

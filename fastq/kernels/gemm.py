@@ -41,9 +41,9 @@ from numba.extending import intrinsic
 from fastq.kernels import block as f
 from fastq.kernels.call import ITEM_BYTES
 from fastq.kernels.depthwise import emit_tap_loop
-from fastq.kernels.requantize import emit_epilogue
+from fastq.kernels.requantize import Epilogue
 from fastq.kernels.signature import SIGNATURE, sources_digest
-from fastq.kernels.simd import KR, address, branch_back, const, emitter, i1, i8, i32, i64, load, ptr
+from fastq.kernels.simd import KR, address, branch_back, emitter, i1, i8, i32, i64, load, ptr
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ TILES = (
     Tile("avx2", 1, 16, panels=4),
     Tile("avx2", 6, 8),
     Tile("avx2", 2, 8),
-    Tile("avx2", 4, 16, "depthwise"),
+    Tile("avx2", 5, 16, "depthwise"),
     Tile("generic", 3, 8),
     Tile("generic", 1, 8, panels=2),
     Tile("generic", 2, 8, "depthwise"),
@@ -111,6 +111,7 @@ def emit_tiles(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: A
     def field(index: int, kind: Any = i64) -> Any:
         return load(b, kind, block, 8 * index)
 
+    simd = emitter(tile.isa)
     kind, _, added = epilogue.partition("+")
     out_bytes, width = ITEM_BYTES[kind], tile.nr * tile.panels
     first_column = b.mul(panel, i64(width))
@@ -151,6 +152,7 @@ def emit_tiles(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: A
         return b.sext(load(b, i32, offsets, b.mul(step, i64(4))), i64)
 
     columns = [b.mul(index, i64(4 * tile.nr)) for index in here]
+    end = Epilogue(b, simd, kind, tile.nr // simd.lanes, columns, field, bool(added))
     depthwise = tile.kind == "depthwise"
     first_channel = b.mul(panel, i64(tile.nr * tile.a_bytes)) if depthwise else i64(0)
     a_rows = operand(f.A, 0, first_channel)
@@ -168,18 +170,18 @@ def emit_tiles(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: A
     def emit(m: Any, mr: Any) -> None:
         """One tile; a full one if mr is None."""
         if depthwise:
-            accs = emit_tap_loop(b, tile.isa, a_rows(m, mr), weights[0], offsets, steps)
+            accs = emit_tap_loop(b, tile.isa, a_rows(m, mr), weights[0], offsets, steps, end.start)
         else:
-            accs = emit_k_loop(b, tile, a_rows(m, mr), weights, by_table, steps)
+            accs = emit_k_loop(b, tile, a_rows(m, mr), weights, by_table, steps, end.start)
         targets = rows_out = out_rows(m, mr)
         if mr is not None:  # one that is not full in N goes to a scratch tile first
             targets = [b.select(edge, s, o) for s, o in zip(scratch_rows, rows_out, strict=True)]
         added_rows = None if add_rows is None else add_rows(m, mr)
         absolute = [b.add(first_row, b.add(m, i64(i))) for i in range(tile.mr)]
         if mr is not None:
-            end = b.sub(b.add(first_row, b.add(m, mr)), i64(1))
-            absolute = [b.select(b.icmp_signed("<", i, end), i, end) for i in absolute]
-        emit_epilogue(b, kind, accs, targets, columns, absolute, field, added_rows)
+            last = b.sub(b.add(first_row, b.add(m, mr)), i64(1))
+            absolute = [b.select(b.icmp_signed("<", i, last), i, last) for i in absolute]
+        end.store(accs, targets, absolute, added_rows)
         if mr is not None:
             with b.if_then(edge):
                 size = b.mul(valid, i64(out_bytes))
@@ -221,13 +223,14 @@ def emit_k_loop(
     panels: list[Any],
     offset_of: Callable[[Any], Any],
     steps: Any,
+    start: list[Any],
     *,
     wide: bool = False,
 ) -> list[list[Any]]:
     """The K loop; returns the accumulators, a lane for each column, [row][vector].
 
-    offset_of(step) is where a row's activations of a K-step lie, in bytes. The panels hold int8,
-    or if wide what the dot product takes.
+    They begin at `start`. offset_of(step) is where a row's activations of a K-step lie, in bytes.
+    The panels hold int8, or if wide what the dot product takes.
     """
     simd = emitter(tile.isa)
     vectors = tile.nr // simd.cols
@@ -263,8 +266,8 @@ def emit_k_loop(
         phi.add_incoming(panel, entry)
         phi.add_incoming(following, loop)
     for row_accs, row_sums in zip(accs, sums, strict=True):
-        for acc, total in zip(row_accs, row_sums, strict=True):
-            acc.add_incoming(const(simd.acc, 0), entry)
+        for acc, total, first in zip(row_accs, row_sums, start, strict=True):
+            acc.add_incoming(first, entry)
             acc.add_incoming(total, loop)
     b.position_at_end(done)
     return sums

@@ -91,7 +91,7 @@ class _Layer:
     def pad_operands(self, packed: _Packed, groups: int) -> None:
         """Keeps the packed weight, and the per-column operands padded to whole panels."""
         self.packed, self.groups = packed, groups
-        n, nr = len(self.col_sums), packed.nr
+        n, nr, isa = len(self.col_sums), packed.nr, packed.isa
         scale: Any = np.float32(1)
         bias: NDArray[Any] = np.zeros(n, np.int32)
         clamp, zero_point, add = (0.0, 0.0), 0, (0.0, 0)
@@ -108,9 +108,9 @@ class _Layer:
                 clamp = (fmin, fmax)
         full_scale = np.broadcast_to(scale, (n,)).astype(np.float32)
         self.operands: dict[int, Place] = {
-            block.COL_SUMS: pad_columns(self.col_sums.astype(np.int32), groups, nr),
-            block.SCALE: pad_columns(full_scale, groups, nr),
-            block.BIAS: pad_columns(bias, groups, nr),
+            block.COL_SUMS: pad_columns(self.col_sums.astype(np.int32), groups, nr, isa),
+            block.SCALE: pad_columns(full_scale, groups, nr, isa),
+            block.BIAS: pad_columns(bias, groups, nr, isa),
             block.CLAMP: np.array(clamp, np.float32),
             block.OUT_ZERO_POINT: np.array([zero_point], np.int32),
             block.ADD_SCALE: np.array(add[:1], np.float32),
@@ -333,9 +333,9 @@ class PackedConv2d(_Layer):
         if self.by_winograd:
             split = winograd.Split(self.isa, self.packed.nr, self.channels, out.shape)
             if split.pays:
-                operands = self.operands | _scales(scale, zero_point)
+                columns = self.operands | _scales(scale, zero_point)
                 panels = self.packed.panels
-                winograd.winograd_row(call, split, x, out, add, panels, operands, label)
+                winograd.winograd_row(call, split, x, out, add, panels, columns, label)
                 return
         weight, groups = self.weight, self.groups
         (kh, kw), (sh, sw), (dh, dw) = weight.kernel_size, weight.stride, weight.dilation

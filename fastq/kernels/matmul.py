@@ -14,6 +14,7 @@ import functools
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import cfunc, types
 from numba.extending import intrinsic
 
@@ -76,6 +77,7 @@ def emit_pack_rows(b: Any, kind: str, nr: int, isa: str, field: Any, place: Any)
     )
     _, (sums,) = emit_loop(b, step, field(STEPS), 1, [sums], lambda s, t: pack(s, t, True))
     factor = splat(b, b.trunc(b.neg(field(A_ZERO_POINT)), i32), nr)
+    sums = shuffle(b, sums, sums, emitter(isa).columns(nr))
     store(b, b.mul(sums, factor), bias)
 
 
@@ -86,9 +88,10 @@ def emit_pack_columns(b: Any, kind: str, nr: int, isa: str, field: Any, place: A
     simd, lanes = emitter(isa), vec(i64, KR)
     cols, side = i64(simd.cols), simd.side_by_side
     iota = lanes([0, 1, 2, 3])
+    order = ir.Constant(vec(i64, nr), simd.columns(nr))
 
     def column(j: Any) -> None:
-        n = b.add(first, j)
+        n = b.add(first, b.extract_element(order, j))
         n = b.select(b.icmp_signed("<", n, last), n, last)
         line = address(b, source, b.mul(n, field(B_ROW)))
         # of its vector of columns the first `side` weights of each, then the next
@@ -127,7 +130,8 @@ def panel_order(isa: str, nr: int) -> list[int]:
     """Where the weights of a K-step, column by column, go in a panel (pack.pack_panels)."""
     simd = emitter(isa)
     side = simd.side_by_side
-    index = np.arange(nr * KR).reshape(nr // simd.cols, simd.cols, KR // side, side)
+    index = np.arange(nr * KR).reshape(nr, KR)[simd.columns(nr)]
+    index = index.reshape(nr // simd.cols, simd.cols, KR // side, side)
     return [int(i) for i in index.swapaxes(1, 2).reshape(-1)]
 
 

@@ -7,6 +7,9 @@
 Where a dot product sums two (simd.side_by_side), each vector of columns has its first pairs, then
 its second ones: | c0: k k+1 | c1: k k+1 | ... | c0: k+2 k+3 | c1: k+2 k+3 | ...
 
+The columns of a panel lie in the order in which the accumulators hold them, simd.columns; so do the
+per-column operands of its epilogue.
+
 A weight is (N, taps, run): a linear layer has one tap of K, a convolution KH taps of KW * C. A run
 of R takes ceil(R / 4) steps; the last starts at R - 4, so that no activation beyond the run is
 read, and is zero where the step before has already counted.
@@ -46,18 +49,19 @@ def pack_panels(weight: NDArray[np.int8], nr: int, isa: str) -> NDArray[np.int8]
     padded = np.zeros((panels * nr, taps * len(starts), KR), np.int8)
     padded[:n] = quads.reshape(n, -1, KR)
     packed = aligned_empty((panels, taps * len(starts), nr, KR), np.int8)
-    by_step = padded.reshape(panels, nr, -1, KR).swapaxes(1, 2)
     simd = emitter(isa)
+    by_step = padded.reshape(panels, nr, -1, KR)[:, simd.columns(nr)].swapaxes(1, 2)
     side = simd.side_by_side
     vectors = (*by_step.shape[:2], nr // simd.cols, simd.cols, KR // side, side)
     packed[:] = by_step.reshape(vectors).swapaxes(3, 4).reshape(by_step.shape)
     return packed
 
 
-def pad_columns(values: NDArray[Any], groups: int, nr: int) -> NDArray[Any]:
-    """Per-column values (groups * N,) padded with zeros to a multiple of NR in each group."""
+def pad_columns(values: NDArray[Any], groups: int, nr: int, isa: str) -> NDArray[Any]:
+    """Per-column values (groups * N,) as whole panels, padded with zeros in each group."""
     n = len(values) // groups
     padded = aligned_empty((groups, -(-n // nr) * nr), values.dtype)
     padded[:] = 0
     padded[:, :n] = values.reshape(groups, n)
+    padded[:] = padded.reshape(-1, nr)[:, emitter(isa).columns(nr)].reshape(padded.shape)
     return padded.reshape(-1)

@@ -5,7 +5,8 @@ instructions counted are the instructions executed. 1 MAC = 2 operations.
 
 The limit that a fastq kernel is held to is the best *exact* row: `vpdpbusd` where the CPU has it,
 else `vpmaddwd` + `vpaddd` on values widened to int16. `vpmaddubsw` saturates at int16; it is
-what the peers use without VNNI, and is measured beside.
+what the peers use without VNNI, and is measured beside. Operations are those of the direct sum:
+winograd.py does with fewer, and can be beyond the limit.
 """
 
 from __future__ import annotations

@@ -86,9 +86,19 @@ def rint(b: Any, x: Any) -> Any:
     return call(b, f"llvm.lrint.v{n}i32.v{n}f32", vec(i32, n), [x])
 
 
+def at_most(b: Any, x: Any, hi: Any) -> Any:
+    """min(x, hi) of float vectors; a NaN stays."""
+    return b.select(b.fcmp_ordered(">", x, hi), hi, x)
+
+
+def larger(b: Any, x: Any, y: Any) -> Any:
+    """max(x, y) of signed integer vectors."""
+    return b.select(b.icmp_signed(">", x, y), x, y)
+
+
 def clamp(b: Any, x: Any, lo: Any, hi: Any) -> Any:
     """max(min(x, hi), lo) of float vectors; a NaN stays."""
-    x = b.select(b.fcmp_ordered(">", x, hi), hi, x)
+    x = at_most(b, x, hi)
     return b.select(b.fcmp_ordered("<", x, lo), lo, x)
 
 
@@ -101,11 +111,13 @@ class Vnni:
     side_by_side  products of a column that one dot product sums: that many of the 4 weights of a
                   K-step lie side by side in a panel.
     taps_at_once  the same for the taps of a depthwise convolution.
+    packs         whether `pack` puts two accumulators together as int16.
     """
 
     a_bytes = 1
     side_by_side = KR
     taps_at_once = 4
+    packs = False
 
     def __init__(self, bits: int, emulated: bool) -> None:
         self.lanes = self.cols = bits // 32
@@ -149,6 +161,10 @@ class Vnni:
         ]
         return [b.bitcast(v, self.operand) for pair in pairs for v in pair]
 
+    def columns(self, nr: int) -> list[int]:
+        """The column of a panel that each accumulator lane is for."""
+        return list(range(nr))
+
     def interleaved_channels(self) -> list[list[int]]:
         """The channel in each accumulator lane after `interleave`, [vector][lane]."""
         lo, hi = unpack_lanes(self.operand.count, 16)
@@ -174,6 +190,7 @@ class Madd:
 
     def __init__(self, bits: int, intrinsic: str | None) -> None:
         self.lanes = self.cols = bits // 32
+        self.packs = bits == 256
         self.acc = vec(i32, self.lanes)
         self.operand = vec(i16, self.lanes * 2)
         self.intrinsic = intrinsic
@@ -199,8 +216,23 @@ class Madd:
     def interleave(self, b: Any, taps: list[Any]) -> list[Any]:
         return unpack(b, taps[0], taps[1])
 
+    def columns(self, nr: int) -> list[int]:
+        """The order that `pack` undoes, the same as `interleaved_channels`, where it can."""
+        if not self.packs or nr % (2 * self.lanes):
+            return list(range(nr))
+        pair = [channel for lanes in self.interleaved_channels() for channel in lanes]
+        return [first + i for first in range(0, nr, len(pair)) for i in pair]
+
     def interleaved_channels(self) -> list[list[int]]:
         return [lanes[::2] for lanes in unpack_lanes(self.operand.count, 8)]
+
+    def rint_down(self, b: Any, x: Any) -> Any:
+        """To int32, ties to even, of x < 2**31; what is below -2**31 becomes that: `vcvtps2dq`."""
+        return call(b, "llvm.x86.avx.cvt.ps2dq.256", self.acc, [x])
+
+    def pack(self, b: Any, low: Any, high: Any) -> Any:
+        """Two accumulators whose lanes are in the order `columns` to int16 in order, saturated."""
+        return call(b, "llvm.x86.avx2.packssdw", self.operand, [low, high])
 
 
 def unpack_lanes(count: int, per_lane: int) -> tuple[list[int], list[int]]:

@@ -16,12 +16,15 @@ by 24 over these, so that all is in integers, and y comes out 24 * 24 = 9 * 64 t
 It pays where activations are int16 anyway, so where a dot product sums two (`side_by_side`).
 
 A task works through units, one after the other, each a block of MB tiles of 4 x 4 outputs against
-a panel of NR filters:
+a panel of NR filters. All that it needs between is in its own scratch:
 
-    once a block   B d B'  of each tile  -> a task's scratch, [tile][36][C]
-    once a unit    G g G'  of the panel  -> [36][a tap's part of the panel, as int16]
-                   36 products of MR tiles by NR columns -> [36][MR][NR] on the stack
-                   y, and the epilogue
+    once a block   B d B' of each tile                           [tile][36][C] int16
+    once a unit    for each of the six lines of 6 positions
+                     G g G' of the panel                         [6][C / 4][NR][4] int16
+                     6 products of MB tiles by NR columns        [36][MB][NR] int32
+                   y of each tile, and the epilogue
+
+The filters stay int8 in memory, in the panels of the direct sum: G g G' takes eight times as much.
 """
 
 from __future__ import annotations
@@ -41,10 +44,10 @@ from fastq.kernels import executor
 from fastq.kernels.call import ITEM_BYTES, Call, Place, View
 from fastq.kernels.gemm import Tile, emit_k_loop
 from fastq.kernels.lines import emit_loop
-from fastq.kernels.requantize import emit_epilogue
+from fastq.kernels.requantize import Epilogue
 from fastq.kernels.scalar import stack_bytes
 from fastq.kernels.signature import SIGNATURE, sources_digest
-from fastq.kernels.simd import address, const, emitter, i8, i16, i32, i64, load, ptr, store, vec
+from fastq.kernels.simd import KR, address, const, emitter, i8, i16, i64, load, ptr, store, vec
 from fastq.kernels.tiles import choose_tile, nanoseconds, tiles_of
 
 OUT = 4  # outputs of a tile, down and across
@@ -274,6 +277,8 @@ def _emit_multiply(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
     tile_bytes, position = b.mul(channels, i64(2 * POSITIONS)), b.mul(channels, i64(2))
     sums_bytes = b.mul(mb, i64(4 * tile.nr))
     last = b.sub(count, i64(1))
+    simd = emitter(tile.isa)
+    zeros = [const(simd.acc, 0)] * (tile.nr // simd.lanes)
     for line in range(IN):
         _emit_expand(b, tile, line, weights, tap, wide)
         first = b.mul(position, i64(IN * line))
@@ -293,13 +298,12 @@ def _emit_multiply(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
                 panel = address(b, wide, b.mul(q, b.mul(position, i64(tile.nr))))
                 found = emit_k_loop(
                     b, tile, here, [panel], lambda step: b.mul(step, i64(8)),
-                    b.udiv(channels, i64(4)), wide=True,
+                    b.udiv(channels, i64(KR)), zeros, wide=True,
                 )  # fmt: skip
                 at = b.mul(q, sums_bytes)
                 for i, row in enumerate(found):
                     for j, value in enumerate(row):
-                        lanes = value.type.count
-                        store(b, value, out, b.add(at, i64(4 * (i * tile.nr + j * lanes))))
+                        store(b, value, out, b.add(at, i64(4 * (i * tile.nr + j * simd.lanes))))
 
             emit_loop(b, i64(0), i64(IN), 1, (), across)
 
@@ -324,11 +328,12 @@ def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any
     """y of the tile at (image, down, across), the i-th of those at `source`, and its epilogue."""
     image, down, across, panel, source, i, beyond = place
     kind, _, added = epilogue.partition("+")
-    lanes, out_bytes = emitter(tile.isa).lanes, ITEM_BYTES[kind]
+    simd, out_bytes = emitter(tile.isa), ITEM_BYTES[kind]
+    # columns at once: what the epilogue packs together
+    width = 2 * simd.lanes if tile.nr % (2 * simd.lanes) == 0 else simd.lanes
     sums = address(b, b.inttoptr(source, ptr), b.mul(i, i64(4 * tile.nr)))
     position = b.mul(field(MB), i64(4 * tile.nr))
-    inverse = const(vec(i32, lanes), INVERSE_OF_9)
-    six = const(vec(i32, lanes), 6)
+    inverse, six = const(simd.acc, INVERSE_OF_9), const(simd.acc, 6)
     column = b.mul(panel, i64(tile.nr))
 
     def pixels(base: int, line: int, otherwise: Any) -> list[list[Any]]:
@@ -337,7 +342,7 @@ def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any
         start = address(b, start, b.mul(column, i64(out_bytes)))
         if otherwise is None:
             otherwise = start
-        found = []
+        found: list[list[Any]] = []
         for k in range(OUT):
             y = b.add(b.mul(down, i64(OUT)), i64(k))
             inside_y = b.icmp_signed("<", y, field(OUT_HEIGHT))
@@ -352,22 +357,37 @@ def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any
     targets = pixels(f.OUT, OUT_LINE, b.inttoptr(beyond, ptr))
     add_rows = pixels(f.ADD, ADD_LINE, None) if added else None
 
-    def columns(v: Any) -> None:
-        m = [
-            [load(b, vec(i32, lanes), sums, b.add(b.mul(v, i64(4)), b.mul(position, i64(at))))
-             for at in range(IN * k, IN * k + IN)]
-            for k in range(IN)
-        ]  # fmt: skip
-        at = b.mul(v, i64(out_bytes))
-        here = b.mul(b.add(column, v), i64(4))
-        for k, row in enumerate(_both_ways(b, _output_line, m)):
-            accs = [[b.ashr(b.mul(value, inverse), six)] for value in row]
-            emit_epilogue(
-                b, kind, accs, [address(b, p, at) for p in targets[k]], [here], [i64(0)] * OUT,
-                field, [address(b, p, at) for p in add_rows[k]] if add_rows else None,
-            )  # fmt: skip
+    def outputs(v: Any) -> list[list[Any]]:
+        """4 x 4 vectors of the columns from v on."""
+        at = b.mul(v, i64(4))
+        square = [
+            [
+                load(b, simd.acc, sums, b.add(at, b.mul(position, i64(IN * y + x))))
+                for x in range(IN)
+            ]
+            for y in range(IN)
+        ]
+        y = _both_ways(b, _output_line, square)
+        return [[b.ashr(b.mul(value, inverse), six) for value in row] for row in y]
 
-    emit_loop(b, i64(0), i64(tile.nr), lanes, (), columns)
+    def columns(v: Any) -> None:
+        here = [b.mul(b.add(column, v), i64(4))]
+        end = Epilogue(b, simd, kind, width // simd.lanes, here, field, bool(added))
+        found = [outputs(b.add(v, i64(first))) for first in range(0, width, simd.lanes)]
+        at = b.mul(v, i64(out_bytes))
+
+        def moved(row: list[Any]) -> list[Any]:
+            return [address(b, pixel, at) for pixel in row]
+
+        for k in range(OUT):
+            accs = [
+                [b.add(part[k][j], first) for part, first in zip(found, end.start, strict=True)]
+                for j in range(OUT)
+            ]
+            adds = moved(add_rows[k]) if add_rows else None
+            end.store(accs, moved(targets[k]), [i64(0)] * OUT, adds)
+
+    emit_loop(b, i64(0), i64(tile.nr), width, (), columns)
 
 
 _EMITTERS = {"read": _emit_read, "multiply": _emit_multiply}

@@ -178,13 +178,29 @@ class QuantizedModel(nn.Module):
         module = self._modules.get(name)
         tensors: dict[str, Tensor] = {} if module is None else dict(module._buffers)  # type: ignore[arg-type]
         node = Node(name, stage.op, attrs=dict(stage.attrs), tensors=tensors)
-        return evaluate(node, inputs, batch)
+        try:
+            return evaluate(node, inputs, batch)
+        except RuntimeError as error:
+            error.add_note(
+                f"in the float operator {name}; other sizes than the calibration data's can be "
+                "given where the network's graph does not depend on them"
+            )
+            raise
 
-    def extra_repr(self) -> str:
+    def __repr__(self) -> str:
+        """The programs, and each float operator with its reason. Not the modules, which are
+        there for the state only."""
         steps = sum(len(p.steps) for p in self.programs)
-        floats = sum(stage.program < 0 for stage in self.layout.stages)
-        programs = len(self.layout.programs)
-        return f"{programs} integer program(s) of {steps} steps, {floats} float operators"
+        floats = [stage for stage in self.layout.stages if stage.program < 0]
+        head = (
+            f"{len(self.layout.programs)} integer program(s) of {steps} steps, "
+            f"{len(floats)} float operator(s)"
+        )
+        lines = [
+            f"{stage.outputs[0]}{f' in {stage.layer!r}' if stage.layer else ''}: {stage.why}"
+            for stage in floats
+        ]
+        return "\n  ".join([f"{type(self).__name__}(", head, *lines]) + "\n)"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready": None, "in_spec": None, "out_spec": None}
@@ -225,8 +241,8 @@ def leaves_of(
     if given_spec != spec or extra:
         shown = [*map(str, names[: len(wanted_args)]), *(f"{k}=" for k in wanted_kwargs)]
         raise TypeError(
-            f"{type(network).__name__}: got {len(args)} arguments and {sorted(kwargs)}; wanted "
-            f"({', '.join(shown)}), as in the calibration data"
+            f"{type(network).__name__}: got {len(args)} by position and {sorted(kwargs)} by name; "
+            f"wanted ({', '.join(shown)}), as in the calibration data"
         )
     return leaves
 
