@@ -54,7 +54,7 @@ def load_program(path: str | os.PathLike[str]) -> BoundProgram:
         bound = BoundProgram(decode_program(program, arrays))
         if network["inputs"] != stage["inputs"] or network["outputs"] != stage["outputs"]:
             raise ValueError("its arguments or results are not those of its program")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{where} is not one integer program, which is what runs without torch: {error}; "
             "fastq.load runs it with torch"
