@@ -228,8 +228,15 @@ def summarize(prepared: Prepared, model: nn.Module) -> QuantizationSummary:
     floats = {node.layer: reason for node, reason in prepared.reasons.items() if node.op != "input"}
     folded = {name: node.layer for node in prepared.graph for name in node.attrs.get("folded", ())}
     inside = {node.layer for node in prepared.integer_nodes()}
+    named = module_names(model)
+    # attention takes the weight of its out_proj and does not call it
+    of_attention = {
+        module.out_proj: names[0]
+        for module, names in named.items()
+        if isinstance(module, nn.MultiheadAttention)
+    }
     rows = []
-    for module, (name, *_) in module_names(model).items():
+    for module, (name, *_) in named.items():
         if not isinstance(module, LISTED):
             continue
         kind = type(module).__name__
@@ -241,7 +248,7 @@ def summarize(prepared: Prepared, model: nn.Module) -> QuantizationSummary:
                 rows.append(Row(name, kind, "float", f"in '{target}', which stays float"))
         elif name in floats:
             rows.append(Row(name, kind, "float", floats[name]))
-        elif name in inside:
+        elif name in inside or of_attention.get(module) in integer:
             rows.append(Row(name, kind, "int8 static"))
         else:
             rows.append(Row(name, kind, "float", _elsewhere(name, prepared)))

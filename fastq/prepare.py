@@ -80,7 +80,7 @@ class Prepared:
             stands = watched.get(node)
             if stands is not None:
                 if stands not in self.observers:
-                    self.observers[stands] = make_observer(self.configs(stands).observer)
+                    self.observers[stands] = make_observer(self.configs(node).observer)
                 self.observers[stands].update(value.detach().numpy())
 
         with torch.no_grad():

@@ -171,7 +171,7 @@ def _equalize(
     graph = prepared.graph
     pairs = {
         node: readers
-        for node in prepared.integer_nodes()
+        for node in graph.nodes
         if node.op in makers and len(node.inputs) == 1 and (readers := _readers(graph, node))
     }
     peaks: dict[Node, Tensor] = {}

@@ -154,7 +154,7 @@ def test_a_rung_that_gains_nothing_is_left_out() -> None:
 def test_adaround_takes_the_place_of_gptq() -> None:
     result, lines = climbed({"bias_correction": 5, "gptq": 1, "adaround": 4.8}, 0.5)
     assert result.remedies == ("adaround", "bias_correction")
-    assert lines[-1] == "adaround + bias_correction: 89.8, +3.8"
+    assert lines[-1] == "adaround + bias_correction: 89.8 (-0.2), gains 3.8: enough"
 
 
 def test_the_most_sensitive_layers_become_float_at_last() -> None:
