@@ -40,7 +40,11 @@ class LayerSensitivity:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The layers in the order in which they run. Printed, it is a table, the worst layer first."""
+    """The layers in the order in which they run.
+
+    Printed, it is a table, the worst layer first, with its share of the sum of the noise that each
+    layer alone brings to the network's output.
+    """
 
     rows: tuple[LayerSensitivity, ...]
 
@@ -49,10 +53,17 @@ class Sensitivity:
         return sorted(self.rows, key=lambda row: row.output_snr)
 
     def __str__(self) -> str:
-        head = ("layer", "kind", "SNR at its output", "SNR at the network's output")
+        head = ("layer", "kind", "SNR at its output", "at the network's", "share of its noise")
+        noise = [10 ** (-row.output_snr / 10) for row in self.worst()]
         lines = [
-            (row.name or "(model)", row.kind, f"{row.snr:.1f} dB", f"{row.output_snr:.1f} dB")
-            for row in self.worst()
+            (
+                row.name or "(model)",
+                row.kind,
+                f"{row.snr:.1f} dB",
+                f"{row.output_snr:.1f} dB",
+                f"{100 * one / (sum(noise) or 1):.0f} %",
+            )
+            for row, one in zip(self.worst(), noise, strict=True)
         ]
         widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
         return "\n".join(
@@ -82,8 +93,6 @@ class Sensitivity:
         axes.set_yticks(places, names, fontsize=8)
         axes.invert_yaxis()
         axes.margins(y=0.5 / max(len(names), 1))
-        finite = [value for value in at_output + at_layer if math.isfinite(value)]
-        axes.set_xlim(left=min([0.0, *finite]))
         axes.set_xlabel("signal-to-noise ratio in dB, this layer alone quantized: less is worse")
         axes.grid(axis="x", color="0.9")
         axes.set_axisbelow(True)

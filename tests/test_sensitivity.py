@@ -80,11 +80,11 @@ def test_it_shows_what_equalization_leaves() -> None:
 
 
 def test_it_prints_the_worst_first() -> None:
-    rows = (LayerSensitivity("a", "conv2d", 30.0, 40.0), LayerSensitivity("b", "linear", 25, 21.25))
+    rows = (LayerSensitivity("a", "conv2d", 30, 26), LayerSensitivity("b", "linear", 25, 20))
     assert str(Sensitivity(rows)).split("\n") == [
-        "layer  kind    SNR at its output  SNR at the network's output",
-        "b      linear            25.0 dB                      21.2 dB",
-        "a      conv2d            30.0 dB                      40.0 dB",
+        "layer  kind    SNR at its output  at the network's  share of its noise",
+        "b      linear            25.0 dB           20.0 dB                80 %",
+        "a      conv2d            30.0 dB           26.0 dB                20 %",
     ]
 
 
