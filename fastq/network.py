@@ -230,7 +230,7 @@ def summarize(prepared: Prepared, model: nn.Module) -> QuantizationSummary:
     inside = {node.layer for node in prepared.integer_nodes()}
     named = module_names(model)
     # attention takes the weight of its out_proj and does not call it
-    of_attention = {
+    of_attention: dict[nn.Module, str] = {
         module.out_proj: names[0]
         for module, names in named.items()
         if isinstance(module, nn.MultiheadAttention)

@@ -37,8 +37,6 @@ class Prepared:
     chosen     weights that a remedy has chosen: node -> (int8 data, float32 scale per output),
                outputs first as in `weight_of`. All others are rounded to nearest.
     biases     float32 biases that a remedy has chosen, instead of the float network's own.
-    means      of each channel of the layers' float outputs, before the clamp, over the remedies'
-               sample: (N,) float64. Filled while the values are observed, if a remedy wants them.
     """
 
     captured: Captured
@@ -49,7 +47,6 @@ class Prepared:
     observers: dict[Node, Observer] = field(default_factory=dict)
     chosen: dict[Node, Weight] = field(default_factory=dict)
     biases: dict[Node, Tensor] = field(default_factory=dict)
-    means: dict[Node, Tensor] = field(default_factory=dict)
     _rounded: dict[Node, tuple[Any, Weight]] = field(default_factory=dict)
     _qparams: dict[Node, QParams] = field(default_factory=dict)
 
@@ -64,15 +61,8 @@ class Prepared:
         """The nodes with weights that become integers."""
         return [node for node in self.integer_nodes() if node.op in WEIGHTED]
 
-    def observe(
-        self,
-        arguments: Iterable[Any],
-        unclamped: Callable[[Node, Tensor], None] | None = None,
-    ) -> list[Any]:
-        """One float pass over flat arguments, watched; the outputs. Ranges grow.
-
-        unclamped  sees each operation's value before its clamp, as in `Graph.run`.
-        """
+    def observe(self, arguments: Iterable[Any]) -> list[Any]:
+        """One float pass over flat arguments, watched; the outputs. Ranges grow."""
         watched = self.ranges.watched()
         self._qparams.clear()
 
@@ -84,12 +74,11 @@ class Prepared:
                 self.observers[stands].update(value.detach().numpy())
 
         with torch.no_grad():
-            return self.graph.run(arguments, watch, unclamped=unclamped)
+            return self.graph.run(arguments, watch)
 
     def forget(self) -> None:
         """Drop what was seen: the graph's values have changed."""
         self.observers.clear()
-        self.means.clear()
         self._qparams.clear()
 
     def qparams(self, node: Node) -> QParams:

@@ -15,8 +15,7 @@ with the float values and the quantized ones side by side, so that each layer se
 layers before it, remedies included, will give it, and makes up for their errors as well.
 
 A batch is the flat arguments of the network, as `Graph.run` takes them. The remedies work on a
-sample, the first batches: it is walked as a whole, and bounded in memory. What they want of the
-float network's outputs is taken while it is observed, where a few numbers are enough.
+sample, the first batches: it is walked as a whole, and bounded in memory.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from tqdm import tqdm
 from fastq.graph import Graph, Node, Values, evaluate
 from fastq.lower import weight_of
 from fastq.prepare import WEIGHTED, Prepared, fake_quantize
-from fastq.qparams import quantize_weight
+from fastq.qparams import QParams, quantize_weight
 
 Batch = Sequence[Any]
 Remedies = str | Iterable[str]
@@ -78,10 +77,8 @@ def calibrate(
     for remedy in chosen:
         if remedy.first:
             remedy.apply(prepared, sample, progress)
-    means = _Means(prepared.layers()) if "bias_correction" in names else None
-    for i, arguments in enumerate(bar(itertools.chain(sample, rest), "calibrate", progress, total)):
-        prepared.observe(arguments, means if i < len(sample) else None)
-    prepared.means = means.result() if means else {}
+    for arguments in bar(itertools.chain(sample, rest), "calibrate", progress, total):
+        prepared.observe(arguments)
     for remedy in chosen:
         if not remedy.first:
             remedy.apply(prepared, sample, progress)
@@ -371,23 +368,38 @@ def _simulated(prepared: Prepared, node: Node, inputs: list[Tensor]) -> Tensor:
 
 def bias_correction(prepared: Prepared, sample: Sequence[Batch], progress: bool = False) -> None:
     """Shift each bias so that each channel of the layer's output, before the clamp, has the mean
-    that it has in the float network.
+    that it has in the float network, whose values are kept to the ranges of the quantized ones:
+    an outlier that a range leaves out is not to be made up for.
 
     Source: M. Nagel et al., 2019, arXiv:1906.04721, section 4.2, on data as in its appendix D.
     """
     count = len(prepared.layers())
+    wanted, quantized = _Means(prepared.layers()), prepared.quantized_values()
+
+    def within(node: Node, value: Any) -> Any:
+        return value.clamp(*_ends(prepared.qparams(node))) if node in quantized else value
+
     with torch.no_grad():
+        for arguments in bar(sample, "float means", progress):
+            prepared.graph.run(arguments, within, unclamped=wanted)
+        means = wanted.result()
         walked = walk(prepared, sample, floats=False)
         for node, sides in bar(walked, "correct biases", progress, count):
-            means = _Means([node])
+            got = _Means([node])
             for side in sides:
                 side.made = _simulated(prepared, node, side.inputs)
-                means(node, side.made)
-            shift = (prepared.means[node] - means.result()[node]).float()
+                got(node, side.made)
+            shift = (means[node] - got.result()[node]).float()
             prepared.biases[node] = _bias(prepared, node) + shift
             for side in sides:
                 assert side.made is not None
                 side.made += _along(shift, side.made, _channel_axis(node, side.made))
+
+
+def _ends(qparams: QParams) -> tuple[float, float]:
+    """The smallest and the largest number of a per-tensor uint8 quantization."""
+    scale, zero_point = qparams.scale.item(), qparams.zero_point.item()
+    return -zero_point * scale, (255 - zero_point) * scale
 
 
 class _Means:

@@ -547,3 +547,11 @@ def test_any_parameters_of_the_model_stay_as_they_are():
     assert isinstance(Case(conv(3, 4, 1), images(3)).quantized(), QuantizedModel)
     assert isinstance(Case(lambda: nn.Linear(3, 2), rows(3)).quantized(), QuantizedModel)
     assert isinstance(Apply(F.relu)(torch.ones(1)), Tensor)
+
+
+def test_attention_leaves_no_layer_float():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(4, 5, 8)
+    q = fastq.quantize_model(model, x, strict=True, progress=False)
+    rows = {row.name: row.result for row in fastq.summary(q).rows}
+    assert rows["self_attn.out_proj"] == "int8 static"

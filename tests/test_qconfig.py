@@ -50,3 +50,18 @@ def test_the_observer_of_a_layer_is_that_of_its_output() -> None:
     clipped = QConfig(observer=partial(PercentileObserver, 80))
     assert not torch.equal(output(), output(config={"0": clipped}))
     assert torch.equal(output(), output(config={"2": clipped}))
+
+
+def test_the_observer_of_a_layer_holds_through_pooling() -> None:
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 2))
+    x = torch.randn(32, 3, 8, 8)
+
+    def output(**kwargs: Any) -> torch.Tensor:
+        return fastq.quantize_model(model, x, progress=False, **kwargs)(x)
+
+    clipped = QConfig(observer=partial(PercentileObserver, 80))
+    assert not torch.equal(output(), output(config={"0": clipped}))

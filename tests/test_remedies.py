@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from fastq import remedies as room
 from fastq.graph import Node
 from fastq.layerwise import decibels
+from fastq.observer import PercentileObserver
 from fastq.plan import BoundProgram
 from fastq.prepare import Prepared, prepare
 from fastq.qconfig import QConfig
@@ -188,6 +190,30 @@ def test_bias_correction_restores_the_mean_of_every_layer() -> None:
             shifts.append(float(mean / torch.cat([s.wanted for s in sides]).std()))
         worst[names] = max(shifts)
     assert worst["bias_correction",] < 0.1 * worst[()]
+
+
+def test_what_a_range_leaves_out_is_not_made_up_for() -> None:
+    """Hot pixels in the calibration data, which a percentile leaves out, are not in the test."""
+    data = batches()
+    for batch in data:
+        batch[:, :, 3, 3] = 50.0
+    observer = partial(PercentileObserver, 98.0)
+    assert gained(Residual(), data, images(32), "bias_correction", observer=observer) > -1
+
+
+def test_equalization_reaches_a_layer_that_stays_float() -> None:
+    """Else its readers would be left with the uneven channels that it makes."""
+    model = uneven(plain()).eval()
+    prepared = prepare(
+        model, [images()], config=lambda node: None if node.layer == "2" else QConfig()
+    )
+    (reader,) = [node for node in prepared.graph if node.layer == "5"]
+    spreads = []
+    for names in ((), ("cross_layer_equalization",)):
+        calibrate(prepared, [[batch] for batch in batches()], names)
+        inputs = reader.tensors["weight"].abs().amax((0, 2, 3))
+        spreads.append(float(inputs.max() / inputs.min()))
+    assert spreads[1] < spreads[0] / 10
 
 
 def test_biases_are_corrected_once_however_often_it_is_asked() -> None:
