@@ -1,15 +1,18 @@
 """`python -m benchmarks.readme_table results.csv`: the README's measured tables, from the CSVs.
 
-Of a CSV of `benchmarks.run` the table of kernels, of one of `benchmarks.models` that of networks.
+Of a CSV of `benchmarks.run` the table of kernels, of `benchmarks.models` that of networks, of
+`benchmarks.accuracy` that of accuracy.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from pathlib import Path
 
 import click
 
+from benchmarks.accuracy import Result
 from benchmarks.measure import Row, network_sums, read_csv
 from benchmarks.models import ModelRow
 from benchmarks.shapes import WHOLE
@@ -17,6 +20,7 @@ from benchmarks.shapes import WHOLE
 MARKS = {
     "kernels": ("<!-- table:begin -->", "<!-- table:end -->"),
     "models": ("<!-- models:begin -->", "<!-- models:end -->"),
+    "accuracy": ("<!-- accuracy:begin -->", "<!-- accuracy:end -->"),
 }
 # column, and the peers of which it shows the best
 COLUMNS = {
@@ -127,6 +131,22 @@ def models_table(rows: list[ModelRow]) -> str:
     return "\n".join(lines)
 
 
+def accuracy_table(rows: list[Result]) -> str:
+    """Markdown: a line per network and method."""
+    lines = [
+        "| network | method | metric | int8 | float32 | same prediction | SNR of the outputs |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        same = "-" if math.isnan(row.agreement) else f"{row.agreement:.2f} %"
+        name = f"**{row.method}**" if row.method.startswith("fastq") else row.method
+        lines.append(
+            f"| {row.network} | {name} | {row.metric} | {row.score:.2f} | {row.float32:.2f} "
+            f"| {same} | {row.snr:.1f} dB |"
+        )
+    return "\n".join(lines)
+
+
 def put(text: str, new: str, marks: tuple[str, str]) -> str:
     """`text` with `new` between the two marks; ValueError where there is not one of each."""
     begin, end = marks
@@ -143,11 +163,12 @@ def put(text: str, new: str, marks: tuple[str, str]) -> str:
 def main(csv_path: Path, into: Path | None) -> None:
     """Make one of the README's tables from a CSV."""
     header = csv_path.read_text().partition("\n")[0].split(",")
-    kind = "models" if "network" in header else "kernels"
-    if kind == "models":
-        new = models_table(read_csv(csv_path, ModelRow))
+    if "method" in header:
+        kind, new = "accuracy", accuracy_table(read_csv(csv_path, Result))
+    elif "network" in header:
+        kind, new = "models", models_table(read_csv(csv_path, ModelRow))
     else:
-        new = table(read_csv(csv_path, Row))
+        kind, new = "kernels", table(read_csv(csv_path, Row))
     if into:
         into.write_text(put(into.read_text(), new, MARKS[kind]))
     else:

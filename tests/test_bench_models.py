@@ -20,6 +20,7 @@ from fastq.kernels import peak
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not an installed package
 
 from benchmarks import measure, model_peers, models, networks, readme_table
+from benchmarks.accuracy import Result
 
 TINY = networks.Network(lambda: networks.UNet(4, 1), 8)
 
@@ -157,3 +158,13 @@ def test_the_command_says_what_there_is() -> None:
     assert result.exit_code == 2 and "resnet18" in result.output
     result = runner.invoke(commands.cli, ["bench", "--models", "--peer", "nobody"])
     assert result.exit_code == 2 and "nobody" in result.output
+
+
+def test_the_accuracy_table_says_what_each_method_keeps():
+    rows = [
+        Result("lenet", "fastq none", "top-1 %", 98.5, 98.4, 99.9, 31.25, 1.0),
+        Result("words", "ONNX Runtime MinMax", "Spearman", 80.1, 81.2, float("nan"), 20.0, 1.0),
+    ]
+    *_, first, second = readme_table.accuracy_table(rows).splitlines()
+    assert first == "| lenet | **fastq none** | top-1 % | 98.50 | 98.40 | 99.90 % | 31.2 dB |"
+    assert second == "| words | ONNX Runtime MinMax | Spearman | 80.10 | 81.20 | - | 20.0 dB |"
