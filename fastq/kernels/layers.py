@@ -43,6 +43,7 @@ from fastq.qparams import Dequant, Epilogue, QParams, Requant
 from fastq.weights import Conv2dWeight, LinearWeight
 
 A_BLOCK_BYTES = 128 * 1024  # of activations that a block of MC rows works on, to stay in L2
+TASKS_A_THREAD = 8
 RANGE_BLOCK = 32 * 1024  # values per task when a range is searched
 
 Source = Literal["u8", "static", "dynamic"]
@@ -211,12 +212,12 @@ class _Rows:
 
 def block_rows(tile: Tile, m: int, row_bytes: int, other_tasks: int) -> int:
     """MC: rows that share a panel while it is in L1, and their activations in L2."""
-    mc = max(A_BLOCK_BYTES // max(row_bytes, 1), 8 * tile.mr)
+    blocks = -(-m // max(A_BLOCK_BYTES // max(row_bytes, 1), 8 * tile.mr))
     threads = executor.get_num_threads()
-    if threads > 1:  # four tasks or more a thread, so that they end together
-        wanted = -(-4 * threads // max(other_tasks, 1))
-        mc = min(mc, max(-(-m // wanted), 2 * tile.mr))
-    return max(-(-min(mc, m) // tile.mr) * tile.mr, 1)
+    if threads > 1:  # TASKS_A_THREAD or more, all of a size, so that the threads end together
+        wanted = -(-TASKS_A_THREAD * threads // max(other_tasks, 1))
+        blocks = max(blocks, min(wanted, m // (2 * tile.mr)))
+    return max(-(-m // max(blocks, 1) // tile.mr) * tile.mr, 1)
 
 
 class PackedLinear(_Layer):
