@@ -97,8 +97,9 @@ def _line(title: str, times: dict[str, float], limit: float) -> str:
 def models_table(rows: list[ModelRow]) -> str:
     """Markdown: what was measured on what, then a line per network, batch and threads."""
     first = rows[0]
+    commits = ", ".join(dict.fromkeys(row.commit for row in rows))
     lines = [
-        f"{first.cpu}, {first.isa}, commit {first.commit}; {first.versions}"
+        f"{first.cpu}, {first.isa}, commit {commits}; {first.versions}"
         f"{'; ' + first.settings if first.settings else ''}. Medians in milliseconds; in brackets "
         f"the share of {first.peak_gops:.0f} GOP/s a thread, the peak of exact dot products. "
         "Arena: the memory of all values between the layers, in MiB.",
