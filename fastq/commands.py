@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -20,14 +22,14 @@ def cli() -> None:
     """int8 inference for PyTorch on the CPU."""
 
 
+def network_option(text: str) -> Callable[..., Any]:
+    """Which of the demo's networks a command takes."""
+    choice = click.Choice(["lenet", "efficientnet-lite0"])
+    return click.option("--network", type=choice, default="lenet", show_default=True, help=text)
+
+
 @cli.command()
-@click.option(
-    "--network",
-    type=click.Choice(["lenet", "efficientnet-lite0"]),
-    default="lenet",
-    show_default=True,
-    help="lenet is trained here, in seconds; efficientnet-lite0 comes trained on ImageNet.",
-)
+@network_option("lenet is trained here, in seconds; efficientnet-lite0 comes trained on ImageNet.")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
@@ -56,13 +58,7 @@ def demo(network: str, output: Path | None, qat: bool) -> None:
 
 
 @cli.command()
-@click.option(
-    "--network",
-    type=click.Choice(["lenet", "efficientnet-lite0"]),
-    default="lenet",
-    show_default=True,
-    help="The demo's networks and images; fastq.report(...) takes your own.",
-)
+@network_option("The demo's networks and images; fastq.report(...) takes your own.")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),

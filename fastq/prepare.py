@@ -173,10 +173,15 @@ class Prepared:
         return tensors if bias is None else {**tensors, "bias": bias}
 
 
+def grid_ends(qparams: QParams) -> tuple[float, float]:
+    """The smallest and the largest number of a per-tensor uint8 quantization."""
+    scale, zero_point = float(qparams.scale), int(qparams.zero_point)
+    return -zero_point * scale, (255 - zero_point) * scale
+
+
 def symmetric(qparams: QParams) -> QParams:
     """The range of qparams with zero_point 128: int8 by another name."""
-    scale, zero_point = float(qparams.scale), int(qparams.zero_point)
-    peak = scale * max(zero_point, 255 - zero_point)
+    peak = max(map(abs, grid_ends(qparams)))
     return QParams(np.array(peak / 127, np.float32), np.array(128, np.int32))
 
 

@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 from fastq.graph import Graph, Node, Values, evaluate
 from fastq.lower import weight_of
-from fastq.prepare import WEIGHTED, Prepared, fake_quantize
-from fastq.qparams import QParams, quantize_weight
+from fastq.prepare import WEIGHTED, Prepared, fake_quantize, grid_ends
+from fastq.qparams import quantize_weight
 
 Batch = Sequence[Any]
 Remedies = str | Iterable[str]
@@ -377,7 +377,7 @@ def bias_correction(prepared: Prepared, sample: Sequence[Batch], progress: bool 
     wanted, quantized = _Means(prepared.layers()), prepared.quantized_values()
 
     def within(node: Node, value: Any) -> Any:
-        return value.clamp(*_ends(prepared.qparams(node))) if node in quantized else value
+        return value.clamp(*grid_ends(prepared.qparams(node))) if node in quantized else value
 
     with torch.no_grad():
         for arguments in bar(sample, "float means", progress):
@@ -394,12 +394,6 @@ def bias_correction(prepared: Prepared, sample: Sequence[Batch], progress: bool 
             for side in sides:
                 assert side.made is not None
                 side.made += _along(shift, side.made, _channel_axis(node, side.made))
-
-
-def _ends(qparams: QParams) -> tuple[float, float]:
-    """The smallest and the largest number of a per-tensor uint8 quantization."""
-    scale, zero_point = qparams.scale.item(), qparams.zero_point.item()
-    return -zero_point * scale, (255 - zero_point) * scale
 
 
 class _Means:

@@ -33,7 +33,7 @@ from fastq.nn.network import QuantizedModel, Stage
 from fastq.observer import HistogramObserver
 from fastq.page import Bars, Block, Details, Heading, Histogram, Table, Text, html, markdown
 from fastq.plan import VIEWS
-from fastq.prepare import Prepared
+from fastq.prepare import Prepared, grid_ends
 from fastq.profiling import medians, memory, profile
 from fastq.qparams import QParams
 from fastq.recipe import read_recipe
@@ -488,7 +488,7 @@ class _Comparison:
             real = real * value.factor
         value.tally.add(real, other)
         if made.qparams is not None and node.op not in MOVES:
-            low, high = _grid(made.qparams)
+            low, high = grid_ends(made.qparams)
             half = float(made.qparams.scale) / 2
             value.clipped += int(((real < low - half) | (real > high + half)).sum())
             value.count += real.numel()
@@ -527,7 +527,7 @@ class _Comparison:
 
     def _values(self, node: Node, value: _Value) -> Distribution:
         qparams = self.recipe.qparams(node)
-        grid, bins = _grid(qparams), value.observer.bins()
+        grid, bins = grid_ends(qparams), value.observer.bins()
         seen = float(value.observer.minimum), float(value.observer.maximum)
         shown = min(seen[0], grid[0]), max(seen[1], grid[1])
         counts, _ = np.histogram(bins.centers, BINS, shown, weights=bins.counts)
@@ -536,11 +536,6 @@ class _Comparison:
             tuple(counts.astype(np.int64).tolist()), *shown, seen, grid, (scale, scale),
             int(qparams.zero_point), value.clipped / value.count,
         )  # fmt: skip
-
-
-def _grid(qparams: QParams) -> tuple[float, float]:
-    scale, zero_point = float(qparams.scale), int(qparams.zero_point)
-    return -zero_point * scale, (255 - zero_point) * scale
 
 
 def _channel_factor(real: Tensor, made: Tensor) -> Tensor | None:

@@ -41,6 +41,7 @@ from numba.extending import intrinsic
 from fastq.kernels import block as f
 from fastq.kernels.call import ITEM_BYTES
 from fastq.kernels.depthwise import emit_tap_loop
+from fastq.kernels.lines import emit_loop
 from fastq.kernels.requantize import Epilogue
 from fastq.kernels.signature import SIGNATURE, sources_digest
 from fastq.kernels.simd import KR, address, branch_back, emitter, i1, i8, i32, i64, load, ptr
@@ -189,31 +190,14 @@ def emit_tiles(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: A
                     _memcpy(b, out_row, scratch_row, size)
 
     height = i64(tile.mr)
-    full_end = b.select(edge, m, b.add(b.sub(m_end, height), i64(1)))
-    m = _loop(b, m, full_end, height, lambda m: emit(m, None))
+    full_end = b.select(edge, m, m_end)
+    m, _ = emit_loop(b, m, full_end, tile.mr, (), lambda m: emit(m, None))
 
     def rest(m: Any) -> None:
         left = b.sub(m_end, m)
         emit(m, b.select(b.icmp_signed("<", left, height), left, height))
 
-    _loop(b, m, m_end, height, rest)
-
-
-def _loop(b: Any, start: Any, end: Any, step: Any, body: Any) -> Any:
-    """Emits `while start < end: body(start); start += step`; returns the last start."""
-    entry = b.block
-    head, inside, done = (b.append_basic_block(name) for name in ("rows", "tile", "rows.done"))
-    b.branch(head)
-    b.position_at_end(head)
-    at = b.phi(i64)
-    at.add_incoming(start, entry)
-    b.cbranch(b.icmp_signed("<", at, end), inside, done)
-    b.position_at_end(inside)
-    body(at)
-    at.add_incoming(b.add(at, step), b.block)
-    b.branch(head)
-    b.position_at_end(done)
-    return at
+    emit_loop(b, m, b.add(m_end, i64(tile.mr - 1)), tile.mr, (), rest)
 
 
 def emit_k_loop(

@@ -97,9 +97,7 @@ FAMILIES = (
     Family(
         "conv",
         winograd.winograd_kernel,
-        lambda tier: product(
-            winograd.tiles(tier) if emitter(tier).side_by_side == 2 else (), _epilogues(tier)
-        ),
+        lambda tier: product(winograd.tiles(tier), _epilogues(tier)),
     ),
     Family(
         "depthwise",

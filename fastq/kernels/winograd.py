@@ -76,12 +76,13 @@ def is_exact(weight: NDArray[np.int8]) -> bool:
 
 def fits(isa: str, c: int, n: int, nr: int) -> bool:
     """Whether a tier's kernel takes C channels and N filters in panels NR wide."""
-    simd = emitter(isa)
-    return simd.side_by_side == 2 and c % simd.operand.count == 0 and n % nr == 0
+    return bool(tiles(isa)) and c % emitter(isa).operand.count == 0 and n % nr == 0
 
 
 def tiles(isa: str) -> list[Tile]:
-    """The register tiles that serve here, too."""
+    """The register tiles that serve here, too: none where a dot product sums four."""
+    if emitter(isa).side_by_side != 2:
+        return []
     return [tile for tile in tiles_of(isa) if tile.panels == 1]
 
 
