@@ -16,12 +16,13 @@ from llvmlite import binding, ir
 from numba import cfunc
 from numba.core.ccallback import CFunc
 
-from fastq.kernels import gemm, isa, simd, winograd
+from fastq.kernels import gemm, isa, matrix, simd
 from fastq.kernels.gemm import Tile
 from fastq.kernels.signature import SIGNATURE
 
 # A tier's dot product, and the registers that its tiles fill
 DOT = {
+    "amx_int8": ("(?:tdpbusd|vpdpbusd)", "[tz]mm"),
     "avx512_vnni": ("vpdpbusd", "zmm"),
     "avx_vnni": ("vpdpbusd", "ymm"),
     "avx2": ("vpmaddwd", "ymm"),
@@ -47,13 +48,13 @@ def config_of(kernel: Any) -> tuple[Any, ...]:
 def name(factory: str, arguments: tuple[Any, ...]) -> str:
     """`u8s8s32_gemm_6x8c4__avx2 u8 affine` of a tile; the factory and its arguments of others."""
     words = (factory.removesuffix("_kernel"), *arguments)
-    return " ".join(map(str, words)).removeprefix("gemm ")
+    return " ".join(map(str, words)).removeprefix("gemm ").removeprefix("matrix ")
 
 
 def name_of(kernel: Any) -> str:
     """The `name` of a compiled kernel."""
     factory, config = kernel.__wrapped__.__qualname__.partition(".")[0], config_of(kernel)
-    if factory in (gemm.gemm_kernel.__name__, winograd.winograd_kernel.__name__):
+    if factory in ("gemm_kernel", "matrix_kernel", "winograd_kernel"):
         config = (Tile(*config[:_TILE_FIELDS]), *config[_TILE_FIELDS:])
     return name(factory, config)
 
@@ -76,7 +77,11 @@ def assembly_for(tile: Tile, epilogue: str, rows: str, triple: str, cpu: str) ->
     body = builder.append_basic_block("body")
     builder.branch(body)
     builder.position_at_end(body)
-    gemm.emit_tiles(builder, tile, epilogue, rows, function.args[0], function.args[1:])
+    block, *place = function.args
+    if tile.kind == "matrix":
+        matrix.emit_bands(builder, tile, epilogue, block, place)
+    else:
+        gemm.emit_tiles(builder, tile, epilogue, rows, block, place)
     builder.ret_void()
     parsed = binding.parse_assembly(str(module))
     machine = binding.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)

@@ -41,6 +41,7 @@ from fastq.kernels.simd import (
     shuffle,
     splat,
     store,
+    store_valid,
     unpack,
     vec,
 )
@@ -102,11 +103,14 @@ class Epilogue:
         targets: list[Any],
         rows: list[Any],
         add_rows: list[Any] | None = None,
+        valid: Any = None,
     ) -> None:
         """Stores accs[i], vectors that cover the columns as simd.columns says, at targets[i].
 
-        rows[i] is the index into the per-row arrays, add_rows[i] the address of what is added.
+        rows[i] is the index into the per-row arrays, add_rows[i] the address of what is added. Of
+        the columns the first `valid` are stored; None: all.
         """
+        self.valid = valid
         for i, (acc_row, target) in enumerate(zip(accs, targets, strict=True)):
             if self.kind in ("u8", "s16"):
                 self._store_rounded(acc_row, target, add_rows[i] if add_rows else None)
@@ -125,7 +129,8 @@ class Epilogue:
                 r = self._added(load(b, stored, add, offset))
                 group = [b.fadd(value, more) for value, more in zip(group, r, strict=True)]
             q = self._rounded(group)
-            store(b, q if q.type == stored else b.trunc(q, stored), target, offset)
+            q = q if q.type == stored else b.trunc(q, stored)
+            self._put(q, target, offset, j * simd.lanes)
 
     def _rounded(self, group: list[Any]) -> Any:
         """float32 vectors as integers in one; what is too small saturates, and is clamped last."""
@@ -169,7 +174,14 @@ class Epilogue:
                 values[j] = clamp(b, b.fadd(real, self.bias[j]), self.lo, self.hi)
         values = self._in_order(values)
         for j, value in enumerate(values):
-            store(b, value, target, 4 * simd.lanes * j)
+            self._put(value, target, 4 * simd.lanes * j, j * simd.lanes)
+
+    def _put(self, value: Any, target: Any, offset: int, column: int) -> None:
+        if self.valid is None:
+            store(self.b, value, target, offset)
+        else:
+            valid = self.b.sub(self.valid, i64(column))
+            store_valid(self.b, value, address(self.b, target, offset), valid)
 
     def _in_order(self, values: list[Any]) -> list[Any]:
         """Vectors of columns in order, of the accumulators as they lie."""

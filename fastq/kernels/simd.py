@@ -23,6 +23,7 @@ KR = 4
 i1, i8, i16, i32, i64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 f32 = ir.FloatType()
 ptr = ir.PointerType()
+void = ir.VoidType()
 
 
 def vec(element: Any, count: int) -> Any:
@@ -61,6 +62,30 @@ def splat(b: Any, scalar: Any, count: int) -> Any:
 
 def shuffle(b: Any, x: Any, y: Any, lanes: Sequence[int]) -> Any:
     return b.shuffle_vector(x, y, ir.Constant(vec(i32, len(lanes)), list(lanes)))
+
+
+def store_valid(b: Any, value: Any, base: Any, valid: Any) -> None:
+    """Stores the first `valid` (i64) elements of a vector, all of them if there are fewer."""
+    kind = value.type
+    count = b.select(b.icmp_signed("<", valid, i64(kind.count)), valid, i64(kind.count))
+    count = b.select(b.icmp_signed("<", count, i64(0)), i64(0), count)
+    index = vec(i8, kind.count)
+    mask = b.icmp_unsigned(
+        "<", ir.Constant(index, list(range(kind.count))), splat(b, b.trunc(count, i8), kind.count)
+    )
+    element = "f" if kind.element is f32 else "i"
+    name = f"llvm.masked.store.v{kind.count}{element}{_bits(kind.element)}.p0"
+    pointer = ir.FunctionType(void, [kind, ptr, i32, mask.type])
+    function = b.module.globals.get(name) or ir.Function(b.module, pointer, name)
+    b.call(function, [value, base, i32(1), mask])
+
+
+def _bits(element: Any) -> int:
+    return 32 if element is f32 else int(element.width)
+
+
+def copy_bytes(b: Any, target: Any, source: Any, size: Any) -> None:
+    call(b, "llvm.memcpy.p0.p0.i64", void, [target, source, size, i1(0)])
 
 
 def call(b: Any, name: str, result: Any, args: Sequence[Any]) -> Any:
@@ -119,6 +144,7 @@ class Dot:
     a_bytes: int
     side_by_side: int
     taps_at_once: int
+    depth = KR  # of the widest K-step
 
     def __init__(self, bits: int, native: bool) -> None:
         self.bits, self.native = bits, native
@@ -181,7 +207,7 @@ class Dot:
             for side in (0, n)
             for i in range(per_lane)
         ]
-        return shuffle(b, *parts, lanes)
+        return shuffle(b, parts[0], parts[1], lanes)
 
 
 class Vnni(Dot):
@@ -230,6 +256,35 @@ class Vnni(Dot):
             unpack(b, b.bitcast(p, half), b.bitcast(q, half)) for p, q in zip(x, y, strict=True)
         ]
         return [b.bitcast(v, self.operand) for pair in pairs for v in pair]
+
+
+class Amx(Vnni):
+    """Vnni, and products of whole matrices: x86 `tdpbusd`, as exact as `vpdpbusd`.
+
+    Eight tile registers hold up to 16 rows of 64 bytes each; a configuration of 64 bytes says how
+    many of both they have. A product adds rows of activations times a K-step of 64 weights for each
+    of 16 columns to rows of 16 accumulators. Registers are named by their number.
+    """
+
+    depth = 64
+
+    def configure(self, b: Any, config: Any) -> None:
+        call(b, "llvm.x86.ldtilecfg", void, [config])
+
+    def release(self, b: Any) -> None:
+        call(b, "llvm.x86.tilerelease", void, [])
+
+    def tile_zero(self, b: Any, tile: int) -> None:
+        call(b, "llvm.x86.tilezero", void, [i8(tile)])
+
+    def tile_load(self, b: Any, tile: int, base: Any, stride: Any) -> None:
+        call(b, "llvm.x86.tileloadd64", void, [i8(tile), base, stride])
+
+    def tile_store(self, b: Any, tile: int, base: Any, stride: Any) -> None:
+        call(b, "llvm.x86.tilestored64", void, [i8(tile), base, stride])
+
+    def tile_dot(self, b: Any, acc: int, a: int, w: int) -> None:
+        call(b, "llvm.x86.tdpbusd", void, [i8(acc), i8(a), i8(w)])
 
 
 class Madd(Dot):
@@ -312,10 +367,12 @@ def vnni_operand(lanes: int) -> Any:
 
 
 @functools.cache
-def emitter(isa: str) -> Vnni | Madd:
+def emitter(isa: str) -> Amx | Vnni | Madd:
     """The emitter of a tier by its name in `isa.ISAS`."""
     name, _, emulated = isa.partition("-")
     match name:
+        case "amx_int8":
+            return Amx(512, not emulated)
         case "avx512_vnni":
             return Vnni(512, not emulated)
         case "avx_vnni":

@@ -20,6 +20,7 @@ from fastq.kernels import (
     histogram,
     layout,
     matmul,
+    matrix,
     norms,
     pointwise,
     stage,
@@ -93,6 +94,14 @@ FAMILIES = (
         "conv",
         gemm.gemm_kernel,
         lambda tier: product(tiles_of(tier), _epilogues(tier), ("affine", "table")),
+    ),
+    *(
+        Family(
+            layer,
+            matrix.matrix_kernel,
+            lambda tier: product(tiles_of(tier, "matrix"), _epilogues(tier)),
+        )
+        for layer in ("linear", "conv")
     ),
     Family(
         "conv",
