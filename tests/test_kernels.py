@@ -150,9 +150,9 @@ def test_assembly_of_each_tile(tile: Tile) -> None:
     assert loops, text
     emitter = simd.emitter(tile.isa)
     vectors = tile.nr * tile.panels // emitter.cols
+    dots = {tile.mr * vectors * simd.KR // emitter.side_by_side}
     if tile.kind == "depthwise":
-        vectors = len(emitter.interleaved_channels())
-    dots = {tile.mr * vectors}
+        dots = {tile.mr * len(emitter.interleaved_channels())}
     if tile.kind == "matrix":  # several bands at once, and one: four accumulators, or fewer
         dots = {4, min(4, vectors)}
     assert {loop.dots for loop in loops} == dots

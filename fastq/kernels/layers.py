@@ -189,6 +189,7 @@ class _Layer:
             m, of = len(firsts), matrix.ROWS
             values[block.BAND] = band
             places[block.TILE_CONFIG] = matrix.tile_config(band, packed.depth)
+            firsts = np.append(firsts, firsts[-1])  # one more is read, and not used
             places[block.ROW_TABLE] = np.stack([*(r.at(firsts) for r in rows), firsts], axis=1)
             kernel = matrix.matrix_kernel(tile, kind)
         else:

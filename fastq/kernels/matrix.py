@@ -18,8 +18,8 @@ The argument block, the panels and the epilogues are gemm.py's, with three diffe
       | acc | acc |               as few loads as there are products. Panels of more columns than
       +-----+-----+               that take several passes over K.
 
-The accumulators begin at the bias (a load of the same row 16 times), go to the stack, and from
-there row by row through the epilogue.
+The accumulators begin at the bias (a load of the same row 16 times) and go to the stack; from there
+they go row by row through the epilogue, a few rows in each K-step of the next block.
 
 A task is one (image, block of MC bands, group, panel), the last running fastest.
 """
@@ -27,6 +27,7 @@ A task is one (image, block of MC bands, group, panel), the last running fastest
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import astuple
 from typing import Any
 
@@ -162,19 +163,21 @@ def emit_bands(b: Any, tile: Tile, epilogue: str, args: Any, place: Any) -> None
     step_bytes = b.udiv(field(f.B_PANEL), steps)
     valid = b.sub(field(f.N), first_column)
     table, band = field(f.ROW_TABLE, ptr), field(f.BAND)
-    with b.goto_entry_block():
-        sums = b.alloca(ir.ArrayType(i32, tile.mr * nr))
-        sums.align = 64
-        sums.type = ptr  # llvmlite gives it a typed pointer, which LLVM no longer knows
+    row_bytes = 4 * nr
+    at_once = tile.mr // ROWS
 
     def operand(base: int, item: int) -> Any:
         """The address of an operand in this image, group and panel; fields: base, row, image."""
         offset = b.add(b.mul(image, field(base + 2)), b.mul(group, field(base + 3)))
         return address(b, field(base, ptr), b.add(offset, b.mul(first_column, i64(item))))
 
-    a, out = operand(f.A, 0), operand(f.OUT, ITEM_BYTES[kind])
-    add = operand(f.ADD, ITEM_BYTES[kind]) if added else None
-    a_row, out_row = field(f.A_ROW), field(f.OUT_ROW)
+    a, a_row = operand(f.A, 0), field(f.A_ROW)
+    out = operand(f.OUT, ITEM_BYTES[kind]), field(f.OUT_ROW)
+    add = (operand(f.ADD, ITEM_BYTES[kind]), field(f.ADD_ROW)) if added else None
+    waiting = _Waiting(b, end, tile, band, out, add, valid)
+    passes = -(-nr // simd.lanes * at_once // ACCUMULATORS)
+    share = b.udiv(b.mul(band, i64(at_once)), b.mul(steps, i64(passes)))
+    share = b.add(share, i64(1))  # rows a K-step, so that all are done in the time of one block
 
     def emit(m: Any, bands: int) -> None:
         """That many bands from m on."""
@@ -182,49 +185,125 @@ def emit_bands(b: Any, tile: Tile, epilogue: str, args: Any, place: Any) -> None
             address(b, table, b.mul(b.add(m, i64(i)), i64(8 * BAND_FIELDS))) for i in range(bands)
         ]
         a_bands = [address(b, a, load(b, i64, entry)) for entry in entries]
-        at_once = ACCUMULATORS // bands
+        together = ACCUMULATORS // bands
         vectors = range(nr // simd.lanes)
-        for first in vectors[::at_once]:
-            some = list(vectors[first : first + at_once])
-            for i in range(bands):
-                for j in some:
-                    acc = i * len(some) + j - first
-                    if bias is None:
-                        unit.tile_zero(b, acc)
-                    else:
-                        unit.tile_load(b, acc, address(b, bias, 4 * simd.lanes * j), i64(0))
+        for first in vectors[::together]:
+            some = vectors[first : first + together]
+            accs = [(i, j, i * len(some) + j - first) for i in range(bands) for j in some]
+            for _, j, acc in accs:
+                if bias is None:
+                    unit.tile_zero(b, acc)
+                else:
+                    unit.tile_load(b, acc, address(b, bias, 4 * simd.lanes * j), i64(0))
             here = address(b, weights, ROW_BYTES * first)
             _emit_k_loop(
-                b, unit, a_bands, a_row, here, len(some), KR * nr, offsets, steps, step_bytes
-            )
-            for i in range(bands):
-                for j in some:
-                    target = address(b, sums, 4 * (i * ROWS * nr + j * simd.lanes))
-                    unit.tile_store(b, i * len(some) + j - first, target, i64(4 * nr))
-        for i, entry in enumerate(entries):
-            target = address(b, out, load(b, i64, entry, 8))
-            more = None if add is None else address(b, add, load(b, i64, entry, 16))
-            number = load(b, i64, entry, 24)
+                b, unit, a_bands, a_row, here, len(some), KR * nr, offsets, steps, step_bytes,
+                lambda: waiting.emit_rows(share),
+            )  # fmt: skip
+            for i, j, acc in accs:
+                row = b.mul(band, i64(i * row_bytes))
+                target = address(b, waiting.other(), b.add(row, i64(4 * simd.lanes * j)))
+                unit.tile_store(b, acc, target, i64(row_bytes))
+        waiting.emit_rows(None)
+        waiting.take(entries[0], bands)
 
-            def row(r: Any, i=i, target=target, more=more, number=number) -> None:  # type: ignore[no-untyped-def]
-                line = address(b, sums, b.mul(b.add(r, i64(i * ROWS)), i64(4 * nr)))
-                accs = [load(b, simd.acc, line, 4 * simd.lanes * j) for j in vectors]
-                added_row = None if more is None else [address(b, more, b.mul(r, field(f.ADD_ROW)))]
-                end.store(
-                    [accs], [address(b, target, b.mul(r, out_row))], [b.add(number, r)],
-                    added_row, valid,
-                )  # fmt: skip
+    m, _ = emit_loop(b, m, m_end, at_once, (), lambda m: emit(m, at_once))
+    if at_once > 1:
+        emit_loop(b, m, m_end, 1, (), lambda m: emit(m, 1))
+    waiting.emit_rows(None)
 
-            emit_loop(b, i64(0), band, 1, (), row)
 
-    bands = tile.mr // ROWS
-    m, _ = emit_loop(b, m, m_end, bands, (), lambda m: emit(m, bands))
-    emit_loop(b, m, m_end, 1, (), lambda m: emit(m, 1))
+class _Waiting:
+    """Rows of sums that wait for their epilogue while the next block's products are computed.
+
+    The tile unit and the vector units work at the same time then. Sums lie row by row in one of two
+    buffers on the stack: rows of several bands follow each other. What changes is held in stack
+    slots, which LLVM makes registers.
+    """
+
+    def __init__(
+        self, b: Any, end: Epilogue, tile: Tile, band: Any, out: Any, add: Any, valid: Any
+    ) -> None:
+        self.b, self.end, self.tile, self.band = b, end, tile, band
+        self.out, self.add, self.valid = out, add, valid
+        with b.goto_entry_block():
+            self.buffers = self._slot(ir.ArrayType(i32, 2 * tile.mr * tile.nr), 64)
+            names = ("left", "left_in_band", "number", "line", "entry", "target", "more")
+            self.slots = {name: self._slot(i64 if i < 3 else ptr) for i, name in enumerate(names)}
+            self.slots["free"] = self._slot(ptr)
+        self._set("left", i64(0))
+        self._set("left_in_band", i64(0))
+        self._set("number", i64(0))
+        for name in ("line", "entry", "target", "more"):
+            self._set(name, self.buffers)
+        self._set("free", self.buffers)
+
+    def _slot(self, kind: Any, align: int = 8) -> Any:
+        slot = self.b.alloca(kind)
+        slot.align = align
+        slot.type = ptr  # llvmlite gives it a typed pointer, which LLVM no longer knows
+        return slot
+
+    def _get(self, name: str) -> Any:
+        kind = i64 if name in ("left", "left_in_band", "number") else ptr
+        return self.b.load(self.slots[name], typ=kind)
+
+    def _set(self, name: str, value: Any) -> None:
+        self.b.store(value, self.slots[name])
+
+    def other(self) -> Any:
+        """The buffer that no rows wait in."""
+        return self._get("free")
+
+    def take(self, entry: Any, bands: int) -> None:
+        """The rows of `bands` bands from an entry of ROW_TABLE on, in the free buffer."""
+        b = self.b
+        buffer = self._get("free")
+        self._set("line", buffer)
+        size = i64(4 * self.tile.mr * self.tile.nr)
+        first = b.icmp_unsigned("==", b.ptrtoint(buffer, i64), b.ptrtoint(self.buffers, i64))
+        self._set("free", address(b, self.buffers, b.select(first, size, i64(0))))
+        self._set("left", b.mul(self.band, i64(bands)))
+        self._begin_band(entry)
+
+    def _begin_band(self, entry: Any) -> None:
+        b = self.b
+        self._set("entry", entry)
+        self._set("left_in_band", self.band)
+        self._set("number", load(b, i64, entry, 24))
+        self._set("target", address(b, self.out[0], load(b, i64, entry, 8)))
+        if self.add is not None:
+            self._set("more", address(b, self.add[0], load(b, i64, entry, 16)))
+
+    def emit_rows(self, most: Any) -> None:
+        """Emits the epilogue of the next `most` rows; None: of all that are left."""
+        b, left = self.b, self._get("left")
+        if most is None:
+            most = left
+        most = b.select(b.icmp_signed("<", most, left), most, left)
+        emit_loop(b, i64(0), most, 1, (), lambda _: self._emit_row())
+
+    def _emit_row(self) -> None:
+        b, lanes, nr = self.b, self.end.simd.lanes, self.tile.nr
+        line, target, number = self._get("line"), self._get("target"), self._get("number")
+        accs = [load(b, self.end.simd.acc, line, 4 * j) for j in range(0, nr, lanes)]
+        more = None if self.add is None else [self._get("more")]
+        self.end.store([accs], [target], [number], more, self.valid)
+        self._set("line", address(b, line, 4 * nr))
+        self._set("left", b.sub(self._get("left"), i64(1)))
+        self._set("number", b.add(number, i64(1)))
+        self._set("target", address(b, target, self.out[1]))
+        if self.add is not None:
+            self._set("more", address(b, self._get("more"), self.add[1]))
+        left = b.sub(self._get("left_in_band"), i64(1))
+        self._set("left_in_band", left)
+        with b.if_then(b.icmp_signed("==", left, i64(0))):
+            self._begin_band(address(b, self._get("entry"), 8 * BAND_FIELDS))
 
 
 def _emit_k_loop(
     b: Any, unit: Any, a_bands: list[Any], a_row: Any, weights: Any, vectors: int, b_row: int,
-    offsets: Any, steps: Any, step_bytes: Any,
+    offsets: Any, steps: Any, step_bytes: Any, meanwhile: Callable[[], None],
 ) -> None:  # fmt: skip
     """Bands times `vectors` x 16 columns, into the accumulators, [band][vector]."""
     entry = b.block
@@ -233,22 +312,42 @@ def _emit_k_loop(
     b.position_at_end(loop)
     step, panel = b.phi(i64), b.phi(ptr)
     offset = b.sext(load(b, i32, offsets, b.mul(step, i64(4))), i64)
-    for j in range(vectors):
-        w = B_TILES[j % 2]
-        unit.tile_load(b, w, address(b, panel, ROW_BYTES * j), i64(b_row))
-        for i, band in enumerate(a_bands):
-            if j == 0 or len(a_bands) > len(A_TILES):
-                unit.tile_load(b, A_TILES[i % 2], address(b, band, offset), a_row)
-            unit.tile_dot(b, i * vectors + j, A_TILES[i % 2], w)
+    held: dict[int, str] = {}  # operand register -> what is in it
+    order = _products(len(a_bands), vectors)
+    for n, (i, j) in enumerate(order):
+        later = {name for i_j in order[n + 1 :] for name in (f"a{i_j[0]}", f"b{i_j[1]}")}
+        for name, registers in ((f"a{i}", A_TILES), (f"b{j}", B_TILES)):
+            if name not in held.values():
+                register = next(r for r in registers if r not in held)
+                held[register] = name
+                if name == f"a{i}":
+                    unit.tile_load(b, register, address(b, a_bands[i], offset), a_row)
+                else:
+                    unit.tile_load(b, register, address(b, panel, ROW_BYTES * j), i64(b_row))
+        a, w = (next(r for r, name in held.items() if name == wanted)
+                for wanted in (f"a{i}", f"b{j}"))  # fmt: skip
+        unit.tile_dot(b, i * vectors + j, a, w)
+        for register, name in list(held.items()):
+            if name not in later:  # an empty register leaves the CPU one more to load ahead into
+                unit.tile_zero(b, register)
+                del held[register]
+    meanwhile()
     following = b.add(step, i64(1))
     next_panel = address(b, panel, step_bytes)
-    last = b.block  # not `loop` where the registers are emulated
+    end = b.block
     branch_back(b, b.icmp_signed("<", following, steps), loop, done)
     step.add_incoming(i64(0), entry)
-    step.add_incoming(following, last)
+    step.add_incoming(following, end)
     panel.add_incoming(weights, entry)
-    panel.add_incoming(next_panel, last)
+    panel.add_incoming(next_panel, end)
     b.position_at_end(done)
+
+
+def _products(bands: int, vectors: int) -> list[tuple[int, int]]:
+    """All pairs, each with an operand of the one before: at most two of a kind are held at once."""
+    return [
+        (i, j if i % 2 == 0 else vectors - 1 - j) for i in range(bands) for j in range(vectors)
+    ]
 
 
 @intrinsic(prefer_literal=True)
