@@ -106,19 +106,23 @@ def k_loops(text: str, tier: str) -> list[Loop]:
     instruction, register = DOT[tier.removesuffix("-emulated")]
     dot = re.compile(rf"{instruction}\s.*%{register}")
     spill = re.compile(rf"\(%rsp\), %{register}|%{register}\d+, -?\d*\(%rsp\)")
-    loops: list[Loop] = []
-    block: list[str] = []
-    label = ""
-    for line in text.splitlines():
+    lines = [line.strip() for line in text.splitlines()]
+    labels: dict[str, int] = {}
+    loops: dict[tuple[int, int], Loop] = {}
+    for end, line in enumerate(lines):
         if match := re.match(r"(\.LBB\w+):", line):
-            label, block = match[1], []
+            labels[match[1]] = end + 1
+        jump = re.match(r"j\w+\s+(\S+)$", line)
+        if jump is None or jump[1] not in labels:
             continue
-        block.append(line.strip())
-        if label and re.match(rf"\s+j\w+\s+{re.escape(label)}$", line):
-            dots, spills = (sum(bool(p.search(row)) for row in block) for p in (dot, spill))
-            if dots:
-                loops.append(Loop(tuple(block), dots, spills))
-    return loops
+        begin = labels[jump[1]]
+        if any(begin <= inner for inner, _ in loops):
+            continue  # it is around a loop that is there already
+        body = tuple(lines[begin : end + 1])
+        dots, spills = (sum(bool(p.search(row)) for row in body) for p in (dot, spill))
+        if dots:
+            loops[begin, end] = Loop(body, dots, spills)
+    return list(loops.values())
 
 
 def k_loop_of(kernel: Any) -> Loop | None:

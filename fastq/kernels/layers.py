@@ -124,6 +124,11 @@ class _Layer:
             return View(ADD, out.shape, out.strides, out.kind)
         return None
 
+    def tile(self, m: int, line: int) -> Tile:
+        """The tile for m rows, in lines of so many."""
+        packed, bands = self.packed, m // line * -(-line // matrix.ROWS)
+        return choose_tile(packed.isa, packed.nr, m, packed.kind, bands=bands, depth=packed.depth)
+
     def product(
         self,
         call: Call,
@@ -151,9 +156,7 @@ class _Layer:
                 "wanted under 2 GiB: split the image"
             )
         band, firsts = matrix.bands_of(m, line)
-        tile = choose_tile(
-            packed.isa, packed.nr, m, packed.kind, bands=len(firsts), depth=packed.depth
-        )
+        tile = self.tile(m, line)
         macs = images * m * len(offsets) * packed.depth * len(self.col_sums)
         row_bytes = x.row if x.offsets is None else x.offsets.max() // m
         panels = -(-len(packed.panels) // groups // tile.panels)
@@ -466,14 +469,14 @@ class BoundLinear(PackedLinear):
         row_stride in bytes; zero_point, of a "u8" source, one or (M,). Of add, SLACK bytes
         beyond its end may be read.
         """
-        threads = executor.get_num_threads()
+        threads, aligned = executor.get_num_threads(), (x | row_stride) % ALIGNED == 0
         if isinstance(zero_point, int):
-            key = (m, row_stride, zero_point, threads)
+            key = (m, row_stride, aligned, zero_point, threads)
             self.calls.run(self._make, key, x, out, 0, 0, add)
         else:
-            self._make(m, row_stride, zero_point, threads).run(x, out)
+            self._make(m, row_stride, aligned, zero_point, threads).run(x, out)
 
-    def _make(self, m: int, row_stride: int, zero_point: Any, threads: int) -> Call:
+    def _make(self, m: int, row_stride: int, aligned: bool, zero_point: Any, threads: int) -> Call:
         call = Call(ARGUMENTS)
         x_scales = getattr(self.epilogue, "x_scale", np.ones(()))
         per_row = self.source == "dynamic" or bool(np.ndim(zero_point) or np.ndim(x_scales))
@@ -482,8 +485,13 @@ class BoundLinear(PackedLinear):
         kind = ACTIVATIONS[emitter(self.isa).a_bytes]
         item = ITEM_BYTES[kind]
         x = View(X, (m, self.k), (row_stride, 1), "u8")
-        if self.source != "u8" or kind != "u8" or self.packed.over_read or self.k < KR:
-            row = self.run_length * item
+        by_matrix = self.tile(m, m).kind == "matrix"
+        fits = self.k >= KR and not self.packed.over_read and (aligned or not by_matrix)
+        if self.source != "u8" or kind != "u8" or not fits:
+            width = self.run_length
+            if by_matrix:
+                width = -(-width // ALIGNED) * ALIGNED
+            row = width * item
             x = View(call.scratch(m * row), (m, self.k), (row, item), kind)
             call.row(
                 stage.stage_rows_kernel(self.source, kind),
@@ -492,7 +500,7 @@ class BoundLinear(PackedLinear):
                 {
                     stage.R_ROW: row_stride,
                     stage.R_K: self.k,
-                    stage.R_OUT_K: self.run_length,
+                    stage.R_OUT_K: width,
                 },
                 {
                     stage.R_X: X,
@@ -508,6 +516,8 @@ class BoundLinear(PackedLinear):
         return call
 
 
+# Matrix tiles load lines of 64 bytes: six times slower where one lies across two of the cache's
+ALIGNED = 64
 # how a tier holds activations, by its a_bytes
 ACTIVATIONS = {1: "u8", 2: "s16"}
 
@@ -531,12 +541,14 @@ class BoundConv2d(PackedConv2d):
         self, x: NDArray[Any], out: NDArray[Any], zero_point: int = 0, add: int = 0
     ) -> None:
         """x (B, H, W, C) with any strides; out (B, OH, OW, N) contiguous; add as in BoundLinear."""
-        key = (x.shape, x.strides, zero_point, executor.get_num_threads())
-        self.calls.run(self._make, key, address_of(x), address_of(out), 0, 0, add)
+        at = address_of(x)
+        key = (x.shape, x.strides, at % ALIGNED == 0, zero_point, executor.get_num_threads())
+        self.calls.run(self._make, key, at, address_of(out), 0, 0, add)
 
     def _make(
-        self, shape: tuple[int, ...], strides: tuple[int, ...], zero_point: int, threads: int
-    ) -> Call:
+        self, shape: tuple[int, ...], strides: tuple[int, ...], aligned: bool, zero_point: int,
+        threads: int,
+    ) -> Call:  # fmt: skip
         batch, h, w, c = shape
         (top, bottom), (left, right) = self.weight.padding
         padded = (batch, h + top + bottom, w + left + right, self.channels)
@@ -547,7 +559,8 @@ class BoundConv2d(PackedConv2d):
         kind = ACTIVATIONS[emitter(self.isa).a_bytes]
         x = View(X, shape, strides, "u8" if self.source == "u8" else "f32")
         over_read = c % self.packed.nr > 0 if self.depthwise else self.packed.over_read > 0
-        if x.kind != kind or x.shape != padded or over_read or not x.dense:
+        slow = not aligned and emitter(self.isa).depth > KR and not self.depthwise
+        if x.kind != kind or x.shape != padded or over_read or slow or not x.dense:
             staged = dense_strides(padded, ITEM_BYTES[kind])
             size = batch * staged[0] + self.packed.nr * ITEM_BYTES[kind]
             place = call.scratch(size)

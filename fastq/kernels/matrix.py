@@ -345,9 +345,7 @@ def _emit_k_loop(
 
 def _products(bands: int, vectors: int) -> list[tuple[int, int]]:
     """All pairs, each with an operand of the one before: at most two of a kind are held at once."""
-    return [
-        (i, j if i % 2 == 0 else vectors - 1 - j) for i in range(bands) for j in range(vectors)
-    ]
+    return [(i, j if i % 2 == 0 else vectors - 1 - j) for i in range(bands) for j in range(vectors)]
 
 
 @intrinsic(prefer_literal=True)
