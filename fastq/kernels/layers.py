@@ -34,7 +34,9 @@ from fastq.kernels.pack import aligned_empty, pack_panels, pad_columns, step_sta
 from fastq.kernels.simd import KR, emitter
 from fastq.kernels.tiles import (
     BYTES_PER_NANOSECOND,
+    Work,
     choose_nr,
+    choose_product_tile,
     choose_tile,
     nanoseconds,
     tiles_of,
@@ -124,10 +126,13 @@ class _Layer:
             return View(ADD, out.shape, out.strides, out.kind)
         return None
 
-    def tile(self, m: int, line: int) -> Tile:
-        """The tile for m rows, in lines of so many."""
-        packed, bands = self.packed, m // line * -(-line // matrix.ROWS)
-        return choose_tile(packed.isa, packed.nr, m, packed.kind, bands=bands, depth=packed.depth)
+    def tile(self, m: int, line: int, steps: int) -> Tile:
+        """The tile for m rows, in lines of so many, and so many K-steps."""
+        packed = self.packed
+        if packed.kind == "depthwise":
+            return choose_tile(packed.isa, packed.nr, m, packed.kind)
+        bands = m // line * -(-line // matrix.ROWS)
+        return choose_product_tile(packed.isa, packed.nr, Work(m, bands, steps, packed.depth))
 
     def product(
         self,
@@ -156,7 +161,7 @@ class _Layer:
                 "wanted under 2 GiB: split the image"
             )
         band, firsts = matrix.bands_of(m, line)
-        tile = self.tile(m, line)
+        tile = self.tile(m, line, len(offsets))
         macs = images * m * len(offsets) * packed.depth * len(self.col_sums)
         row_bytes = x.row if x.offsets is None else x.offsets.max() // m
         panels = -(-len(packed.panels) // groups // tile.panels)
@@ -485,7 +490,7 @@ class BoundLinear(PackedLinear):
         kind = ACTIVATIONS[emitter(self.isa).a_bytes]
         item = ITEM_BYTES[kind]
         x = View(X, (m, self.k), (row_stride, 1), "u8")
-        by_matrix = self.tile(m, m).kind == "matrix"
+        by_matrix = self.tile(m, m, -(-self.k // self.packed.depth)).kind == "matrix"
         fits = self.k >= KR and not self.packed.over_read and (aligned or not by_matrix)
         if self.source != "u8" or kind != "u8" or not fits:
             width = self.run_length

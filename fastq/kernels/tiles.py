@@ -6,21 +6,21 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
+from typing import NamedTuple
 
 from fastq.kernels.gemm import TILES, Tile
 from fastq.kernels.matrix import ROWS
-from fastq.kernels.simd import KR, Amx, emitter
+from fastq.kernels.simd import KR, emitter
 
 # What a load from the first cache costs in the K loop, beside a dot product of 1. With VNNI, from
 # the shares of the peak that NR 64, 32 and 16 reach (100, 97, 90 %); else, where a dot product is
 # two instructions, fitted on AVX2 with `fastq bench --tiles`.
 _LOAD = {"amx_int8": 0.2, "avx512_vnni": 0.2, "avx_vnni": 0.2}
 _LOAD_OTHERWISE = 0.5
-# A product of tile registers takes as long as 32 dot products, for 16 columns and 16 K-steps of 4.
-DEPTH = Amx.depth
-_BAND = 32 / (16 * DEPTH / KR)
-_BANDS = _BAND / 2  # to configure the registers, and to fetch the first panel
-_MANY_ROWS = 1000  # what a weight is packed for
+# A product of tile registers (16 columns, a K-step of up to 64) takes as long as 32 dot products;
+# where operands serve one product only, more. Accumulators come and go in the time of 48.
+_PRODUCT, _PRODUCT_ALONE, _ENDS = 32, 44, 48
+_MANY_ROWS, _MANY_STEPS = 1000, 4  # what a weight is packed for, the steps of matrix tiles
 
 _offered: tuple[Tile, ...] = TILES
 
@@ -43,7 +43,7 @@ def only(*tiles: Tile) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for function in tiles_of, choose_nr, choose_tile:
+    for function in tiles_of, choose_nr, choose_tile, choose_product_tile:
         function.cache_clear()
 
 
@@ -56,9 +56,9 @@ def tiles_of(isa: str, kind: str = "gemm") -> tuple[Tile, ...]:
 @functools.cache
 def choose_nr(isa: str, n: int) -> int:
     """The panel width for n columns: the least time over whole panels."""
-    many = _MANY_ROWS
+    work = Work(_MANY_ROWS, _MANY_ROWS // ROWS, _MANY_STEPS, emitter(isa).depth)
     cost = {
-        nr: -(-n // nr) * nr * min(_column_cost(tile, many, many // ROWS) for tile in tiles)
+        nr: -(-n // nr) * nr * min(_column_cost(tile, work) for tile in tiles)
         for nr, tiles in _by_nr(isa).items()
     }
     return min(cost, key=cost.__getitem__)
@@ -70,38 +70,45 @@ def _by_nr(isa: str) -> dict[int, list[Tile]]:
     return {nr: list(some) for nr, some in groupby(tiles, key=lambda t: t.nr)}
 
 
+class Work(NamedTuple):
+    """m rows, which are so many bands of matrix tiles, times `steps` K-steps of `depth`."""
+
+    m: int
+    bands: int
+    steps: int
+    depth: int
+
+
 @functools.cache
-def choose_tile(
-    isa: str,
-    nr: int,
-    m: int,
-    kind: str = "gemm",
-    *,
-    one_panel: bool = False,
-    bands: int | None = None,
-    depth: int = KR,
-) -> Tile:
-    """The tile for m rows of panels NR wide, or of one panel: the least time, then the tallest.
-
-    If they are so many `bands` of K-steps `depth` deep, it may be one of matrices, too.
-    """
-    tiles = tiles_of(isa, kind)
-    if bands is not None and kind == "gemm":
-        tiles += tiles_of(isa, "matrix")
-    fitting = [t for t in tiles if t.nr == nr and (t.panels == 1 or not one_panel)]
-    return min(fitting, key=lambda t: (_column_cost(t, m, bands or 0, depth), -t.mr))
+def choose_tile(isa: str, nr: int, m: int, kind: str = "gemm", *, one_panel: bool = False) -> Tile:
+    """The tile for m rows of panels NR wide, or of one panel: the least time, then the tallest."""
+    tiles = [t for t in tiles_of(isa, kind) if t.nr == nr and (t.panels == 1 or not one_panel)]
+    return _least(tiles, Work(m, 0, 1, KR))
 
 
-def _column_cost(tile: Tile, m: int, bands: int, depth: int = DEPTH) -> float:
-    """Time of one K-step of 4 of one column with m rows, or bands of them, in dot products."""
+@functools.cache
+def choose_product_tile(isa: str, nr: int, work: Work) -> Tile:
+    """The tile of a layer, vectors or matrices; its panels are NR wide."""
+    return _least([t for t in (*tiles_of(isa), *tiles_of(isa, "matrix")) if t.nr == nr], work)
+
+
+def _least(tiles: list[Tile], work: Work) -> Tile:
+    return min(tiles, key=lambda tile: (_column_cost(tile, work), -tile.mr))
+
+
+def _column_cost(tile: Tile, work: Work) -> float:
+    """Time of one column, in dot products."""
+    m, bands, steps, depth = work
     if tile.kind == "matrix":
-        return (_BANDS + bands * _BAND) * DEPTH / depth
+        product = _PRODUCT if tile.nr > ROWS else _PRODUCT_ALONE
+        return bands * (steps * product + _ENDS) / ROWS
     simd, width = emitter(tile.isa), tile.nr * tile.panels
     depthwise = tile.kind == "depthwise"
     vectors = width // (simd.lanes if depthwise else simd.cols)
     loads = tile.mr * (simd.taps_at_once if depthwise else 1) + vectors
     load = _LOAD.get(tile.isa.removesuffix("-emulated"), _LOAD_OTHERWISE)
-    return -(-m // tile.mr) * (tile.mr * vectors + load * loads) / width
+    tiles = -(-m // tile.mr) * steps * depth / KR
+    return tiles * (tile.mr * vectors + load * loads) / width
 
 
 # Multiply-adds that a core does in a nanosecond, roughly: whether threads pay depends on it.
