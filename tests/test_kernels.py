@@ -12,7 +12,7 @@ from numpy.testing import assert_array_equal
 
 from fastq.kernels import isa, pack, simd
 from fastq.kernels.assembly import assembly_for, k_loops
-from fastq.kernels.depthwise import pack_depthwise
+from fastq.kernels.depthwise import pack_depthwise, taps_of
 from fastq.kernels.executor import get_num_threads
 from fastq.kernels.gemm import TILES, Tile
 from fastq.kernels.tiles import choose_nr, choose_tile, tiles_of
@@ -50,11 +50,27 @@ def test_panels_hold_each_weight_once(tier: str, rng: Any) -> None:
         assert np.count_nonzero(panels) == np.count_nonzero(weight)
 
 
-def test_depthwise_panels_hold_each_weight_once(rng: Any) -> None:
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("stride, dilation", [(1, (1, 1)), (2, (1, 1)), (1, (2, 3)), (3, (1, 2))])
+def test_depthwise_taps_are_those_of_the_outputs(
+    rng: Any, outputs: int, stride: int, dilation: tuple[int, int]
+) -> None:
+    """Each output has each tap of its filter once, over the pixel that it reads."""
     for tier in ("avx512_vnni", "avx_vnni", "avx2", "generic"):
-        weight = rng.integers(1, 128, (37, 9)).astype(np.int8)
-        packed = pack_depthwise(weight, tier)
-        assert_array_equal(np.sort(packed[packed != 0].ravel()), np.sort(weight.ravel()))
+        for kh, kw in [(3, 3), (1, 1), (2, 5)]:
+            taps = taps_of((kh, kw), stride, dilation, outputs, tier)
+            assert len(taps.places) % simd.emitter(tier).taps_at_once == 0
+            for j, filters in enumerate(taps.filters):
+                assert sorted(filters[filters >= 0]) == list(range(kh * kw))
+                for place, tap in zip(taps.places, filters, strict=True):
+                    y, x = divmod(int(tap), kw)
+                    expected = (y * dilation[0], j * stride + x * dilation[1])
+                    assert tap < 0 or tuple(place) == expected
+            weight = rng.integers(1, 128, (37, kh * kw)).astype(np.int8)
+            packed = pack_depthwise(weight, taps, tier)
+            assert_array_equal(
+                np.sort(packed[packed != 0].ravel()), np.sort(np.tile(weight, outputs).ravel())
+            )
 
 
 def test_interleaved_channels_are_a_permutation() -> None:
@@ -152,7 +168,7 @@ def test_assembly_of_each_tile(tile: Tile) -> None:
     vectors = tile.nr * tile.panels // emitter.cols
     dots = {tile.mr * vectors * simd.KR // emitter.side_by_side}
     if tile.kind == "depthwise":
-        dots = {tile.mr * len(emitter.interleaved_channels())}
+        dots = {tile.mr * tile.outputs * len(emitter.interleaved_channels())}
     if tile.kind == "matrix":  # several bands at once, and one: four accumulators, or fewer
         dots = {4, min(4, vectors)}
     assert {loop.dots for loop in loops} == dots

@@ -22,7 +22,8 @@ im2col. A linear layer is one whose offsets are 0, 4, 8, ...
     go to a scratch tile, of which the valid part is copied.
 
 Depthwise convolutions share all of this but the inner loop, see depthwise.py; there a panel is NR
-channels, and up to NR - 1 bytes beyond the last channel of a row may be read.
+channels, and up to NR - 1 bytes beyond the last channel of a row may be read. A row is a run of
+`outputs` pixels, OUT_PIXEL and ADD_PIXEL apart, "table" their way of finding rows.
 
 A task is one (image, block of MC rows, group, tile's panels), the last running fastest.
 """
@@ -60,13 +61,17 @@ from fastq.kernels.simd import (
 
 @dataclass(frozen=True)
 class Tile:
-    """A register tile for one instruction set: MR rows x (`panels` panels of NR columns)."""
+    """A register tile for one instruction set: MR rows x (`panels` panels of NR columns).
+
+    A row of a depthwise tile is a run of `outputs` neighbouring pixels.
+    """
 
     isa: str
     mr: int
     nr: int
     kind: str = "gemm"  # or "depthwise", or "matrix" (matrix.py)
     panels: int = 1
+    outputs: int = 1
 
     @property
     def a_bytes(self) -> int:
@@ -76,7 +81,9 @@ class Tile:
     def __str__(self) -> str:
         simd = emitter(self.isa)
         kr = {"gemm": KR, "depthwise": simd.taps_at_once, "matrix": simd.depth}[self.kind]
-        return f"u8s8s32_{self.kind}_{self.mr}x{self.nr * self.panels}c{kr}__{self.isa}"
+        return (
+            f"u8s8s32_{self.kind}_{self.mr * self.outputs}x{self.nr * self.panels}c{kr}__{self.isa}"
+        )
 
 
 _AVX512 = (
@@ -87,7 +94,7 @@ _AVX512 = (
     Tile("avx512_vnni", 4, 32),
     Tile("avx512_vnni", 12, 16),
     Tile("avx512_vnni", 4, 16),
-    Tile("avx512_vnni", 4, 64, "depthwise"),
+    Tile("avx512_vnni", 2, 64, "depthwise", outputs=2),
 )
 # Of one NR packed panels are shared, but for depthwise: MR is chosen at the call.
 TILES = (
@@ -101,7 +108,7 @@ TILES = (
     Tile("avx_vnni", 1, 16, panels=4),
     Tile("avx_vnni", 8, 8),
     Tile("avx_vnni", 3, 8),
-    Tile("avx_vnni", 1, 32, "depthwise"),
+    Tile("avx_vnni", 1, 32, "depthwise", outputs=2),
     Tile("avx2", 6, 16),
     Tile("avx2", 4, 16),
     Tile("avx2", 1, 16, panels=4),
@@ -115,12 +122,12 @@ TILES = (
     Tile("amx_int8-emulated", 64, 16, "matrix"),
     Tile("amx_int8-emulated", 1, 64, panels=2),
     Tile("amx_int8-emulated", 4, 16),
-    Tile("amx_int8-emulated", 4, 64, "depthwise"),
+    Tile("amx_int8-emulated", 2, 64, "depthwise", outputs=2),
     Tile("avx512_vnni-emulated", 6, 64),
     Tile("avx512_vnni-emulated", 1, 64, panels=2),
-    Tile("avx512_vnni-emulated", 4, 64, "depthwise"),
+    Tile("avx512_vnni-emulated", 2, 64, "depthwise", outputs=2),
     Tile("avx_vnni-emulated", 6, 16),
-    Tile("avx_vnni-emulated", 1, 32, "depthwise"),
+    Tile("avx_vnni-emulated", 1, 32, "depthwise", outputs=2),
 )
 
 
@@ -187,25 +194,41 @@ def emit_tiles(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: A
     valid = b.sub(field(f.N), first_column)
     edge = b.icmp_signed("<", valid, i64(width))
     with b.goto_entry_block():
-        scratch = b.alloca(ir.ArrayType(i8, tile.mr * width * out_bytes))
+        scratch = b.alloca(ir.ArrayType(i8, tile.mr * tile.outputs * width * out_bytes))
         scratch.align = 64
         scratch.type = ptr  # llvmlite gives it a typed pointer, which LLVM no longer knows
-    scratch_rows = [address(b, scratch, i * width * out_bytes) for i in range(tile.mr)]
+    scratch_rows = [
+        address(b, scratch, i * width * out_bytes) for i in range(tile.mr * tile.outputs)
+    ]
+
+    def outputs_of(rows: list[Any], pixel: int) -> list[Any]:
+        """The addresses of all outputs of some rows, `pixel` (a field) apart, the last one first:
+        where a line has a single pixel they lie 0 apart, and what is stored last counts."""
+        if tile.outputs == 1:
+            return rows
+        step, last_first = field(pixel), reversed(range(tile.outputs))
+        steps = [b.mul(step, i64(j)) for j in last_first]
+        return [address(b, row, offset) for row in rows for offset in steps]
 
     def emit(m: Any, mr: Any) -> None:
         """One tile; a full one if mr is None."""
         if depthwise:
-            accs = emit_tap_loop(b, tile.isa, a_rows(m, mr), weights[0], offsets, steps, end.start)
+            accs = emit_tap_loop(
+                b, tile.isa, tile.outputs, a_rows(m, mr), weights[0], offsets, steps, end.start
+            )
         else:
             accs = emit_k_loop(b, tile, a_rows(m, mr), weights, by_table, steps, end.start)
-        targets = rows_out = out_rows(m, mr)
+        targets = rows_out = outputs_of(out_rows(m, mr), f.OUT_PIXEL)
         if mr is not None:  # one that is not full in N goes to a scratch tile first
             targets = [b.select(edge, s, o) for s, o in zip(scratch_rows, rows_out, strict=True)]
-        added_rows = None if add_rows is None else add_rows(m, mr)
+        added_rows = None
+        if add_rows is not None:
+            added_rows = outputs_of(add_rows(m, mr), f.ADD_PIXEL)
         absolute = [b.add(first_row, b.add(m, i64(i))) for i in range(tile.mr)]
         if mr is not None:
             last = b.sub(b.add(first_row, b.add(m, mr)), i64(1))
             absolute = [b.select(b.icmp_signed("<", i, last), i, last) for i in absolute]
+        absolute = [row for row in absolute for _ in range(tile.outputs)]
         end.store(accs, targets, absolute, added_rows)
         if mr is not None:
             with b.if_then(edge):

@@ -28,7 +28,7 @@ from fastq.kernels.call import (
     address_of,
     dense_strides,
 )
-from fastq.kernels.depthwise import pack_depthwise
+from fastq.kernels.depthwise import Taps, pack_depthwise, taps_of
 from fastq.kernels.gemm import Tile
 from fastq.kernels.pack import aligned_empty, pack_panels, pad_columns, step_starts
 from fastq.kernels.simd import KR, emitter
@@ -160,7 +160,6 @@ class _Layer:
                 f"conv2d: one kernel window spans {offsets.max()} bytes of the input; "
                 "wanted under 2 GiB: split the image"
             )
-        band, firsts = matrix.bands_of(m, line)
         tile = self.tile(m, line, len(offsets))
         macs = images * m * len(offsets) * packed.depth * len(self.col_sums)
         row_bytes = x.row if x.offsets is None else x.offsets.max() // m
@@ -193,21 +192,25 @@ class _Layer:
             places[block.ADD] = add.place
         kernel: Any
         rows = [x, out, add or out]
+        by_table = x.offsets is not None
+        of = {"gemm": 1, "matrix": matrix.ROWS, "depthwise": tile.outputs}[tile.kind]
+        band, firsts = bands_of(m, line, of)
+        m = len(firsts)
         if tile.kind == "matrix":
-            m, of = len(firsts), matrix.ROWS
             values[block.BAND] = band
             places[block.TILE_CONFIG] = matrix.tile_config(band, packed.depth)
             firsts = np.append(firsts, firsts[-1])  # one more is read, and not used
-            places[block.ROW_TABLE] = np.stack([*(r.at(firsts) for r in rows), firsts], axis=1)
-            kernel = matrix.matrix_kernel(tile, kind)
+            rows.append(_Rows(x.place, x.kind, 1))  # the row's number
+            kernel, by_table = matrix.matrix_kernel(tile, kind), True
         else:
-            of = 1
-            if packed.kind == "gemm":  # which takes a K-step by fours
+            if tile.kind == "gemm":  # which takes a K-step by fours
                 quads = np.arange(0, packed.depth, KR) * ITEM_BYTES[x.kind]
                 offsets = np.add.outer(offsets, quads).reshape(-1)
-            if x.offsets is not None:
-                places[block.ROW_TABLE] = np.stack([r.at(np.arange(m)) for r in rows], axis=1)
-            kernel = gemm.gemm_kernel(tile, kind, "affine" if x.offsets is None else "table")
+            elif band > 1:
+                values |= {block.OUT_PIXEL: out.row, block.ADD_PIXEL: rows[2].row}
+            kernel = gemm.gemm_kernel(tile, kind, "table" if by_table else "affine")
+        if by_table:
+            places[block.ROW_TABLE] = np.stack([r.at(firsts) for r in rows], axis=1)
         mc = block_rows(tile, m * of, row_bytes, images * groups * panels) // of
         values |= {block.M: m, block.MC: mc, block.STEPS: len(offsets)}
         places[block.OFFSETS] = offsets.astype(np.int32)
@@ -220,6 +223,17 @@ class _Layer:
             nanoseconds(tile.isa, macs),
             label or str(tile),
         )
+
+
+def bands_of(m: int, line: int, most: int) -> tuple[int, NDArray[np.int64]]:
+    """The rows of a band, and the first ones of the bands that cover m rows, line by line.
+
+    The last band of a line may overlap the one before.
+    """
+    count = -(-line // most)
+    band = -(-line // count)
+    firsts = np.minimum(np.arange(count) * band, line - band)
+    return band, np.add.outer(np.arange(0, m, line), firsts).reshape(-1)
 
 
 @dataclass
@@ -306,7 +320,10 @@ class PackedConv2d(_Layer):
         n, c_group = weight.data.shape[:2]
         if weight.groups > 1 and c_group == 1 and n == weight.groups:
             self.channels = n
-            self.pad_operands(_packed_depthwise(weight, isa), 1)
+            (tile,) = tiles_of(isa, "depthwise")
+            size, stride, dilation = weight.kernel_size, weight.stride[1], weight.dilation
+            self.taps = taps_of(size, stride, dilation, tile.outputs, isa)
+            self.pad_operands(_packed_depthwise(weight, self.taps, isa), 1)
         else:
             groups = self.groups = _merged_groups(weight, min(t.nr for t in tiles_of(isa)))
             self.by_lines = self._takes_lines()
@@ -386,7 +403,9 @@ class PackedConv2d(_Layer):
         steps = [(sh * line, sw * pixel), *(v.strides[1:3] for v in views[1:])]
         widths = [x.shape[3] // groups, n // groups, n // groups]
         images, operands = batch, []
-        if m == 1:
+        if self.depthwise:  # whose rows are pixels side by side
+            rows = []
+        elif m == 1:
             m, images = batch, 1
             rows = [v.strides[0] for v in views]
         elif oh == 1 or ow == 1 or all(down == ow * across for down, across in steps):
@@ -405,14 +424,16 @@ class PackedConv2d(_Layer):
                 table = np.add.outer(np.arange(oh) * down, np.arange(ow) * across)
                 operand.offsets = table.reshape(-1)
             operands.append(operand)
-        offsets = np.arange(kh) * (dh * line)
-        by_lines = not self.depthwise and self.by_lines and pixel == self.channels * x.item
-        if not by_lines:
-            offsets = np.add.outer(offsets, np.arange(kw) * (dw * pixel)).reshape(-1)
-        if self.depthwise:  # missing taps of the last group have weight 0
-            missing = -len(offsets) % emitter(self.packed.isa).taps_at_once
-            offsets = np.append(offsets, offsets[:1].repeat(missing))
+        if self.depthwise:
+            places = self.taps.places * (line, pixel)
+            if ow == 1:  # there is no next output: what only it would read is not there
+                places[self.taps.filters[0] < 0] = 0
+            offsets = places.sum(axis=1)
         else:
+            offsets = np.arange(kh) * (dh * line)
+            by_lines = self.by_lines and pixel == self.channels * x.item
+            if not by_lines:
+                offsets = np.add.outer(offsets, np.arange(kw) * (dw * pixel)).reshape(-1)
             run = (kw if by_lines else 1) * self.channels // groups
             starts = step_starts(run, self.packed.depth) * x.item
             offsets = np.add.outer(offsets, starts).reshape(-1)
@@ -668,11 +689,11 @@ def _packed(weight: Any, isa: str, filters: Callable[[], list[NDArray[np.int8]]]
     return packed  # type: ignore[no-any-return]
 
 
-def _packed_depthwise(weight: Conv2dWeight, isa: str) -> _Packed:
+def _packed_depthwise(weight: Conv2dWeight, taps: Taps, isa: str) -> _Packed:
     packed = weight.panels.get(("packed", isa))
     if packed is None:
         (tile,) = tiles_of(isa, "depthwise")
-        panels = pack_depthwise(weight.data.reshape(weight.n, -1), isa)
+        panels = pack_depthwise(weight.data.reshape(weight.n, -1), taps, isa)
         packed = weight.panels["packed", isa] = _Packed(isa, "depthwise", tile.nr, panels)
     return packed  # type: ignore[no-any-return]
 

@@ -76,14 +76,6 @@ def tile_config(band: int, depth: int) -> NDArray[np.uint8]:
     return config
 
 
-def bands_of(m: int, line: int) -> tuple[int, NDArray[np.int64]]:
-    """The rows of a band, and the first ones of the bands that cover m rows, line by line."""
-    count = -(-line // ROWS)
-    band = -(-line // count)
-    firsts = np.minimum(np.arange(count) * band, line - band)
-    return band, np.add.outer(np.arange(0, m, line), firsts).reshape(-1)
-
-
 class _Emulated:
     """Tile registers in memory, with Amx's methods, in portable IR."""
 
