@@ -6,10 +6,11 @@ from functools import cache
 
 import pytest
 import torch
-from networks import CASES, by_reference, noise_ratio, quantized_case
+from networks import CASES, Case, by_reference, noise_ratio, quantized_case
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastq.kernels import call
 from fastq.program import OPERATIONS
 
 BATCHES = (1, 3)
@@ -22,7 +23,16 @@ def expected(name: str, batch: int, size: int) -> list[Tensor]:
 
 
 def check(name: str, batch: int, size: int) -> None:
+    """Equal to the reference, whatever the arena held before."""
     case = CASES[name]
+    for value in (0xA5, 0x5A):
+        held, _, _ = call._workspace.reserve(0)
+        if held is not None:
+            held[:] = value
+        _check(name, batch, size, case)
+
+
+def _check(name: str, batch: int, size: int, case: Case) -> None:
     found = pytree.tree_leaves(quantized_case(name)(*case.arguments(batch, size)))
     for x, y in zip(expected(name, batch, size), found, strict=True):
         assert torch.equal(x, y), f"batch {batch}, size {size}: {(x != y).sum()} of {x.numel()}"

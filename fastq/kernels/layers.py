@@ -350,7 +350,9 @@ class PackedConv2d(_Layer):
         (_, kw), c = weight.kernel_size, weight.c
         if self.groups > 1 or weight.dilation[1] > 1:
             return False
-        return depth == KR or c < KR or -(-kw * c // depth) < kw * -(-c // depth)
+        if depth == KR:
+            return True  # by pixels it takes the same steps
+        return kw * c >= KR and -(-kw * c // depth) < kw * -(-c // depth)
 
     def needs_dense_pixels(self) -> bool:
         """Whether nothing may lie between the pixels: the steps of a kernel line overlap them."""
@@ -432,6 +434,11 @@ class PackedConv2d(_Layer):
         else:
             offsets = np.arange(kh) * (dh * line)
             by_lines = self.by_lines and pixel == self.channels * x.item
+            if self.needs_dense_pixels() and not by_lines:
+                raise ValueError(
+                    f"conv2d: pixels lie {pixel} bytes apart; wanted {self.channels * x.item}, "
+                    "side by side: a K-step of this weight overlaps them"
+                )
             if not by_lines:
                 offsets = np.add.outer(offsets, np.arange(kw) * (dw * pixel)).reshape(-1)
             run = (kw if by_lines else 1) * self.channels // groups
