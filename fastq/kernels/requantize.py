@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 
 from fastq.kernels import block
 from fastq.kernels.simd import (
@@ -86,7 +85,10 @@ class Epilogue:
             self.zero_point = splat(b, b.trunc(zero_point, i16), 2 * simd.lanes)
         if adds:
             self.add_scale = self._scalar(block.ADD_SCALE, f32)
-            self.add_zero_point = self._scalar(block.ADD_ZERO_POINT, i32)
+            zero = b.sitofp(load(b, i32, field(block.ADD_ZERO_POINT, ptr)), f32)
+            if self.together > 1:
+                zero = b.fadd(zero, f32(2.0**23))  # which `_added` has in it
+            self.add_zero_point = splat(b, zero, simd.lanes)
 
     def _per_column(self, index: int, kind: Any) -> list[Any]:
         base, size = self.field(index, ptr), 4 * kind.count
@@ -145,18 +147,23 @@ class Epilogue:
         return b.select(b.icmp_unsigned(">", packed, self.least), packed, self.least)
 
     def _added(self, r: Any) -> list[Any]:
-        """r of the formula, as the accumulators lie: unpacked in the order that packing undoes."""
-        b, parts = self.b, [r]
-        if self.together == 2 and r.type.element is i8:
-            parts = [b.zext(r, vec(i16, r.type.count))]
-        if self.together > 1:
-            while (element := parts[0].type.element) is not i32:
-                wide = vec(ir.IntType(2 * element.width), parts[0].type.count // 2)
-                zero = const(parts[0].type, 0)
-                parts = [b.bitcast(half, wide) for p in parts for half in unpack(b, p, zero)]
-        parts = [part if part.type == self.ints else b.zext(part, self.ints) for part in parts]
-        moved = [b.sub(part, self.add_zero_point) for part in parts]
-        return [b.fmul(b.sitofp(part, self.floats), self.add_scale) for part in moved]
+        """r of the formula, as the accumulators lie: unpacked in the order that packing undoes.
+
+        An integer i < 2^16 below the bits 0x4B00 is the float32 2^23 + i, exactly.
+        """
+        b = self.b
+        if self.together == 1:
+            reals = [b.sitofp(b.zext(r, self.ints), self.floats)]
+        else:
+            parts = [r]
+            if self.together == 4:
+                half = vec(i16, r.type.count // 2)
+                parts = [b.bitcast(x, half) for x in unpack(b, r, const(r.type, 0))]
+            elif r.type.element is i8:
+                parts = [b.zext(r, vec(i16, r.type.count))]
+            exponent = const(parts[0].type, 0x4B00)
+            reals = [b.bitcast(x, self.floats) for p in parts for x in unpack(b, p, exponent)]
+        return [b.fmul(b.fsub(x, self.add_zero_point), self.add_scale) for x in reals]
 
     def _store_wide(self, accs: list[Any], target: Any, row: Any) -> None:
         b, simd = self.b, self.simd
