@@ -247,7 +247,7 @@ def _elementwise(
     )
     key = (operation, _KIND[source.dtype], _KIND[dtype], layout, rows, columns, params, qmin, qmax)
     places = (address_of(array) for array in (source, result, scales, zeros))
-    _elementwise_calls.run(_elementwise_call, key, *places)
+    _elementwise_calls.run(_elementwise_call, key, *places, 0)
     return result
 
 
@@ -294,7 +294,7 @@ def dynamic_qparams(x: NDArray[np.float32], *, per_row: bool = True) -> tuple[An
     source = np.require(real, requirements=["C", "A"]).reshape(rows, real.size // max(rows, 1))
     scale, zero_point = np.ones(rows, np.float32), np.zeros(rows, np.int32)
     if source.size:
-        places = (address_of(source), 0, address_of(scale), address_of(zero_point))
+        places = (address_of(source), 0, address_of(scale), address_of(zero_point), 0)
         _range_calls.run(range_call, source.shape, *places)
     return (scale, zero_point) if per_row else (scale[0], zero_point[0])
 

@@ -51,8 +51,9 @@ def used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     for kept in "_elementwise_calls", "_range_calls":  # no later test may find these there
         monkeypatch.setattr(ops, kept, ops.Calls())
 
-    def run(table: Any, *rest: Any) -> None:
-        assert (table[:, executor.KERNEL] == -1).all(), "a kernel whose factory has no row"
+    def run(table: executor.Table, bases: Any) -> None:
+        kernels = table.rows[:, executor.KERNEL]
+        assert (kernels == -1).all(), "a kernel whose factory has no row"
 
     monkeypatch.setattr(executor, "run", run)
     return names

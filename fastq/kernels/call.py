@@ -34,7 +34,7 @@ class At:
         return At(self.base, self.offset + size)
 
 
-SCRATCH = -1  # the base that stands for the thread's workspace
+SCRATCH = -1  # the base that stands for the thread's workspace: bases[0] of the executor's
 Place = NDArray[Any] | At
 
 
@@ -126,8 +126,8 @@ class Call:
         self.labels: list[str] = []  # of the rows
         self._rows: list[tuple[int, int, int, int]] = []
         self._patches: list[tuple[int, int, int]] = []
-        self._bases = np.zeros(arguments + 1, np.int64)  # the last one is SCRATCH's
-        self._tables: tuple[executor.Table, executor.Table] | None = None
+        self._arguments = arguments
+        self._table: executor.Table | None = None
         self._kept: list[Any] = []  # what the table and the blocks point to
         self.scratch_bytes = 0  # of the workspace, at most at once
         self._scratch_taken = 0
@@ -160,10 +160,9 @@ class Call:
         block = np.zeros(fields, np.int64)
         for field, value in values.items():
             block[field] = value
-        last = len(self._bases) - 1
         for field, place in places.items():
             if isinstance(place, At):
-                base = last if place.base == SCRATCH else place.base
+                base = place.base - SCRATCH
                 self._patches.append((address_of(block) + 8 * field, base, place.offset))
             else:
                 block[field] = address_of(place)
@@ -173,22 +172,24 @@ class Call:
         self._rows.append((kernel.address, address_of(block), tasks, threads))
         self.labels.append(label)
         self.nanoseconds += nanoseconds
-        self._tables = None
+        self._table = None
 
     def run(self, *addresses: int) -> None:
-        """Runs it on arguments at these addresses."""
-        if self._tables is None:
-            self._tables = (
-                np.array(self._rows, np.int64).reshape(-1, executor.COLUMNS),
-                np.array(self._patches, np.int64).reshape(-1, 3),
+        """Runs it on arguments at these addresses; one that it does not use is 0."""
+        table = self._table
+        if table is None:
+            rows, patches = (
+                np.array(values, np.int64).reshape(-1, columns)
+                for values, columns in (
+                    (self._rows, executor.COLUMNS),
+                    (self._patches, executor.PATCH_COLUMNS),
+                )
             )
-        table, patches = self._tables
-        bases = self._bases
-        for i, address in enumerate(addresses):
-            bases[i] = address
+            table = self._table = executor.Table(
+                rows, patches, 1 + self._arguments, self.nanoseconds
+            )
         held = _workspace.reserve(self.scratch_bytes)
-        bases[-1] = held[1]
-        executor.run(table, patches, bases, self.nanoseconds)
+        executor.run(table, (held[1], *addresses))
 
 
 class Idle:

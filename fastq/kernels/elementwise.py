@@ -12,8 +12,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from numba import cfunc, float32, float64, int64
+from numba import float32, float64, int64
 
+from fastq.kernels.native import native
 from fastq.kernels.scalar import (
     divide,
     float_difference,
@@ -22,7 +23,7 @@ from fastq.kernels.scalar import (
     quantize_step,
     rint_f64,
 )
-from fastq.kernels.signature import SIGNATURE, sources_digest
+from fastq.kernels.signature import sources_digest
 
 (
     A_X, A_OUT, A_ROWS, A_COLUMNS, A_BLOCK, A_PARAMS, A_SCALE, A_ZERO_POINT, A_QMIN, A_QMAX,
@@ -38,7 +39,7 @@ def elementwise_kernel(operation: str, source: str, target: str, layout: str) ->
     """
     config = (operation, source, target, layout, sources_digest())
 
-    @cfunc(SIGNATURE, cache=True)
+    @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
         columns = args[A_COLUMNS]
         blocks = (columns + args[A_BLOCK] - 1) // args[A_BLOCK]

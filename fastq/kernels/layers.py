@@ -438,7 +438,7 @@ class BoundLinear(PackedLinear):
             key = (m, row_stride, zero_point, threads)
             self.calls.run(self._make, key, x, out, 0, 0, add)
         else:
-            self._make(m, row_stride, zero_point, threads).run(x, out)
+            self._make(m, row_stride, zero_point, threads).run(x, out, 0, 0, add)
 
     def _make(self, m: int, row_stride: int, zero_point: Any, threads: int) -> Call:
         call = Call(ARGUMENTS)

@@ -11,8 +11,6 @@ from itertools import product
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from numba.core.ccallback import CFunc
-
 from fastq.kernels import (
     elementwise,
     executor,
@@ -28,6 +26,7 @@ from fastq.kernels import (
 )
 from fastq.kernels import isa as isa_room
 from fastq.kernels.call import ITEM_BYTES
+from fastq.kernels.native import Kernel as Native
 from fastq.kernels.simd import emitter
 from fastq.kernels.tiles import tiles_of
 
@@ -82,7 +81,7 @@ def _elementwise(tier: str) -> Iterable[tuple[Any, ...]]:
 
 
 FAMILIES = (
-    Family("any", executor._serial, lambda tier: [()]),
+    Family("any", executor.serial_kernel, lambda tier: [()]),
     Family("any", executor._parallel, lambda tier: [()]),
     Family(
         "linear",
@@ -206,6 +205,6 @@ def _compiles(factory: Any, arguments: tuple[Any, ...]) -> bool:
     kernel = factory(*arguments)
     if factory.cache_info().misses == made:
         return False
-    if isinstance(kernel, CFunc):
-        return not kernel.cache_hits
-    return not kernel.stats.cache_hits  # a dispatcher: the executor's own
+    if isinstance(kernel, Native):
+        return kernel.compiled
+    return not kernel.stats.cache_hits  # a dispatcher: the executor's parallel one
