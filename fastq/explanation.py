@@ -135,14 +135,14 @@ def _prepared(layer: Any, shape: tuple[int, ...]) -> tuple[Any, Callable[[], Any
             "Conv2dWeight; fastq.profile takes what quantize_model returns"
         )
     real = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
-    return layer._operands()[0], lambda: layer(real).numpy(), 4
+    return layer._operands().weight, lambda: layer(real).numpy(), 4
 
 
 def _reports(run: executor.Run) -> list[KernelReport]:
     reports = []
     for i, row in enumerate(run.table.rows):
         kernel = kernel_at(int(row[executor.KERNEL]))
-        time = _median(partial(executor.run, run.table.part(i, i + 1), run.bases))
+        time = _median(partial(executor.run, run.table.part(i, i + 1), *run.bases))
         loop = k_loop_of(kernel)
         dots, spills = (loop.dots, loop.spills) if loop else (None, None)
         tasks = int(row[executor.TASKS])

@@ -299,8 +299,8 @@ def _integer_steps(bound: BoundProgram, arrays: list[Any], passes: int) -> list[
         plan.call.run(*map(address_of, (*arrays, *outputs)))
     (run,) = runs
     table = run.table
-    parts = [table.part(0, 0), *(table.part(i, i + 1) for i in range(table.count))]
-    nothing, *times = medians([partial(executor.run, part, run.bases) for part in parts], passes)
+    parts = [table.part(0, 0), *(table.part(i, i + 1) for i in range(len(table.rows)))]
+    nothing, *times = medians([partial(executor.run, part, *run.bases) for part in parts], passes)
     addresses = table.rows[:, executor.KERNEL].tolist()
     names = {address: name_of(kernel_at(address)) for address in set(addresses)}
     kernels: dict[int, list[KernelTime]] = {i: [] for i in range(len(program.steps))}

@@ -51,7 +51,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     for kept in "_elementwise_calls", "_range_calls":  # no later test may find these there
         monkeypatch.setattr(ops, kept, ops.Calls())
 
-    def run(table: executor.Table, bases: Any) -> None:
+    def run(table: executor.Table, *bases: int) -> None:
         kernels = table.rows[:, executor.KERNEL]
         assert (kernels == -1).all(), "a kernel whose factory has no row"
 

@@ -6,6 +6,7 @@ offset from a base that is known when the call runs: the thread's workspace, or 
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -96,22 +97,27 @@ def collapse(views: Sequence[View], rank: int, keep: int = 0) -> tuple[Any, list
     ]
 
 
+_first_byte: Any = ctypes.c_char.from_buffer
+
+
 def address_of(array: NDArray[Any]) -> int:
     """Address of an array's first element."""
-    return array.__array_interface__["data"][0]  # type: ignore[no-any-return]
+    try:
+        return ctypes.addressof(_first_byte(array))  # a third of the time
+    except (TypeError, ValueError):  # read-only, empty or not contiguous
+        return array.__array_interface__["data"][0]  # type: ignore[no-any-return]
 
 
 class _Workspace(threading.local):
     """Scratch memory of one thread, grown to what its largest call needs."""
 
-    held: tuple[Any, int, int] = (None, 0, 0)  # buffer, address, size
+    # buffer, address, size; to be held while it is used: a signal handler may call fastq meanwhile
+    held: tuple[Any, int, int] = (None, 0, 0)
 
-    def reserve(self, size: int) -> tuple[Any, int, int]:
-        """The memory, to be held while it is used: a signal handler may call fastq meanwhile."""
-        held = self.held
-        if size > held[2]:
-            buffer = aligned_empty((size + SLACK,), np.uint8)
-            held = self.held = (buffer, address_of(buffer), size)
+    def grow(self, size: int) -> tuple[Any, int, int]:
+        """New memory of this size."""
+        buffer = aligned_empty((size + SLACK,), np.uint8)
+        held = self.held = (buffer, address_of(buffer), size)
         return held
 
 
@@ -188,8 +194,10 @@ class Call:
             table = self._table = executor.Table(
                 rows, patches, 1 + self._arguments, self.nanoseconds
             )
-        held = _workspace.reserve(self.scratch_bytes)
-        executor.run(table, (held[1], *addresses))
+        held = _workspace.held
+        if self.scratch_bytes > held[2]:
+            held = _workspace.grow(self.scratch_bytes)
+        executor.run(table, held[1], *addresses)
 
 
 class Idle:
@@ -200,15 +208,14 @@ class Idle:
 
     def take(self, key: Any) -> Any:
         """One that nobody uses, or None."""
-        made = self._lists.get(key)
-        if made is None:
+        try:
+            return self._lists[key].pop()
+        except IndexError:  # all are in use
+            return None
+        except KeyError:
             for oldest in list(self._lists)[: len(self._lists) + 1 - MAX_SHAPES]:
                 self._lists.pop(oldest, None)
             self._lists.setdefault(key, [])
-            return None
-        try:
-            return made.pop()
-        except IndexError:
             return None
 
     def give(self, key: Any, made: Any) -> None:

@@ -7,9 +7,8 @@ the threads in equal ranges.
 Before that, the patches are applied: each writes bases[BASE] + OFFSET to the address FIELD, which
 puts the addresses of a call's arrays into the argument blocks.
 
-On one thread the executor is a kernel itself, whose tasks are the rows. It is called through
-ctypes, with one packed string of bytes as its block: a third of the time of a Numba call with its
-arrays.
+On one thread the executor is a kernel itself. It is called through ctypes, with one packed string
+of bytes as its block: a third of the time of a Numba call with arrays.
 
 Threads come from Numba's pool. With TBB a call from several Python threads or inside another
 parallel region is safe. Numba's "workqueue" ends a process with two parallel regions at once, the
@@ -44,7 +43,8 @@ from fastq.kernels.signature import sources_digest
 
 KERNEL, ARGS, TASKS, THREADS, COLUMNS = range(5)
 FIELD, BASE, OFFSET, PATCH_COLUMNS = range(4)
-(E_ROWS, E_PATCHES, E_PATCH_COUNT, E_BASES) = range(4)  # the block of the executor's own kernel
+# the block of the executor's own kernel
+(E_ROWS, E_COUNT, E_PATCHES, E_PATCH_COUNT, E_BASES) = range(5)
 
 
 class Table:
@@ -62,9 +62,9 @@ class Table:
     ) -> None:
         self.rows, self.patches = np.ascontiguousarray(rows), np.ascontiguousarray(patches)
         self.bases, self.nanoseconds = bases, nanoseconds
-        self.count = len(rows)
-        self.places = self.rows.ctypes.data, self.patches.ctypes.data, len(patches)
-        self.pack = struct.Struct(f"{E_BASES + bases}q").pack  # an error for another count
+        first = self.rows.ctypes.data, len(rows), self.patches.ctypes.data, len(patches)
+        # the executor's block, of the bases; an error for another number of them
+        self.pack = functools.partial(struct.Struct(f"{E_BASES + bases}q").pack, *first)
 
     def part(self, first: int, last: int) -> Table:
         """Some of the rows, with all patches."""
@@ -90,7 +90,7 @@ def _call(typingctx: Any, kernel: Any, args: Any, begin: Any, end: Any) -> Any:
 # pool there.
 @functools.cache
 def serial_kernel() -> Kernel:
-    """Rows begin..end, one after the other."""
+    """All rows, one after the other: one task, so that it needs no begin and end."""
     config = (sources_digest(),)
 
     @native
@@ -102,7 +102,7 @@ def serial_kernel() -> Kernel:
             base = args[E_BASES + patches[patch + BASE]]
             pointer(patches[patch + FIELD], "s64")[0] = base + patches[patch + OFFSET]
         rows = pointer(args[E_ROWS], "s64")
-        for i in range(begin, end):
+        for i in range(args[E_COUNT]):
             row = i * COLUMNS
             _call(rows[row + KERNEL], rows[row + ARGS], 0, rows[row + TASKS])
 
@@ -111,9 +111,8 @@ def serial_kernel() -> Kernel:
 
 @functools.cache
 def _serial() -> Any:
-    """The serial kernel as Python calls it; it releases the GIL. A void* takes an int for least."""
-    kind = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p)
-    return kind(serial_kernel().address)
+    """The serial kernel as Python calls it, with its block alone; it releases the GIL."""
+    return ctypes.CFUNCTYPE(None, ctypes.c_char_p)(serial_kernel().address)
 
 
 @functools.cache
@@ -187,7 +186,7 @@ class _Pool:
         if self.usable():
             _parallel()(table.rows, table.patches, np.array(bases, np.int64), self.threads)
         else:
-            _run_serially(table, bases)
+            _serial()(table.pack(*bases))
 
 
 _pool = _Pool()
@@ -217,7 +216,7 @@ PARALLEL_ROW_NANOSECONDS = 5_000.0
 
 
 class Run(NamedTuple):
-    """The arguments of one `run`."""
+    """What one `run` was given."""
 
     table: Table
     bases: tuple[int, ...]
@@ -240,15 +239,11 @@ def recording() -> Iterator[list[Run]]:
         _recorded = before
 
 
-def run(table: Table, bases: tuple[int, ...]) -> None:
+def run(table: Table, *bases: int) -> None:
     """Runs a table, its patches applied with these bases."""
     if _recorded is not None:
         _recorded.append(Run(table, bases))
     if table.nanoseconds < PARALLEL_NANOSECONDS or _pool.threads == 1:
-        _run_serially(table, bases)
+        _serial()(table.pack(*bases))
     else:
         _pool.run(table, bases)
-
-
-def _run_serially(table: Table, bases: Sequence[int]) -> None:
-    _serial()(table.pack(*table.places, *bases), 0, table.count)

@@ -433,14 +433,14 @@ class BoundLinear(PackedLinear):
         row_stride in bytes; zero_point, of a "u8" source, one or (M,). Of add, SLACK bytes
         beyond its end may be read.
         """
-        threads = executor.get_num_threads()
+        key = (m, row_stride, zero_point, executor.get_num_threads())
         if isinstance(zero_point, int):
-            key = (m, row_stride, zero_point, threads)
-            self.calls.run(self._make, key, x, out, 0, 0, add)
+            self.calls.run(self.call, key, x, out, 0, 0, add)
         else:
-            self._make(m, row_stride, zero_point, threads).run(x, out, 0, 0, add)
+            self.call(*key).run(x, out, 0, 0, add)
 
-    def _make(self, m: int, row_stride: int, zero_point: Any, threads: int) -> Call:
+    def call(self, m: int, row_stride: int, zero_point: Any, threads: int) -> Call:
+        """A call for m rows, of the layer's five arguments."""
         call = Call(ARGUMENTS)
         x_scales = getattr(self.epilogue, "x_scale", np.ones(()))
         per_row = self.source == "dynamic" or bool(np.ndim(zero_point) or np.ndim(x_scales))
