@@ -118,7 +118,7 @@ def compile_library(function: Callable[..., Any]) -> Any:
 
 @functools.cache
 def _linker() -> Any:
-    return binding.create_lljit_compiler()
+    return binding.create_lljit_compiler(suppress_errors=True)  # they are raised
 
 
 _linked: list[Any] = []  # code is never unloaded: a call in another thread may be in it
