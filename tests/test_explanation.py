@@ -41,7 +41,8 @@ def test_a_dynamic_linear_layer(isa: str) -> None:
     assert result.isa == isa and result.macs == 10 * 48 * 40
     stage, gemm = result.kernels
     assert stage.name.startswith("stage_rows dynamic") and stage.dots is None
-    assert gemm.name.startswith("u8s8s32_gemm_") and gemm.name.endswith(f"__{isa} f32 affine")
+    kind, rest = ("matrix", "") if isa.startswith("amx") else ("gemm", " affine")
+    assert gemm.name.startswith(f"u8s8s32_{kind}_") and gemm.name.endswith(f"__{isa} f32{rest}")
     if isa.endswith("-emulated"):
         assert gemm.dots is None
     else:

@@ -18,26 +18,34 @@ from fastq.kernels.gemm import TILES, Tile
 from fastq.kernels.tiles import choose_nr, choose_tile, tiles_of
 
 
-@pytest.mark.parametrize("tier", ["avx512_vnni", "avx_vnni", "avx2", "generic"])
+@pytest.mark.parametrize("tier", ["amx_int8", "avx512_vnni", "avx_vnni", "avx2", "generic"])
 def test_panels_hold_each_weight_once(tier: str, rng: Any) -> None:
     simd_of = simd.emitter(tier)
     cols, side = simd_of.cols, simd_of.side_by_side
-    for n, taps, run, nr in [(1, 1, 4, 16), (9, 3, 5, 16), (64, 1, 7, 64), (70, 9, 30, 16)]:
+    for n, taps, run, nr in [
+        (1, 1, 4, 16),
+        (9, 3, 5, 16),
+        (64, 1, 7, 64),
+        (70, 9, 30, 16),
+        (17, 2, 70, 16),
+    ]:
         weight = rng.integers(-128, 128, (n, taps, run)).astype(np.int8)
-        panels = pack.pack_panels(weight, nr, tier)
-        starts = pack.step_starts(run)
+        depth = min(simd_of.depth, -(-run // 4) * 4)
+        panels = pack.pack_panels(weight, nr, tier, depth)
+        starts = np.add.outer(pack.step_starts(run, depth), np.arange(0, depth, 4)).reshape(-1)
         assert panels.ctypes.data % 64 == 0
         assert panels.shape == (-(-n // nr), taps * len(starts), nr, 4)
         # a vector of columns: the first `side` weights of each, then the next
         vectors = panels.reshape(*panels.shape[:2], nr // cols, 4 // side, cols, side)
         by_lane = vectors.swapaxes(3, 4).reshape(panels.shape)
         by_column = by_lane[:, :, np.argsort(simd_of.columns(nr))]
-        found = np.zeros((len(panels) * nr, taps, run), np.int64)
+        found = np.zeros((len(panels) * nr, taps, run + 3), np.int64)
         steps = by_column.reshape(len(panels), taps, -1, nr, 4).astype(np.int64)
         for s, start in enumerate(starts):
             part = steps[:, :, s].transpose(0, 2, 1, 3).reshape(-1, taps, 4)
             found[:, :, start : start + 4] += part
-        assert_array_equal(found[:n], weight)
+        assert_array_equal(found[:n, :, :run], weight)
+        assert not found[:, :, run:].any()
         assert not found[n:].any()
         assert np.count_nonzero(panels) == np.count_nonzero(weight)
 
@@ -126,6 +134,7 @@ def test_rint_clamp_and_unpack(rng: Any) -> None:
 
 # A CPU that has the tier
 CPUS = {
+    "amx_int8": "sapphirerapids",
     "avx512_vnni": "znver4",
     "avx_vnni": "alderlake",
     "avx2": "haswell",
@@ -141,10 +150,13 @@ def test_assembly_of_each_tile(tile: Tile) -> None:
     assert loops, text
     emitter = simd.emitter(tile.isa)
     vectors = tile.nr * tile.panels // emitter.cols
+    dots = {tile.mr * vectors * simd.KR // emitter.side_by_side}
     if tile.kind == "depthwise":
-        vectors = len(emitter.interleaved_channels())
+        dots = {tile.mr * len(emitter.interleaved_channels())}
+    if tile.kind == "matrix":  # several bands at once, and one: four accumulators, or fewer
+        dots = {4, min(4, vectors)}
+    assert {loop.dots for loop in loops} == dots
     for loop in loops:
-        assert loop.dots % (tile.mr * vectors) == 0, "\n".join(loop.lines)
         assert not loop.spills, "\n".join(loop.lines)
 
 
@@ -195,7 +207,7 @@ def test_forcing_a_tier(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isa.current() == "generic"
     monkeypatch.setattr(isa, "_current", None)
     monkeypatch.setenv("FASTQ_ISA", "mmx")
-    with pytest.raises(ValueError, match="wanted one of avx512_vnni"):
+    with pytest.raises(ValueError, match="wanted one of amx_int8"):
         isa.current()
     monkeypatch.setattr(isa, "target_features", lambda: frozenset())
     monkeypatch.setenv("FASTQ_ISA", "avx2")

@@ -681,7 +681,7 @@ def test_every_tile_is_exact(isa: str, rng: Any, monkeypatch: pytest.MonkeyPatch
     """Each row of TILES on shapes around its own edges, whatever the cost model would choose."""
     for tile in (t for t in gemm.TILES if t.isa == isa and t.kind != "depthwise"):
         monkeypatch.setattr(layers, "choose_nr", lambda isa, n, nr=tile.nr: nr)
-        monkeypatch.setattr(layers, "choose_tile", lambda isa, nr, m, kind="gemm", tile=tile: tile)
+        monkeypatch.setattr(layers, "choose_product_tile", lambda isa, nr, work, tile=tile: tile)
         for m in {1, tile.mr - 1, tile.mr, tile.mr + 1, 2 * tile.mr + 1} - {0}:
             for n in {1, tile.nr - 1, tile.nr, tile.nr + 1, 2 * tile.nr + 3, 5 * tile.nr}:
                 x, weight = u8(rng, m, 11), LinearWeight(s8(rng, n, 11))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -88,6 +89,11 @@ def test_every_factory_has_a_row() -> None:
     assert factories <= {row.factory for row in warmup.FAMILIES}
 
 
+def test_a_factory_takes_its_row(isa: str) -> None:
+    for factory, arguments in warmup.kernels(isa):
+        inspect.signature(factory).bind(*arguments)
+
+
 def test_all_that_layers_use_is_listed(isa: str, used: set[str]) -> None:
     for m in (1, 2, 50):
         call_linear(m, 40, 30)
@@ -162,7 +168,7 @@ def test_a_kernel_that_the_cache_lacks_is_compiled(monkeypatch: pytest.MonkeyPat
 def test_what_cannot_be_warmed_up() -> None:
     with pytest.raises(ValueError, match="wanted one of bert, resnet50, mobilenet"):
         fastq.warmup("alexnet")
-    with pytest.raises(ValueError, match="wanted one of avx512_vnni"):
+    with pytest.raises(ValueError, match="wanted one of amx_int8"):
         fastq.warmup(isa="mmx")
 
 

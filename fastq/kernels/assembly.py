@@ -14,12 +14,13 @@ from typing import Any
 
 from llvmlite import binding, ir
 
-from fastq.kernels import gemm, isa, simd, winograd
+from fastq.kernels import gemm, isa, matrix, simd
 from fastq.kernels.gemm import Tile
 from fastq.kernels.native import Kernel, compile_library
 
 # A tier's dot product, and the registers that its tiles fill
 DOT = {
+    "amx_int8": ("(?:tdpbusd|vpdpbusd)", "[tz]mm"),
     "avx512_vnni": ("vpdpbusd", "zmm"),
     "avx_vnni": ("vpdpbusd", "ymm"),
     "avx2": ("vpmaddwd", "ymm"),
@@ -45,13 +46,13 @@ def config_of(kernel: Kernel) -> tuple[Any, ...]:
 def name(factory: str, arguments: tuple[Any, ...]) -> str:
     """`u8s8s32_gemm_6x8c4__avx2 u8 affine` of a tile; the factory and its arguments of others."""
     words = (factory.removesuffix("_kernel"), *arguments)
-    return " ".join(map(str, words)).removeprefix("gemm ")
+    return " ".join(map(str, words)).removeprefix("gemm ").removeprefix("matrix ")
 
 
 def name_of(kernel: Kernel) -> str:
     """The `name` of a compiled kernel."""
     factory, config = kernel.function.__qualname__.partition(".")[0], config_of(kernel)
-    if factory in (gemm.gemm_kernel.__name__, winograd.winograd_kernel.__name__):
+    if factory in ("gemm_kernel", "matrix_kernel", "winograd_kernel"):
         config = (Tile(*config[:_TILE_FIELDS]), *config[_TILE_FIELDS:])
     return name(factory, config)
 
@@ -74,7 +75,11 @@ def assembly_for(tile: Tile, epilogue: str, rows: str, triple: str, cpu: str) ->
     body = builder.append_basic_block("body")
     builder.branch(body)
     builder.position_at_end(body)
-    gemm.emit_tiles(builder, tile, epilogue, rows, function.args[0], function.args[1:])
+    block, *place = function.args
+    if tile.kind == "matrix":
+        matrix.emit_bands(builder, tile, epilogue, block, place)
+    else:
+        gemm.emit_tiles(builder, tile, epilogue, rows, block, place)
     builder.ret_void()
     parsed = binding.parse_assembly(str(module))
     machine = binding.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
@@ -99,19 +104,23 @@ def k_loops(text: str, tier: str) -> list[Loop]:
     instruction, register = DOT[tier.removesuffix("-emulated")]
     dot = re.compile(rf"{instruction}\s.*%{register}")
     spill = re.compile(rf"\(%rsp\), %{register}|%{register}\d+, -?\d*\(%rsp\)")
-    loops: list[Loop] = []
-    block: list[str] = []
-    label = ""
-    for line in text.splitlines():
+    lines = [line.strip() for line in text.splitlines()]
+    labels: dict[str, int] = {}
+    loops: dict[tuple[int, int], Loop] = {}
+    for end, line in enumerate(lines):
         if match := re.match(r"(\.LBB\w+):", line):
-            label, block = match[1], []
+            labels[match[1]] = end + 1
+        jump = re.match(r"j\w+\s+(\S+)$", line)
+        if jump is None or jump[1] not in labels:
             continue
-        block.append(line.strip())
-        if label and re.match(rf"\s+j\w+\s+{re.escape(label)}$", line):
-            dots, spills = (sum(bool(p.search(row)) for row in block) for p in (dot, spill))
-            if dots:
-                loops.append(Loop(tuple(block), dots, spills))
-    return loops
+        begin = labels[jump[1]]
+        if any(begin <= inner for inner, _ in loops):
+            continue  # it is around a loop that is there already
+        body = tuple(lines[begin : end + 1])
+        dots, spills = (sum(bool(p.search(row)) for row in body) for p in (dot, spill))
+        if dots:
+            loops[begin, end] = Loop(body, dots, spills)
+    return list(loops.values())
 
 
 def k_loop_of(kernel: Kernel) -> Loop | None:

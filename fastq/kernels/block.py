@@ -1,4 +1,4 @@
-"""The argument block of the products (gemm.py, depthwise.py, requantize.py): its fields."""
+"""The argument block of the products (gemm.py, matrix.py, depthwise.py): its fields."""
 
 (
     A, A_ROW, A_IMAGE, A_GROUP, ROW_TABLE,
@@ -7,5 +7,6 @@
     GROUPS, M, MC, N,
     COL_SUMS, ROW_ZERO_POINT, ROW_SCALE, ROW_STEP, SCALE, BIAS, CLAMP, OUT_ZERO_POINT,
     ADD, ADD_ROW, ADD_IMAGE, ADD_GROUP, ADD_SCALE, ADD_ZERO_POINT,
+    BAND, TILE_CONFIG,
     FIELDS,
-) = range(32)  # fmt: skip
+) = range(34)  # fmt: skip

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastq.kernels.pack import aligned_empty
-from fastq.kernels.simd import address, branch_back, const, emitter, i32, i64, load, shuffle
+from fastq.kernels.simd import address, branch_back, emitter, i32, i64, load
 
 
 def emit_tap_loop(
@@ -28,7 +28,7 @@ def emit_tap_loop(
 ) -> list[list[Any]]:
     """Emits the loop over groups of taps; returns accumulators, [row][vector].
 
-    They begin at `start` and come in the order of simd.columns. taps are int32 byte offsets, their
+    They begin at `start`, in the order of simd.columns. taps are int32 byte offsets, their
     number a multiple of taps_at_once.
     """
     simd = emitter(isa)
@@ -57,33 +57,12 @@ def emit_tap_loop(
     branch_back(b, b.icmp_signed("<", following, n_taps), loop, done)
     tap.add_incoming(i64(0), entry)
     tap.add_incoming(following, loop)
-    first = start if simd.packs else [const(simd.acc, 0)] * vectors
     for row_accs, row_sums in zip(accs, summed, strict=True):
-        for acc, total, begin in zip(row_accs, row_sums, first, strict=True):
-            acc.add_incoming(begin, entry)
+        for acc, total, first in zip(row_accs, row_sums, start, strict=True):
+            acc.add_incoming(first, entry)
             acc.add_incoming(total, loop)
     b.position_at_end(done)
-    if simd.packs:
-        return summed
-    ordered = [_channel_order(b, simd, row) for row in summed]
-    return [[b.add(x, y) for x, y in zip(row, start, strict=True)] for row in ordered]
-
-
-def _channel_order(b: Any, simd: Any, accs: list[Any]) -> list[Any]:
-    """Undoes the order that `interleave` left."""
-    order = [channel for lanes in simd.interleaved_channels() for channel in lanes]
-    where = np.argsort(order)
-    lanes = simd.acc.count
-    joined = list(accs)
-    while len(joined) > 1:  # LLVM turns the joins and the slices into a few permutes
-        joined = [
-            shuffle(b, x, y, range(2 * x.type.count))
-            for x, y in zip(joined[::2], joined[1::2], strict=True)
-        ]
-    return [
-        shuffle(b, joined[0], joined[0], [int(i) for i in where[v * lanes : (v + 1) * lanes]])
-        for v in range(len(accs))
-    ]
+    return summed
 
 
 def pack_depthwise(weight: NDArray[np.int8], isa: str) -> NDArray[Any]:

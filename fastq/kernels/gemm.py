@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from llvmlite import ir
@@ -45,7 +45,18 @@ from fastq.kernels.lines import emit_loop
 from fastq.kernels.native import native
 from fastq.kernels.requantize import Epilogue
 from fastq.kernels.signature import sources_digest
-from fastq.kernels.simd import KR, address, branch_back, emitter, i1, i8, i32, i64, load, ptr
+from fastq.kernels.simd import (
+    KR,
+    address,
+    branch_back,
+    copy_bytes,
+    emitter,
+    i8,
+    i32,
+    i64,
+    load,
+    ptr,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ class Tile:
     isa: str
     mr: int
     nr: int
-    kind: str = "gemm"  # or "depthwise"
+    kind: str = "gemm"  # or "depthwise", or "matrix" (matrix.py)
     panels: int = 1
 
     @property
@@ -64,12 +75,12 @@ class Tile:
         return emitter(self.isa).a_bytes
 
     def __str__(self) -> str:
-        kr = emitter(self.isa).taps_at_once if self.kind == "depthwise" else KR
+        simd = emitter(self.isa)
+        kr = {"gemm": KR, "depthwise": simd.taps_at_once, "matrix": simd.depth}[self.kind]
         return f"u8s8s32_{self.kind}_{self.mr}x{self.nr * self.panels}c{kr}__{self.isa}"
 
 
-# Of one kind and NR, packed panels are shared: MR is chosen at the call.
-TILES = (
+_AVX512 = (
     Tile("avx512_vnni", 6, 64),
     Tile("avx512_vnni", 2, 64),
     Tile("avx512_vnni", 1, 64, panels=2),
@@ -78,6 +89,14 @@ TILES = (
     Tile("avx512_vnni", 12, 16),
     Tile("avx512_vnni", 4, 16),
     Tile("avx512_vnni", 4, 64, "depthwise"),
+)
+# Of one NR packed panels are shared, but for depthwise: MR is chosen at the call.
+TILES = (
+    Tile("amx_int8", 32, 64, "matrix"),
+    Tile("amx_int8", 32, 32, "matrix"),
+    Tile("amx_int8", 64, 16, "matrix"),
+    *(replace(tile, isa="amx_int8") for tile in _AVX512),
+    *_AVX512,
     Tile("avx_vnni", 6, 16),
     Tile("avx_vnni", 3, 16),
     Tile("avx_vnni", 1, 16, panels=4),
@@ -93,6 +112,11 @@ TILES = (
     Tile("generic", 3, 8),
     Tile("generic", 1, 8, panels=2),
     Tile("generic", 2, 8, "depthwise"),
+    Tile("amx_int8-emulated", 32, 64, "matrix"),
+    Tile("amx_int8-emulated", 64, 16, "matrix"),
+    Tile("amx_int8-emulated", 1, 64, panels=2),
+    Tile("amx_int8-emulated", 4, 16),
+    Tile("amx_int8-emulated", 4, 64, "depthwise"),
     Tile("avx512_vnni-emulated", 6, 64),
     Tile("avx512_vnni-emulated", 1, 64, panels=2),
     Tile("avx512_vnni-emulated", 4, 64, "depthwise"),
@@ -188,7 +212,7 @@ def emit_tiles(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: A
             with b.if_then(edge):
                 size = b.mul(valid, i64(out_bytes))
                 for scratch_row, out_row in zip(scratch_rows, rows_out, strict=True):
-                    _memcpy(b, out_row, scratch_row, size)
+                    copy_bytes(b, out_row, scratch_row, size)
 
     height = i64(tile.mr)
     full_end = b.select(edge, m, m_end)
@@ -256,13 +280,6 @@ def emit_k_loop(
             acc.add_incoming(total, loop)
     b.position_at_end(done)
     return sums
-
-
-def _memcpy(b: Any, target: Any, source: Any, size: Any) -> None:
-    kind = ir.FunctionType(ir.VoidType(), [ptr, ptr, i64, i1])
-    name = "llvm.memcpy.p0.p0.i64"
-    function = b.module.globals.get(name) or ir.Function(b.module, kind, name)
-    b.call(function, [target, source, size, i1(0)])
 
 
 @intrinsic(prefer_literal=True)

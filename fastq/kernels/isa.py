@@ -7,8 +7,10 @@ same bits, slowly. It is there to test a tier on a machine that lacks it.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,12 +24,15 @@ class Isa:
     features: tuple[str, ...]
 
 
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
 # fastest first
 ISAS = (
-    Isa("avx512_vnni", ("avx512f", "avx512bw", "avx512vl", "avx512vnni")),
+    Isa("amx_int8", ("amx-tile", "amx-int8", *_AVX512)),
+    Isa("avx512_vnni", _AVX512),
     Isa("avx_vnni", ("avx2", "avxvnni")),
     Isa("avx2", ("avx2",)),
     Isa("generic", ()),
+    Isa("amx_int8-emulated", ()),
     Isa("avx512_vnni-emulated", ()),
     Isa("avx_vnni-emulated", ()),
 )
@@ -44,8 +49,24 @@ def target_features() -> frozenset[str]:
 
 
 def missing(isa: Isa) -> list[str]:
-    """What the tier needs and Numba's target lacks."""
-    return [f for f in isa.features if f not in target_features()]
+    """What the tier needs and Numba's target, or the operating system, does not have."""
+    lacking = [f for f in isa.features if f not in target_features()]
+    if not lacking and "amx-tile" in isa.features and not _tiles_permitted():
+        lacking = ["the operating system's permission to use AMX"]
+    return lacking
+
+
+@functools.cache
+def _tiles_permitted() -> bool:
+    """Asks Linux for the tile registers: a process has them, in all its threads, once it asked.
+
+    arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), Documentation/arch/x86/xstate.rst. Other
+    systems' ways are not known here: no AMX there.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    arch_prctl, request, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None, use_errno=True).syscall(arch_prctl, request, tile_data) == 0  # type: ignore[no-any-return]
 
 
 def runnable() -> list[str]:

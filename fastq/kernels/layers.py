@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fastq.kernels import block, executor, gemm, stage, winograd
+from fastq.kernels import block, executor, gemm, matrix, stage, winograd
 from fastq.kernels.call import (
     ITEM_BYTES,
     At,
@@ -34,7 +34,9 @@ from fastq.kernels.pack import aligned_empty, pack_panels, pad_columns, step_sta
 from fastq.kernels.simd import KR, emitter
 from fastq.kernels.tiles import (
     BYTES_PER_NANOSECOND,
+    Work,
     choose_nr,
+    choose_product_tile,
     choose_tile,
     nanoseconds,
     tiles_of,
@@ -124,11 +126,20 @@ class _Layer:
             return View(ADD, out.shape, out.strides, out.kind)
         return None
 
+    def tile(self, m: int, line: int, steps: int) -> Tile:
+        """The tile for m rows, in lines of so many, and so many K-steps."""
+        packed = self.packed
+        if packed.kind == "depthwise":
+            return choose_tile(packed.isa, packed.nr, m, packed.kind)
+        bands = m // line * -(-line // matrix.ROWS)
+        return choose_product_tile(packed.isa, packed.nr, Work(m, bands, steps, packed.depth))
+
     def product(
         self,
         call: Call,
         images: int,
         m: int,
+        line: int,
         offsets: NDArray[np.int64],
         x: _Rows,
         out: _Rows,
@@ -139,37 +150,37 @@ class _Layer:
         per_row: bool = False,
         label: str = "",
     ) -> None:
-        """Appends the product of `images` times m rows; offsets are in bytes, one for each step."""
+        """Appends the product of `images` times m rows; offsets are in bytes, one for each K-step.
+
+        Of `line` rows each lies as far from the one before; m is a multiple of it.
+        """
         packed, groups = self.packed, self.groups
-        tile = choose_tile(packed.isa, packed.nr, m, packed.kind)
         if offsets.max() >= 2**31:
             raise ValueError(
                 f"conv2d: one kernel window spans {offsets.max()} bytes of the input; "
                 "wanted under 2 GiB: split the image"
             )
-        panels = -(-len(packed.panels) // groups // tile.panels)
+        band, firsts = matrix.bands_of(m, line)
+        tile = self.tile(m, line, len(offsets))
+        macs = images * m * len(offsets) * packed.depth * len(self.col_sums)
         row_bytes = x.row if x.offsets is None else x.offsets.max() // m
-        mc = block_rows(tile, m, row_bytes, images * groups * panels)
+        panels = -(-len(packed.panels) // groups // tile.panels)
         n = len(self.col_sums) // groups
         values = {
             block.A_ROW: x.row,
             block.A_IMAGE: x.image,
             block.A_GROUP: x.group,
             block.B_PANEL: packed.panels[:1].nbytes,
-            block.STEPS: len(offsets),
             block.OUT_ROW: out.row,
             block.OUT_IMAGE: out.image,
             block.OUT_GROUP: out.group,
             block.GROUPS: groups,
-            block.M: m,
-            block.MC: mc,
             block.N: n,
             block.ROW_STEP: int(per_row),
         }
         places: dict[int, Place] = {
             block.A: x.place,
             block.B: packed.panels,
-            block.OFFSETS: offsets.astype(np.int32),
             block.OUT: out.place,
             **self.operands,
         }
@@ -180,15 +191,28 @@ class _Layer:
             values |= {block.ADD_ROW: add.row, block.ADD_IMAGE: add.image}
             values[block.ADD_GROUP] = add.group
             places[block.ADD] = add.place
-        rows = "affine" if x.offsets is None else "table"
-        if x.offsets is not None:
-            tables = [r.offsets if r is not None else np.zeros(m, np.int64) for r in (x, out, add)]
-            places[block.ROW_TABLE] = np.stack(tables, axis=1)  # type: ignore[arg-type]
-        macs = images * m * len(offsets) * KR * len(self.col_sums)
-        if packed.kind == "depthwise":
-            macs = images * m * len(offsets) * len(self.col_sums)
+        kernel: Any
+        rows = [x, out, add or out]
+        if tile.kind == "matrix":
+            m, of = len(firsts), matrix.ROWS
+            values[block.BAND] = band
+            places[block.TILE_CONFIG] = matrix.tile_config(band, packed.depth)
+            firsts = np.append(firsts, firsts[-1])  # one more is read, and not used
+            places[block.ROW_TABLE] = np.stack([*(r.at(firsts) for r in rows), firsts], axis=1)
+            kernel = matrix.matrix_kernel(tile, kind)
+        else:
+            of = 1
+            if packed.kind == "gemm":  # which takes a K-step by fours
+                quads = np.arange(0, packed.depth, KR) * ITEM_BYTES[x.kind]
+                offsets = np.add.outer(offsets, quads).reshape(-1)
+            if x.offsets is not None:
+                places[block.ROW_TABLE] = np.stack([r.at(np.arange(m)) for r in rows], axis=1)
+            kernel = gemm.gemm_kernel(tile, kind, "affine" if x.offsets is None else "table")
+        mc = block_rows(tile, m * of, row_bytes, images * groups * panels) // of
+        values |= {block.M: m, block.MC: mc, block.STEPS: len(offsets)}
+        places[block.OFFSETS] = offsets.astype(np.int32)
         call.row(
-            gemm.gemm_kernel(tile, kind, rows),
+            kernel,
             block.FIELDS,
             images * -(-m // mc) * groups * panels,
             values,
@@ -200,7 +224,10 @@ class _Layer:
 
 @dataclass
 class _Rows:
-    """Where the rows of an operand lie: place + image * i + group * g + (row * m or offsets[m])."""
+    """Where the rows of an operand lie: place + image * i + group * g + (row * m or offsets[m]).
+
+    Where offsets say it, `row` is still how far two of a line are apart.
+    """
 
     place: Place
     kind: str
@@ -208,6 +235,10 @@ class _Rows:
     image: int = 0
     group: int = 0
     offsets: NDArray[np.int64] | None = None
+
+    def at(self, m: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Offsets of these rows."""
+        return m * self.row if self.offsets is None else self.offsets[m]
 
 
 def block_rows(tile: Tile, m: int, row_bytes: int, other_tasks: int) -> int:
@@ -257,9 +288,9 @@ class PackedLinear(_Layer):
         def along(view: View) -> _Rows:
             return _Rows(view.place, view.kind, view.strides[0])
 
-        steps = step_starts(self.run_length) * x.item
+        m, steps = x.shape[0], step_starts(self.run_length, self.packed.depth) * x.item
         self.product(
-            call, 1, x.shape[0], steps, along(x), along(out), along(add) if add else None,
+            call, 1, m, m, steps, along(x), along(out), along(add) if add else None,
             scale, zero_point, per_row=per_row, label=label,
         )  # fmt: skip
 
@@ -278,7 +309,8 @@ class PackedConv2d(_Layer):
             self.pad_operands(_packed_depthwise(weight, isa), 1)
         else:
             groups = self.groups = _merged_groups(weight, min(t.nr for t in tiles_of(isa)))
-            row = weight.kernel_size[1] if self._taps_are_rows() else 1
+            self.by_lines = self._takes_lines()
+            row = weight.kernel_size[1] if self.by_lines else 1
             self.channels = weight.c if row * weight.c // groups >= KR else KR
             self.pad_operands(_packed(weight, isa, self._filters), groups)
         self.by_winograd = (
@@ -292,13 +324,20 @@ class PackedConv2d(_Layer):
     def depthwise(self) -> bool:
         return self.packed.kind == "depthwise"
 
-    def _taps_are_rows(self) -> bool:
-        """Whether a kernel row is one run of KW * C contiguous activations."""
-        return self.groups == 1 and self.weight.dilation[1] == 1
+    def _takes_lines(self) -> bool:
+        """Whether a run of K is a line of KW * C contiguous activations, not of C.
+
+        Not where it would take as many K-steps: lines want pixels side by side.
+        """
+        weight, depth = self.weight, emitter(self.isa).depth
+        (_, kw), c = weight.kernel_size, weight.c
+        if self.groups > 1 or weight.dilation[1] > 1:
+            return False
+        return depth == KR or c < KR or -(-kw * c // depth) < kw * -(-c // depth)
 
     def needs_dense_pixels(self) -> bool:
-        """Whether nothing may lie between the pixels: the steps of a kernel row overlap them."""
-        return not self.depthwise and self._taps_are_rows() and self.channels % KR != 0
+        """Whether nothing may lie between the pixels: the steps of a kernel line overlap them."""
+        return not self.depthwise and self.by_lines and self.channels % self.packed.depth != 0
 
     def _filters(self) -> list[NDArray[np.int8]]:
         """(N / groups, taps, run) for each group."""
@@ -312,7 +351,7 @@ class PackedConv2d(_Layer):
         for i in range(merged):
             dense[:, i, :, i * c_group : (i + 1) * c_group] = split[:, i]
         filters = dense.reshape(n, c, kh, kw).transpose(0, 2, 3, 1)
-        shape = (n, kh, kw * c) if self._taps_are_rows() else (n, kh * kw, c)
+        shape = (n, kh, kw * c) if self.by_lines else (n, kh * kw, c)
         return np.split(np.ascontiguousarray(filters).reshape(shape), groups)
 
     def rows(
@@ -342,7 +381,7 @@ class PackedConv2d(_Layer):
         (kh, kw), (sh, sw), (dh, dw) = weight.kernel_size, weight.stride, weight.dilation
         batch, oh, ow, n = out.shape
         _, line, pixel, _ = x.strides
-        m = oh * ow
+        m, line_rows = oh * ow, ow
         views = [x, out] if add is None else [x, out, add]
         steps = [(sh * line, sw * pixel), *(v.strides[1:3] for v in views[1:])]
         widths = [x.shape[3] // groups, n // groups, n // groups]
@@ -356,27 +395,29 @@ class PackedConv2d(_Layer):
                 images, m = 1, batch * m  # pointwise: all images are one
         else:
             rows = []
+        if rows:
+            line_rows = m
         for i, (view, width) in enumerate(zip(views, widths, strict=False)):
-            operand = _Rows(view.place, view.kind, 0, view.strides[0], width * view.item)
-            if rows:
-                operand.row = rows[i]
-            else:
-                down, across = steps[i]
+            down, across = steps[i]
+            row = rows[i] if rows else across
+            operand = _Rows(view.place, view.kind, row, view.strides[0], width * view.item)
+            if not rows:
                 table = np.add.outer(np.arange(oh) * down, np.arange(ow) * across)
                 operand.offsets = table.reshape(-1)
             operands.append(operand)
         offsets = np.arange(kh) * (dh * line)
-        by_rows = self._taps_are_rows() and pixel == self.channels * x.item
-        if self.depthwise or not by_rows:
+        by_lines = not self.depthwise and self.by_lines and pixel == self.channels * x.item
+        if not by_lines:
             offsets = np.add.outer(offsets, np.arange(kw) * (dw * pixel)).reshape(-1)
         if self.depthwise:  # missing taps of the last group have weight 0
             missing = -len(offsets) % emitter(self.packed.isa).taps_at_once
             offsets = np.append(offsets, offsets[:1].repeat(missing))
         else:
-            run = (kw if by_rows else 1) * self.channels // groups
-            offsets = np.add.outer(offsets, step_starts(run) * x.item).reshape(-1)
+            run = (kw if by_lines else 1) * self.channels // groups
+            starts = step_starts(run, self.packed.depth) * x.item
+            offsets = np.add.outer(offsets, starts).reshape(-1)
         self.product(
-            call, images, m, offsets, operands[0], operands[1],
+            call, images, m, line_rows, offsets, operands[0], operands[1],
             operands[2] if add else None, scale, zero_point, label=label,
         )  # fmt: skip
 
@@ -433,13 +474,14 @@ class BoundLinear(PackedLinear):
         row_stride in bytes; zero_point, of a "u8" source, one or (M,). Of add, SLACK bytes
         beyond its end may be read.
         """
-        key = (m, row_stride, zero_point, executor.get_num_threads())
+        aligned = (x | row_stride) % ALIGNED == 0
+        key = (m, row_stride, aligned, zero_point, executor.get_num_threads())
         if isinstance(zero_point, int):
             self.calls.run(self.call, key, x, out, 0, 0, add)
         else:
             self.call(*key).run(x, out, 0, 0, add)
 
-    def call(self, m: int, row_stride: int, zero_point: Any, threads: int) -> Call:
+    def call(self, m: int, row_stride: int, aligned: bool, zero_point: Any, threads: int) -> Call:
         """A call for m rows, of the layer's five arguments."""
         call = Call(ARGUMENTS)
         x_scales = getattr(self.epilogue, "x_scale", np.ones(()))
@@ -449,8 +491,13 @@ class BoundLinear(PackedLinear):
         kind = ACTIVATIONS[emitter(self.isa).a_bytes]
         item = ITEM_BYTES[kind]
         x = View(X, (m, self.k), (row_stride, 1), "u8")
-        if self.source != "u8" or kind != "u8" or self.k < KR:
-            row = self.run_length * item
+        by_matrix = self.tile(m, m, -(-self.k // self.packed.depth)).kind == "matrix"
+        fits = self.k >= KR and not self.packed.over_read and (aligned or not by_matrix)
+        if self.source != "u8" or kind != "u8" or not fits:
+            width = self.run_length
+            if by_matrix:
+                width = -(-width // ALIGNED) * ALIGNED
+            row = width * item
             x = View(call.scratch(m * row), (m, self.k), (row, item), kind)
             call.row(
                 stage.stage_rows_kernel(self.source, kind),
@@ -459,7 +506,7 @@ class BoundLinear(PackedLinear):
                 {
                     stage.R_ROW: row_stride,
                     stage.R_K: self.k,
-                    stage.R_OUT_K: self.run_length,
+                    stage.R_OUT_K: width,
                 },
                 {
                     stage.R_X: X,
@@ -475,6 +522,8 @@ class BoundLinear(PackedLinear):
         return call
 
 
+# Matrix tiles load lines of 64 bytes: six times slower where one lies across two of the cache's
+ALIGNED = 64
 # how a tier holds activations, by its a_bytes
 ACTIVATIONS = {1: "u8", 2: "s16"}
 
@@ -498,12 +547,14 @@ class BoundConv2d(PackedConv2d):
         self, x: NDArray[Any], out: NDArray[Any], zero_point: int = 0, add: int = 0
     ) -> None:
         """x (B, H, W, C) with any strides; out (B, OH, OW, N) contiguous; add as in BoundLinear."""
-        key = (x.shape, x.strides, zero_point, executor.get_num_threads())
-        self.calls.run(self._make, key, address_of(x), address_of(out), 0, 0, add)
+        at = address_of(x)
+        key = (x.shape, x.strides, at % ALIGNED == 0, zero_point, executor.get_num_threads())
+        self.calls.run(self._make, key, at, address_of(out), 0, 0, add)
 
     def _make(
-        self, shape: tuple[int, ...], strides: tuple[int, ...], zero_point: int, threads: int
-    ) -> Call:
+        self, shape: tuple[int, ...], strides: tuple[int, ...], aligned: bool, zero_point: int,
+        threads: int,
+    ) -> Call:  # fmt: skip
         batch, h, w, c = shape
         (top, bottom), (left, right) = self.weight.padding
         padded = (batch, h + top + bottom, w + left + right, self.channels)
@@ -513,8 +564,9 @@ class BoundConv2d(PackedConv2d):
             _range_rows(call, 1, batch * h * w * c, scale, zero)
         kind = ACTIVATIONS[emitter(self.isa).a_bytes]
         x = View(X, shape, strides, "u8" if self.source == "u8" else "f32")
-        over_read = self.depthwise and c % self.packed.nr > 0
-        if x.kind != kind or x.shape != padded or over_read or not x.dense:
+        over_read = c % self.packed.nr > 0 if self.depthwise else self.packed.over_read > 0
+        slow = not aligned and emitter(self.isa).depth > KR and not self.depthwise
+        if x.kind != kind or x.shape != padded or over_read or slow or not x.dense:
             staged = dense_strides(padded, ITEM_BYTES[kind])
             size = batch * staged[0] + self.packed.nr * ITEM_BYTES[kind]
             place = call.scratch(size)
@@ -588,12 +640,18 @@ def _range_rows(call: Call, rows: int, columns: int, scale: Place, zero: Place) 
 
 @dataclass(frozen=True, eq=False)
 class _Packed:
-    """Packed weights, and the tiles that they are for."""
+    """Packed weights, and the tiles that they are for.
+
+    depth      activations of a K-step.
+    over_read  of which the last may be beyond the run.
+    """
 
     isa: str
     kind: str
     nr: int
     panels: NDArray[Any]
+    depth: int = 1
+    over_read: int = 0
 
 
 def _packed(weight: Any, isa: str, filters: Callable[[], list[NDArray[np.int8]]]) -> _Packed:
@@ -601,11 +659,13 @@ def _packed(weight: Any, isa: str, filters: Callable[[], list[NDArray[np.int8]]]
     packed = weight.panels.get(("packed", isa))
     if packed is None:
         parts = filters()
-        nr = choose_nr(isa, len(parts[0]))
-        groups = [pack_panels(part, nr, isa) for part in parts]
+        n, _, run = parts[0].shape
+        nr, depth = choose_nr(isa, n), min(emitter(isa).depth, -(-run // KR) * KR)
+        groups = [pack_panels(part, nr, isa, depth) for part in parts]
         panels = aligned_empty((len(groups) * len(groups[0]), *groups[0].shape[1:]), np.int8)
         np.concatenate(groups, out=panels)
-        packed = weight.panels["packed", isa] = _Packed(isa, "gemm", nr, panels)
+        packed = _Packed(isa, "gemm", nr, panels, depth, max(depth - run, 0))
+        weight.panels["packed", isa] = packed
     return packed  # type: ignore[no-any-return]
 
 

@@ -236,7 +236,7 @@ def copy_row(call: Call, x: View, out: View, label: str = "") -> None:
     if way == "elements":
         time = size * ELEMENT_NANOSECONDS
     call.row(
-        copy_kernel(x.kind, out.kind, way, _widths(sizes[5]) if way == "tiles" else ()),
+        copy_kernel(x.kind, out.kind, way, widths(sizes[5]) if way == "tiles" else ()),
         C_FIELDS,
         int(np.prod(sizes[:3])) * -(-sizes[3] // values[ROWS]) * -(-sizes[4] // values[BLOCK]),
         values,
@@ -246,7 +246,7 @@ def copy_row(call: Call, x: View, out: View, label: str = "") -> None:
     )
 
 
-def _widths(size: int) -> tuple[int, ...]:
+def widths(size: int) -> tuple[int, ...]:
     """Those of TQ that it takes to fill the size, the widest first."""
     used = []
     for width in TQ:

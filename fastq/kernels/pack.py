@@ -12,7 +12,9 @@ per-column operands of its epilogue.
 
 A weight is (N, taps, run): a linear layer has one tap of K, a convolution KH taps of KW * C. A run
 of R takes ceil(R / 4) steps; the last starts at R - 4, so that no activation beyond the run is
-read, and is zero where the step before has already counted.
+read, and is zero where the step before has already counted. Matrix tiles take K-steps of up to 64
+(simd.depth): 16 rows of the panel. A shorter run has one step, a multiple of 4 long: up to 3
+activations beyond the run are read then, and meet weights of 0.
 """
 
 from __future__ import annotations
@@ -33,22 +35,24 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any, align: int = 64) -> NDArra
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def step_starts(run: int) -> NDArray[np.int64]:
-    """Where the K-steps of a run begin: 0, 4, 8, ..., the last at run - 4."""
-    return np.minimum(np.arange(-(-run // KR)) * KR, run - KR)
+def step_starts(run: int, depth: int = KR) -> NDArray[np.int64]:
+    """Where the K-steps of a run begin: 0, depth, 2 * depth, ..., the last at run - depth, or 0."""
+    return np.minimum(np.arange(-(-run // depth)) * depth, max(run - depth, 0))
 
 
-def pack_panels(weight: NDArray[np.int8], nr: int, isa: str) -> NDArray[np.int8]:
-    """(N, taps, run >= 4) int8 as panels (P, taps * steps, NR, 4), 64-byte aligned."""
+def pack_panels(weight: NDArray[np.int8], nr: int, isa: str, depth: int = KR) -> NDArray[np.int8]:
+    """(N, taps, run >= 4) int8 as panels (P, taps * steps * depth / 4, NR, 4), 64-byte aligned."""
     n, taps, run = weight.shape
-    starts = step_starts(run)
-    index = starts[:, None] + np.arange(KR)  # (steps, 4) positions in the run
-    counted = index < (np.arange(len(starts)) * KR)[:, None]
-    quads = np.where(counted, np.int8(0), weight[:, :, index])  # (N, taps, steps, 4)
+    starts = step_starts(run, depth)
+    # positions in the run of each K-step, (steps * depth / 4, 4)
+    index = (starts[:, None] + np.arange(depth)).reshape(-1, KR)
+    first = np.repeat(np.arange(len(starts)) * depth, depth // KR)[:, None]
+    counted = (index < first) | (index >= run)
+    quads = np.where(counted, np.int8(0), weight[:, :, np.minimum(index, run - 1)])
     panels = -(-n // nr)
-    padded = np.zeros((panels * nr, taps * len(starts), KR), np.int8)
+    padded = np.zeros((panels * nr, taps * len(index), KR), np.int8)
     padded[:n] = quads.reshape(n, -1, KR)
-    packed = aligned_empty((panels, taps * len(starts), nr, KR), np.int8)
+    packed = aligned_empty((panels, taps * len(index), nr, KR), np.int8)
     simd = emitter(isa)
     by_step = padded.reshape(panels, nr, -1, KR)[:, simd.columns(nr)].swapaxes(1, 2)
     side = simd.side_by_side

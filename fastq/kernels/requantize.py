@@ -11,15 +11,17 @@ For u8, bias already holds -x_zero_point * col_sum, and accumulators begin at it
 and keeps the conversion in range. No operation may be contracted or reordered: the bits are part of
 the contract.
 
-Where a tier packs accumulators in pairs (simd.pack), they come in the order that this undoes; the
+Accumulators that are packed together (simd.pack) come in the order that packing undoes; the
 other epilogues restore the order themselves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 
 from fastq.kernels import block
 from fastq.kernels.simd import (
@@ -39,6 +41,7 @@ from fastq.kernels.simd import (
     shuffle,
     splat,
     store,
+    store_valid,
     unpack,
     vec,
 )
@@ -58,7 +61,7 @@ class Epilogue:
     ) -> None:
         self.b, self.simd, self.kind, self.field = b, simd, kind, field
         self.ints, self.floats = simd.acc, vec(f32, simd.lanes)
-        self.paired = simd.packs and vectors % 2 == 0
+        self.together = simd.together(vectors * simd.lanes)
         self.columns, self.vectors = columns, vectors
         self.start = [const(simd.acc, 0)] * (vectors * len(columns))
         if kind == "s32":
@@ -74,12 +77,13 @@ class Epilogue:
             return
         self.start = self._per_column(block.BIAS, self.ints)
         zero_point = load(b, i32, field(block.OUT_ZERO_POINT, ptr))
-        if self.paired:
-            least = b.add(b.fptosi(lowest, i32), zero_point)
-            self.least = splat(b, b.trunc(least, i16), 2 * simd.lanes)
-            self.zero_point = splat(b, b.trunc(zero_point, i16), 2 * simd.lanes)
-        else:
+        if self.together == 1:
             self.zero_point = splat(b, zero_point, simd.lanes)
+        else:
+            least = b.add(b.fptosi(lowest, i32), zero_point)
+            packed = i8 if self.together == 4 else i16
+            self.least = splat(b, b.trunc(least, packed), self.together * simd.lanes)
+            self.zero_point = splat(b, b.trunc(zero_point, i16), 2 * simd.lanes)
         if adds:
             self.add_scale = self._scalar(block.ADD_SCALE, f32)
             self.add_zero_point = self._scalar(block.ADD_ZERO_POINT, i32)
@@ -99,11 +103,14 @@ class Epilogue:
         targets: list[Any],
         rows: list[Any],
         add_rows: list[Any] | None = None,
+        valid: Any = None,
     ) -> None:
         """Stores accs[i], vectors that cover the columns as simd.columns says, at targets[i].
 
-        rows[i] is the index into the per-row arrays, add_rows[i] the address of what is added.
+        rows[i] is the index into the per-row arrays, add_rows[i] the address of what is added. Of
+        the columns the first `valid` are stored; None: all.
         """
+        self.valid = valid
         for i, (acc_row, target) in enumerate(zip(accs, targets, strict=True)):
             if self.kind in ("u8", "s16"):
                 self._store_rounded(acc_row, target, add_rows[i] if add_rows else None)
@@ -111,9 +118,8 @@ class Epilogue:
                 self._store_wide(acc_row, target, rows[i])
 
     def _store_rounded(self, accs: list[Any], target: Any, add: Any) -> None:
-        b, simd = self.b, self.simd
+        b, simd, together = self.b, self.simd, self.together
         item = i8 if self.kind == "u8" else i16
-        together = 2 if self.paired else 1
         stored = vec(item, together * simd.lanes)
         for j in range(0, len(accs), together):
             offset = j * simd.lanes * item.width // 8
@@ -122,21 +128,33 @@ class Epilogue:
             if add is not None:
                 r = self._added(load(b, stored, add, offset))
                 group = [b.fadd(value, more) for value, more in zip(group, r, strict=True)]
-            if self.paired:  # what is too small saturates, and is clamped at the end
-                q = [simd.rint_down(b, at_most(b, value, self.hi)) for value in group]
-                q = larger(b, b.add(simd.pack(b, *q), self.zero_point), self.least)
-            else:
-                q = b.add(rint(b, clamp(b, group[0], self.lo, self.hi)), self.zero_point)
-            store(b, q if q.type == stored else b.trunc(q, stored), target, offset)
+            q = self._rounded(group)
+            q = q if q.type == stored else b.trunc(q, stored)
+            self._put(q, target, offset, j * simd.lanes)
+
+    def _rounded(self, group: list[Any]) -> Any:
+        """float32 vectors as integers in one; what is too small saturates, and is clamped last."""
+        b, simd = self.b, self.simd
+        if self.together == 1:
+            return b.add(rint(b, clamp(b, group[0], self.lo, self.hi)), self.zero_point)
+        q = [simd.rint_down(b, at_most(b, value, self.hi)) for value in group]
+        q = [b.add(simd.pack(b, *pair), self.zero_point) for pair in batched(q, 2)]
+        if self.together == 2:
+            return larger(b, q[0], self.least)
+        packed = simd.pack(b, *q)
+        return b.select(b.icmp_unsigned(">", packed, self.least), packed, self.least)
 
     def _added(self, r: Any) -> list[Any]:
-        """r of the formula, as the accumulators lie."""
-        b = self.b
-        if self.paired:
-            wide = r if r.type.element is i16 else b.zext(r, vec(i16, r.type.count))
-            parts = [b.bitcast(half, self.ints) for half in unpack(b, wide, const(wide.type, 0))]
-        else:
-            parts = [b.zext(r, self.ints)]
+        """r of the formula, as the accumulators lie: unpacked in the order that packing undoes."""
+        b, parts = self.b, [r]
+        if self.together == 2 and r.type.element is i8:
+            parts = [b.zext(r, vec(i16, r.type.count))]
+        if self.together > 1:
+            while (element := parts[0].type.element) is not i32:
+                wide = vec(ir.IntType(2 * element.width), parts[0].type.count // 2)
+                zero = const(parts[0].type, 0)
+                parts = [b.bitcast(half, wide) for p in parts for half in unpack(b, p, zero)]
+        parts = [part if part.type == self.ints else b.zext(part, self.ints) for part in parts]
         moved = [b.sub(part, self.add_zero_point) for part in parts]
         return [b.fmul(b.sitofp(part, self.floats), self.add_scale) for part in moved]
 
@@ -154,9 +172,34 @@ class Epilogue:
             for j, value in enumerate(values):
                 real = b.fmul(b.sitofp(value, self.floats), b.fmul(row_scale, self.scale[j]))
                 values[j] = clamp(b, b.fadd(real, self.bias[j]), self.lo, self.hi)
-        if self.paired:
-            place = np.argsort(simd.columns(2 * simd.lanes)).reshape(2, simd.lanes)
-            pairs = zip(values[::2], values[1::2], strict=True)
-            values = [shuffle(b, x, y, half.tolist()) for x, y in pairs for half in place]
+        values = self._in_order(values)
         for j, value in enumerate(values):
-            store(b, value, target, 4 * simd.lanes * j)
+            self._put(value, target, 4 * simd.lanes * j, j * simd.lanes)
+
+    def _put(self, value: Any, target: Any, offset: int, column: int) -> None:
+        if self.valid is None:
+            store(self.b, value, target, offset)
+        else:
+            valid = self.b.sub(self.valid, i64(column))
+            store_valid(self.b, value, address(self.b, target, offset), valid)
+
+    def _in_order(self, values: list[Any]) -> list[Any]:
+        """Vectors of columns in order, of the accumulators as they lie."""
+        together, lanes = self.together, self.simd.lanes
+        if together == 1:
+            return values
+        place = np.argsort(self.simd.columns(together * lanes)).reshape(together, lanes)
+        ordered = []
+        for group in batched(values, together):
+            joined = list(group)
+            while len(joined) > 1:  # LLVM turns the joins and the slices into a few shuffles
+                joined = [
+                    shuffle(self.b, x, y, range(2 * x.type.count)) for x, y in batched(joined, 2)
+                ]
+            ordered += [shuffle(self.b, joined[0], joined[0], part.tolist()) for part in place]
+        return ordered
+
+
+def batched(values: Sequence[Any], count: int) -> Iterator[Sequence[Any]]:
+    """`count` at a time (itertools has it from Python 3.12 on)."""
+    return (values[i : i + count] for i in range(0, len(values), count))

@@ -15,6 +15,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from llvmlite import binding, ir
 
 KR = 4
@@ -22,6 +23,7 @@ KR = 4
 i1, i8, i16, i32, i64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 f32 = ir.FloatType()
 ptr = ir.PointerType()
+void = ir.VoidType()
 
 
 def vec(element: Any, count: int) -> Any:
@@ -60,6 +62,30 @@ def splat(b: Any, scalar: Any, count: int) -> Any:
 
 def shuffle(b: Any, x: Any, y: Any, lanes: Sequence[int]) -> Any:
     return b.shuffle_vector(x, y, ir.Constant(vec(i32, len(lanes)), list(lanes)))
+
+
+def store_valid(b: Any, value: Any, base: Any, valid: Any) -> None:
+    """Stores the first `valid` (i64) elements of a vector, all of them if there are fewer."""
+    kind = value.type
+    count = b.select(b.icmp_signed("<", valid, i64(kind.count)), valid, i64(kind.count))
+    count = b.select(b.icmp_signed("<", count, i64(0)), i64(0), count)
+    index = vec(i8, kind.count)
+    mask = b.icmp_unsigned(
+        "<", ir.Constant(index, list(range(kind.count))), splat(b, b.trunc(count, i8), kind.count)
+    )
+    element = "f" if kind.element is f32 else "i"
+    name = f"llvm.masked.store.v{kind.count}{element}{_bits(kind.element)}.p0"
+    pointer = ir.FunctionType(void, [kind, ptr, i32, mask.type])
+    function = b.module.globals.get(name) or ir.Function(b.module, pointer, name)
+    b.call(function, [value, base, i32(1), mask])
+
+
+def _bits(element: Any) -> int:
+    return 32 if element is f32 else int(element.width)
+
+
+def copy_bytes(b: Any, target: Any, source: Any, size: Any) -> None:
+    call(b, "llvm.memcpy.p0.p0.i64", void, [target, source, size, i1(0)])
 
 
 def call(b: Any, name: str, result: Any, args: Sequence[Any]) -> Any:
@@ -102,29 +128,99 @@ def clamp(b: Any, x: Any, lo: Any, hi: Any) -> Any:
     return b.select(b.fcmp_ordered("<", x, lo), lo, x)
 
 
-class Vnni:
-    """uint8 x int8 products, four at a time into int32: x86 `vpdpbusd` (not the saturating ...ds).
+class Dot:
+    """What the kinds of dot products share: vectors of int32 accumulators, and packing them.
 
     One accumulator lane is one column.
 
     a_bytes       of an activation as the dot product takes it.
     side_by_side  products of a column that one dot product sums: that many of the 4 weights of a
                   K-step lie side by side in a panel.
-    taps_at_once  the same for the taps of a depthwise convolution.
-    packs         whether `pack` puts two accumulators together as int16.
+    taps_at_once  the same for the taps of a depthwise convolution; as many accumulators are packed
+                  into one vector of outputs.
+    native        whether x86 intrinsics may be named; else everything is portable IR.
     """
+
+    a_bytes: int
+    side_by_side: int
+    taps_at_once: int
+    depth = KR  # of the widest K-step
+
+    def __init__(self, bits: int, native: bool) -> None:
+        self.bits, self.native = bits, native
+        self.lanes = self.cols = bits // 32
+        self.acc = vec(i32, self.lanes)
+
+    def together(self, nr: int) -> int:
+        """How many accumulators of a panel are packed into one vector."""
+        vectors = nr // self.lanes
+        return next(n for n in (self.taps_at_once, 2, 1) if vectors % n == 0)
+
+    def columns(self, nr: int) -> list[int]:
+        """The column of a panel that each accumulator lane is for: the order that `pack` undoes.
+
+        x86 packs within 128-bit lanes: of accumulators packed together each holds 4 columns, then
+        the next one 4.
+        """
+        together = self.together(nr)
+        packed = together * self.lanes
+        order = np.arange(nr).reshape(nr // packed, self.lanes // 4, together, 4)
+        return [int(column) for column in order.swapaxes(1, 2).reshape(-1)]
+
+    def interleaved_channels(self) -> list[list[int]]:
+        """The channel in each accumulator lane after `interleave`, [vector][lane]."""
+        order = self.columns(self.taps_at_once * self.lanes)
+        return np.reshape(order, (-1, self.lanes)).tolist()  # type: ignore[no-any-return]
+
+    def rint_down(self, b: Any, x: Any) -> Any:
+        """To int32, ties to even, of x < 2**31; what is below -2**31 becomes very small."""
+        if self.native and self.bits == 512:
+            args = [x, const(self.acc, 0), i16(-1), i32(4)]  # 4: rounds as the CPU is set to
+            return call(b, "llvm.x86.avx512.mask.cvtps2dq.512", self.acc, args)
+        if self.native and self.bits == 256:
+            return call(b, "llvm.x86.avx.cvt.ps2dq.256", self.acc, [x])
+        least = const(x.type, -(2.0**30))
+        return rint(b, b.select(b.fcmp_ordered("<", x, least), least, x))
+
+    def pack(self, b: Any, low: Any, high: Any) -> Any:
+        """Two vectors as one of half the width, saturated, 128-bit lane by lane.
+
+        int32 becomes int16, int16 becomes uint8.
+        """
+        wide = low.type.element.width
+        half = vec(ir.IntType(wide // 2), 2 * low.type.count)
+        if self.native and self.bits >= 256:
+            tier = "avx2" if self.bits == 256 else "avx512"
+            name = {32: "packssdw", 16: "packuswb"}[wide] + (".512" if self.bits == 512 else "")
+            return call(b, f"llvm.x86.{tier}.{name}", half, [low, high])
+        least, most = (-(2**15), 2**15 - 1) if wide == 32 else (0, 255)
+        parts = []
+        for part in (low, high):
+            part = larger(b, part, const(part.type, least))
+            top = const(part.type, most)
+            parts.append(b.trunc(b.select(b.icmp_signed("<", part, top), part, top),
+                                 vec(half.element, part.type.count)))  # fmt: skip
+        n, per_lane = low.type.count, 128 // wide
+        lanes = [
+            first + side + i
+            for first in range(0, n, per_lane)
+            for side in (0, n)
+            for i in range(per_lane)
+        ]
+        return shuffle(b, parts[0], parts[1], lanes)
+
+
+class Vnni(Dot):
+    """uint8 x int8 products, four at a time into int32: x86 `vpdpbusd`, which does not saturate."""
 
     a_bytes = 1
     side_by_side = KR
     taps_at_once = 4
-    packs = False
 
-    def __init__(self, bits: int, emulated: bool) -> None:
-        self.lanes = self.cols = bits // 32
-        self.acc = vec(i32, self.lanes)
+    def __init__(self, bits: int, native: bool) -> None:
+        super().__init__(bits, native)
         self.operand = vec(i8, self.lanes * KR)
         self.name = f"llvm.x86.avx512.vpdpbusd.{bits}"
-        self.emulated = emulated
 
     def load_a(self, b: Any, base: Any, offset: Any) -> Any:
         """`side_by_side` activations of one row, for every column."""
@@ -135,8 +231,8 @@ class Vnni:
         return load(b, self.operand, base, offset)
 
     def dot(self, b: Any, acc: Any, a: Any, w: Any) -> Any:
-        if not self.emulated:
-            kind = vnni_operand(self.lanes)
+        kind = vnni_operand(self.lanes)
+        if self.native and kind is not None:
             return call(b, self.name, self.acc, [acc, b.bitcast(a, kind), b.bitcast(w, kind)])
         wide = vec(i32, self.lanes * KR)
         products = b.mul(b.zext(a, wide), b.sext(w, wide))
@@ -161,39 +257,52 @@ class Vnni:
         ]
         return [b.bitcast(v, self.operand) for pair in pairs for v in pair]
 
-    def columns(self, nr: int) -> list[int]:
-        """The column of a panel that each accumulator lane is for."""
-        return list(range(nr))
 
-    def interleaved_channels(self) -> list[list[int]]:
-        """The channel in each accumulator lane after `interleave`, [vector][lane]."""
-        lo, hi = unpack_lanes(self.operand.count, 16)
-        first = [lo[::2], hi[::2]]  # channel pairs, as i16 elements
-        half_lo, half_hi = unpack_lanes(self.operand.count // 2, 8)
-        return [
-            [channels[i] for i in lanes[::2]] for channels in first for lanes in (half_lo, half_hi)
-        ]
+class Amx(Vnni):
+    """Vnni, and products of whole matrices: x86 `tdpbusd`, as exact as `vpdpbusd`.
+
+    Eight tile registers hold up to 16 rows of 64 bytes each; a configuration of 64 bytes says how
+    many of both they have. A product adds rows of activations times a K-step of 64 weights for each
+    of 16 columns to rows of 16 accumulators. Registers are named by their number.
+    """
+
+    depth = 64
+
+    def configure(self, b: Any, config: Any) -> None:
+        call(b, "llvm.x86.ldtilecfg", void, [config])
+
+    def release(self, b: Any) -> None:
+        call(b, "llvm.x86.tilerelease", void, [])
+
+    def tile_zero(self, b: Any, tile: int) -> None:
+        call(b, "llvm.x86.tilezero", void, [i8(tile)])
+
+    def tile_load(self, b: Any, tile: int, base: Any, stride: Any) -> None:
+        call(b, "llvm.x86.tileloadd64", void, [i8(tile), base, stride])
+
+    def tile_store(self, b: Any, tile: int, base: Any, stride: Any) -> None:
+        call(b, "llvm.x86.tilestored64", void, [i8(tile), base, stride])
+
+    def tile_dot(self, b: Any, acc: int, a: int, w: int) -> None:
+        call(b, "llvm.x86.tdpbusd", void, [i8(acc), i8(a), i8(w)])
 
 
-class Madd:
+class Madd(Dot):
     """int16 x int16 products, added in pairs into int32: x86 `vpmaddwd`, exact for all operands.
 
     The activations arrive as int16; weights are widened as they are loaded. A K-step takes two dot
-    products into the same lane, of k0 k1 and of k2 k3. The methods are Vnni's. (vpmaddubsw would
-    take bytes, but saturates: splitting the weights for which it could takes 1.4 times the steps
-    in trained networks, more than it saves.)
+    products into the same lane, of k0 k1 and of k2 k3. (vpmaddubsw would take bytes, but saturates:
+    splitting the weights for which it could takes 1.4 times the steps in trained networks, more
+    than it saves.)
     """
 
     a_bytes = 2
     side_by_side = 2
     taps_at_once = 2
 
-    def __init__(self, bits: int, intrinsic: str | None) -> None:
-        self.lanes = self.cols = bits // 32
-        self.packs = bits == 256
-        self.acc = vec(i32, self.lanes)
+    def __init__(self, bits: int, native: bool) -> None:
+        super().__init__(bits, native)
         self.operand = vec(i16, self.lanes * 2)
-        self.intrinsic = intrinsic
 
     def load_a(self, b: Any, base: Any, offset: Any) -> Any:
         return b.bitcast(splat(b, load(b, i32, base, offset), self.lanes), self.operand)
@@ -202,8 +311,8 @@ class Madd:
         return b.sext(load(b, vec(i8, self.lanes * 2), base, offset), self.operand)
 
     def dot(self, b: Any, acc: Any, a: Any, w: Any) -> Any:
-        if self.intrinsic:
-            return b.add(acc, call(b, self.intrinsic, self.acc, [a, w]))
+        if self.native:
+            return b.add(acc, call(b, "llvm.x86.avx2.pmadd.wd", self.acc, [a, w]))
         wide = vec(i32, self.lanes * 2)
         products = b.mul(b.sext(a, wide), b.sext(w, wide))
         even, odd = range(0, wide.count, 2), range(1, wide.count, 2)
@@ -215,24 +324,6 @@ class Madd:
 
     def interleave(self, b: Any, taps: list[Any]) -> list[Any]:
         return unpack(b, taps[0], taps[1])
-
-    def columns(self, nr: int) -> list[int]:
-        """The order that `pack` undoes, the same as `interleaved_channels`, where it can."""
-        if not self.packs or nr % (2 * self.lanes):
-            return list(range(nr))
-        pair = [channel for lanes in self.interleaved_channels() for channel in lanes]
-        return [first + i for first in range(0, nr, len(pair)) for i in pair]
-
-    def interleaved_channels(self) -> list[list[int]]:
-        return [lanes[::2] for lanes in unpack_lanes(self.operand.count, 8)]
-
-    def rint_down(self, b: Any, x: Any) -> Any:
-        """To int32, ties to even, of x < 2**31; what is below -2**31 becomes that: `vcvtps2dq`."""
-        return call(b, "llvm.x86.avx.cvt.ps2dq.256", self.acc, [x])
-
-    def pack(self, b: Any, low: Any, high: Any) -> Any:
-        """Two accumulators whose lanes are in the order `columns` to int16 in order, saturated."""
-        return call(b, "llvm.x86.avx2.packssdw", self.operand, [low, high])
 
 
 def unpack_lanes(count: int, per_lane: int) -> tuple[list[int], list[int]]:
@@ -276,16 +367,18 @@ def vnni_operand(lanes: int) -> Any:
 
 
 @functools.cache
-def emitter(isa: str) -> Vnni | Madd:
+def emitter(isa: str) -> Amx | Vnni | Madd:
     """The emitter of a tier by its name in `isa.ISAS`."""
     name, _, emulated = isa.partition("-")
     match name:
+        case "amx_int8":
+            return Amx(512, not emulated)
         case "avx512_vnni":
-            return Vnni(512, bool(emulated) or vnni_operand(16) is None)
+            return Vnni(512, not emulated)
         case "avx_vnni":
-            return Vnni(256, bool(emulated) or vnni_operand(8) is None)
+            return Vnni(256, not emulated)
         case "avx2":
-            return Madd(256, "llvm.x86.avx2.pmadd.wd")
+            return Madd(256, True)
         case "generic":
-            return Madd(128, None)
+            return Madd(128, False)
     raise ValueError(f"no tier {isa!r}")

@@ -5,16 +5,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
+from typing import NamedTuple
 
 from fastq.kernels.gemm import TILES, Tile
-from fastq.kernels.simd import emitter
+from fastq.kernels.matrix import ROWS
+from fastq.kernels.simd import KR, emitter
 
 # What a load from the first cache costs in the K loop, beside a dot product of 1. With VNNI, from
 # the shares of the peak that NR 64, 32 and 16 reach (100, 97, 90 %); else, where a dot product is
 # two instructions, fitted on AVX2 with `fastq bench --tiles`.
-_LOAD = {"avx512_vnni": 0.2, "avx_vnni": 0.2}
+_LOAD = {"amx_int8": 0.2, "avx512_vnni": 0.2, "avx_vnni": 0.2}
 _LOAD_OTHERWISE = 0.5
-_MANY_ROWS = 1000  # what a weight is packed for
+# A product of tile registers (16 columns, a K-step of up to 64) takes as long as 32 dot products;
+# where operands serve one product only, more. Accumulators come and go in the time of 48.
+_PRODUCT, _PRODUCT_ALONE, _ENDS = 32, 44, 48
+_MANY_ROWS, _MANY_STEPS = 1000, 4  # what a weight is packed for, the steps of matrix tiles
 
 _offered: tuple[Tile, ...] = TILES
 
@@ -37,7 +43,7 @@ def only(*tiles: Tile) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for function in tiles_of, choose_nr, choose_tile:
+    for function in tiles_of, choose_nr, choose_tile, choose_product_tile:
         function.cache_clear()
 
 
@@ -50,32 +56,63 @@ def tiles_of(isa: str, kind: str = "gemm") -> tuple[Tile, ...]:
 @functools.cache
 def choose_nr(isa: str, n: int) -> int:
     """The panel width for n columns: the least time over whole panels."""
+    work = Work(_MANY_ROWS, _MANY_ROWS // ROWS, _MANY_STEPS, emitter(isa).depth)
     cost = {
-        nr: -(-n // nr) * nr * _column_cost(choose_tile(isa, nr, _MANY_ROWS), _MANY_ROWS)
-        for nr in sorted({t.nr for t in tiles_of(isa)})
+        nr: -(-n // nr) * nr * min(_column_cost(tile, work) for tile in tiles)
+        for nr, tiles in _by_nr(isa).items()
     }
     return min(cost, key=cost.__getitem__)
+
+
+def _by_nr(isa: str) -> dict[int, list[Tile]]:
+    """The tiles of products by their NR, the narrowest first."""
+    tiles = sorted((*tiles_of(isa), *tiles_of(isa, "matrix")), key=lambda t: t.nr)
+    return {nr: list(some) for nr, some in groupby(tiles, key=lambda t: t.nr)}
+
+
+class Work(NamedTuple):
+    """m rows, which are so many bands of matrix tiles, times `steps` K-steps of `depth`."""
+
+    m: int
+    bands: int
+    steps: int
+    depth: int
 
 
 @functools.cache
 def choose_tile(isa: str, nr: int, m: int, kind: str = "gemm", *, one_panel: bool = False) -> Tile:
     """The tile for m rows of panels NR wide, or of one panel: the least time, then the tallest."""
     tiles = [t for t in tiles_of(isa, kind) if t.nr == nr and (t.panels == 1 or not one_panel)]
-    return min(tiles, key=lambda t: (_column_cost(t, m), -t.mr))
+    return _least(tiles, Work(m, 0, 1, KR))
 
 
-def _column_cost(tile: Tile, m: int) -> float:
-    """Time of one K-step of one column with m rows, in dot products."""
+@functools.cache
+def choose_product_tile(isa: str, nr: int, work: Work) -> Tile:
+    """The tile of a layer, vectors or matrices; its panels are NR wide."""
+    return _least([t for t in (*tiles_of(isa), *tiles_of(isa, "matrix")) if t.nr == nr], work)
+
+
+def _least(tiles: list[Tile], work: Work) -> Tile:
+    return min(tiles, key=lambda tile: (_column_cost(tile, work), -tile.mr))
+
+
+def _column_cost(tile: Tile, work: Work) -> float:
+    """Time of one column, in dot products."""
+    m, bands, steps, depth = work
+    if tile.kind == "matrix":
+        product = _PRODUCT if tile.nr > ROWS else _PRODUCT_ALONE
+        return bands * (steps * product + _ENDS) / ROWS
     simd, width = emitter(tile.isa), tile.nr * tile.panels
     depthwise = tile.kind == "depthwise"
     vectors = width // (simd.lanes if depthwise else simd.cols)
     loads = tile.mr * (simd.taps_at_once if depthwise else 1) + vectors
     load = _LOAD.get(tile.isa.removesuffix("-emulated"), _LOAD_OTHERWISE)
-    return -(-m // tile.mr) * (tile.mr * vectors + load * loads) / width
+    tiles = -(-m // tile.mr) * steps * depth / KR
+    return tiles * (tile.mr * vectors + load * loads) / width
 
 
 # Multiply-adds that a core does in a nanosecond, roughly: whether threads pay depends on it.
-_MACS_PER_NANOSECOND = {"avx512_vnni": 400.0, "avx_vnni": 150.0, "avx2": 60.0}
+_MACS_PER_NANOSECOND = {"amx_int8": 1500.0, "avx512_vnni": 400.0, "avx_vnni": 150.0, "avx2": 60.0}
 BYTES_PER_NANOSECOND = 8.0  # that a plain loop reads
 
 

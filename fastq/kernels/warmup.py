@@ -18,6 +18,7 @@ from fastq.kernels import (
     histogram,
     layout,
     matmul,
+    matrix,
     norms,
     pointwise,
     stage,
@@ -56,15 +57,17 @@ def _epilogues(tier: str) -> tuple[str, ...]:
 def _pointwise(tier: str) -> Iterable[tuple[Any, ...]]:
     """Lines whose operands lie side by side, as a program's do."""
     item = ITEM_BYTES[kind := _activations(tier)]
-    yield from product(("add", "multiply"), [(kind,) * 3], [(item,) * 3])
-    yield "affine", (kind, kind, "f32", "f32"), (item, item, 4, 4)
-    yield "table", (kind, kind), (item, item)
-    yield "fill", (kind,), (item,)
+    yield from product(("add", "multiply"), [(kind,) * 3], [(item,) * 3], (True,))
+    yield "affine", (kind, kind, "f32", "f32"), (item, item, 4, 4), True
+    yield "table", (kind, kind), (item, item), True
+    yield "fill", (kind,), (item,), True
 
 
 def _copies(tier: str) -> Iterable[tuple[Any, ...]]:
+    """Those of tiles by the widths that most numbers of channels take."""
     kind = _activations(tier)
-    return product((kind,), (kind,), ("lines", "tiles", "elements"))
+    ways = ("lines", ()), ("elements", ()), *(("tiles", layout.widths(n)) for n in (3, 8, 16, 24))
+    return ((kind, kind, *way) for way in dict.fromkeys(ways))
 
 
 def _windows(tier: str) -> Iterable[tuple[Any, ...]]:
@@ -92,6 +95,14 @@ FAMILIES = (
         "conv",
         gemm.gemm_kernel,
         lambda tier: product(tiles_of(tier), _epilogues(tier), ("affine", "table")),
+    ),
+    *(
+        Family(
+            layer,
+            matrix.matrix_kernel,
+            lambda tier: product(tiles_of(tier, "matrix"), _epilogues(tier)),
+        )
+        for layer in ("linear", "conv")
     ),
     Family(
         "conv",
