@@ -521,7 +521,7 @@ class Operands:
         call.run(x, out, 0, 0, 0)
         self._calls.give(key, call)
 
-    def _linear_call(self, m: int, row_stride: int, aligned: bool, tier: str, threads: int) -> Call:
+    def _linear_call(self, m: int, row_stride: int, tier: str, threads: int) -> Call:
         source: Source = "dynamic" if self.x_qparams is None else "static"
         layer: BoundLinear = _bound(
             BoundLinear, self.weight, self.epilogue, source, self.x_qparams, 0
