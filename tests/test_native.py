@@ -142,3 +142,8 @@ def test_processes_may_write_at_once(tmp_path: Path) -> None:
     assert [process.wait(120) for process in running] == [0] * 4
     subprocess.run([sys.executable, "-c", WATCHED + CALL], env=environment, check=True)
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".o"}
+
+
+def test_no_kernel_goes_another_way() -> None:
+    rooms = Path(native.__file__).parent.glob("*.py")
+    assert [room.name for room in rooms if "cfunc(" in room.read_text()] == []

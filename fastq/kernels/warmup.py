@@ -194,7 +194,7 @@ def warmup(
     isa: str | None = None,
     progress: Callable[[Sequence[Kernel]], Iterable[Kernel]] = iter,
 ) -> Warmup:
-    """Compiles kernels into Numba's disk cache, so that no first call has to.
+    """Compiles kernels into the disk cache, so that no first call has to.
 
     network   "bert", "resnet50" or "mobilenet": the kernels that such networks use. None: all.
     isa       the instruction set, as FASTQ_ISA names it; None is the one in use.
