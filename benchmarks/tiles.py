@@ -59,7 +59,7 @@ def choice(shape: Gemm | Conv, seconds: float) -> Choice:
             runs[tile] = _call(problem)
     with executor.recording() as recorded:
         _call(problem)
-    kernel = kernel_at(int(recorded[0].table[-1, executor.KERNEL]))
+    kernel = kernel_at(int(recorded[0].table.rows[-1, executor.KERNEL]))
     chosen = next(tile for tile in runs if str(tile) == name_of(kernel).split()[0])
     found = Choice(shape.name, _least(runs, seconds), chosen)
     for _ in range(REPEATS):

@@ -109,7 +109,7 @@ def explain(layer: Any, shape: tuple[int, ...]) -> Explanation:
         threads=threads,
         kernels=tuple(report for recorded in runs for report in _reports(recorded)),
         time=time,
-        estimate=1e-3 * sum(recorded.nanoseconds for recorded in runs),
+        estimate=1e-3 * sum(recorded.table.nanoseconds for recorded in runs),
         macs=macs,
         gops=2e-3 * macs / time,
         limit=limit,
@@ -135,18 +135,17 @@ def _prepared(layer: Any, shape: tuple[int, ...]) -> tuple[Any, Callable[[], Any
             "Conv2dWeight; fastq.profile takes what quantize_model returns"
         )
     real = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
-    return layer._operands()[0], lambda: layer(real).numpy(), 4
+    return layer._operands().weight, lambda: layer(real).numpy(), 4
 
 
 def _reports(run: executor.Run) -> list[KernelReport]:
     reports = []
-    for row in range(len(run.table)):
-        kernel = kernel_at(int(run.table[row, executor.KERNEL]))
-        alone = run._replace(table=run.table[row : row + 1])
-        time = _median(partial(executor.run, *alone))
+    for i, row in enumerate(run.table.rows):
+        kernel = kernel_at(int(row[executor.KERNEL]))
+        time = _median(partial(executor.run, run.table.part(i, i + 1), *run.bases))
         loop = k_loop_of(kernel)
         dots, spills = (loop.dots, loop.spills) if loop else (None, None)
-        tasks = int(run.table[row, executor.TASKS])
+        tasks = int(row[executor.TASKS])
         reports.append(KernelReport(name_of(kernel), tasks, time, dots, spills))
     return reports
 

@@ -6,9 +6,11 @@ instruction set and for every number of threads. No function needs torch.
 
 from __future__ import annotations
 
+import struct
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,8 @@ from fastq.kernels.layers import (
 )
 from fastq.kernels.tiles import BYTES_PER_NANOSECOND
 from fastq.qparams import (
+    FLT_MAX,
+    FLT_MIN,
     HISTOGRAM_KEYS,
     MAX_FEATURES,
     MAX_K,
@@ -118,17 +122,17 @@ def quantize(
                               zero_point=zero_point, axis=axis, dtype=dtype)  # fmt: skip
     real = _real("quantize: x", x)
     if scale is not None:
-        operation, steps = "divide", check_scale("quantize: scale", scale)
+        operation, steps = "divide", _scale("quantize: scale", scale)
         kind = quantized_dtype(np.uint8 if dtype is None else dtype)
     else:
-        operation, steps = "multiply", check_scale("quantize: quantize_factor", quantize_factor)  # type: ignore[arg-type]
+        operation, steps = "multiply", _scale("quantize: quantize_factor", quantize_factor)
         kind = quantized_dtype(np.int8 if dtype is None else dtype)
-        if np.any(zero_point):
+        if zero_point if isinstance(zero_point, int) else np.any(zero_point):
             raise ValueError(
                 "quantize: a quantize_factor has no zero_point; "
                 "scale=1/quantize_factor with zero_point= is the affine form"
             )
-    zeros = check_zero_point("quantize: zero_point", zero_point, kind)
+    zeros = _zeros("quantize: zero_point", zero_point, kind)
     return _elementwise("quantize", operation, real, kind, steps, zeros, axis,
                         *limits(kind), out)  # fmt: skip
 
@@ -151,8 +155,8 @@ def dequantize(
         return _through_numpy(dequantize, q, scale, out, zero_point=zero_point, axis=axis)
     integers = np.asarray(q)
     kind = _integer("dequantize: q", integers)
-    steps = check_scale("dequantize: scale", scale)
-    zeros = check_zero_point("dequantize: zero_point", zero_point, kind)
+    steps = _scale("dequantize: scale", scale)
+    zeros = _zeros("dequantize: zero_point", zero_point, kind)
     return _elementwise("dequantize", "dequantize", integers, np.dtype(np.float32), steps, zeros,
                         axis, 0, 0, out)  # fmt: skip
 
@@ -191,8 +195,8 @@ def requantize(
             f"requantize: qmin={qmin}, qmax={qmax}; wanted {least} <= qmin <= qmax "
             f"<= {most} for {kind}"
         )
-    steps = check_scale("requantize: multiplier", multiplier)
-    zeros = check_zero_point("requantize: zero_point", zero_point, kind)
+    steps = _scale("requantize: multiplier", multiplier)
+    zeros = _zeros("requantize: zero_point", zero_point, kind)
     return _elementwise("requantize", "multiply", integers, kind, steps, zeros, axis,
                         int(low), int(high), out)  # fmt: skip
 
@@ -208,30 +212,30 @@ def _elementwise(
     operation: str,
     x: NDArray[Any],
     dtype: np.dtype[Any],
-    scale: NDArray[np.float32],
-    zero_point: NDArray[np.int32],
+    scale: float | NDArray[np.float32],
+    zero_point: int | NDArray[np.int32],
     axis: int | None,
     qmin: int,
     qmax: int,
     out: NDArray[Any] | None,
 ) -> NDArray[Any]:
-    """scale and zero_point are copies: `out` may lie over what the caller gave."""
+    """Arrays of scales and zero points are copies: `out` may lie over what the caller gave."""
     layout, rows, columns, params = "tensor", 1, x.size, 1
     if axis is None:
-        if scale.ndim or zero_point.ndim:
+        if not (isinstance(scale, float) and isinstance(zero_point, int)):
             raise ValueError(
-                f"{name}: scale {scale.shape}, zero_point {zero_point.shape} without axis=; "
-                "wanted scalars, or the axis that they run along"
+                f"{name}: scale {np.shape(scale)}, zero_point {np.shape(zero_point)} without "
+                "axis=; wanted scalars, or the axis that they run along"
             )
     else:
         if not -x.ndim <= axis < x.ndim:
             raise ValueError(f"{name}: axis={axis} for an array of shape {x.shape}")
         axis %= x.ndim
         params = x.shape[axis]
-        if any(p.ndim and p.shape != (params,) for p in (scale, zero_point)):
+        if any(np.shape(p) not in ((), (params,)) for p in (scale, zero_point)):
             raise ValueError(
-                f"{name}: scale {scale.shape}, zero_point {zero_point.shape} along axis {axis} "
-                f"of {x.shape}; wanted ({params},) or scalars"
+                f"{name}: scale {np.shape(scale)}, zero_point {np.shape(zero_point)} along axis "
+                f"{axis} of {x.shape}; wanted ({params},) or scalars"
             )
         columns = int(np.prod(x.shape[axis + 1 :]))
         layout = "row"
@@ -241,14 +245,42 @@ def _elementwise(
     result = _output(name, out, x.shape, dtype, x)
     if x.size == 0:
         return result
-    source = np.require(x, requirements=["C", "A"])
-    scales, zeros = (
-        p if p.ndim or params == 1 else np.full(params, p, p.dtype) for p in (scale, zero_point)
-    )
+    flags = x.flags
+    source = x if flags.c_contiguous and flags.aligned else np.require(x, requirements=["C", "A"])
     key = (operation, _KIND[source.dtype], _KIND[dtype], layout, rows, columns, params, qmin, qmax)
-    places = (address_of(array) for array in (source, result, scales, zeros))
+    if isinstance(scale, float) and isinstance(zero_point, int) and layout == "tensor":
+        step, zero = _float_bits(scale), zero_point
+    else:
+        scales, zeros = np.full(params, scale, np.float32), np.full(params, zero_point, np.int32)
+        step, zero = address_of(scales), address_of(zeros)
+    places = address_of(source), address_of(result), step, zero, 0
     _elementwise_calls.run(_elementwise_call, key, *places)
     return result
+
+
+_pack_float, _unpack_bits = struct.Struct("f").pack, struct.Struct("i").unpack
+
+
+def _float_bits(value: float) -> int:
+    """The bits of a float32."""
+    return _unpack_bits(_pack_float(value))[0]  # type: ignore[no-any-return]
+
+
+def _scale(name: str, scale: ArrayLike | None) -> float | NDArray[np.float32]:
+    """What `check_scale` lets pass: one number, to be rounded to float32, or an array."""
+    if isinstance(scale, float) and FLT_MIN <= scale <= FLT_MAX:
+        return scale
+    array = check_scale(name, scale)  # type: ignore[arg-type]
+    return array if array.ndim else float(array)
+
+
+def _zeros(name: str, zero_point: ArrayLike, dtype: np.dtype[Any]) -> int | NDArray[np.int32]:
+    """What `check_zero_point` lets pass: one integer or an array."""
+    least, most = limits(dtype)
+    if type(zero_point) is int and least <= zero_point <= most:
+        return zero_point
+    array = check_zero_point(name, zero_point, dtype)
+    return array if array.ndim else int(array)
 
 
 def _elementwise_call(
@@ -294,7 +326,7 @@ def dynamic_qparams(x: NDArray[np.float32], *, per_row: bool = True) -> tuple[An
     source = np.require(real, requirements=["C", "A"]).reshape(rows, real.size // max(rows, 1))
     scale, zero_point = np.ones(rows, np.float32), np.zeros(rows, np.int32)
     if source.size:
-        places = (address_of(source), 0, address_of(scale), address_of(zero_point))
+        places = (address_of(source), 0, address_of(scale), address_of(zero_point), 0)
         _range_calls.run(range_call, source.shape, *places)
     return (scale, zero_point) if per_row else (scale[0], zero_point[0])
 
@@ -461,26 +493,40 @@ def linear_float(
         return result
     if x.strides[1] != 4 or not x.flags.aligned:
         x = np.array(x, order="C")
-    linear_float_at(m, x.strides[0], address_of(x), address_of(result), weight, epilogue, x_qparams)
+    source: Source = "dynamic" if x_qparams is None else "static"
+    layer = _bound(BoundLinear, weight, epilogue, source, x_qparams, 0)
+    layer(m, x.strides[0], address_of(x), address_of(result))
     return result
 
 
-def linear_float_at(
-    m: int,
-    row_stride: int,
-    x: int,
-    out: int,
-    weight: LinearWeight,
-    epilogue: Dequant,
-    x_qparams: QParams | None,
-) -> None:
-    """`linear_float` on memory that the caller has checked: x and out are addresses.
+@dataclass(frozen=True, eq=False)
+class Operands:
+    """What `linear_float` or `conv2d_float` is called with again and again, checked by the caller.
 
-    For modules, where the address of a tensor is had for less than a NumPy view of it. x is
-    float32 (m, K) with row_stride bytes between rows, out float32 (m, N), m and N > 0.
+    For modules, where the address of a tensor is had for less than a NumPy view of it.
     """
-    source: Source = "dynamic" if x_qparams is None else "static"
-    _bound(BoundLinear, weight, epilogue, source, x_qparams, 0)(m, row_stride, x, out)
+
+    weight: Any  # LinearWeight or Conv2dWeight
+    epilogue: Dequant
+    x_qparams: QParams | None
+    _calls: Calls = field(default_factory=Calls, init=False, repr=False)
+
+    def linear(self, m: int, row_stride: int, x: int, out: int) -> None:
+        """`linear_float` on memory: x and out are addresses.
+
+        x is float32 (m, K) with row_stride bytes between rows, out float32 (m, N), m and N > 0.
+        """
+        key = m, row_stride, isa.current(), get_num_threads()
+        call = self._calls.take(key) or self._linear_call(*key)
+        call.run(x, out, 0, 0, 0)
+        self._calls.give(key, call)
+
+    def _linear_call(self, m: int, row_stride: int, tier: str, threads: int) -> Call:
+        source: Source = "dynamic" if self.x_qparams is None else "static"
+        layer: BoundLinear = _bound(
+            BoundLinear, self.weight, self.epilogue, source, self.x_qparams, 0
+        )
+        return layer.call(m, row_stride, True, 0, threads)  # floats are staged, aligned or not
 
 
 def conv2d_float(
@@ -948,7 +994,12 @@ def _bound(
     return layer
 
 
+_NO_TENSOR = np.ndarray, float, int, type(None)
+
+
 def _is_tensor(x: Any) -> bool:
+    if isinstance(x, _NO_TENSOR):  # the most usual, and soon told
+        return False
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, torch.Tensor)
 
@@ -962,7 +1013,8 @@ def _through_numpy(function: Any, x: Any, parameter: Any, out: Any, **named: Any
     def array(value: Any) -> Any:
         return value.numpy(force=True) if _is_tensor(value) else value
 
-    named = {key: array(value) for key, value in named.items()}
+    for key, value in named.items():
+        named[key] = array(value)
     # not forced: a copy of out would be written, and lost
     result = function(
         array(x), array(parameter), out=out.numpy() if _is_tensor(out) else out, **named

@@ -298,12 +298,10 @@ def _integer_steps(bound: BoundProgram, arrays: list[Any], passes: int) -> list[
     with executor.recording() as runs:
         plan.call.run(*map(address_of, (*arrays, *outputs)))
     (run,) = runs
-    # its patches are in place by now
-    rows = [run._replace(table=run.table[i : i + 1], patches=run.patches[:0])
-            for i in range(len(run.table))]  # fmt: skip
-    idle = run._replace(table=run.table[:0], patches=run.patches[:0])
-    nothing, *times = medians([partial(executor.run, *one) for one in (idle, *rows)], passes)
-    addresses = run.table[:, executor.KERNEL].tolist()
+    table = run.table
+    parts = [table.part(0, 0), *(table.part(i, i + 1) for i in range(len(table.rows)))]
+    nothing, *times = medians([partial(executor.run, part, *run.bases) for part in parts], passes)
+    addresses = table.rows[:, executor.KERNEL].tolist()
     names = {address: name_of(kernel_at(address)) for address in set(addresses)}
     kernels: dict[int, list[KernelTime]] = {i: [] for i in range(len(program.steps))}
     for step, address, time in zip(plan.steps, addresses, times, strict=True):

@@ -242,8 +242,8 @@ def test_tasks_are_shared_among_as_many_threads_as_set(
     monkeypatch.setattr(executor._pool, "threads", threads)
     for tasks in (1, 2, 5, 64):
         found = np.zeros((tasks, 2), np.int64)
-        row = np.array([(write.address, found.ctypes.data, tasks)], np.int64)
-        executor.run(row, np.zeros((0, 3), np.int64), np.zeros(0, np.int64), 1e9)
+        row = np.array([(write.address, found.ctypes.data, tasks, tasks)], np.int64)
+        executor.run(executor.Table(row, np.zeros((0, 3), np.int64), 0, 1e9))
         assert (found[:, 0] == 1).all()
         usable = executor._pool.usable() and threads > 1
         assert len(set(found[:, 1].tolist())) == (min(threads, tasks) if usable else 1)

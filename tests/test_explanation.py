@@ -74,8 +74,8 @@ def test_all_kernels_of_a_call_end_what_they_started(rng: Any) -> None:
     fastq.linear_float(other, weight, last)
     out[:] = math.nan
     (run,) = runs
-    for row in range(len(run.table)):
-        executor.run(*run._replace(table=run.table[row : row + 1]))
+    for row in range(len(run.table.rows)):
+        executor.run(run.table.part(row, row + 1), *run.bases)
     np.testing.assert_array_equal(out, want)
     assert len(runs) == 1  # nothing is recorded any more
 
@@ -86,7 +86,7 @@ def test_a_recording_sees_all_threads(rng: Any) -> None:
         thread = threading.Thread(target=lambda: fastq.quantize(x, scale=1.0))
         thread.start()
         thread.join()
-    kernel = kernel_at(int(runs[0].table[0, executor.KERNEL]))
+    kernel = kernel_at(int(runs[0].table.rows[0, executor.KERNEL]))
     assert name_of(kernel) == "elementwise divide f32 u8 tensor"
     assert k_loop_of(kernel) is None
 

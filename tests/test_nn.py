@@ -14,7 +14,7 @@ from torch import nn
 
 import fastq.nn.conv
 import fastq.nn.linear
-from fastq import QParams, choose_qparams, reference
+from fastq import QParams, choose_qparams, ops, reference
 from fastq.nn import QConv2d, QLinear
 from fastq.qparams import Dequant, quantize_weight
 from fastq.weights import Conv2dWeight, LinearWeight
@@ -639,18 +639,18 @@ def test_threads_share_a_layer():
 def handed_over(monkeypatch):
     """The ids of the objects that ops was called with, per call."""
     calls = []
-    convolve, multiply = fastq.nn.conv.conv2d_float, fastq.nn.linear.linear_float_at
+    convolve, multiply = fastq.nn.conv.conv2d_float, ops.Operands.linear
 
     def conv2d_float(x, weight, epilogue, *, x_qparams):
         calls.append((weight, epilogue, x_qparams))
         return convolve(x, weight, epilogue, x_qparams=x_qparams)
 
-    def linear_float_at(m, stride, x, out, *operands):
-        calls.append(operands)
-        multiply(m, stride, x, out, *operands)
+    def linear(self, *memory):
+        calls.append((self.weight, self.epilogue, self.x_qparams))
+        multiply(self, *memory)
 
     monkeypatch.setattr(fastq.nn.conv, "conv2d_float", conv2d_float)
-    monkeypatch.setattr(fastq.nn.linear, "linear_float_at", linear_float_at)
+    monkeypatch.setattr(ops.Operands, "linear", linear)
     return calls
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -51,8 +52,9 @@ def used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     for kept in "_elementwise_calls", "_range_calls":  # no later test may find these there
         monkeypatch.setattr(ops, kept, ops.Calls())
 
-    def run(table: Any, *rest: Any) -> None:
-        assert (table[:, executor.KERNEL] == -1).all(), "a kernel whose factory has no row"
+    def run(table: executor.Table, *bases: int) -> None:
+        kernels = table.rows[:, executor.KERNEL]
+        assert (kernels == -1).all(), "a kernel whose factory has no row"
 
     monkeypatch.setattr(executor, "run", run)
     return names
@@ -85,6 +87,11 @@ def test_every_factory_has_a_row() -> None:
         if key.endswith("_kernel") and key[0] != "_"
     }
     assert factories <= {row.factory for row in warmup.FAMILIES}
+
+
+def test_a_factory_takes_its_row(isa: str) -> None:
+    for factory, arguments in warmup.kernels(isa):
+        inspect.signature(factory).bind(*arguments)
 
 
 def test_all_that_layers_use_is_listed(isa: str, used: set[str]) -> None:

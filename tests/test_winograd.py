@@ -26,7 +26,7 @@ def rows_of(run: Any) -> list[str]:
     return [
         assembly.name_of(assembly.kernel_at(int(row[executor.KERNEL])))
         for recorded in runs
-        for row in recorded.table
+        for row in recorded.table.rows
     ]
 
 

@@ -1,6 +1,6 @@
 """What a kernel was compiled to: its name, its assembly, the loop that its time is spent in.
 
-A kernel read from Numba's disk cache has lost its assembly, so it is compiled once more.
+The disk cache keeps no assembly, so a kernel is compiled once more.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from llvmlite import binding, ir
-from numba import cfunc
-from numba.core.ccallback import CFunc
 
 from fastq.kernels import gemm, isa, matrix, simd
 from fastq.kernels.gemm import Tile
-from fastq.kernels.signature import SIGNATURE
+from fastq.kernels.native import Kernel, compile_library
 
 # A tier's dot product, and the registers that its tiles fill
 DOT = {
@@ -31,17 +29,17 @@ DOT = {
 _TILE_FIELDS = len(fields(Tile))
 
 
-def kernel_at(address: int) -> Any:
+def kernel_at(address: int) -> Kernel:
     """The living kernel whose code is at this address, as the executor's table names it."""
     for kernel in gc.get_objects():
-        if type(kernel) is CFunc and kernel.address == address:
+        if type(kernel) is Kernel and kernel.address == address:
             return kernel
     raise LookupError(f"no kernel is at address {address:#x}")
 
 
-def config_of(kernel: Any) -> tuple[Any, ...]:
+def config_of(kernel: Kernel) -> tuple[Any, ...]:
     """What its factory closed it over, but for the digest."""
-    config: tuple[Any, ...] = inspect.getclosurevars(kernel.__wrapped__).nonlocals["config"]
+    config: tuple[Any, ...] = inspect.getclosurevars(kernel.function).nonlocals["config"]
     return config[:-1]
 
 
@@ -51,18 +49,18 @@ def name(factory: str, arguments: tuple[Any, ...]) -> str:
     return " ".join(map(str, words)).removeprefix("gemm ").removeprefix("matrix ")
 
 
-def name_of(kernel: Any) -> str:
+def name_of(kernel: Kernel) -> str:
     """The `name` of a compiled kernel."""
-    factory, config = kernel.__wrapped__.__qualname__.partition(".")[0], config_of(kernel)
+    factory, config = kernel.function.__qualname__.partition(".")[0], config_of(kernel)
     if factory in ("gemm_kernel", "matrix_kernel", "winograd_kernel"):
         config = (Tile(*config[:_TILE_FIELDS]), *config[_TILE_FIELDS:])
     return name(factory, config)
 
 
 @functools.cache
-def assembly_of(kernel: Any) -> str:
+def assembly_of(kernel: Kernel) -> str:
     """The kernel's assembly for this machine, from a compilation of its own."""
-    text: str = cfunc(SIGNATURE)(kernel.__wrapped__)._library.get_asm_str()
+    text: str = compile_library(kernel.function).get_asm_str()
     return text
 
 
@@ -125,7 +123,7 @@ def k_loops(text: str, tier: str) -> list[Loop]:
     return list(loops.values())
 
 
-def k_loop_of(kernel: Any) -> Loop | None:
+def k_loop_of(kernel: Kernel) -> Loop | None:
     """The K loop of a kernel made for one tier; None of a plain loop or an emulated tier."""
     for word in config_of(kernel):
         if word in isa.BY_NAME:

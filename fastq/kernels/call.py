@@ -6,6 +6,7 @@ offset from a base that is known when the call runs: the thread's workspace, or 
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ class At:
         return At(self.base, self.offset + size)
 
 
-SCRATCH = -1  # the base that stands for the thread's workspace
+SCRATCH = -1  # the base that stands for the thread's workspace: bases[0] of the executor's
 Place = NDArray[Any] | At
 
 
@@ -96,22 +97,27 @@ def collapse(views: Sequence[View], rank: int, keep: int = 0) -> tuple[Any, list
     ]
 
 
+_first_byte: Any = ctypes.c_char.from_buffer
+
+
 def address_of(array: NDArray[Any]) -> int:
     """Address of an array's first element."""
-    return array.__array_interface__["data"][0]  # type: ignore[no-any-return]
+    try:
+        return ctypes.addressof(_first_byte(array))  # a third of the time
+    except (TypeError, ValueError):  # read-only, empty or not contiguous
+        return array.__array_interface__["data"][0]  # type: ignore[no-any-return]
 
 
 class _Workspace(threading.local):
     """Scratch memory of one thread, grown to what its largest call needs."""
 
-    held: tuple[Any, int, int] = (None, 0, 0)  # buffer, address, size
+    # buffer, address, size; to be held while it is used: a signal handler may call fastq meanwhile
+    held: tuple[Any, int, int] = (None, 0, 0)
 
-    def reserve(self, size: int) -> tuple[Any, int, int]:
-        """The memory, to be held while it is used: a signal handler may call fastq meanwhile."""
-        held = self.held
-        if size > held[2]:
-            buffer = aligned_empty((size + SLACK,), np.uint8)
-            held = self.held = (buffer, address_of(buffer), size)
+    def grow(self, size: int) -> tuple[Any, int, int]:
+        """New memory of this size."""
+        buffer = aligned_empty((size + SLACK,), np.uint8)
+        held = self.held = (buffer, address_of(buffer), size)
         return held
 
 
@@ -126,8 +132,8 @@ class Call:
         self.labels: list[str] = []  # of the rows
         self._rows: list[tuple[int, int, int, int]] = []
         self._patches: list[tuple[int, int, int]] = []
-        self._bases = np.zeros(arguments + 1, np.int64)  # the last one is SCRATCH's
-        self._tables: tuple[executor.Table, executor.Table] | None = None
+        self._arguments = arguments
+        self._table: executor.Table | None = None
         self._kept: list[Any] = []  # what the table and the blocks point to
         self.scratch_bytes = 0  # of the workspace, at most at once
         self._scratch_taken = 0
@@ -160,10 +166,9 @@ class Call:
         block = np.zeros(fields, np.int64)
         for field, value in values.items():
             block[field] = value
-        last = len(self._bases) - 1
         for field, place in places.items():
             if isinstance(place, At):
-                base = last if place.base == SCRATCH else place.base
+                base = place.base - SCRATCH
                 self._patches.append((address_of(block) + 8 * field, base, place.offset))
             else:
                 block[field] = address_of(place)
@@ -173,22 +178,26 @@ class Call:
         self._rows.append((kernel.address, address_of(block), tasks, threads))
         self.labels.append(label)
         self.nanoseconds += nanoseconds
-        self._tables = None
+        self._table = None
 
     def run(self, *addresses: int) -> None:
-        """Runs it on arguments at these addresses."""
-        if self._tables is None:
-            self._tables = (
-                np.array(self._rows, np.int64).reshape(-1, executor.COLUMNS),
-                np.array(self._patches, np.int64).reshape(-1, 3),
+        """Runs it on arguments at these addresses; one that it does not use is 0."""
+        table = self._table
+        if table is None:
+            rows, patches = (
+                np.array(values, np.int64).reshape(-1, columns)
+                for values, columns in (
+                    (self._rows, executor.COLUMNS),
+                    (self._patches, executor.PATCH_COLUMNS),
+                )
             )
-        table, patches = self._tables
-        bases = self._bases
-        for i, address in enumerate(addresses):
-            bases[i] = address
-        held = _workspace.reserve(self.scratch_bytes)
-        bases[-1] = held[1]
-        executor.run(table, patches, bases, self.nanoseconds)
+            table = self._table = executor.Table(
+                rows, patches, 1 + self._arguments, self.nanoseconds
+            )
+        held = _workspace.held
+        if self.scratch_bytes > held[2]:
+            held = _workspace.grow(self.scratch_bytes)
+        executor.run(table, held[1], *addresses)
 
 
 class Idle:
@@ -199,15 +208,14 @@ class Idle:
 
     def take(self, key: Any) -> Any:
         """One that nobody uses, or None."""
-        made = self._lists.get(key)
-        if made is None:
+        try:
+            return self._lists[key].pop()
+        except IndexError:  # all are in use
+            return None
+        except KeyError:
             for oldest in list(self._lists)[: len(self._lists) + 1 - MAX_SHAPES]:
                 self._lists.pop(oldest, None)
             self._lists.setdefault(key, [])
-            return None
-        try:
-            return made.pop()
-        except IndexError:
             return None
 
     def give(self, key: Any, made: Any) -> None:

@@ -1,7 +1,8 @@
 """quantize, dequantize, requantize of whole arrays: plain loops over blocks.
 
-An array is seen as (rows, columns). The parameters are one for all ("tensor"), one per row,
-repeating after `A_PARAMS` rows ("row"), or one per column ("column").
+An array is seen as (rows, columns). The parameters are one for all ("tensor"; A_SCALE holds the
+scale's bits and A_ZERO_POINT the integer, elsewhere they hold addresses), one per row, repeating
+after `A_PARAMS` rows ("row"), or one per column ("column").
 
 A task is one block of `A_BLOCK` columns of one row. Dequantizing reads, and quantizing writes,
 uint8, int8 or int32.
@@ -12,17 +13,19 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from numba import cfunc, float32, float64, int64
+from numba import float32, float64, int32, int64
 
+from fastq.kernels.native import native
 from fastq.kernels.scalar import (
     divide,
     float_difference,
+    float_of,
     multiply_step,
     pointer,
     quantize_step,
     rint_f64,
 )
-from fastq.kernels.signature import SIGNATURE, sources_digest
+from fastq.kernels.signature import sources_digest
 
 (
     A_X, A_OUT, A_ROWS, A_COLUMNS, A_BLOCK, A_PARAMS, A_SCALE, A_ZERO_POINT, A_QMIN, A_QMAX,
@@ -38,7 +41,7 @@ def elementwise_kernel(operation: str, source: str, target: str, layout: str) ->
     """
     config = (operation, source, target, layout, sources_digest())
 
-    @cfunc(SIGNATURE, cache=True)
+    @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
         columns = args[A_COLUMNS]
         blocks = (columns + args[A_BLOCK] - 1) // args[A_BLOCK]
@@ -53,7 +56,10 @@ def elementwise_kernel(operation: str, source: str, target: str, layout: str) ->
             p = 0
             if config[3] == "row":
                 p = row % args[A_PARAMS]
-            step, zp = scale[p], zero_point[p]
+            if config[3] == "tensor":
+                step, zp = float_of(args[A_SCALE]), int32(args[A_ZERO_POINT])
+            else:
+                step, zp = scale[p], zero_point[p]
             lo, hi = float_difference(qmin, zp), float_difference(qmax, zp)
             for i in range(first, last):
                 if config[3] == "column":

@@ -36,15 +36,16 @@ from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from llvmlite import ir
-from numba import cfunc, types
+from numba import types
 from numba.extending import intrinsic
 
 from fastq.kernels import block as f
 from fastq.kernels.call import ITEM_BYTES
 from fastq.kernels.depthwise import emit_tap_loop
 from fastq.kernels.lines import emit_loop
+from fastq.kernels.native import native
 from fastq.kernels.requantize import Epilogue
-from fastq.kernels.signature import SIGNATURE, sources_digest
+from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import (
     KR,
     address,
@@ -330,7 +331,7 @@ def gemm_kernel(tile: Tile, epilogue: str, rows: str) -> Any:
     M, MC, N, GROUPS = f.M, f.MC, f.N, f.GROUPS
     width = tile.nr * tile.panels
 
-    @cfunc(SIGNATURE, cache=True)
+    @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
         panels = (args[N] + width - 1) // width
         blocks = (args[M] + args[MC] - 1) // args[MC]

@@ -22,10 +22,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from numba import cfunc, int64
+from numba import int64
 
+from fastq.kernels.native import native
 from fastq.kernels.scalar import larger, pointer, smaller
-from fastq.kernels.signature import SIGNATURE, sources_digest
+from fastq.kernels.signature import sources_digest
 from fastq.kernels.stage import finite_range
 from fastq.qparams import HISTOGRAM_KEYS
 
@@ -39,7 +40,7 @@ def histogram_kernel() -> Any:
     """The histogram of each lane's share."""
     config = (sources_digest(),)
 
-    @cfunc(SIGNATURE, cache=True)
+    @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
         config  # noqa: B018  the digest is part of the cache's key
         bits, ends = pointer(args[H_X], "u32"), pointer(args[H_ENDS], "f32")

@@ -502,14 +502,15 @@ class BoundLinear(PackedLinear):
         row_stride in bytes; zero_point, of a "u8" source, one or (M,). Of add, SLACK bytes
         beyond its end may be read.
         """
-        threads, aligned = executor.get_num_threads(), (x | row_stride) % ALIGNED == 0
+        aligned = (x | row_stride) % ALIGNED == 0
+        key = (m, row_stride, aligned, zero_point, executor.get_num_threads())
         if isinstance(zero_point, int):
-            key = (m, row_stride, aligned, zero_point, threads)
-            self.calls.run(self._make, key, x, out, 0, 0, add)
+            self.calls.run(self.call, key, x, out, 0, 0, add)
         else:
-            self._make(m, row_stride, aligned, zero_point, threads).run(x, out)
+            self.call(*key).run(x, out, 0, 0, add)
 
-    def _make(self, m: int, row_stride: int, aligned: bool, zero_point: Any, threads: int) -> Call:
+    def call(self, m: int, row_stride: int, aligned: bool, zero_point: Any, threads: int) -> Call:
+        """A call for m rows, of the layer's five arguments."""
         call = Call(ARGUMENTS)
         x_scales = getattr(self.epilogue, "x_scale", np.ones(()))
         per_row = self.source == "dynamic" or bool(np.ndim(zero_point) or np.ndim(x_scales))

@@ -17,11 +17,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numba import cfunc, types
+from numba import types
 from numba.extending import intrinsic
 
 from fastq.kernels.call import ITEM_BYTES, Call, View, collapse, dense_strides
 from fastq.kernels.lines import ELEMENT, emit_converted, emit_interleaved, emit_line, join_lines
+from fastq.kernels.native import native
 from fastq.kernels.pointwise import (
     float_parameters,
     int_parameters,
@@ -30,7 +31,7 @@ from fastq.kernels.pointwise import (
     pointwise_row,
 )
 from fastq.kernels.scalar import pointer
-from fastq.kernels.signature import SIGNATURE, sources_digest
+from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import address, i64, load, ptr, shuffle, store, vec
 from fastq.kernels.tiles import BYTES_PER_NANOSECOND
 
@@ -93,7 +94,7 @@ def copy_kernel(source: str, target: str, way: str, widths: tuple[int, ...]) -> 
     line = line_config("copy", (target, source), (ITEM_BYTES[target], ITEM_BYTES[source]))
     item = ITEM_BYTES[source]
 
-    @cfunc(SIGNATURE, cache=True)
+    @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
         size_p, size_q = args[SIZES + 3], args[SIZES + 4]
         across = (size_p + args[BLOCK] - 1) // args[BLOCK]
@@ -140,7 +141,7 @@ def border_kernel(kind: str) -> Any:
     config = (kind, sources_digest())
     item = ITEM_BYTES[kind]
 
-    @cfunc(SIGNATURE, cache=True)
+    @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
         height, width, channels = args[B_HEIGHT], args[B_WIDTH], args[B_CHANNELS]
         value = args[B_VALUE]
@@ -235,7 +236,7 @@ def copy_row(call: Call, x: View, out: View, label: str = "") -> None:
     if way == "elements":
         time = size * ELEMENT_NANOSECONDS
     call.row(
-        copy_kernel(x.kind, out.kind, way, _widths(sizes[5]) if way == "tiles" else ()),
+        copy_kernel(x.kind, out.kind, way, widths(sizes[5]) if way == "tiles" else ()),
         C_FIELDS,
         int(np.prod(sizes[:3])) * -(-sizes[3] // values[ROWS]) * -(-sizes[4] // values[BLOCK]),
         values,
@@ -245,7 +246,7 @@ def copy_row(call: Call, x: View, out: View, label: str = "") -> None:
     )
 
 
-def _widths(size: int) -> tuple[int, ...]:
+def widths(size: int) -> tuple[int, ...]:
     """Those of TQ that it takes to fill the size, the widest first."""
     used = []
     for width in TQ:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, types
+from numba import types
 from numba.extending import intrinsic
 
 from fastq.kernels import block, gemm
@@ -23,9 +23,10 @@ from fastq.kernels.call import ITEM_BYTES, Call, Place, View, collapse, dense_st
 from fastq.kernels.layers import ACTIVATIONS, block_rows
 from fastq.kernels.layout import copy_row
 from fastq.kernels.lines import ELEMENT, broadcast, emit_converted, emit_interleaved, emit_loop
+from fastq.kernels.native import native
 from fastq.kernels.pack import step_starts
 from fastq.kernels.pointwise import fill_row
-from fastq.kernels.signature import SIGNATURE, sources_digest
+from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import (
     KR,
     address,
@@ -173,7 +174,7 @@ def pack_kernel(kind: str, nr: int, transposed: bool, isa: str) -> Any:
     """kind "u8" or "s16", of b."""
     config = (kind, nr, int(transposed), isa, sources_digest())
 
-    @cfunc(SIGNATURE, cache=True)
+    @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
         for task in range(begin, end):
             panel, matrix = task % args[PANELS], task // args[PANELS]

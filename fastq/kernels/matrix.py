@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, types
+from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -41,8 +41,9 @@ from fastq.kernels import block as f
 from fastq.kernels.call import ITEM_BYTES
 from fastq.kernels.gemm import Tile
 from fastq.kernels.lines import emit_loop
+from fastq.kernels.native import native
 from fastq.kernels.requantize import Epilogue
-from fastq.kernels.signature import SIGNATURE, sources_digest
+from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import (
     KR,
     Amx,
@@ -379,7 +380,7 @@ def matrix_kernel(tile: Tile, epilogue: str) -> Any:
     M, MC, N, GROUPS = f.M, f.MC, f.N, f.GROUPS
     nr = tile.nr
 
-    @cfunc(SIGNATURE, cache=True)
+    @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
         panels = (args[N] + nr - 1) // nr
         blocks = (args[M] + args[MC] - 1) // args[MC]

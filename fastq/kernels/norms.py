@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, float32, types
+from numba import float32, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -35,9 +35,10 @@ from fastq.kernels.lines import (
     share_lines,
     task_lines,
 )
+from fastq.kernels.native import native
 from fastq.kernels.pointwise import line_config, pointwise_line
 from fastq.kernels.scalar import divide, pointer, stack_bytes
-from fastq.kernels.signature import SIGNATURE, sources_digest
+from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import const, i32, i64, load, ptr, shuffle, vec
 from fastq.qparams import MAX_FEATURES, exp_table
 
@@ -138,7 +139,7 @@ def softmax_kernel(kind: str) -> Any:
     item = ITEM_BYTES[kind]
     scaled = line_config("scale", (kind, "s32"), (item, 4))
 
-    @cfunc(SIGNATURE, cache=True)
+    @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
         count = args[COLUMNS]
         held = stack_bytes(CHUNK_BYTES)
@@ -183,7 +184,7 @@ def layer_norm_kernel(kind: str, bounded: bool) -> Any:
     kinds, steps = (kind, kind, "f32", "f32"), (item, item, 4, 4)
     normalized = line_config("normalize", kinds, steps, bounded)
 
-    @cfunc(SIGNATURE, cache=True)
+    @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
         count, epsilon = args[COLUMNS], pointer(args[EPSILON], "f64")[0]
         floats, ints = stack_bytes(16), stack_bytes(16)

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numba import cfunc, types
+from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -47,7 +47,8 @@ from fastq.kernels.lines import (
     task_lines,
 )
 from fastq.kernels.lookup import emit_lookup, load_table, lookup_widths
-from fastq.kernels.signature import SIGNATURE, sources_digest
+from fastq.kernels.native import native
+from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import (
     address,
     const,
@@ -217,7 +218,7 @@ def pointwise_kernel(
     config = line_config(operation, kinds, steps, bounded)
     out_step, x_step, y_step, z_step = config[7:11]
 
-    @cfunc(SIGNATURE, cache=True)
+    @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
         for task in range(begin, end):
             i, j, row, last, column, count = task_lines(args, task)

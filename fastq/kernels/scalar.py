@@ -37,6 +37,16 @@ def pointer(typingctx: Any, address: Any, kind: Any) -> Any:
     return result(types.int64, kind), codegen
 
 
+@intrinsic
+def float_of(typingctx: Any, bits: Any) -> Any:
+    """The float32 whose bits are the lower 32 of an int64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.bitcast(builder.trunc(values[0], i32), f32)
+
+    return types.float32(types.int64), codegen
+
+
 def _step(builder: Any, x: Any, lo: Any, hi: Any) -> Any:
     """int32(rint(clamp(x, lo, hi))), ties to even; NaN gives 0."""
     x = builder.select(builder.fcmp_unordered("uno", x, x), ir.Constant(f32, 0.0), x)

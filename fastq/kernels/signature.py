@@ -1,4 +1,4 @@
-"""What all kernels share: their one signature, and the digest that guards Numba's disk cache."""
+"""What all kernels share: their one signature, and the digest that guards the disk cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIGNATURE = types.void(types.CPointer(types.int64), types.int64, types.int64)
 
 @functools.cache
 def sources_digest() -> str:
-    """A digest of this folder's sources: Numba's cache sees edits of one file only, this all."""
+    """A digest of the sources of this folder: an edit in any of them makes new kernels."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())

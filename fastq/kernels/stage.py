@@ -15,8 +15,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from numba import cfunc, njit
+from numba import njit
 
+from fastq.kernels.native import native
 from fastq.kernels.scalar import (
     RANGE_BYTES,
     RANGE_LANES,
@@ -29,7 +30,7 @@ from fastq.kernels.scalar import (
     smaller,
     stack_bytes,
 )
-from fastq.kernels.signature import SIGNATURE, sources_digest
+from fastq.kernels.signature import sources_digest
 from fastq.qparams import FLT_MAX, FLT_MIN
 
 # the argument blocks; strides in bytes
@@ -81,7 +82,7 @@ def stage_rows_kernel(source: str, target: str) -> Any:
     """
     config = (source, target, sources_digest())
 
-    @cfunc(SIGNATURE, cache=True)
+    @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
         k, out_k = args[R_K], args[R_OUT_K]
         scale, zero_point = pointer(args[R_SCALE], "f32"), pointer(args[R_ZERO_POINT], "s32")
@@ -115,7 +116,7 @@ def stage_image_kernel(source: str, target: str) -> Any:
     """source "f32" or "u8", target "u8" or "s16". A task is one padded line of one image."""
     config = (source, target, sources_digest())
 
-    @cfunc(SIGNATURE, cache=True)
+    @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
         height, width, channels = args[I_H], args[I_W], args[I_C]
         line_pixels, line_channels = args[I_WP], args[I_CP]
@@ -184,7 +185,7 @@ def range_parts_kernel() -> Any:
     """A task is one block of P_BLOCK values of a row: its smallest and largest, and 0."""
     config = (sources_digest(),)
 
-    @cfunc(SIGNATURE, cache=True)
+    @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
         config  # noqa: B018  the digest is part of the cache's key
         parts = pointer(args[P_PARTS], "f32")
@@ -203,7 +204,7 @@ def range_qparams_kernel() -> Any:
     """A task is one row: its parts into one scale and zero point."""
     config = (sources_digest(),)
 
-    @cfunc(SIGNATURE, cache=True)
+    @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
         config  # noqa: B018  the digest is part of the cache's key
         scale, zero_point = pointer(args[P_SCALE], "f32"), pointer(args[P_ZERO_POINT], "s32")

@@ -11,8 +11,6 @@ from itertools import product
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from numba.core.ccallback import CFunc
-
 from fastq.kernels import (
     elementwise,
     executor,
@@ -29,6 +27,7 @@ from fastq.kernels import (
 )
 from fastq.kernels import isa as isa_room
 from fastq.kernels.call import ITEM_BYTES
+from fastq.kernels.native import Kernel as Native
 from fastq.kernels.simd import emitter
 from fastq.kernels.tiles import tiles_of
 
@@ -58,15 +57,17 @@ def _epilogues(tier: str) -> tuple[str, ...]:
 def _pointwise(tier: str) -> Iterable[tuple[Any, ...]]:
     """Lines whose operands lie side by side, as a program's do."""
     item = ITEM_BYTES[kind := _activations(tier)]
-    yield from product(("add", "multiply"), [(kind,) * 3], [(item,) * 3])
-    yield "affine", (kind, kind, "f32", "f32"), (item, item, 4, 4)
-    yield "table", (kind, kind), (item, item)
-    yield "fill", (kind,), (item,)
+    yield from product(("add", "multiply"), [(kind,) * 3], [(item,) * 3], (True,))
+    yield "affine", (kind, kind, "f32", "f32"), (item, item, 4, 4), True
+    yield "table", (kind, kind), (item, item), True
+    yield "fill", (kind,), (item,), True
 
 
 def _copies(tier: str) -> Iterable[tuple[Any, ...]]:
+    """Those of tiles by the widths that most numbers of channels take."""
     kind = _activations(tier)
-    return product((kind,), (kind,), ("lines", "tiles", "elements"))
+    ways = ("lines", ()), ("elements", ()), *(("tiles", layout.widths(n)) for n in (3, 8, 16, 24))
+    return ((kind, kind, *way) for way in dict.fromkeys(ways))
 
 
 def _windows(tier: str) -> Iterable[tuple[Any, ...]]:
@@ -83,7 +84,7 @@ def _elementwise(tier: str) -> Iterable[tuple[Any, ...]]:
 
 
 FAMILIES = (
-    Family("any", executor._serial, lambda tier: [()]),
+    Family("any", executor.serial_kernel, lambda tier: [()]),
     Family("any", executor._parallel, lambda tier: [()]),
     Family(
         "linear",
@@ -193,7 +194,7 @@ def warmup(
     isa: str | None = None,
     progress: Callable[[Sequence[Kernel]], Iterable[Kernel]] = iter,
 ) -> Warmup:
-    """Compiles kernels into Numba's disk cache, so that no first call has to.
+    """Compiles kernels into the disk cache, so that no first call has to.
 
     network   "bert", "resnet50" or "mobilenet": the kernels that such networks use. None: all.
     isa       the instruction set, as FASTQ_ISA names it; None is the one in use.
@@ -215,6 +216,6 @@ def _compiles(factory: Any, arguments: tuple[Any, ...]) -> bool:
     kernel = factory(*arguments)
     if factory.cache_info().misses == made:
         return False
-    if isinstance(kernel, CFunc):
-        return not kernel.cache_hits
-    return not kernel.stats.cache_hits  # a dispatcher: the executor's own
+    if isinstance(kernel, Native):
+        return kernel.compiled
+    return not kernel.stats.cache_hits  # a dispatcher: the executor's parallel one

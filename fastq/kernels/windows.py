@@ -23,16 +23,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numba import cfunc, types
+from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from fastq.kernels import executor, simd
 from fastq.kernels.call import ITEM_BYTES, Call, Place, View
 from fastq.kernels.lines import ELEMENT, MAX_BOUNDED, emit_line, emit_loop, emit_rounded
+from fastq.kernels.native import native
 from fastq.kernels.pointwise import float_parameters, int_parameters
 from fastq.kernels.scalar import pointer
-from fastq.kernels.signature import SIGNATURE, sources_digest
+from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import address, const, f32, i16, i32, i64, load, ptr, splat, store, vec
 from fastq.kernels.tiles import BYTES_PER_NANOSECOND
 
@@ -191,7 +192,7 @@ def windows_kernel(
     config = (operation, kind, taps_down, taps_across, sums, int(bounded), sources_digest())
     item = ITEM_BYTES[kind]
 
-    @cfunc(SIGNATURE, cache=True)
+    @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
         height, width = args[HEIGHT], args[WIDTH]
         blocks = (args[CHANNELS] + args[BLOCK] - 1) // args[BLOCK]

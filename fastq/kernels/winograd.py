@@ -35,7 +35,7 @@ from dataclasses import astuple
 from typing import Any
 
 import numpy as np
-from numba import cfunc, types
+from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -44,9 +44,10 @@ from fastq.kernels import executor
 from fastq.kernels.call import ITEM_BYTES, Call, Place, View
 from fastq.kernels.gemm import Tile, emit_k_loop
 from fastq.kernels.lines import emit_loop
+from fastq.kernels.native import native
 from fastq.kernels.requantize import Epilogue
 from fastq.kernels.scalar import stack_bytes
-from fastq.kernels.signature import SIGNATURE, sources_digest
+from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import KR, address, const, emitter, i8, i16, i64, load, ptr, store, vec
 from fastq.kernels.tiles import choose_tile, nanoseconds, tiles_of
 
@@ -421,7 +422,7 @@ def winograd_kernel(tile: Tile, epilogue: str) -> Any:
     config = (*astuple(tile), epilogue, sources_digest())
     beyond_bytes = 4 * tile.nr
 
-    @cfunc(SIGNATURE, cache=True)
+    @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
         tiles, mb, channels, panels = args[TILES], args[MB], args[C], args[PANELS]
         units = (tiles + mb - 1) // mb * panels

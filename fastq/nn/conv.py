@@ -10,8 +10,8 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
-from fastq.nn.layer import Operands, QLayer, accept, as_array, operands_of
-from fastq.ops import conv2d_float
+from fastq.nn.layer import QLayer, accept, as_array, operands_of
+from fastq.ops import Operands, conv2d_float
 from fastq.qparams import QParams
 from fastq.weights import Conv2dWeight, Pair, explicit_padding, pair
 
@@ -177,9 +177,8 @@ def _weight(
 
 
 def _run(x: Tensor, operands: Operands) -> Tensor:
-    weight, epilogue, x_qparams = operands
     nhwc = as_array(x).transpose(0, 2, 3, 1)
-    y = conv2d_float(nhwc, weight, epilogue, x_qparams=x_qparams)
+    y = conv2d_float(nhwc, operands.weight, operands.epilogue, x_qparams=operands.x_qparams)
     return from_numpy(y.transpose(0, 3, 1, 2))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastq.ops import Operands
 from fastq.qparams import Dequant, QParams, quantize_weight
 
 STATE = {
@@ -27,8 +28,6 @@ STATE = {
 
 # the tensors of STATE, in its order
 State = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-# (LinearWeight | Conv2dWeight, epilogue, x_qparams)
-Operands = tuple[Any, Dequant, QParams | None]
 
 
 class QLayer(nn.Module):
@@ -100,7 +99,7 @@ class QLayer(nn.Module):
     @property
     def input_qparams(self) -> QParams | None:
         """The uint8 QParams of the input, or None when it is quantized dynamically."""
-        return self._operands()[2]
+        return self._operands().x_qparams
 
     def set_input_qparams(self, qparams: QParams | None) -> None:
         """Quantize the input with these parameters (static), or by its own range (None).
@@ -131,15 +130,16 @@ class QLayer(nn.Module):
         """What ops wants, derived anew only if a tensor of the state was changed or replaced."""
         ready = self._ready
         if ready is not None:
+            seen, operands = ready
             buffers = self._buffers
-            for name, tensor, version, pointer in ready[0]:
+            for name, tensor, version, pointer in seen:
                 if buffers[name] is not tensor or (
                     tensor is not None
                     and (tensor._version != version or tensor.data_ptr() != pointer)
                 ):
                     break
             else:
-                return ready[1]
+                return operands
         return self._prepare()
 
     def _prepare(self) -> Operands:
@@ -254,7 +254,7 @@ def _derive(as_weight: Callable[[Any], Any], state: State) -> Operands:
     # detach: the array then holds the memory, but not the tensor that _derived has as its key
     data = weight.detach().numpy()
     data.flags.writeable = False  # not to be copied: changes of the tensor are watched here
-    return as_weight(data), epilogue, x_qparams
+    return Operands(as_weight(data), epilogue, x_qparams)
 
 
 def _copy(tensor: Tensor) -> Any:

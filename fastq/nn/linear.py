@@ -9,8 +9,8 @@ from torch._C import _get_tracing_state
 from torch.compiler import is_compiling
 from torch.nn.utils import skip_init
 
-from fastq.nn.layer import Operands, QLayer, accept, as_array, operands_of
-from fastq.ops import linear_float, linear_float_at
+from fastq.nn.layer import QLayer, accept, as_array, operands_of
+from fastq.ops import Operands, linear_float
 from fastq.qparams import QParams
 from fastq.weights import LinearWeight
 
@@ -92,7 +92,7 @@ class QLinear(QLayer):
                 self.input_zero_point,
             )
             return y
-        return _run(x, self._operands())
+        return _run(x, shape, self.out_features, self._operands())
 
     def extra_repr(self) -> str:
         return (
@@ -101,17 +101,20 @@ class QLinear(QLayer):
         )
 
 
-def _run(x: Tensor, operands: Operands) -> Tensor:
-    weight, epilogue, x_qparams = operands
-    *leading, k = x.shape
-    m = prod(leading)
-    if m and weight.n and x.is_contiguous() and not x.is_neg():
-        y = x.new_empty(*leading, weight.n)
-        linear_float_at(m, 4 * k, x.data_ptr(), y.data_ptr(), weight, epilogue, x_qparams)
+def _run(x: Tensor, shape: torch.Size, n: int, operands: Operands) -> Tensor:
+    if len(shape) == 2:  # the most usual, and half a microsecond faster
+        m, k = shape
+        sizes: tuple[int, ...] = m, n
+    else:
+        m, k = prod(shape[:-1]), shape[-1]
+        sizes = *shape[:-1], n
+    if m and n and x.is_contiguous() and not x.is_neg():
+        y = x.new_empty(*sizes)
+        operands.linear(m, 4 * k, x.data_ptr(), y.data_ptr())
         return y
     rows = as_array(x).reshape(m, k)
-    y = from_numpy(linear_float(rows, weight, epilogue, x_qparams=x_qparams))
-    return y.reshape(*leading, weight.n)
+    out = linear_float(rows, operands.weight, operands.epilogue, x_qparams=operands.x_qparams)
+    return from_numpy(out).reshape(sizes)
 
 
 @torch.library.custom_op("fastq::linear", mutates_args=(), device_types="cpu")
@@ -124,7 +127,7 @@ def _linear(
     input_zero_point: Tensor | None,
 ) -> Tensor:
     state = (weight, weight_scale, bias, input_scale, input_zero_point)
-    return _run(x, operands_of(LinearWeight, (), state))
+    return _run(x, x.shape, len(weight), operands_of(LinearWeight, (), state))
 
 
 @_linear.register_fake
