@@ -229,7 +229,7 @@ def test_threads_share_more_shapes_than_are_kept(rng: Any) -> None:
 def test_tasks_are_shared_among_as_many_threads_as_set(
     threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each task once, in ranges of one thread each, whatever the number of tasks."""
+    """Each task once, in a few ranges for each thread, whatever the number of tasks."""
     if threads > numba.config.NUMBA_NUM_THREADS:
         pytest.skip("this CPU lacks a third core")
 
@@ -246,7 +246,29 @@ def test_tasks_are_shared_among_as_many_threads_as_set(
         executor.run(executor.Table(row, np.zeros((0, 3), np.int64), 0, 1e9))
         assert (found[:, 0] == 1).all()
         usable = executor._pool.usable() and threads > 1
-        assert len(set(found[:, 1].tolist())) == (min(threads, tasks) if usable else 1)
+        ranges = -(-tasks // (tasks // (executor.CLAIMS * threads) + 1)) if usable else 1
+        assert len(set(found[:, 1].tolist())) == ranges
+
+
+def test_a_thread_that_comes_late_or_never_is_not_missed() -> None:
+    """One walks the whole table alone; another that comes after it finds nothing to do."""
+
+    @cfunc(SIGNATURE)
+    def count(args, begin, end):  # type: ignore[no-untyped-def]
+        for task in range(begin, end):
+            args[task] += 1
+
+    sizes = (5, 0, 1, 100)
+    found = [np.zeros(max(size, 1), np.int64) for size in sizes]
+    rows = np.array(
+        [(count.address, f.ctypes.data, n, n) for f, n in zip(found, sizes, strict=True)], np.int64
+    )
+    progress = np.zeros((len(rows), 2), np.int64)
+    for _ in range(2):
+        executor._take_part(rows, progress.ctypes.data, 2, executor._give_way())
+        for f, n in zip(found, sizes, strict=True):
+            assert f.tolist() == [1] * n if n else f.tolist() == [0]
+    assert progress[:, 1].tolist() == list(sizes)
 
 
 def test_set_num_threads() -> None:

@@ -63,7 +63,7 @@ def emit_tap_loop(
         [load(b, kind, here, (j * vectors + v) * vector_bytes) for v in range(vectors)]
         for j in reversed(range(outputs))
     ]
-    summed = []
+    summed: list[list[Any]] = []
     for base in a_rows:
         channels = [simd.load_channels(b, address(b, base, offset)) for offset in offsets]
         a = simd.interleave(b, channels)

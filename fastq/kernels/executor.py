@@ -2,7 +2,9 @@
 
 A row of the table is (address of a kernel, address of its argument block, number of tasks, most
 threads that it pays to use). Rows run one after the other; the tasks of a row are shared among
-the threads in equal ranges.
+the threads. All threads walk the whole table, in one parallel region: each claims tasks of a row as
+as there are any, then waits until those that others claimed are done. Nobody waits for a thread
+that has not come: it may be busy elsewhere, and finds the work done when it comes.
 
 Before that, the patches are applied: each writes bases[BASE] + OFFSET to the address FIELD, which
 puts the addresses of a call's arrays into the argument blocks.
@@ -115,27 +117,80 @@ def _serial() -> Any:
     return ctypes.CFUNCTYPE(None, ctypes.c_char_p)(serial_kernel().address)
 
 
+@intrinsic
+def _fetch_add(typingctx: Any, address: Any, value: Any) -> Any:
+    """Adds to the int64 at an address, atomically; what was there before."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        at = builder.inttoptr(values[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", at, values[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _read(typingctx: Any, address: Any) -> Any:
+    """The int64 at an address, and with it all that was written before it was."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        at = builder.inttoptr(values[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(at, "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+CLAIMS = 4  # of each thread in a row, about: one that is late leaves more to the others
+SPINS = 1000  # looks at what others do, before the core is given to another thread
+
+
+@njit
+def _take_part(rows, progress, threads, give_way):  # type: ignore[no-untyped-def]
+    for row in range(rows.shape[0]):
+        kernel, args, tasks = rows[row, KERNEL], rows[row, ARGS], rows[row, TASKS]
+        claimed = progress + 16 * row
+        done = claimed + 8
+        share = tasks
+        if min(threads, rows[row, THREADS]) > 1:
+            share = tasks // (CLAIMS * threads) + 1
+        begin = _fetch_add(claimed, share)
+        while begin < tasks:
+            end = min(begin + share, tasks)
+            _call(kernel, args, begin, end)
+            _fetch_add(done, end - begin)
+            begin = _fetch_add(claimed, share)
+        spins = 0
+        while _read(done) < tasks:
+            spins += 1
+            if spins > SPINS:
+                _call(give_way, 0, 0, 0)
+
+
 @functools.cache
 def _parallel() -> Any:
     arrays = (types.int64[:, ::1], types.int64[:, ::1], types.int64[::1])
 
-    @njit(types.void(*arrays, types.int64), nogil=True, parallel=True, cache=True)
-    def run(table, patches, bases, threads):  # type: ignore[no-untyped-def]
+    @njit(types.void(*arrays, types.int64, types.int64), nogil=True, parallel=True, cache=True)
+    def run(table, patches, bases, threads, give_way):  # type: ignore[no-untyped-def]
         for i in range(patches.shape[0]):
             base = bases[patches[i, BASE]]
             pointer(patches[i, FIELD], "s64")[0] = base + patches[i, OFFSET]
-        for row in range(table.shape[0]):
-            tasks = table[row, TASKS]
-            parts = min(threads, tasks, table[row, THREADS])
-            if parts <= 1:
-                _call(table[row, KERNEL], table[row, ARGS], 0, tasks)
-            else:
-                for part in prange(parts):
-                    begin = tasks * part // parts
-                    end = tasks * (part + 1) // parts
-                    _call(table[row, KERNEL], table[row, ARGS], begin, end)
+        if table.shape[0] == 0:
+            return  # to start the pool; entering it may end the process, see _Pool.usable
+        progress = np.zeros((table.shape[0], 2), np.int64)  # claimed, done
+        for _ in prange(threads):
+            _take_part(table, progress.ctypes.data, threads, give_way)
 
     return run
+
+
+@functools.cache
+def _give_way() -> int:
+    """The address of what lets another thread have the core."""
+    if sys.platform == "win32":
+        function = ctypes.windll.kernel32.SwitchToThread
+    else:
+        function = ctypes.CDLL(None).sched_yield
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def _load_tbb() -> None:
@@ -169,7 +224,7 @@ class _Pool:
             if not self.layer:
                 _serial()  # what a forked child will need, without the compiler
                 rows, patches = (np.zeros((0, n), np.int64) for n in (COLUMNS, PATCH_COLUMNS))
-                _parallel()(rows, patches, np.zeros(0, np.int64), 1)
+                _parallel()(rows, patches, np.zeros(0, np.int64), 1, _give_way())
                 self.layer = numba.threading_layer()
 
     def usable(self) -> bool:
@@ -184,7 +239,8 @@ class _Pool:
 
     def run(self, table: Table, bases: Sequence[int]) -> None:
         if self.usable():
-            _parallel()(table.rows, table.patches, np.array(bases, np.int64), self.threads)
+            arrays = table.rows, table.patches, np.array(bases, np.int64)
+            _parallel()(*arrays, self.threads, _give_way())
         else:
             _serial()(table.pack(*bases))
 
@@ -211,8 +267,8 @@ def get_num_threads() -> int:
 # Entering the pool and leaving it takes about 10 microseconds: below twice that, one thread is
 # faster.
 PARALLEL_NANOSECONDS = 20_000.0
-# Sharing one row in a call that runs in the pool costs one or two.
-PARALLEL_ROW_NANOSECONDS = 5_000.0
+# Sharing one row in a call that runs in the pool costs about a half.
+PARALLEL_ROW_NANOSECONDS = 2_000.0
 
 
 class Run(NamedTuple):
