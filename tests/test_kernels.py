@@ -232,5 +232,15 @@ def test_forcing_a_tier(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isa.runnable()[0] == "generic"
 
 
+def test_amx_needs_the_systems_permission(monkeypatch: pytest.MonkeyPatch) -> None:
+    amx = isa.BY_NAME["amx_int8"]
+    monkeypatch.setattr(isa, "target_features", lambda: frozenset(amx.features))
+    monkeypatch.setattr(isa, "_tiles_permitted", lambda: False)
+    assert isa.missing(amx) == ["the operating system's permission to use AMX"]
+    assert isa.runnable()[0] == "avx512_vnni"
+    monkeypatch.setattr(isa, "_tiles_permitted", lambda: True)
+    assert isa.runnable()[0] == "amx_int8"
+
+
 def test_number_of_threads_is_known() -> None:
     assert get_num_threads() >= 1

@@ -3,10 +3,10 @@
 A loop of volatile inline assembly: LLVM may not fold, hoist or strength-reduce it, so the
 instructions counted are the instructions executed. 1 MAC = 2 operations.
 
-The limit that a fastq kernel is held to is the best *exact* row: `vpdpbusd` where the CPU has it,
-else `vpmaddwd` + `vpaddd` on values widened to int16. `vpmaddubsw` saturates at int16; it is
-what the peers use without VNNI, and is measured beside. Operations are those of the direct sum:
-winograd.py does with fewer, and can be beyond the limit.
+The limit that a fastq kernel is held to is the best *exact* row of the tier in use: `tdpbusd`
+where the CPU has AMX, `vpdpbusd` where it has VNNI, else `vpmaddwd` + `vpaddd` on values widened to
+int16. `vpmaddubsw` saturates at int16; it is what the peers use without VNNI, and measured beside.
+Operations are those of the direct sum: winograd.py does with fewer, and can be beyond the limit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from llvmlite import binding, ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from fastq.kernels import isa
 from fastq.kernels.isa import target_features
+from fastq.kernels.matrix import A_TILES, B_TILES, ROWS, tile_config
+from fastq.kernels.simd import Amx, emitter, i64, ptr
 
 binding.initialize_native_asmparser()  # without it, LLVM ends the process at inline assembly
 
@@ -31,7 +34,8 @@ REPEATS = 20
 
 class Dot(NamedTuple):
     """One way to multiply and accumulate. In `asm` (AT&T order) $0 is the accumulator, $1 a
-    scratch register, $2 the operand. `accumulators` hide the latency and fit the registers."""
+    scratch register, $2 the operand; of tile registers simd.Amx says it, not `asm`. `accumulators`
+    hide the latency and fit the registers."""
 
     name: str
     feature: str
@@ -44,6 +48,7 @@ class Dot(NamedTuple):
 
 
 DOTS = (
+    Dot("tdpbusd tmm", "amx-int8", "tile", 8192, 16 * 16 * 64, 4, True, ""),
     Dot("vpdpbusd zmm", "avx512vnni", "i32", 512, 64, 24, True, "vpdpbusd $2, $2, $0"),
     Dot("vpdpbusd ymm", "avxvnni", "i32", 256, 32, 12, True, "{vex} vpdpbusd $2, $2, $0"),
     Dot(
@@ -61,7 +66,16 @@ DOTS = (
 
 def available() -> list[Dot]:
     """The rows that Numba's target can assemble; any other would end the process."""
-    return [dot for dot in DOTS if dot.feature in target_features()]
+    tiles = "amx_int8" in isa.runnable()  # the operating system has a say, too
+    return [
+        dot for dot in DOTS if dot.feature in target_features() and (tiles or dot.element != "tile")
+    ]
+
+
+def exact() -> list[Dot]:
+    """The exact rows of the tier in use; of one that names none, all of this machine's."""
+    rows = [dot for dot in available() if dot.exact]
+    return [dot for dot in rows if dot.feature in isa.BY_NAME[isa.current()].features] or rows
 
 
 def _loop(builder: ir.IRBuilder, n: ir.Value, state: list[ir.Value], body: Any) -> list[ir.Value]:
@@ -88,6 +102,9 @@ def _dots(typingctx: Any, row: Any, n: Any) -> Any:
     dot = DOTS[row.literal_value]
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        if dot.element == "tile":
+            _tile_dots(builder, dot, args[1])
+            return context.get_dummy_value()
         element = ir.FloatType() if dot.element == "f32" else ir.IntType(32)
         vector = ir.VectorType(element, dot.bits // 32)
         zero = ir.Constant(vector, [0] * vector.count)
@@ -112,6 +129,33 @@ def _dots(typingctx: Any, row: Any, n: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(row, types.int64), codegen
+
+
+def _tile_dots(builder: ir.IRBuilder, dot: Dot, n: ir.Value) -> None:
+    simd = emitter("amx_int8")
+    assert isinstance(simd, Amx)
+
+    def constant(values: Any) -> ir.Value:
+        kind = ir.ArrayType(ir.IntType(8), len(values))
+        memory = builder.alloca(kind)
+        builder.store(ir.Constant(kind, [int(value) for value in values]), memory)
+        memory.type = ptr  # llvmlite gives it a typed pointer, which LLVM no longer knows
+        return memory
+
+    simd.configure(builder, constant(tile_config(ROWS, Amx.depth)))
+    operand = constant([7, 3, 5, 3] * 256)
+    for register in (*A_TILES, *B_TILES):
+        simd.tile_load(builder, register, operand, i64(64))
+    for register in range(dot.accumulators):
+        simd.tile_zero(builder, register)
+
+    def body(i: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
+        for j in range(dot.accumulators):
+            simd.tile_dot(builder, j, A_TILES[j // 2], B_TILES[j % 2])
+        return []
+
+    _loop(builder, n, [], body)
+    simd.release(builder)
 
 
 @functools.cache
@@ -162,14 +206,18 @@ def _measure(dot: Dot, threads: int, repeats: int) -> None:
 
 def measure_again(threads: int) -> None:
     """Once more, shortly: a moment when the machine was busy must not lower the limit."""
-    for dot in available():
-        if dot.exact:
-            _measure(dot, threads, REPEATS // 4)
+    for dot in exact():
+        _measure(dot, threads, REPEATS // 4)
 
 
 def compute_peak(threads: int) -> float:
     """GOP/s of the best exact integer row; NaN where no row is known for this CPU."""
-    rows = [gops(dot, threads) for dot in available() if dot.exact]
+    return max((gops(dot, threads) for dot in exact()), default=float("nan"))
+
+
+def vpdpbusd(threads: int) -> float:
+    """GOP/s of the widest `vpdpbusd` of this machine; NaN without VNNI."""
+    rows = [gops(dot, threads) for dot in available() if dot.name.startswith("vpdpbusd")]
     return max(rows, default=float("nan"))
 
 
