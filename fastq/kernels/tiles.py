@@ -55,13 +55,13 @@ def tiles_of(isa: str, kind: str = "gemm") -> tuple[Tile, ...]:
 
 @functools.cache
 def choose_nr(isa: str, n: int) -> int:
-    """The panel width for n columns: the least time over whole panels."""
+    """The panel width for n columns: the least time over whole panels, then the widest."""
     work = Work(_MANY_ROWS, _MANY_ROWS // ROWS, _MANY_STEPS, emitter(isa).depth)
     cost = {
         nr: -(-n // nr) * nr * min(_column_cost(tile, work) for tile in tiles)
         for nr, tiles in _by_nr(isa).items()
     }
-    return min(cost, key=cost.__getitem__)
+    return min(cost, key=lambda nr: (cost[nr], -nr))
 
 
 def _by_nr(isa: str) -> dict[int, list[Tile]]:
