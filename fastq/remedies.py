@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from fastq.graph import Graph, Node, Values, evaluate
+from fastq.graph import Graph, Node, Values, evaluate, pixels_together
 from fastq.lower import weight_of
 from fastq.prepare import WEIGHTED, Prepared, fake_quantize, grid_ends
 from fastq.qparams import quantize_weight
@@ -312,7 +312,8 @@ def walk(
     sizes = [_size(arguments) for arguments in batches]
     for node in graph:
         if node.op == "input":
-            given = [arguments[graph.inputs.index(node)] for arguments in batches]
+            place = graph.inputs.index(node)
+            given = [pixels_together(arguments[place]) for arguments in batches]
             for values, value in zip(reals, given, strict=False):
                 values[node] = value
             made: list[Any] = given
@@ -331,9 +332,9 @@ def walk(
                     _simulated(prepared, node, side.inputs) if side.made is None else side.made
                     for side in sides
                 ]
-                made = [_clamped(node, value) for value in made]
+                made = [_clamped(node, value, out=value) for value in made]
                 for values in reals:
-                    values[node] = _clamped(node, values[node])
+                    values[node] = _clamped(node, values[node], out=values[node])
             else:
                 made = [
                     evaluate(node, [grid[v] for v in node.inputs], size)
@@ -341,7 +342,9 @@ def walk(
                 ]
         for grid, value in zip(grids, made, strict=True):
             if node in quantized and isinstance(value, Tensor):
-                value = fake_quantize(value, prepared.qparams(node))
+                # a product is new memory, whose pages cost more than what is computed in them
+                out = value if node in layers else None
+                value = fake_quantize(value, prepared.qparams(node), out=out)
             grid[node] = value
         for taken in set(node.inputs):
             if last[taken] is node:
@@ -353,8 +356,9 @@ def _unclamped(node: Node) -> Node:
     return replace(node, attrs={k: v for k, v in node.attrs.items() if k != "clamp"})
 
 
-def _clamped(node: Node, value: Tensor) -> Tensor:
-    return value.clamp(*node.attrs["clamp"]) if "clamp" in node.attrs else value
+def _clamped(node: Node, value: Tensor, out: Tensor | None = None) -> Tensor:
+    """The value of a node after its clamp; in the memory of `out`, which may be the value's."""
+    return torch.clamp(value, *node.attrs["clamp"], out=out) if "clamp" in node.attrs else value
 
 
 def _simulated(prepared: Prepared, node: Node, inputs: list[Tensor]) -> Tensor:
@@ -377,7 +381,10 @@ def bias_correction(prepared: Prepared, sample: Sequence[Batch], progress: bool 
     wanted, quantized = _Means(prepared.layers()), prepared.quantized_values()
 
     def within(node: Node, value: Any) -> Any:
-        return value.clamp(*grid_ends(prepared.qparams(node))) if node in quantized else value
+        if node not in quantized:
+            return value
+        clamp = value.clamp_ if node.op in WEIGHTED else value.clamp  # a product is new memory
+        return clamp(*grid_ends(prepared.qparams(node)))
 
     with torch.no_grad():
         for arguments in bar(sample, "float means", progress):
