@@ -328,8 +328,10 @@ def walk(
                     for grid, real in zip(grids, wanted, strict=True)
                 ]
                 yield node, sides
+                if any(side.made is None for side in sides):
+                    bare = _simulated(prepared, node)
                 made = [
-                    _simulated(prepared, node, side.inputs) if side.made is None else side.made
+                    evaluate(bare, side.inputs) if side.made is None else side.made
                     for side in sides
                 ]
                 made = [_clamped(node, value, out=value) for value in made]
@@ -361,10 +363,12 @@ def _clamped(node: Node, value: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.clamp(value, *node.attrs["clamp"], out=out) if "clamp" in node.attrs else value
 
 
-def _simulated(prepared: Prepared, node: Node, inputs: list[Tensor]) -> Tensor:
-    """The output of a layer with its integer weight, before the clamp."""
-    bare = replace(_unclamped(node), tensors=prepared.simulated_tensors(node))
-    return evaluate(bare, inputs)
+def _simulated(prepared: Prepared, node: Node) -> Node:
+    """A layer with its integer weight and without its clamp."""
+    tensors = prepared.simulated_tensors(node)
+    return replace(
+        _unclamped(node), tensors=tensors | {"weight": pixels_together(tensors["weight"])}
+    )
 
 
 # ------------------------------------------------------------------------- biases, means, variances
@@ -392,9 +396,9 @@ def bias_correction(prepared: Prepared, sample: Sequence[Batch], progress: bool 
         means = wanted.result()
         walked = walk(prepared, sample, floats=False)
         for node, sides in bar(walked, "correct biases", progress, count):
-            got = _Means([node])
+            got, simulated = _Means([node]), _simulated(prepared, node)
             for side in sides:
-                side.made = _simulated(prepared, node, side.inputs)
+                side.made = evaluate(simulated, side.inputs)
                 got(node, side.made)
             shift = (means[node] - got.result()[node]).float()
             prepared.biases[node] = _bias(prepared, node) + shift
@@ -435,10 +439,10 @@ def batch_norm(prepared: Prepared, sample: Sequence[Batch], progress: bool = Fal
     count = len(prepared.layers())
     with torch.no_grad():
         for node, sides in bar(walk(prepared, sample), "re-estimate", progress, count):
-            got, wanted = [], []
+            got, wanted, simulated = [], [], _simulated(prepared, node)
             for side in sides:
                 add = side.inputs[1] if len(side.inputs) == 2 else 0.0
-                y = _simulated(prepared, node, side.inputs)
+                y = evaluate(simulated, side.inputs)
                 got.append(_by_channel(node, y - add).double())
                 wanted.append(_by_channel(node, side.wanted - add).double())
             y, real = torch.cat(got, 1), torch.cat(wanted, 1)

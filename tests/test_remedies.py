@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastq import remedies as room
-from fastq.graph import Node
+from fastq.graph import Node, evaluate
 from fastq.layerwise import decibels
 from fastq.observer import PercentileObserver
 from fastq.plan import BoundProgram
@@ -185,7 +185,7 @@ def test_bias_correction_restores_the_mean_of_every_layer() -> None:
         calibrate(prepared, data, names)
         shifts = []
         for node, sides in walk(prepared, data):
-            errors = [s.wanted - room._simulated(prepared, node, s.inputs) for s in sides]
+            errors = [s.wanted - evaluate(room._simulated(prepared, node), s.inputs) for s in sides]
             mean = room._by_channel(node, torch.cat(errors)).mean(1).abs().max()
             shifts.append(float(mean / torch.cat([s.wanted for s in sides]).std()))
         worst[names] = max(shifts)
@@ -232,7 +232,7 @@ def test_batch_norm_gains_and_restores_mean_and_variance() -> None:
     prepared = prepared_for(Depthwise(), data[0], weight_bits=3)
     calibrate(prepared, [[batch] for batch in data], "batch_norm")
     for node, sides in walk(prepared, [[batch] for batch in data]):
-        got = torch.cat([room._simulated(prepared, node, s.inputs) for s in sides])
+        got = torch.cat([evaluate(room._simulated(prepared, node), s.inputs) for s in sides])
         wanted = torch.cat([s.wanted for s in sides])
         got, wanted = room._by_channel(node, got), room._by_channel(node, wanted)
         torch.testing.assert_close(got.mean(1), wanted.mean(1), atol=1e-3, rtol=1e-3)
