@@ -115,8 +115,8 @@ class Graph:
         tensors    parameters to take instead of a node's own.
         unclamped  unclamped(node, value) sees each operation's value before its clamp.
         """
-        given = [x for x in arguments if isinstance(x, Tensor)]
-        batch = next((len(x) for x in given if isinstance(x, Tensor) and x.dim()), 1)
+        given = tensors_of(arguments)
+        batch = next((len(x) for x in given if x.dim()), 1)
         last = {value: node for node in self.nodes for value in node.inputs}
         kept = self.output_nodes()
         values: Values = {}
@@ -141,6 +141,11 @@ class Graph:
 
     def __str__(self) -> str:
         return "\n".join(map(repr, self.nodes))
+
+
+def tensors_of(arguments: Iterable[Any]) -> list[Tensor]:
+    """The values of a graph's inputs, among the leaves of its arguments."""
+    return [x for x in arguments if isinstance(x, Tensor)]
 
 
 def pixels_together(x: Any) -> Any:
