@@ -17,6 +17,7 @@ Build = Callable[[tuple[str, ...], tuple[str, ...]], nn.Module]
 # What each rung adds to the best so far; what gains nothing is left out again. One way of rounding
 # takes the place of the other.
 RUNGS = (
+    ("input_equalization",),
     ("cross_layer_equalization", "activation_equalization"),
     ("gptq",),
     ("adaround",),

@@ -185,10 +185,10 @@ def symmetric(qparams: QParams) -> QParams:
     return QParams(np.array(peak / 127, np.float32), np.array(128, np.int32))
 
 
-def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
-    """x on the grid of qparams, in float32."""
+def fake_quantize(x: Tensor, qparams: QParams, *, out: Tensor | None = None) -> Tensor:
+    """x on the grid of qparams, in float32; in the memory of `out`, which x may be."""
     scale, zero_point = float(qparams.scale), int(qparams.zero_point)
-    return (x / scale).round_().clamp_(-zero_point, 255 - zero_point).mul_(scale)
+    return torch.div(x, scale, out=out).round_().clamp_(-zero_point, 255 - zero_point).mul_(scale)
 
 
 def prepare(

@@ -94,8 +94,10 @@ def quantize_model(
     prepared, why = None, ""
     batches = Batches(calibration_data)
     try:
-        args, kwargs = call_of(model, batches.first(), forward)
-        prepared = prepare_model(model, args, kwargs, config=config, skip=skip)
+        # without a name: the first batch is not to be held while the others are observed
+        prepared = prepare_model(
+            model, *call_of(model, batches.first(), forward), config=config, skip=skip
+        )
     except CannotCapture as error:
         why = str(error)
     if prepared is None or not prepared.regions:

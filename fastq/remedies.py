@@ -2,6 +2,7 @@
 float network, before its values are observed, to an equal one that is easier to quantize; the
 second kind the integer weights and the biases, afterwards.
 
+    input_equalization         channels of the network's inputs: each has a grid of its own
     cross_layer_equalization   channels of products that are clamped, averaged or pooled at most
     activation_equalization    channels of layer norms, and of batch norms that stand alone
     balanced_rounding          rounds weights so that their errors cancel: kernels, outputs
@@ -33,8 +34,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from fastq.graph import Graph, Node, Values, evaluate
-from fastq.lower import weight_of
+from fastq.graph import Graph, Node, Values, evaluate, pixels_together, tensors_of
+from fastq.lower import Ranges, weight_of
 from fastq.prepare import WEIGHTED, Prepared, fake_quantize, grid_ends
 from fastq.qparams import quantize_weight
 
@@ -124,6 +125,96 @@ def bar(items: Any, title: str, progress: bool, total: int | None = None) -> Any
 
 
 # ------------------------------------------------------------------------------------ equalization
+
+
+def input_equalization(prepared: Prepared, sample: Sequence[Batch], progress: bool = False) -> None:
+    """Let each channel of a picture, or each feature of a row, run from 0 to 255 over the sample,
+    before it is quantized; the products that read it take the factors and shifts into their
+    weights and biases.
+
+    A picture's channel of 256 values, normalized by a mean and a deviation of its own, keeps all
+    of them; on a grid that the channels share it does not. The price is a float operator before
+    the program, which also pads. Inputs that not only convolutions of the same padding read, or
+    not only linear layers of rows, are left alone.
+    """
+    for x in prepared.graph.inputs:
+        readers = _input_readers(prepared, x)
+        place = prepared.graph.inputs.index(x)
+        seen = [tensors_of(arguments)[place] for arguments in sample] if readers else []
+        values = [value.transpose(0, 1).flatten(1) for value in seen if value.numel()]
+        if not values:
+            continue
+        low = torch.stack([value.amin(1) for value in values]).amin(0).double()
+        high = torch.stack([value.amax(1) for value in values]).amax(0).double()
+        step = torch.where(high > low, high - low, 1.0) / 255
+        if step.isfinite().all():
+            _insert_grid(prepared, x, readers, low, step)
+    prepared.ranges = Ranges(prepared.regions)
+    prepared.forget()
+
+
+def _insert_grid(
+    prepared: Prepared, x: Node, readers: Sequence[Node], low: Tensor, step: Tensor
+) -> None:
+    """Let these products take (x - low) / step, padded before, instead of x."""
+    layer, tensors = f"{x.name} on a grid", {"factor": 1 / step, "shift": -low / step}
+    made = []
+    (top, bottom), (left, right) = readers[0].attrs.get("padding", ((0, 0), (0, 0)))
+    if (
+        top or bottom or left or right
+    ):  # 0 is what is padded with, and no longer the same everywhere
+        n, c, h, w = x.shape
+        shape, attrs = (
+            (n, c, h + top + bottom, w + left + right),
+            {"pad": (left, right, top, bottom)},
+        )
+        made.append(Node(f"{x.name}_pad", "pad", [x], attrs, layer=layer, kind="Grid", shape=shape))
+    before = made[-1] if made else x
+    grid = Node(f"{x.name}_grid", "affine", [before], layer=layer, kind="Grid", shape=before.shape)
+    grid.tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    made.append(grid)
+    for reader in readers:
+        _take_grid(reader, grid, low, step)
+    for region in prepared.regions:
+        region.inputs = [grid if value is x else value for value in region.inputs]
+    nodes = prepared.graph.nodes
+    after = nodes.index(x) + 1
+    nodes[after:after] = made
+    for node in made:
+        prepared.reasons[node] = "gives each channel of the input a grid of its own"
+
+
+def _input_readers(prepared: Prepared, x: Node) -> list[Node]:
+    """The integer products that alone read a network's input, all in the same way; or []."""
+    users = prepared.graph.users()[x]
+    layers = set(prepared.layers())
+    if x in prepared.graph.output_nodes() or not users or len(x.shape) not in (2, 4):
+        return []
+    op = "conv2d" if len(x.shape) == 4 else "linear"
+    alike = all(
+        user in layers
+        and user.op == op
+        and x not in user.inputs[1:]
+        and user.attrs.get("padding") == users[0].attrs.get("padding")
+        for user in users
+    )
+    return users if alike and x.shape[1] > 1 else []
+
+
+def _take_grid(reader: Node, grid: Node, low: Tensor, step: Tensor) -> None:
+    """Let a product of x take grid = (x - low) / step."""
+    weight = reader.tensors["weight"].double()
+    reader.inputs[0] = grid
+    if reader.op == "conv2d":
+        constant = low.reshape(1, -1, 1, 1).expand(1, -1, *weight.shape[2:])
+        shift = F.conv2d(constant, weight, groups=reader.attrs["groups"]).flatten()
+        reader.attrs = {**reader.attrs, "padding": ((0, 0), (0, 0))}
+        weight = _grouped(reader, weight) * step.reshape(reader.attrs["groups"], 1, -1, 1, 1)
+    else:
+        shift, weight = weight @ low, weight * step
+    bias = reader.tensors.get("bias", torch.zeros(())).double() + shift
+    weight = weight.reshape(reader.tensors["weight"].shape)
+    reader.tensors = {**reader.tensors, "weight": weight.float(), "bias": bias.float()}
 
 
 def cross_layer_equalization(
@@ -312,7 +403,8 @@ def walk(
     sizes = [_size(arguments) for arguments in batches]
     for node in graph:
         if node.op == "input":
-            given = [arguments[graph.inputs.index(node)] for arguments in batches]
+            place = graph.inputs.index(node)
+            given = [pixels_together(tensors_of(arguments)[place]) for arguments in batches]
             for values, value in zip(reals, given, strict=False):
                 values[node] = value
             made: list[Any] = given
@@ -327,13 +419,15 @@ def walk(
                     for grid, real in zip(grids, wanted, strict=True)
                 ]
                 yield node, sides
+                if any(side.made is None for side in sides):
+                    bare = _simulated(prepared, node)
                 made = [
-                    _simulated(prepared, node, side.inputs) if side.made is None else side.made
+                    evaluate(bare, side.inputs) if side.made is None else side.made
                     for side in sides
                 ]
-                made = [_clamped(node, value) for value in made]
+                made = [_clamped(node, value, out=value) for value in made]
                 for values in reals:
-                    values[node] = _clamped(node, values[node])
+                    values[node] = _clamped(node, values[node], out=values[node])
             else:
                 made = [
                     evaluate(node, [grid[v] for v in node.inputs], size)
@@ -341,7 +435,9 @@ def walk(
                 ]
         for grid, value in zip(grids, made, strict=True):
             if node in quantized and isinstance(value, Tensor):
-                value = fake_quantize(value, prepared.qparams(node))
+                # a product is new memory, whose pages cost more than what is computed in them
+                out = value if node in layers else None
+                value = fake_quantize(value, prepared.qparams(node), out=out)
             grid[node] = value
         for taken in set(node.inputs):
             if last[taken] is node:
@@ -353,14 +449,17 @@ def _unclamped(node: Node) -> Node:
     return replace(node, attrs={k: v for k, v in node.attrs.items() if k != "clamp"})
 
 
-def _clamped(node: Node, value: Tensor) -> Tensor:
-    return value.clamp(*node.attrs["clamp"]) if "clamp" in node.attrs else value
+def _clamped(node: Node, value: Tensor, out: Tensor | None = None) -> Tensor:
+    """The value of a node after its clamp; in the memory of `out`, which may be the value's."""
+    return torch.clamp(value, *node.attrs["clamp"], out=out) if "clamp" in node.attrs else value
 
 
-def _simulated(prepared: Prepared, node: Node, inputs: list[Tensor]) -> Tensor:
-    """The output of a layer with its integer weight, before the clamp."""
-    bare = replace(_unclamped(node), tensors=prepared.simulated_tensors(node))
-    return evaluate(bare, inputs)
+def _simulated(prepared: Prepared, node: Node) -> Node:
+    """A layer with its integer weight and without its clamp."""
+    tensors = prepared.simulated_tensors(node)
+    return replace(
+        _unclamped(node), tensors=tensors | {"weight": pixels_together(tensors["weight"])}
+    )
 
 
 # ------------------------------------------------------------------------- biases, means, variances
@@ -377,7 +476,10 @@ def bias_correction(prepared: Prepared, sample: Sequence[Batch], progress: bool 
     wanted, quantized = _Means(prepared.layers()), prepared.quantized_values()
 
     def within(node: Node, value: Any) -> Any:
-        return value.clamp(*grid_ends(prepared.qparams(node))) if node in quantized else value
+        if node not in quantized:
+            return value
+        clamp = value.clamp_ if node.op in WEIGHTED else value.clamp  # a product is new memory
+        return clamp(*grid_ends(prepared.qparams(node)))
 
     with torch.no_grad():
         for arguments in bar(sample, "float means", progress):
@@ -385,9 +487,9 @@ def bias_correction(prepared: Prepared, sample: Sequence[Batch], progress: bool 
         means = wanted.result()
         walked = walk(prepared, sample, floats=False)
         for node, sides in bar(walked, "correct biases", progress, count):
-            got = _Means([node])
+            got, simulated = _Means([node]), _simulated(prepared, node)
             for side in sides:
-                side.made = _simulated(prepared, node, side.inputs)
+                side.made = evaluate(simulated, side.inputs)
                 got(node, side.made)
             shift = (means[node] - got.result()[node]).float()
             prepared.biases[node] = _bias(prepared, node) + shift
@@ -428,10 +530,10 @@ def batch_norm(prepared: Prepared, sample: Sequence[Batch], progress: bool = Fal
     count = len(prepared.layers())
     with torch.no_grad():
         for node, sides in bar(walk(prepared, sample), "re-estimate", progress, count):
-            got, wanted = [], []
+            got, wanted, simulated = [], [], _simulated(prepared, node)
             for side in sides:
                 add = side.inputs[1] if len(side.inputs) == 2 else 0.0
-                y = _simulated(prepared, node, side.inputs)
+                y = evaluate(simulated, side.inputs)
                 got.append(_by_channel(node, y - add).double())
                 wanted.append(_by_channel(node, side.wanted - add).double())
             y, real = torch.cat(got, 1), torch.cat(wanted, 1)
@@ -702,6 +804,7 @@ def _adaround(prepared: Prepared, node: Node, rows: Rows) -> tuple[Tensor, Tenso
 ADAROUND_PRESSURE = 0.5
 
 REMEDIES: dict[str, Remedy] = {
+    "input_equalization": Remedy(input_equalization, first=True),
     "cross_layer_equalization": Remedy(cross_layer_equalization, first=True),
     "activation_equalization": Remedy(activation_equalization, first=True),
     "balanced_rounding": Remedy(balanced_rounding),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
@@ -555,3 +557,21 @@ def test_attention_leaves_no_layer_float():
     q = fastq.quantize_model(model, x, strict=True, progress=False)
     rows = {row.name: row.result for row in fastq.summary(q).rows}
     assert rows["self_attn.out_proj"] == "int8 static"
+
+
+def test_calibration_holds_one_batch() -> None:
+    seen: list[weakref.ref[Tensor]] = []
+    alive = []
+
+    def data() -> Iterator[Tensor]:
+        for _ in range(5):
+            gc.collect()
+            alive.append(sum(batch() is not None for batch in seen))
+            batch = torch.rand(2, 3, 8, 8)
+            seen.append(weakref.ref(batch))
+            yield batch
+            del batch
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    fastq.quantize_model(model, data(), remedies=(), progress=False)
+    assert max(alive) == 1, alive

@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fastq
 from fastq import remedies as room
-from fastq.graph import Node
+from fastq.graph import Node, evaluate
 from fastq.layerwise import decibels
 from fastq.observer import PercentileObserver
 from fastq.plan import BoundProgram
@@ -132,7 +134,7 @@ def test_names_are_checked_and_put_in_order() -> None:
     assert remedy_names("gptq") == ("gptq",)
     assert remedy_names(["bias_correction", "gptq"]) == ("gptq", "bias_correction")
     assert remedy_names(()) == ()
-    with pytest.raises(ValueError, match="remedies: 'magic' is none; there are cross_layer_equal"):
+    with pytest.raises(ValueError, match="remedies: 'magic' is none; there are input_equalization"):
         remedy_names(["gptq", "magic"])
 
 
@@ -185,7 +187,7 @@ def test_bias_correction_restores_the_mean_of_every_layer() -> None:
         calibrate(prepared, data, names)
         shifts = []
         for node, sides in walk(prepared, data):
-            errors = [s.wanted - room._simulated(prepared, node, s.inputs) for s in sides]
+            errors = [s.wanted - evaluate(room._simulated(prepared, node), s.inputs) for s in sides]
             mean = room._by_channel(node, torch.cat(errors)).mean(1).abs().max()
             shifts.append(float(mean / torch.cat([s.wanted for s in sides]).std()))
         worst[names] = max(shifts)
@@ -232,7 +234,7 @@ def test_batch_norm_gains_and_restores_mean_and_variance() -> None:
     prepared = prepared_for(Depthwise(), data[0], weight_bits=3)
     calibrate(prepared, [[batch] for batch in data], "batch_norm")
     for node, sides in walk(prepared, [[batch] for batch in data]):
-        got = torch.cat([room._simulated(prepared, node, s.inputs) for s in sides])
+        got = torch.cat([evaluate(room._simulated(prepared, node), s.inputs) for s in sides])
         wanted = torch.cat([s.wanted for s in sides])
         got, wanted = room._by_channel(node, got), room._by_channel(node, wanted)
         torch.testing.assert_close(got.mean(1), wanted.mean(1), atol=1e-3, rtol=1e-3)
@@ -249,6 +251,120 @@ def test_learned_rounding_gains_more_than_the_mean(
     only_mean = gained(network, data, test, "bias_correction", weight_bits=4)
     both = gained(network, data, test, [remedy, "bias_correction"], weight_bits=4)
     assert both > only_mean + 1
+
+
+MEAN, DEVIATION = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+
+def photographs(count: int = 8) -> Tensor:
+    """256 values in each channel, normalized as torchvision's networks want it."""
+    pixels = ((images(count) + 1) * 80).clamp(0, 255).round()
+    return (pixels / 255 - MEAN[:, None, None]) / DEVIATION[:, None, None]
+
+
+class Features(nn.Module):
+    """Rows of features whose ranges differ by 1000:1 and that are not centred."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = torch.logspace(-1.5, 1.5, 24)
+        self.first, self.last = nn.Linear(24, 32), nn.Linear(32, 10)
+        with torch.no_grad():
+            self.first.weight /= self.wide
+
+    def rows(self, count: int = 64) -> Tensor:
+        return (torch.rand(count, 24) + 0.3) * self.wide
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu())
+
+
+def snr(model: nn.Module, data: Any, test: Tensor, remedies: Any) -> float:
+    """Of the quantized network's output, in dB."""
+    int8 = fastq.quantize_model(model.eval(), data, remedies=remedies, progress=False)
+    with torch.no_grad():
+        return decibels(model(test), int8(test))
+
+
+def test_input_equalization_keeps_all_values_of_photographs() -> None:
+    data, test = [photographs(), photographs()], photographs(32)
+    calibrated = {}
+    for names in ((), ("input_equalization",)):
+        prepared = prepared_for(Residual(), data[0])
+        calibrate(prepared, [[batch] for batch in data], names)
+        calibrated[names] = prepared
+    (read,) = {region.inputs[0] for region in calibrated["input_equalization",].regions}
+    kept = calibrated["input_equalization",].qparams(read)
+    assert (float(kept.scale), int(kept.zero_point)) == (1, 0)
+    pixels = evaluate(read, [test])  # without the padding, which is none of the 256 values
+    torch.testing.assert_close(pixels, pixels.round(), atol=1e-3, rtol=0)
+    model = Residual()
+    assert snr(model, data, test, "input_equalization") > snr(model, data, test, ()) + 0.5
+
+
+def test_input_equalization_gains_on_uneven_features() -> None:
+    model = Features()
+    data, test = [model.rows(), model.rows()], model.rows()
+    assert snr(model, data, test, "input_equalization") > snr(model, data, test, ()) + 10
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_input_equalization_leaves_the_float_network_as_it_was(grouped: bool) -> None:
+    model = nn.Sequential(
+        nn.ZeroPad2d((0, 1, 2, 0)), nn.Conv2d(4, 8, 3, 2, padding=1, groups=2 if grouped else 1),
+        nn.ReLU(), nn.Flatten(), nn.LazyLinear(5),
+    )  # fmt: skip
+    x = images(channels=4)
+    model(x)
+    prepared = prepared_for(model, x)
+    with torch.no_grad():
+        calibrate(prepared, [[x]], "input_equalization")
+        assert [node.op for node in prepared.graph][1:4] == ["pad", "affine", "conv2d"]
+        (y,) = prepared.graph.run([x])
+        torch.testing.assert_close(y, model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_input_equalization_leaves_an_input_that_is_also_added() -> None:
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) + x
+
+    prepared = prepared_for(Added(), images())
+    before = list(prepared.graph.nodes)
+    calibrate(prepared, [[images()]], "input_equalization")
+    assert prepared.graph.nodes == before
+
+
+def test_an_equalized_input_is_saved_and_trained(tmp_path: Path) -> None:
+    data = photographs()
+    int8 = fastq.quantize_model(Residual(), data, remedies="input_equalization", progress=False)
+    assert "gives each channel of the input a grid of its own" in repr(int8)
+    fastq.save(int8, tmp_path / "model.safetensors")
+    loaded = fastq.load(tmp_path / "model.safetensors")
+    trained = fastq.convert(fastq.prepare_qat(loaded))
+    for network in (loaded, trained):
+        assert torch.equal(network(data), int8(data))
+
+
+def test_walk_takes_arguments_that_are_no_tensors() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, times: int, x: Tensor) -> Tensor:
+            return self.conv(x).relu() * times
+
+    model, data = Scaled().eval(), images()
+    int8 = fastq.quantize_model(
+        model, [data], forward=lambda model, x: model(2, x), remedies=["bias_correction"]
+    )
+    with torch.no_grad():
+        assert decibels(model(2, data), int8(2, data)) > 25
 
 
 def test_cross_layer_equalization_gains_on_uneven_channels() -> None:

@@ -147,8 +147,8 @@ def test_a_rung_that_gains_nothing_is_left_out() -> None:
         {"bias_correction": 5, "cross_layer_equalization": -1, "gptq": 4.8}, 0.5
     )
     assert result.remedies == ("gptq", "bias_correction")
-    assert lines[2].endswith("bias_correction: 84 (-6), no gain: left out")
-    assert lines[3] == "gptq + bias_correction: 89.8 (-0.2), gains 4.8: enough"
+    assert lines[3].endswith("bias_correction: 84 (-6), no gain: left out")
+    assert lines[4] == "gptq + bias_correction: 89.8 (-0.2), gains 4.8: enough"
 
 
 def test_adaround_takes_the_place_of_gptq() -> None:
