@@ -39,7 +39,9 @@ from fastq.kernels.lines import (
     OPERAND_FIELDS,
     broadcast,
     emit_converted,
+    emit_divisor,
     emit_line,
+    emit_quotient,
     emit_rounded,
     join_lines,
     line_address,
@@ -50,7 +52,6 @@ from fastq.kernels.lookup import emit_lookup, load_table, lookup_widths
 from fastq.kernels.signature import SIGNATURE, sources_digest
 from fastq.kernels.simd import (
     address,
-    const,
     f32,
     i8,
     i32,
@@ -88,6 +89,7 @@ def emit_pointwise(
         load(b, ELEMENT[kind], place) if step == 0 else None
         for kind, step, place in zip(kinds, steps, places, strict=True)
     ]
+    divisor = emit_divisor(b, factors[0]) if operation == "quantize" else ()
     rows = load_table(b, lookup, table) if operation == "table" else []
     element = ELEMENT[kinds[0]]
 
@@ -128,10 +130,7 @@ def emit_pointwise(
             case "scale":
                 value = b.fmul(real(whole(1)), same(factors[0]))
             case "quantize":
-                value = b.fdiv(operand(1), same(factors[0]))
-                value = b.select(
-                    b.fcmp_unordered("uno", value, value), const(floats_of, 0.0), value
-                )
+                value = emit_quotient(b, operand(1), divisor)
             case "dequantize":
                 store(b, b.fmul(difference(1), same(factors[0])), places[0], b.mul(i, i64(4)))
                 return
