@@ -5,8 +5,8 @@ elements lie side by side in the output; an operand that broadcasts has a stride
 
     task = one block of ROWS lines of axis 2, COLUMNS elements each, at one place of axes 0 and 1
 
-A line is computed by vectors of `WIDTHS` elements, the widest first: nothing beyond it is read or
-written, and each step reads its operands before it writes, so that the output may be an operand.
+A line is computed by vectors of `line_widths` elements, the widest first: nothing beyond it is read
+or written, and each step reads its operands before it writes, so that the output may be an operand.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from fastq.kernels.simd import Dot, clamp, const, f32, fma, i8, i16, i32, i64, s
 (SHAPE_1, SHAPE_2, SHAPE_3, ROWS, COLUMNS, LINES_FIELDS) = range(6)
 OPERAND_FIELDS = 4  # address, and the strides of axes 0, 1, 2
 BLOCK = 8 * 1024  # elements of a task
-WIDTHS = (32, 8, 1)
-ELEMENT = {"u8": i8, "s16": i16, "s32": i32, "f32": f32}
+LONG = 512  # elements of a line whose beginning and end take little of its time
+ELEMENT = {"u8": i8, "s8": i8, "s16": i16, "s32": i32, "f32": f32}
 
 
 def broadcast(view: View, shape: tuple[int, ...]) -> View:
@@ -53,6 +53,20 @@ def join_lines(views: Sequence[View]) -> tuple[tuple[int, ...], list[tuple[int, 
     return shape, strides
 
 
+def joint_lines(views: Sequence[View]) -> int:
+    """How many short lines of axis 2 can be one, if what is the same on each is repeated.
+
+    Such an operand, a vector of channels, keeps the pixels of an image from being one line.
+    """
+    lines, columns = views[0].shape[2:]
+    for view in views:
+        step, item = view.strides[2:]
+        if step != columns * item and (step, item) != (0, view.item):
+            return 1
+    fitting = [n for n in range(1, LONG // max(columns, 1) + 1) if lines % n == 0]
+    return max(fitting, default=1)
+
+
 def share_lines(shape: Sequence[int]) -> tuple[int, dict[int, int]]:
     """The number of tasks of a shape in four axes, and the fields that say so."""
     columns = max(min(shape[3], BLOCK), 1)
@@ -66,6 +80,11 @@ def share_lines(shape: Sequence[int]) -> tuple[int, dict[int, int]]:
 def widest() -> int:
     """Elements of the widest vectors: as bytes they fill a register."""
     return 64 if "avx512bw" in target_features() else 32
+
+
+def line_widths() -> tuple[int, ...]:
+    """The vectors of a line."""
+    return (64, 32, 8, 1) if widest() == 64 else (32, 8, 1)
 
 
 @njit
@@ -116,11 +135,11 @@ def emit_loop(
 
 
 def emit_line(
-    b: Any, count: Any, body: Callable[[Any, int], None], widths: Sequence[int] = WIDTHS
+    b: Any, count: Any, body: Callable[[Any, int], None], widths: Sequence[int] = ()
 ) -> None:
     """Emits body(i, width) over the elements 0..count: the widest vectors first, then the rest."""
     i = i64(0)
-    for width in widths:
+    for width in widths or line_widths():
         i, _ = emit_loop(b, i, count, width, [], lambda at, width=width: body(at, width))
 
 
@@ -198,19 +217,20 @@ def emit_quotient(b: Any, x: Any, divisor: tuple[Any, ...]) -> Any:
     right side of every k + 0.5. All mantissas of a scale were tried, for |k| <= 256 and x within
     2 ulp of (k + 0.5) * scale.
     """
-    kind = x.type
-    parts = [splat(b, part, kind.count) for part in divisor]
-    number = b.fcmp_ordered("ord", x, x)
+    parts = [splat(b, part, x.type.count) for part in divisor]
     if len(parts) == 1:
-        x, most = b.fdiv(x, parts[0]), const(kind, LARGE)
-    else:
-        power, scaled, reciprocal = parts
-        x, most = b.fmul(x, power), b.fmul(scaled, const(kind, LARGE))
-    x = b.select(number, clamp(b, x, b.fneg(most), most), const(kind, 0.0))
-    if len(parts) == 1:
-        return x
+        return emit_limited(b, b.fdiv(x, parts[0]))
+    power, scaled, reciprocal = parts
+    x = emit_limited(b, b.fmul(x, power), b.fmul(scaled, const(x.type, LARGE)))
     quotient = b.fmul(x, reciprocal)
     return fma(b, fma(b, b.fneg(scaled), quotient, x), reciprocal, quotient)
+
+
+def emit_limited(b: Any, x: Any, most: Any = None) -> Any:
+    """A float32 vector clamped to `most`, or LARGE, either way; NaN gives 0."""
+    most = const(x.type, LARGE) if most is None else most
+    number = b.fcmp_ordered("ord", x, x)
+    return b.select(number, clamp(b, x, b.fneg(most), most), const(x.type, 0.0))
 
 
 def _between(b: Any, x: Any, lo: Any, hi: Any, signed: bool = True) -> Any:

@@ -23,14 +23,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numba import cfunc, types
 from numba.extending import intrinsic
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from fastq.kernels.call import ITEM_BYTES, Call, Place, View
+from fastq.kernels.call import ITEM_BYTES, Call, Place, View, dense_strides
 from fastq.kernels.isa import target_features
 from fastq.kernels.lines import (
     ELEMENT,
@@ -44,6 +46,7 @@ from fastq.kernels.lines import (
     emit_quotient,
     emit_rounded,
     join_lines,
+    joint_lines,
     line_address,
     share_lines,
     task_lines,
@@ -256,13 +259,19 @@ def pointwise_row(
     label: str = "",
     table: Place | None = None,
     largest: float = 0.0,
+    constants: int = 0,
 ) -> None:
     """Appends the row of an operation; the views broadcast to the first, the output.
 
-    largest is what no value exceeds before it is rounded.
+    largest is what no value exceeds before it is rounded; the arrays of the last `constants` views
+    do not change.
     """
     views = [broadcast(view, views[0].shape) for view in views]
     shape, strides = join_lines(views)
+    views = [replace(v, shape=shape, strides=s) for v, s in zip(views, strides, strict=True)]
+    if operation != "copy":
+        views = _lengthened(call, views, constants)
+    shape, strides = views[0].shape, [view.strides for view in views]
     tasks, values = share_lines(shape)
     if tasks == 0:
         return
@@ -278,6 +287,31 @@ def pointwise_row(
     bytes_a_step = sum(view.item for view in views)
     time = float(np.prod(shape)) * bytes_a_step / BYTES_PER_NANOSECOND
     call.row(kernel, FIELDS, tasks, values, places, time, label or f"{operation}_{views[0].kind}")
+
+
+def _lengthened(call: Call, views: list[View], constants: int) -> list[View]:
+    """The views with `joint_lines` of their lines as one: vectors of channels are repeated."""
+    together = joint_lines(views)
+    if together == 1:
+        return views
+    results = []
+    for n, view in enumerate(views):
+        (*outer, lines, columns), (*steps, step, item) = view.shape, view.strides
+        place = view.place
+        if step == 0 and item:  # the same on all lines
+            sizes = [size if step else 1 for size, step in zip(outer, steps, strict=True)]
+            once = replace(view, shape=(*sizes, together, columns))
+            dense = dense_strides(once.shape, view.item)
+            if n >= len(views) - constants and isinstance(place, np.ndarray):
+                place = np.array(as_strided(place, once.shape, once.strides), order="C")
+            else:
+                place = call.scratch(int(np.prod(once.shape)) * view.item)
+                repeated = View(place, once.shape, dense, view.kind)
+                pointwise_row(call, "copy", [repeated, once])
+            steps = [new if old else 0 for new, old in zip(dense, steps, strict=False)]
+        shape = (*outer, lines // together, together * columns)
+        results.append(View(place, shape, (*steps, step * together, item), view.kind))
+    return results
 
 
 def add_row(
@@ -335,7 +369,9 @@ def affine_row(
     columns = [float_view(values) for values in (multiplier, shift)]
     ints = int_parameters(zero_point, x_zero_point)
     largest = 255.0 * _magnitude(multiplier) + _magnitude(shift)
-    pointwise_row(call, "affine", [out, x, *columns], floats, ints, label, largest=largest)
+    pointwise_row(
+        call, "affine", [out, x, *columns], floats, ints, label, largest=largest, constants=2
+    )
 
 
 def _magnitude(values: Any) -> float:

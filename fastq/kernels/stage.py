@@ -23,6 +23,7 @@ from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
 from fastq.kernels.call import ITEM_BYTES
+from fastq.kernels.elementwise import elementwise_line
 from fastq.kernels.lines import (
     ELEMENT,
     emit_divisor,
@@ -60,6 +61,7 @@ from fastq.qparams import FLT_MAX, FLT_MIN
 
 MANY = 5  # planes whose channels are done group by group
 GROUPS, GROUP_PIXELS = (16, 4, 1), 16  # of so many planes at once, and their pixels
+SHORT = 8  # elements of a run that is worth a line of vectors
 NARROW = (4, 1)  # pixels at once of a line that has fewer than a vector
 
 
@@ -100,6 +102,7 @@ def stage_rows_kernel(source: str, target: str) -> Any:
     "dynamic" also writes the row's scale and zero point; "static" reads one of each.
     """
     config = (source, target, sources_digest())
+    line, item = ("divide", "f32", target), ITEM_BYTES[target]
 
     @cfunc(SIGNATURE, cache=True)
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
@@ -114,7 +117,6 @@ def stage_rows_kernel(source: str, target: str) -> Any:
                 for i in range(k):
                     out[at + i] = q[i]
             else:
-                x = pointer(row, "f32")
                 s = 0
                 if config[0] == "dynamic":
                     lo, hi = finite_range(row, k)
@@ -122,8 +124,7 @@ def stage_rows_kernel(source: str, target: str) -> Any:
                     s = m
                 step, zp = scale[s], zero_point[s]
                 lo, hi = float_difference(0, zp), float_difference(255, zp)
-                for i in range(k):
-                    out[at + i] = quantize_step(x[i], step, lo, hi) + zp
+                elementwise_line(line, row, args[R_OUT] + at * item, k, step, zp, lo, hi)
             for i in range(k, out_k):
                 out[at + i] = 0
 
@@ -215,7 +216,7 @@ def stage_image_kernel(source: str, target: str, planes: int = 0, whole: int = 0
     ones, or MANY and 0.
     """
     config = (source, target, planes, whole, sources_digest())
-    item = ITEM_BYTES[target]
+    line, item = ("divide", "f32", target), ITEM_BYTES[target]
 
     @cfunc(SIGNATURE, cache=True)
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
@@ -227,18 +228,18 @@ def stage_image_kernel(source: str, target: str, planes: int = 0, whole: int = 0
         out = pointer(args[I_OUT], config[1])
         for task in range(begin, end):
             image, y = task // args[I_HP], task % args[I_HP] - args[I_TOP]
-            line = task * line_pixels * line_channels
+            start = task * line_pixels * line_channels
             left, right = args[I_LEFT], args[I_LEFT] + width
             if y < 0 or y >= height:
                 left = right = line_pixels
-            for i in range(line, line + left * line_channels):
+            for i in range(start, start + left * line_channels):
                 out[i] = zp
-            for i in range(line + right * line_channels, line + line_pixels * line_channels):
+            for i in range(start + right * line_channels, start + line_pixels * line_channels):
                 out[i] = zp
             if left == right:
                 continue
             source_line = args[I_X] + image * args[I_XB] + y * args[I_XH]
-            first = line + left * line_channels
+            first = start + left * line_channels
             if config[2]:
                 _planes(
                     config, source_line, args[I_XC], width, args[I_OUT] + first * item, channels,
@@ -259,10 +260,9 @@ def stage_image_kernel(source: str, target: str, planes: int = 0, whole: int = 0
                         else:
                             for c in range(run):
                                 out[at + c] = pointer(pixel + c * args[I_XC], "u8")[0]
-                    elif args[I_XC] == 4:
-                        x = pointer(pixel, "f32")
-                        for c in range(run):
-                            out[at + c] = quantize_step(x[c], step, lo, hi) + zp
+                    elif args[I_XC] == 4 and run >= SHORT:
+                        place = args[I_OUT] + at * item
+                        elementwise_line(line, pixel, place, run, step, zp, lo, hi)
                     else:
                         for c in range(run):
                             value = pointer(pixel + c * args[I_XC], "f32")[0]
