@@ -54,3 +54,22 @@ def test_nothing_beyond_a_product(
     out = guarded(np.zeros_like(want))
     ops.matmul(guarded(a), guarded(b), 0.01, transpose_b=transpose_b, out=out)
     assert_array_equal(out, want)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8], ids=["u8", "s8"])
+def test_nothing_beyond_arrays_of_floats(rng: Any, dtype: Any) -> None:
+    """Lengths around every vector."""
+    for n in (1, 2, 7, 8, 9, 31, 32, 33, 63, 64, 65, 100, 127, 129):
+        x = guarded((rng.normal(size=n) * 60).astype(np.float32))
+        x[rng.integers(n)] = rng.choice(np.float32([np.nan, np.inf, -np.inf]))
+        acc = guarded(rng.integers(-(2**31), 2**31, n).astype(np.int32))
+        out, real = guarded(np.zeros(n, dtype)), guarded(np.zeros(n, np.float32))
+        named = {"scale": 0.5, "zero_point": -3 if dtype == np.int8 else 77}
+        ops.quantize(x, **named, dtype=dtype, out=out)
+        assert_array_equal(out, reference.quantize(x, **named, dtype=dtype))
+        ops.dequantize(out, **named, out=real)
+        assert_array_equal(real, reference.dequantize(out, **named))
+        for multiplier in (1e-7, 0.3):
+            rule = {"multiplier": multiplier, "zero_point": 5, "qmin": 2, "qmax": 100}
+            ops.requantize(acc, **rule, dtype=dtype, out=out)
+            assert_array_equal(out, reference.requantize(acc, **rule, dtype=dtype))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
-from rows import check_row, u8
+from rows import CANARY, KINDS, check_row, u8, view
 
 from fastq import ops, reference
 from fastq.kernels import lookup, pointwise
@@ -66,6 +66,60 @@ def test_affine_and_table(kind: str, threads: int, rng: Any, shape: tuple[int, .
             check_row(kind, want, [x], lambda call, x, out, v=values: pointwise.table_row(
                 call, x, out, v), in_place)  # fmt: skip
         assert_array_equal(ops.table(x, values), want)
+
+
+# images, and the shape of what is the same on their pixels
+REPEATED = [
+    ((2, 6, 8, 3), (2, 1, 1, 3)), ((1, 7, 9, 24), (24,)), ((3, 4, 5, 116), (3, 1, 1, 116)),
+    ((2, 3, 5, 7, 9), (2, 3, 1, 1, 9)), ((1, 13, 13, 40), (1, 1, 1, 40)), ((2, 5, 6, 600), (600,)),
+    ((2, 6, 8, 3), (2, 6, 1, 3)), ((2, 6, 8, 3), (1, 8, 3)), ((2, 6, 8, 3), (2, 6, 8, 1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("frame", [0, 1])
+@pytest.mark.parametrize("shape, y_shape", REPEATED, ids=str)
+def test_vectors_of_channels(
+    kind: str, threads: int, rng: Any, shape: Any, y_shape: Any, frame: int
+) -> None:
+    """Pixels that lie side by side, in lines that do or do not, with what is repeated on them."""
+    whole = u8(rng, *shape[:-2], shape[-2] + frame, shape[-1]).astype(KINDS[kind])
+    x, y = whole[..., : shape[-2], :], u8(rng, *y_shape).astype(KINDS[kind])
+    scales = rng.normal(size=shape[-1]).astype(np.float32)
+    shifts = (rng.normal(size=shape[-1]) * 50).astype(np.float32)
+    a, b = x.astype(U8), y.astype(U8)
+    named = {"zero_point": 10, "qmin": 3, "qmax": 250}
+    zeros = named | {"a_zero_point": 255, "b_zero_point": 7}
+    rows: list[tuple[Any, Any]] = [
+        (reference.add(a, b, 0.37, -0.81, **zeros), lambda call, x, y, out: pointwise.add_row(
+            call, x, y, out, (0.37, -0.81), (255, 7), *CLAMP)),
+        (reference.mul(b, a, 0.0071, **zeros), lambda call, x, y, out: pointwise.mul_row(
+            call, y, x, out, 0.0071, (255, 7), *CLAMP)),
+        (reference.affine(a, scales, shifts, x_zero_point=99, **named), lambda call, x, y, out:
+            pointwise.affine_row(call, x, out, scales, shifts, 99, *CLAMP)),
+    ]  # fmt: skip
+    for want, row in rows:
+        for in_place in (False, True):
+            target = whole.copy() if in_place else np.full_like(whole, CANARY)
+            out = target[..., : shape[-2], :]
+            call = Call(0)
+            row(call, view(out if in_place else x), view(y), view(out))
+            for _ in range(1 if in_place else 2):
+                call.run()
+            assert_array_equal(out, want)
+            rest = whole if in_place else np.full_like(whole, CANARY)
+            assert_array_equal(target[..., shape[-2] :, :], rest[..., shape[-2] :, :])
+
+
+def test_vectors_of_channels_that_change(rng: Any) -> None:
+    """An operand is read when the call runs."""
+    x, y = u8(rng, 2, 6, 8, 3), u8(rng, 2, 1, 1, 3)
+    call, out = Call(0), np.zeros_like(x)
+    pointwise.mul_row(call, view(x), view(y), view(out), 0.0071, (3, 4))
+    for _ in range(2):
+        y[...] = u8(rng, *y.shape)
+        call.run()
+        want = reference.mul(x, y, 0.0071, a_zero_point=3, b_zero_point=4)
+        assert_array_equal(out, want)
 
 
 def test_all_bytes_of_add_and_mul(rng: Any) -> None:

@@ -1,4 +1,4 @@
-"""quantize, dequantize, requantize of whole arrays: plain loops over blocks.
+"""quantize, dequantize, requantize of whole arrays: lines of vectors, or plain loops over blocks.
 
 An array is seen as (rows, columns). The parameters are one for all ("tensor"; A_SCALE holds the
 scale's bits and A_ZERO_POINT the integer, elsewhere they hold addresses), one per row, repeating
@@ -13,8 +13,18 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from numba import float32, float64, int32, int64
+from numba import float32, float64, int32, int64, types
+from numba.extending import intrinsic
 
+from fastq.kernels.call import ITEM_BYTES
+from fastq.kernels.lines import (
+    ELEMENT,
+    emit_divisor,
+    emit_limited,
+    emit_line,
+    emit_quotient,
+    emit_rounded,
+)
 from fastq.kernels.native import native
 from fastq.kernels.scalar import (
     divide,
@@ -26,11 +36,70 @@ from fastq.kernels.scalar import (
     rint_f64,
 )
 from fastq.kernels.signature import sources_digest
+from fastq.kernels.simd import const, f32, i32, i64, load, ptr, splat, store, vec
 
 (
     A_X, A_OUT, A_ROWS, A_COLUMNS, A_BLOCK, A_PARAMS, A_SCALE, A_ZERO_POINT, A_QMIN, A_QMAX,
     A_FIELDS,
 ) = range(11)  # fmt: skip
+
+
+def has_lines(operation: str, source: str, target: str) -> bool:
+    """Whether `elementwise_line` computes it."""
+    return source != "s32" if operation == "dequantize" else target != "s32"
+
+
+@intrinsic(prefer_literal=True)
+def elementwise_line(
+    typingctx: Any,
+    config: Any,
+    x: Any,
+    out: Any,
+    count: Any,
+    step: Any,
+    zero_point: Any,
+    lo: Any,
+    hi: Any,
+) -> Any:
+    """`count` elements with one scale and zero point; config begins: operation, source, target.
+
+    lo and hi are qmin and qmax less the zero point.
+    """
+    operation, source, target = (t.literal_value for t in config.types[:3])
+    numbers = [types.float32, types.int32, types.float32, types.float32]
+    signature = types.void(config, *[types.int64] * 3, *numbers)
+
+    def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
+        x, out, count, step, zero_point, lo, hi = values[1:]
+        x, out = (b.inttoptr(place, ptr) for place in (x, out))
+        divisor = emit_divisor(b, step) if operation == "divide" else ()
+        signed = "s8" in (source, target)
+        if target == "s8":  # uint8 with the upper half of the range turned round
+            zero_point = b.add(zero_point, i32(128))
+
+        def body(i: Any, width: int) -> None:
+            floats_of, ints_of = vec(f32, width), vec(i32, width)
+            value = load(b, vec(ELEMENT[source], width), x, b.mul(i, i64(ITEM_BYTES[source])))
+            if operation == "dequantize":
+                value = (b.sext if signed else b.zext)(value, ints_of)
+                value = b.sub(value, splat(b, zero_point, width))
+                value = b.fmul(b.sitofp(value, floats_of), splat(b, step, width))
+                store(b, value, out, b.mul(i, i64(4)))
+                return
+            if operation == "divide":
+                value = emit_quotient(b, value, divisor)
+            else:
+                value = b.sitofp(value, floats_of) if source == "s32" else value
+                value = emit_limited(b, b.fmul(value, splat(b, step, width)))
+            q = emit_rounded(b, value, lo, hi, zero_point, ELEMENT[target], bounded=True)
+            if target == "s8":
+                q = b.xor(q, const(q.type, -128))
+            store(b, q, out, b.mul(i, i64(ITEM_BYTES[target])))
+
+        emit_line(b, count, body)
+        return context.get_dummy_value()
+
+    return signature, codegen
 
 
 @functools.cache
@@ -40,6 +109,8 @@ def elementwise_kernel(operation: str, source: str, target: str, layout: str) ->
     source and target are keys of scalar.KINDS; layout "tensor", "row" or "column".
     """
     config = (operation, source, target, layout, sources_digest())
+    lines = layout != "column" and has_lines(operation, source, target)
+    source_item, target_item = ITEM_BYTES[source], ITEM_BYTES[target]
 
     @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
@@ -61,6 +132,12 @@ def elementwise_kernel(operation: str, source: str, target: str, layout: str) ->
             else:
                 step, zp = scale[p], zero_point[p]
             lo, hi = float_difference(qmin, zp), float_difference(qmax, zp)
+            if lines:
+                elementwise_line(
+                    config, args[A_X] + (at + first) * source_item,
+                    args[A_OUT] + (at + first) * target_item, last - first, step, zp, lo, hi,
+                )  # fmt: skip
+                continue
             for i in range(first, last):
                 if config[3] == "column":
                     step, zp = scale[i], zero_point[i]

@@ -616,7 +616,9 @@ def stage_image(
     batch, h, w, c = x.shape
     _, hp, wp, cp = out.shape
     call.row(
-        stage.stage_image_kernel(x.kind, out.kind),
+        stage.stage_image_kernel(
+            x.kind, out.kind, *stage.interleaved_planes(x.kind, x.strides, c, cp)
+        ),
         stage.I_FIELDS,
         batch * hp,
         {

@@ -21,7 +21,14 @@ from numba import types
 from numba.extending import intrinsic
 
 from fastq.kernels.call import ITEM_BYTES, Call, View, collapse, dense_strides
-from fastq.kernels.lines import ELEMENT, emit_converted, emit_interleaved, emit_line, join_lines
+from fastq.kernels.lines import (
+    ELEMENT,
+    LARGE,
+    emit_converted,
+    emit_interleaved,
+    emit_line,
+    join_lines,
+)
 from fastq.kernels.native import native
 from fastq.kernels.pointwise import (
     float_parameters,
@@ -263,7 +270,7 @@ def quantize_row(
     floats = float_parameters(zero_point, 0, 255, scale)
     ints = int_parameters(zero_point)
     if _lines_match([out, x]):
-        pointwise_row(call, "quantize", [out, x], floats, ints, label, largest=np.inf)
+        pointwise_row(call, "quantize", [out, x], floats, ints, label, largest=LARGE)
         return
     if not _has_lines(x):
         dense = _scratch(call, x, "f32")
@@ -271,7 +278,7 @@ def quantize_row(
         x = dense
     held, order = _scratch(call, x, out.kind), _by_stride(x)
     views = [permuted(held, order), permuted(x, order)]
-    pointwise_row(call, "quantize", views, floats, ints, label, largest=np.inf)
+    pointwise_row(call, "quantize", views, floats, ints, label, largest=LARGE)
     copy_row(call, held, out)
 
 

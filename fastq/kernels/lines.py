@@ -5,27 +5,30 @@ elements lie side by side in the output; an operand that broadcasts has a stride
 
     task = one block of ROWS lines of axis 2, COLUMNS elements each, at one place of axes 0 and 1
 
-A line is computed by vectors of `WIDTHS` elements, the widest first: nothing beyond it is read or
-written, and each step reads its operands before it writes, so that the output may be an operand.
+A line is computed by vectors of `line_widths` elements, the widest first: nothing beyond it is read
+or written, and each step reads its operands before it writes, so that the output may be an operand.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from numba import njit
 
 from fastq.kernels import simd
 from fastq.kernels.call import View, collapse
-from fastq.kernels.simd import clamp, const, f32, i8, i16, i32, i64, splat, vec
+from fastq.kernels.isa import target_features
+from fastq.kernels.simd import Dot, clamp, const, f32, fma, i8, i16, i32, i64, shuffle, splat, vec
 
 (SHAPE_1, SHAPE_2, SHAPE_3, ROWS, COLUMNS, LINES_FIELDS) = range(6)
 OPERAND_FIELDS = 4  # address, and the strides of axes 0, 1, 2
 BLOCK = 8 * 1024  # elements of a task
-WIDTHS = (32, 8, 1)
-ELEMENT = {"u8": i8, "s16": i16, "s32": i32, "f32": f32}
+LONG = 512  # elements of a line whose beginning and end take little of its time
+ELEMENT = {"u8": i8, "s8": i8, "s16": i16, "s32": i32, "f32": f32}
 
 
 def broadcast(view: View, shape: tuple[int, ...]) -> View:
@@ -50,6 +53,20 @@ def join_lines(views: Sequence[View]) -> tuple[tuple[int, ...], list[tuple[int, 
     return shape, strides
 
 
+def joint_lines(views: Sequence[View]) -> int:
+    """How many short lines of axis 2 can be one, if what is the same on each is repeated.
+
+    Such an operand, a vector of channels, keeps the pixels of an image from being one line.
+    """
+    lines, columns = views[0].shape[2:]
+    for view in views:
+        step, item = view.strides[2:]
+        if step != columns * item and (step, item) != (0, view.item):
+            return 1
+    fitting = [n for n in range(1, LONG // max(columns, 1) + 1) if lines % n == 0]
+    return max(fitting, default=1)
+
+
 def share_lines(shape: Sequence[int]) -> tuple[int, dict[int, int]]:
     """The number of tasks of a shape in four axes, and the fields that say so."""
     columns = max(min(shape[3], BLOCK), 1)
@@ -57,6 +74,17 @@ def share_lines(shape: Sequence[int]) -> tuple[int, dict[int, int]]:
     tasks = shape[0] * shape[1] * -(-shape[2] // rows) * -(-shape[3] // columns)
     values = {SHAPE_1: shape[1], SHAPE_2: shape[2], SHAPE_3: shape[3]}
     return tasks, values | {ROWS: rows, COLUMNS: columns}
+
+
+@functools.cache
+def widest() -> int:
+    """Elements of the widest vectors: as bytes they fill a register."""
+    return 64 if "avx512bw" in target_features() else 32
+
+
+def line_widths() -> tuple[int, ...]:
+    """The vectors of a line."""
+    return (64, 32, 8, 1) if widest() == 64 else (32, 8, 1)
 
 
 @njit
@@ -107,14 +135,15 @@ def emit_loop(
 
 
 def emit_line(
-    b: Any, count: Any, body: Callable[[Any, int], None], widths: Sequence[int] = WIDTHS
+    b: Any, count: Any, body: Callable[[Any, int], None], widths: Sequence[int] = ()
 ) -> None:
     """Emits body(i, width) over the elements 0..count: the widest vectors first, then the rest."""
     i = i64(0)
-    for width in widths:
+    for width in widths or line_widths():
         i, _ = emit_loop(b, i, count, width, [], lambda at, width=width: body(at, width))
 
 
+LARGE = 1024.0  # beyond what is left of a quantized value
 MAX_BOUNDED = 2.0**30  # a value below it goes to int32, zero point and all
 
 
@@ -131,16 +160,77 @@ def emit_rounded(
     if not bounded:
         value = clamp(b, value, splat(b, lo, width), splat(b, hi, width))
     steps = simd.call(b, f"llvm.lrint.v{width}i32.v{width}f32", ints, [value])
-    steps = _between(b, steps, const(ints, -(2**15)), const(ints, 2**15 - 1))
-    zero = splat(b, b.trunc(zero_point, i16), width)
-    q = simd.call(b, f"llvm.sadd.sat.v{width}i16", shorts, [b.trunc(steps, shorts), zero])
-    if element != i16 or not bounded:  # LLVM knows this as one instruction with the truncation
-        q = _between(b, q, const(shorts, 0), const(shorts, 255))
-    q = emit_converted(b, q, element)
+    if element == i8 and width == widest() and "avx2" in target_features():
+        q = _packed(b, steps, zero_point)
+    else:
+        steps = _between(b, steps, const(ints, -(2**15)), const(ints, 2**15 - 1))
+        zero = splat(b, b.trunc(zero_point, i16), width)
+        q = simd.call(b, f"llvm.sadd.sat.v{width}i16", shorts, [b.trunc(steps, shorts), zero])
+        if element != i16 or not bounded:  # LLVM knows this as one instruction with the truncation
+            q = _between(b, q, const(shorts, 0), const(shorts, 255))
+        q = emit_converted(b, q, element)
     if not bounded:
         return q
     qmin, qmax = (b.trunc(b.add(b.fptosi(end, i32), zero_point), element) for end in (lo, hi))
     return _between(b, q, splat(b, qmin, width), splat(b, qmax, width), signed=element == i16)
+
+
+def _packed(b: Any, steps: Any, zero_point: Any) -> Any:
+    """uint8(steps + zero_point), saturated, of `widest` int32: four registers.
+
+    Three packs and one permutation; truncations would take two instructions for each register.
+    """
+    packer, count = Dot(8 * widest(), native=True), steps.type.count
+    lanes = packer.lanes
+    zero = splat(b, b.trunc(zero_point, i16), 2 * lanes)
+    parts = [shuffle(b, steps, steps, range(i, i + lanes)) for i in range(0, count, lanes)]
+    pairs = [
+        simd.call(b, f"llvm.sadd.sat.v{2 * lanes}i16", zero.type,
+                  [packer.pack(b, *parts[i : i + 2]), zero])
+        for i in (0, 2)
+    ]  # fmt: skip
+    # within 128 bits: 4 of each part
+    order = np.arange(count).reshape(-1, 4, 4).swapaxes(0, 1).reshape(-1)
+    packed = packer.pack(b, *pairs)
+    return shuffle(b, packed, packed, [int(i) for i in order])
+
+
+def emit_divisor(b: Any, scale: Any) -> tuple[Any, ...]:
+    """What `emit_quotient` takes for a float32 scale: once for a line.
+
+    With fused multiply-add: a power of two that brings the scale away from the ends of float32, the
+    scale times that, and the reciprocal of this.
+    """
+    if "fma" not in target_features():
+        return (scale,)
+    power = b.select(b.fcmp_ordered(">", scale, f32(2.0**60)), f32(2.0**-60), f32(1.0))
+    power = b.select(b.fcmp_ordered("<", scale, f32(2.0**-60)), f32(2.0**60), power)
+    scaled = b.fmul(scale, power)
+    return power, scaled, b.fdiv(f32(1.0), scaled)
+
+
+def emit_quotient(b: Any, x: Any, divisor: tuple[Any, ...]) -> Any:
+    """x / scale of a float32 vector, for rounding: the integer is that of the float32 quotient.
+
+    Clamped to LARGE either way; NaN gives 0. A division would take longer than all the rest. The
+    product with the reciprocal is up to 1.5 ulp off; corrected by its own remainder it is on the
+    right side of every k + 0.5. All mantissas of a scale were tried, for |k| <= 256 and x within
+    2 ulp of (k + 0.5) * scale.
+    """
+    parts = [splat(b, part, x.type.count) for part in divisor]
+    if len(parts) == 1:
+        return emit_limited(b, b.fdiv(x, parts[0]))
+    power, scaled, reciprocal = parts
+    x = emit_limited(b, b.fmul(x, power), b.fmul(scaled, const(x.type, LARGE)))
+    quotient = b.fmul(x, reciprocal)
+    return fma(b, fma(b, b.fneg(scaled), quotient, x), reciprocal, quotient)
+
+
+def emit_limited(b: Any, x: Any, most: Any = None) -> Any:
+    """A float32 vector clamped to `most`, or LARGE, either way; NaN gives 0."""
+    most = const(x.type, LARGE) if most is None else most
+    number = b.fcmp_ordered("ord", x, x)
+    return b.select(number, clamp(b, x, b.fneg(most), most), const(x.type, 0.0))
 
 
 def _between(b: Any, x: Any, lo: Any, hi: Any, signed: bool = True) -> Any:
@@ -159,10 +249,25 @@ def emit_converted(b: Any, value: Any, element: Any) -> Any:
     return (b.trunc if value.type.element.width > element.width else b.zext)(value, kind)
 
 
+def emit_triples(b: Any, lines: list[Any]) -> list[Any]:
+    """Three vectors of three lines: element 0 of all in order, then element 1, ...
+
+    Each result is two shuffles of two vectors, which is what instruction sets have.
+    """
+    count = lines[0].type.count
+    results = []
+    for first in range(0, 3 * count, count):
+        places = [divmod(i, 3) for i in range(first, first + count)]
+        pair = shuffle(b, lines[0], lines[1], [at + (line == 1) * count for at, line in places])
+        lanes = [count + at if line == 2 else i for i, (at, line) in enumerate(places)]
+        results.append(shuffle(b, pair, lines[2], lanes))
+    return results
+
+
 def emit_interleaved(b: Any, lines: list[Any]) -> Any:
     """One vector: element 0 of all lines in order, then element 1, ...; a power of two lines."""
     if len(lines) == 1:
         return lines[0]
     first, second = emit_interleaved(b, lines[::2]), emit_interleaved(b, lines[1::2])
     count = first.type.count
-    return simd.shuffle(b, first, second, [i // 2 + i % 2 * count for i in range(2 * count)])
+    return shuffle(b, first, second, [i // 2 + i % 2 * count for i in range(2 * count)])

@@ -23,14 +23,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from fastq.kernels.call import ITEM_BYTES, Call, Place, View
+from fastq.kernels.call import ITEM_BYTES, Call, Place, View, dense_strides
 from fastq.kernels.isa import target_features
 from fastq.kernels.lines import (
     ELEMENT,
@@ -39,9 +41,12 @@ from fastq.kernels.lines import (
     OPERAND_FIELDS,
     broadcast,
     emit_converted,
+    emit_divisor,
     emit_line,
+    emit_quotient,
     emit_rounded,
     join_lines,
+    joint_lines,
     line_address,
     share_lines,
     task_lines,
@@ -51,7 +56,6 @@ from fastq.kernels.native import native
 from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import (
     address,
-    const,
     f32,
     i8,
     i32,
@@ -89,6 +93,7 @@ def emit_pointwise(
         load(b, ELEMENT[kind], place) if step == 0 else None
         for kind, step, place in zip(kinds, steps, places, strict=True)
     ]
+    divisor = emit_divisor(b, factors[0]) if operation == "quantize" else ()
     rows = load_table(b, lookup, table) if operation == "table" else []
     element = ELEMENT[kinds[0]]
 
@@ -129,10 +134,7 @@ def emit_pointwise(
             case "scale":
                 value = b.fmul(real(whole(1)), same(factors[0]))
             case "quantize":
-                value = b.fdiv(operand(1), same(factors[0]))
-                value = b.select(
-                    b.fcmp_unordered("uno", value, value), const(floats_of, 0.0), value
-                )
+                value = emit_quotient(b, operand(1), divisor)
             case "dequantize":
                 store(b, b.fmul(difference(1), same(factors[0])), places[0], b.mul(i, i64(4)))
                 return
@@ -258,13 +260,19 @@ def pointwise_row(
     label: str = "",
     table: Place | None = None,
     largest: float = 0.0,
+    constants: int = 0,
 ) -> None:
     """Appends the row of an operation; the views broadcast to the first, the output.
 
-    largest is what no value exceeds before it is rounded.
+    largest is what no value exceeds before it is rounded; the arrays of the last `constants` views
+    do not change.
     """
     views = [broadcast(view, views[0].shape) for view in views]
     shape, strides = join_lines(views)
+    views = [replace(v, shape=shape, strides=s) for v, s in zip(views, strides, strict=True)]
+    if operation != "copy":
+        views = _lengthened(call, views, constants)
+    shape, strides = views[0].shape, [view.strides for view in views]
     tasks, values = share_lines(shape)
     if tasks == 0:
         return
@@ -280,6 +288,31 @@ def pointwise_row(
     bytes_a_step = sum(view.item for view in views)
     time = float(np.prod(shape)) * bytes_a_step / BYTES_PER_NANOSECOND
     call.row(kernel, FIELDS, tasks, values, places, time, label or f"{operation}_{views[0].kind}")
+
+
+def _lengthened(call: Call, views: list[View], constants: int) -> list[View]:
+    """The views with `joint_lines` of their lines as one: vectors of channels are repeated."""
+    together = joint_lines(views)
+    if together == 1:
+        return views
+    results = []
+    for n, view in enumerate(views):
+        (*outer, lines, columns), (*steps, step, item) = view.shape, view.strides
+        place = view.place
+        if step == 0 and item:  # the same on all lines
+            sizes = [size if step else 1 for size, step in zip(outer, steps, strict=True)]
+            once = replace(view, shape=(*sizes, together, columns))
+            dense = dense_strides(once.shape, view.item)
+            if n >= len(views) - constants and isinstance(place, np.ndarray):
+                place = np.array(as_strided(place, once.shape, once.strides), order="C")
+            else:
+                place = call.scratch(int(np.prod(once.shape)) * view.item)
+                repeated = View(place, once.shape, dense, view.kind)
+                pointwise_row(call, "copy", [repeated, once])
+            steps = [new if old else 0 for new, old in zip(dense, steps, strict=False)]
+        shape = (*outer, lines // together, together * columns)
+        results.append(View(place, shape, (*steps, step * together, item), view.kind))
+    return results
 
 
 def add_row(
@@ -337,7 +370,9 @@ def affine_row(
     columns = [float_view(values) for values in (multiplier, shift)]
     ints = int_parameters(zero_point, x_zero_point)
     largest = 255.0 * _magnitude(multiplier) + _magnitude(shift)
-    pointwise_row(call, "affine", [out, x, *columns], floats, ints, label, largest=largest)
+    pointwise_row(
+        call, "affine", [out, x, *columns], floats, ints, label, largest=largest, constants=2
+    )
 
 
 def _magnitude(values: Any) -> float:

@@ -382,3 +382,9 @@ def emitter(isa: str) -> Amx | Vnni | Madd:
         case "generic":
             return Madd(128, False)
     raise ValueError(f"no tier {isa!r}")
+
+
+def fma(b: Any, x: Any, y: Any, z: Any) -> Any:
+    """x * y + z of float32 or vectors of them, rounded once; the target has an instruction."""
+    name = f"v{x.type.count}f32" if isinstance(x.type, ir.VectorType) else "f32"
+    return call(b, f"llvm.fma.{name}", x.type, [x, y, z])

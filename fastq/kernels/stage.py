@@ -6,6 +6,9 @@
     range_parts   the smallest and the largest finite value of blocks of float32 rows
     range_qparams these -> a row's scale and zero point (ONNX DynamicQuantizeLinear)
 
+Where x's pixels lie side by side (planes: NCHW), vectors of pixels of a few channels are quantized
+and interleaved in registers.
+
 The type of the result is that of the tile (`Tile.a_bytes`). Padding is filled with the zero point,
 which stands for real 0; columns and channels added to reach 4 meet weights of 0.
 """
@@ -13,10 +16,25 @@ which stands for real 0; columns and channels added to reach 4 meet weights of 0
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
-from numba import njit
+from numba import njit, types
+from numba.extending import intrinsic
 
+from fastq.kernels.call import ITEM_BYTES
+from fastq.kernels.elementwise import elementwise_line
+from fastq.kernels.lines import (
+    ELEMENT,
+    emit_divisor,
+    emit_interleaved,
+    emit_line,
+    emit_loop,
+    emit_quotient,
+    emit_rounded,
+    emit_triples,
+    widest,
+)
 from fastq.kernels.native import native
 from fastq.kernels.scalar import (
     RANGE_BYTES,
@@ -31,6 +49,7 @@ from fastq.kernels.scalar import (
     stack_bytes,
 )
 from fastq.kernels.signature import sources_digest
+from fastq.kernels.simd import address, const, f32, i64, load, ptr, shuffle, store, vec
 from fastq.qparams import FLT_MAX, FLT_MIN
 
 # the argument blocks; strides in bytes
@@ -41,7 +60,10 @@ from fastq.qparams import FLT_MAX, FLT_MIN
 ) = range(17)  # fmt: skip
 (P_X, P_COLUMNS, P_BLOCK, P_PARTS, P_PARTS_A_ROW, P_SCALE, P_ZERO_POINT, P_FIELDS) = range(8)
 
-STRIP = 512  # pixels of a strip that is quantized before it is spread over the channels
+MANY = 5  # planes whose channels are done group by group
+GROUPS, GROUP_PIXELS = (16, 4, 1), 16  # of so many planes at once, and their pixels
+SHORT = 8  # elements of a run that is worth a line of vectors
+NARROW = (4, 1)  # pixels at once of a line that has fewer than a vector
 
 
 @njit
@@ -81,6 +103,7 @@ def stage_rows_kernel(source: str, target: str) -> Any:
     "dynamic" also writes the row's scale and zero point; "static" reads one of each.
     """
     config = (source, target, sources_digest())
+    line, item = ("divide", "f32", target), ITEM_BYTES[target]
 
     @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
@@ -95,7 +118,6 @@ def stage_rows_kernel(source: str, target: str) -> Any:
                 for i in range(k):
                     out[at + i] = q[i]
             else:
-                x = pointer(row, "f32")
                 s = 0
                 if config[0] == "dynamic":
                     lo, hi = finite_range(row, k)
@@ -103,18 +125,99 @@ def stage_rows_kernel(source: str, target: str) -> Any:
                     s = m
                 step, zp = scale[s], zero_point[s]
                 lo, hi = float_difference(0, zp), float_difference(255, zp)
-                for i in range(k):
-                    out[at + i] = quantize_step(x[i], step, lo, hi) + zp
+                elementwise_line(line, row, args[R_OUT] + at * item, k, step, zp, lo, hi)
             for i in range(k, out_k):
                 out[at + i] = 0
 
     return kernel
 
 
+@intrinsic(prefer_literal=True)
+def _planes(
+    typingctx: Any,
+    config: Any,
+    x: Any,
+    x_c: Any,
+    width: Any,
+    out: Any,
+    channels: Any,
+    line_channels: Any,
+    scale: Any,
+    lo: Any,
+    hi: Any,
+    zero_point: Any,
+) -> Any:
+    """`width` pixels of planes at x: quantized and interleaved. config is the kernel's."""
+    _, target, planes, whole, _ = (t.literal_value for t in config.types)
+    parameters = [types.float32] * 3 + [types.int32]
+    signature = types.void(config, *[types.int64] * 6, *parameters)
+
+    def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
+        _, x, x_c, width, out, channels, line_channels, scale, lo, hi, zero_point = values
+        x, out = (b.inttoptr(place, ptr) for place in (x, out))
+        element, item = ELEMENT[target], ITEM_BYTES[target]
+        step = b.mul(line_channels, i64(item))
+        divisor = emit_divisor(b, scale)
+
+        def quantized(channel: Any, i: Any, count: int) -> Any:
+            plane = address(b, x, b.mul(channel, x_c))
+            value = emit_quotient(b, load(b, vec(f32, count), plane, b.mul(i, i64(4))), divisor)
+            return emit_rounded(b, value, lo, hi, zero_point, element, bounded=True)
+
+        def pixels(i: Any, channel: Any, group: int, count: int) -> None:
+            """`count` pixels of `group` channels."""
+            lines = [quantized(b.add(channel, i64(c)), i, count) for c in range(group)]
+            place = address(b, out, b.add(b.mul(i, step), b.mul(channel, i64(item))))
+            if planes < MANY:
+                lines += [const(lines[0].type, 0)] * (whole - group)
+                parts = emit_triples(b, lines) if whole == 3 else [emit_interleaved(b, lines)]
+                for n, part in enumerate(parts):
+                    store(b, part, place, n * count * item)
+            else:
+                all_lines = emit_interleaved(b, lines)
+                for p in range(count):
+                    part = shuffle(b, all_lines, all_lines, range(p * group, (p + 1) * group))
+                    store(b, part, place, b.mul(step, i64(p)))
+
+        def line(channel: Any, group: int, count: int) -> None:
+            def last_again(i: Any) -> None:
+                """The pixels from i on, or the last ones of the line."""
+                last = b.sub(width, i64(count))
+                pixels(b.select(b.icmp_signed("<", i, last), i, last), channel, group, count)
+
+            with b.if_else(b.icmp_signed("<", width, i64(count))) as (narrow, wide):
+                with narrow:
+                    emit_line(b, width, lambda i, n: pixels(i, channel, group, n), NARROW)
+                with wide:
+                    emit_loop(b, i64(0), b.add(width, i64(count - 1)), count, [], last_again)
+
+        if 0 < planes < MANY:
+            line(i64(0), planes, widest())
+        elif planes:
+            emit_line(b, channels, lambda c, group: line(c, group, GROUP_PIXELS), GROUPS)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def interleaved_planes(
+    source: str, strides: Sequence[int], channels: int, whole: int
+) -> tuple[int, int]:
+    """The planes and whole of `stage_image_kernel` for an image of these strides in bytes."""
+    if source != "f32" or strides[2] != 4 or strides[3] == 4:
+        return 0, 0
+    return (channels, whole) if whole < MANY else (MANY, 0)
+
+
 @functools.cache
-def stage_image_kernel(source: str, target: str) -> Any:
-    """source "f32" or "u8", target "u8" or "s16". A task is one padded line of one image."""
-    config = (source, target, sources_digest())
+def stage_image_kernel(source: str, target: str, planes: int = 0, whole: int = 0) -> Any:
+    """source "f32" or "u8", target "u8" or "s16". A task is one padded line of one image.
+
+    planes, of float32 whose pixels lie side by side: how many channels are interleaved to `whole`
+    ones, or MANY and 0.
+    """
+    config = (source, target, planes, whole, sources_digest())
+    line, item = ("divide", "f32", target), ITEM_BYTES[target]
 
     @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
@@ -124,32 +227,25 @@ def stage_image_kernel(source: str, target: str) -> Any:
         step = pointer(args[I_SCALE], "f32")[0]
         lo, hi = float_difference(0, zp), float_difference(255, zp)
         out = pointer(args[I_OUT], config[1])
-        strip = pointer(stack_bytes(STRIP), "u8")
         for task in range(begin, end):
             image, y = task // args[I_HP], task % args[I_HP] - args[I_TOP]
-            line = task * line_pixels * line_channels
+            start = task * line_pixels * line_channels
             left, right = args[I_LEFT], args[I_LEFT] + width
             if y < 0 or y >= height:
                 left = right = line_pixels
-            for i in range(line, line + left * line_channels):
+            for i in range(start, start + left * line_channels):
                 out[i] = zp
-            for i in range(line + right * line_channels, line + line_pixels * line_channels):
+            for i in range(start + right * line_channels, start + line_pixels * line_channels):
                 out[i] = zp
             if left == right:
                 continue
             source_line = args[I_X] + image * args[I_XB] + y * args[I_XH]
-            first = line + left * line_channels
-            if config[0] == "f32" and args[I_XC] != 4 and args[I_XW] == 4:
-                # planes (NCHW): quantize a strip of one channel, then spread it
-                for c in range(channels):
-                    for w0 in range(0, width, STRIP):
-                        count = min(STRIP, width - w0)
-                        x = pointer(source_line + c * args[I_XC] + w0 * 4, "f32")
-                        for w in range(count):
-                            strip[w] = quantize_step(x[w], step, lo, hi) + zp
-                        at = first + w0 * line_channels + c
-                        for w in range(count):
-                            out[at + w * line_channels] = strip[w]
+            first = start + left * line_channels
+            if config[2]:
+                _planes(
+                    config, source_line, args[I_XC], width, args[I_OUT] + first * item, channels,
+                    line_channels, step, lo, hi, zp,
+                )  # fmt: skip
             else:
                 pixels, run = width, channels
                 if args[I_XW] == channels * args[I_XC] and line_channels == channels:
@@ -165,17 +261,17 @@ def stage_image_kernel(source: str, target: str) -> Any:
                         else:
                             for c in range(run):
                                 out[at + c] = pointer(pixel + c * args[I_XC], "u8")[0]
-                    elif args[I_XC] == 4:
-                        x = pointer(pixel, "f32")
-                        for c in range(run):
-                            out[at + c] = quantize_step(x[c], step, lo, hi) + zp
+                    elif args[I_XC] == 4 and run >= SHORT:
+                        place = args[I_OUT] + at * item
+                        elementwise_line(line, pixel, place, run, step, zp, lo, hi)
                     else:
                         for c in range(run):
                             value = pointer(pixel + c * args[I_XC], "f32")[0]
                             out[at + c] = quantize_step(value, step, lo, hi) + zp
-            for w in range(width):
-                for c in range(channels, line_channels):
-                    out[first + w * line_channels + c] = 0
+            if channels < line_channels and config[3] == 0:
+                for w in range(width):
+                    for c in range(channels, line_channels):
+                        out[first + w * line_channels + c] = 0
 
     return kernel
 

@@ -63,6 +63,13 @@ def _pointwise(tier: str) -> Iterable[tuple[Any, ...]]:
     yield "fill", (kind,), (item,), True
 
 
+def _images(tier: str) -> Iterable[tuple[Any, ...]]:
+    """Those of layers, and of networks whose inputs are planes of one or three channels."""
+    kind = _activations(tier)
+    yield from (("f32", kind, 0, 0), ("u8", kind, 0, 0))
+    yield from (("f32", kind, planes, whole) for planes in (1, 3) for whole in (planes, 4))
+
+
 def _copies(tier: str) -> Iterable[tuple[Any, ...]]:
     """Those of tiles by the widths that most numbers of channels take."""
     kind = _activations(tier)
@@ -122,7 +129,7 @@ FAMILIES = (
     Family(
         "conv",
         stage.stage_image_kernel,
-        lambda tier: product(("f32", "u8"), (_activations(tier),)),
+        _images,
     ),
     Family("conv", stage.range_parts_kernel, lambda tier: [()]),
     Family("conv", stage.range_qparams_kernel, lambda tier: [()]),

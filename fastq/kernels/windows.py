@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from fastq.kernels import executor, simd
 from fastq.kernels.call import ITEM_BYTES, Call, Place, View
-from fastq.kernels.lines import ELEMENT, MAX_BOUNDED, emit_line, emit_loop, emit_rounded
+from fastq.kernels.lines import ELEMENT, MAX_BOUNDED, emit_line, emit_loop, emit_rounded, widest
 from fastq.kernels.native import native
 from fastq.kernels.pointwise import float_parameters, int_parameters
 from fastq.kernels.scalar import pointer
@@ -141,7 +141,8 @@ def emit_window(b: Any, config: tuple[Any, ...], field: Any, place: Any, count: 
             value = b.fmul(b.sitofp(steps, floats_of), splat(b, load(b, f32, factors), width))
         store(b, emit_rounded(b, value, lo, hi, zp, element, bool(bounded)), out, at)
 
-    emit_line(b, count, body, WIDTHS[1:] if operation == "bilinear" else WIDTHS)
+    largest = widest() if operation == "bilinear" else WIDTHS[0]
+    emit_line(b, count, body, [width for width in WIDTHS if width <= largest])
 
 
 @intrinsic(prefer_literal=True)
