@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from rows import CANARY, KINDS, guarded, view
 
 from fastq import reference
 from fastq.kernels import lines, stage
+from fastq.kernels.assembly import assembly_of
 from fastq.kernels.call import Call, View, dense_strides
 from fastq.kernels.layers import stage_image
 
@@ -111,3 +113,13 @@ def test_any_scale(fused: bool, rng: Any, monkeypatch: pytest.MonkeyPatch, tmp_p
         check_image(x[None, :, None].transpose(0, 2, 3, 1), 3, "u8", scale=scale)
     stage.stage_image_kernel.cache_clear()
     lines.widest.cache_clear()
+
+
+def test_assembly_of_planes() -> None:
+    """64 pixels of three channels: three packs a channel, six permutations, and no division."""
+    if "avx512vbmi" not in lines.target_features():
+        pytest.skip("this CPU lacks avx512vbmi")
+    text = assembly_of(stage.stage_image_kernel("f32", "u8", 3, 3))
+    assert len(re.findall(r"vpackuswb.*%zmm", text)) == 3
+    assert len(re.findall(r"vperm[it]2b.*%zmm", text)) == 6
+    assert not re.search(r"vdivps.*%zmm", text)
