@@ -93,6 +93,7 @@ _AVX512 = (
     Tile("avx512_vnni", 1, 64, panels=2),
     Tile("avx512_vnni", 10, 32),
     Tile("avx512_vnni", 4, 32),
+    Tile("avx512_vnni", 1, 32, panels=4),
     Tile("avx512_vnni", 12, 16),
     Tile("avx512_vnni", 4, 16),
     Tile("avx512_vnni", 2, 64, "depthwise", outputs=2),

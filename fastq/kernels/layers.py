@@ -689,8 +689,9 @@ def _packed(weight: Any, isa: str, filters: Callable[[], list[NDArray[np.int8]]]
     packed = weight.panels.get(("packed", isa))
     if packed is None:
         parts = filters()
-        n, _, run = parts[0].shape
-        nr, depth = choose_nr(isa, n), min(emitter(isa).depth, -(-run // KR) * KR)
+        n, taps, run = parts[0].shape
+        depth = min(emitter(isa).depth, -(-run // KR) * KR)
+        nr = choose_nr(isa, n, taps * -(-run // depth))
         groups = [pack_panels(part, nr, isa, depth) for part in parts]
         panels = aligned_empty((len(groups) * len(groups[0]), *groups[0].shape[1:]), np.int8)
         np.concatenate(groups, out=panels)

@@ -17,10 +17,13 @@ from fastq.kernels.simd import KR, emitter
 # two instructions, fitted on AVX2 with `fastq bench --tiles`.
 _LOAD = {"amx_int8": 0.2, "avx512_vnni": 0.2, "avx_vnni": 0.2}
 _LOAD_OTHERWISE = 0.5
-# A product of tile registers (16 columns, a K-step of up to 64) takes as long as 32 dot products;
-# where operands serve one product only, more. Accumulators come and go in the time of 48.
-_PRODUCT, _PRODUCT_ALONE, _ENDS = 32, 44, 48
-_MANY_ROWS, _MANY_STEPS = 1000, 4  # what a weight is packed for, the steps of matrix tiles
+# What matrix tiles cost by NR, in dot products of 16 columns: a K-step of one band (a product takes
+# as long as 32; two passes over K read the activations twice, and with a single column of registers
+# an operand serves one product only), and the accumulators' way to the output, which is shorter the
+# more of them are packed at once.
+_STEP = {64: 38, 32: 32, 16: 44}
+_ENDS = {64: 48, 32: 72, 16: 90}
+_MANY_ROWS, _MANY_STEPS = 1000, 4  # what a weight is packed for, if nothing else is known
 
 _offered: tuple[Tile, ...] = TILES
 
@@ -54,9 +57,10 @@ def tiles_of(isa: str, kind: str = "gemm") -> tuple[Tile, ...]:
 
 
 @functools.cache
-def choose_nr(isa: str, n: int) -> int:
-    """The panel width for n columns: the least time over whole panels, then the widest."""
-    work = Work(_MANY_ROWS, _MANY_ROWS // ROWS, _MANY_STEPS, emitter(isa).depth)
+def choose_nr(isa: str, n: int, steps: int = _MANY_STEPS) -> int:
+    """The panel width for n columns and so many K-steps: the least time over whole panels, then
+    the widest."""
+    work = Work(_MANY_ROWS, _MANY_ROWS // ROWS, steps, emitter(isa).depth)
     cost = {
         nr: -(-n // nr) * nr * min(_column_cost(tile, work) for tile in tiles)
         for nr, tiles in _by_nr(isa).items()
@@ -100,8 +104,7 @@ def _column_cost(tile: Tile, work: Work) -> float:
     """Time of one column, in dot products."""
     m, bands, steps, depth = work
     if tile.kind == "matrix":
-        product = _PRODUCT if tile.nr > ROWS else _PRODUCT_ALONE
-        return bands * (steps * product + _ENDS) / ROWS
+        return bands * (steps * _STEP[tile.nr] + _ENDS[tile.nr]) / ROWS
     simd, width = emitter(tile.isa), tile.nr * tile.panels
     depthwise = tile.kind == "depthwise"
     vectors = width // (simd.lanes if depthwise else simd.cols)
