@@ -1,7 +1,8 @@
 """Fewer, larger operations: what an integer kernel does in one step becomes one node.
 
     pad, conv2d                  -> conv2d with that padding
-    conv2d | linear, affine      -> conv2d | linear                (batch norm)
+    reshape, affine | pointwise  -> affine | pointwise, reshape    (after a 1-D convolution)
+    conv2d | linear, affine      -> conv2d | linear                (batch norm, layer scale)
     pointwise, pointwise         -> pointwise                      (x * sigmoid(x) too)
     conv2d | linear, add         -> conv2d | linear with a second input
     ... , clamp                  -> ... with attrs["clamp"]        (ReLU, ReLU6)
@@ -15,6 +16,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastq.graph import Graph, Node, Ref
@@ -25,7 +27,7 @@ CLAMPING = ("conv2d", "linear", "conv_transpose2d", "add", "mul", "affine", "avg
 
 def fuse(graph: Graph) -> None:
     """All of the above, in the graph itself."""
-    for fuse_one in (_pad, _affine, _pointwise, _add, _clamp):
+    for fuse_one in (_pad, _line, _affine, _pointwise, _add, _clamp):
         fuse_one(graph)
         graph.remove_unused()
 
@@ -51,18 +53,33 @@ def _pad(graph: Graph) -> None:
         follower.inputs[0] = node.inputs[0]
 
 
+def _line(graph: Graph) -> None:
+    """After a 1-D convolution, what follows works on its image, one line high."""
+    for node in list(graph.nodes):
+        if node.op not in ("affine", "pointwise", "reshape") or node.inputs[0].op != "reshape":
+            continue
+        sequence = node.inputs[0]
+        (image,) = sequence.inputs
+        if len(sequence.shape) != 3 or image.shape != (*sequence.shape[:2], 1, sequence.shape[2]):
+            continue
+        if node.op == "reshape":
+            if node.shape == image.shape:
+                graph.replace(node, image)
+        elif _only_user(graph, graph.users(), sequence) is node:
+            graph.replace(node, sequence)
+            node.inputs, node.shape, sequence.inputs = [image], image.shape, [node]
+            graph.nodes.remove(sequence)
+            graph.nodes.insert(graph.nodes.index(node) + 1, sequence)
+
+
 def _affine(graph: Graph) -> None:
     users = graph.users()
     for node in graph.nodes:
-        if node.op != "affine":
+        found = _scaled(node)
+        if found is None or _only_user(graph, users, found[0]) is not node:
             continue
-        (layer,) = node.inputs
-        fits = layer.op in ("conv2d", "conv_transpose2d") or (
-            layer.op == "linear" and len(layer.shape) == 2
-        )
-        if not fits or _only_user(graph, users, layer) is not node:
-            continue
-        tensors = fold(layer, layer.tensors, node.tensors["factor"], node.tensors["shift"])
+        layer, factor, shift = found
+        tensors = fold(layer, layer.tensors, factor, shift)
         if not all(bool(t.isfinite().all()) for t in tensors.values()):
             continue
         if "norm" in node.attrs and "folded" not in layer.attrs:
@@ -74,6 +91,23 @@ def _affine(graph: Graph) -> None:
         layer.tensors = tensors
         layer.attrs["folded"] = (*layer.attrs.get("folded", ()), node.layer)
         graph.replace(node, layer)
+
+
+def _scaled(node: Node) -> tuple[Node, Tensor, Tensor] | None:
+    """The product whose outputs this node multiplies and shifts; by what."""
+    if node.op == "affine":
+        (layer,) = node.inputs
+        fits = layer.op in ("conv2d", "conv_transpose2d")
+        if fits or (layer.op == "linear" and len(layer.shape) == 2):
+            return layer, node.tensors["factor"], node.tensors["shift"]
+    elif node.op == "mul":
+        for layer, constant in (node.inputs, node.inputs[::-1]):
+            if (layer.op, constant.op) == ("linear", "constant") and layer.shape == node.shape:
+                factor = constant.tensors["value"].detach()
+                if factor.numel() == factor.shape[-1] == layer.shape[-1]:
+                    factor = factor.flatten()
+                    return layer, factor, torch.zeros_like(factor)
+    return None
 
 
 def fold(

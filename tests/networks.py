@@ -99,6 +99,18 @@ class Call(nn.Module):
         return self.function(self, *inputs)
 
 
+class LayerScale(nn.Module):
+    """A residual product, each of its outputs times a factor of its own, as in ConvNeXt."""
+
+    def __init__(self, features: int, inner: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(features, inner), nn.Linear(inner, features)
+        self.gamma = nn.Parameter(torch.rand(features) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gamma * self.down(F.gelu(self.up(x)))
+
+
 def call(function: Callable[..., object], **modules: Callable[[], nn.Module]) -> Callable[[], Call]:
     return lambda: Call(function, **{name: build() for name, build in modules.items()})
 
@@ -323,6 +335,19 @@ CASES: dict[str, Case] = {
         ),
         signals(4),
     ),
+    "separable conv1d": Case(
+        lambda: nn.Sequential(
+            nn.Conv1d(3, 37, 5, 2, 2),
+            nn.BatchNorm1d(37),
+            nn.SiLU(),
+            nn.Conv1d(37, 37, 3, padding=2, dilation=2, groups=37, bias=False),
+            nn.BatchNorm1d(37),
+            nn.ReLU6(),
+            nn.Conv1d(37, 11, 1),
+        ),
+        signals(3),
+    ),
+    "layer scale": Case(lambda: LayerScale(5, 9), sequences(5)),
     "conv transpose": Case(
         after(lambda: nn.ConvTranspose2d(5, 6, 3, 2, 1, output_padding=1)), images(3)
     ),

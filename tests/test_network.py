@@ -13,7 +13,19 @@ from functools import cache
 
 import pytest
 import torch
-from networks import CASES, Apply, Call, Case, between, call, conv, images, noise_ratio, rows
+from networks import (
+    CASES,
+    Apply,
+    Call,
+    Case,
+    LayerScale,
+    between,
+    call,
+    conv,
+    images,
+    noise_ratio,
+    rows,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -55,6 +67,31 @@ def small() -> tuple[nn.Module, nn.Module, Tensor]:
     case = CASES["residual"]
     network = case.network()
     return network, case.quantized(network), case.arguments(4)[0]
+
+
+def test_batch_norm_and_activation_join_a_1d_convolution():
+    case = CASES["separable conv1d"]
+    q = case.quantized()
+    kinds = [row.result for row in fastq.summary(q).rows]
+    assert kinds.count("folded") == 2 and kinds.count("int8 static") == 3
+    ops = [step.op for step in q.program.steps]
+    assert not {"affine", "clamp", "permute"} & set(ops[ops.index("conv2d") + 1 :])
+    assert ops.count("reshape") == 2  # of the network's input, and of its output
+
+
+def test_a_layer_scale_joins_its_product():
+    q = CASES["layer scale"].quantized()
+    assert [step.op for step in q.program.steps].count("linear") == 2
+    assert "0 float operator" in repr(q)
+
+
+def test_a_layer_scale_of_a_value_that_is_used_twice_stays():
+    class Twice(LayerScale):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.down(self.up(x))
+            return y + self.gamma * y
+
+    check(Twice(5, 9), torch.randn(4, 7, 5))
 
 
 # ------------------------------------------------------------------------- arguments and results
