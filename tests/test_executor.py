@@ -229,7 +229,7 @@ def test_threads_share_more_shapes_than_are_kept(rng: Any) -> None:
 def test_tasks_are_shared_among_as_many_threads_as_set(
     threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each task once, in a few ranges for each thread, whatever the number of tasks."""
+    """Each task once, in a few ranges of each thread's part, whatever the number of tasks."""
     if threads > numba.config.NUMBA_NUM_THREADS:
         pytest.skip("this CPU lacks a third core")
 
@@ -245,9 +245,13 @@ def test_tasks_are_shared_among_as_many_threads_as_set(
         row = np.array([(write.address, found.ctypes.data, tasks, tasks)], np.int64)
         executor.run(executor.Table(row, np.zeros((0, 3), np.int64), 0, 1e9))
         assert (found[:, 0] == 1).all()
-        usable = executor._pool.usable() and threads > 1
-        ranges = -(-tasks // (tasks // (executor.CLAIMS * threads) + 1)) if usable else 1
-        assert len(set(found[:, 1].tolist())) == ranges
+        parts = min(threads, tasks) if executor._pool.usable() else 1
+        begins = set()
+        for part in range(parts):
+            first, last = tasks * part // parts, tasks * (part + 1) // parts
+            claims = executor.CLAIMS if parts > 1 else 1
+            begins |= set(range(first, last, -(-(last - first) // claims)))
+        assert set(found[:, 1].tolist()) == begins
 
 
 def test_a_thread_that_comes_late_or_never_is_not_missed() -> None:
@@ -263,12 +267,12 @@ def test_a_thread_that_comes_late_or_never_is_not_missed() -> None:
     rows = np.array(
         [(count.address, f.ctypes.data, n, n) for f, n in zip(found, sizes, strict=True)], np.int64
     )
-    progress = np.zeros((len(rows), 2), np.int64)
-    for _ in range(2):
-        executor._take_part(rows, progress.ctypes.data, 2, executor._give_way())
+    progress = np.zeros((len(rows), 3), np.int64)
+    for me in range(2):
+        executor._take_part(rows, progress.ctypes.data, 2, me, executor._give_way())
         for f, n in zip(found, sizes, strict=True):
             assert f.tolist() == [1] * n if n else f.tolist() == [0]
-    assert progress[:, 1].tolist() == list(sizes)
+    assert progress[:, 2].tolist() == list(sizes)
 
 
 def test_set_num_threads() -> None:

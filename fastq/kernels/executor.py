@@ -139,25 +139,30 @@ def _read(typingctx: Any, address: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
-CLAIMS = 4  # of each thread in a row, about: one that is late leaves more to the others
+CLAIMS = 4  # that a thread makes of its part of a row: what one that is late leaves to the others
 SPINS = 1000  # looks at what others do, before the core is given to another thread
 
 
 @njit
-def _take_part(rows, progress, threads, give_way):  # type: ignore[no-untyped-def]
+def _take_part(rows, progress, threads, me, give_way):  # type: ignore[no-untyped-def]
+    """progress (rows, threads + 1): the tasks of each thread's part that are claimed, and done."""
     for row in range(rows.shape[0]):
         kernel, args, tasks = rows[row, KERNEL], rows[row, ARGS], rows[row, TASKS]
-        claimed = progress + 16 * row
-        done = claimed + 8
-        share = tasks
-        if min(threads, rows[row, THREADS]) > 1:
-            share = tasks // (CLAIMS * threads) + 1
-        begin = _fetch_add(claimed, share)
-        while begin < tasks:
-            end = min(begin + share, tasks)
-            _call(kernel, args, begin, end)
-            _fetch_add(done, end - begin)
-            begin = _fetch_add(claimed, share)
+        claimed = progress + 8 * row * (threads + 1)
+        done = claimed + 8 * threads
+        parts = min(threads, tasks, rows[row, THREADS])
+        for i in range(parts):
+            part = (me + i) % parts  # its own first: what it made in the row before is in its cache
+            first, last = tasks * part // parts, tasks * (part + 1) // parts
+            share = last - first
+            if parts > 1:
+                share = (share + CLAIMS - 1) // CLAIMS
+            begin = first + _fetch_add(claimed + 8 * part, share)
+            while begin < last:
+                end = min(begin + share, last)
+                _call(kernel, args, begin, end)
+                _fetch_add(done, end - begin)
+                begin = first + _fetch_add(claimed + 8 * part, share)
         spins = 0
         while _read(done) < tasks:
             spins += 1
@@ -176,9 +181,9 @@ def _parallel() -> Any:
             pointer(patches[i, FIELD], "s64")[0] = base + patches[i, OFFSET]
         if table.shape[0] == 0:
             return  # to start the pool; entering it may end the process, see _Pool.usable
-        progress = np.zeros((table.shape[0], 2), np.int64)  # claimed, done
-        for _ in prange(threads):
-            _take_part(table, progress.ctypes.data, threads, give_way)
+        progress = np.zeros((table.shape[0], threads + 1), np.int64)
+        for me in prange(threads):
+            _take_part(table, progress.ctypes.data, threads, me, give_way)
 
     return run
 
