@@ -10,7 +10,7 @@ import pytest
 from llvmlite import binding, ir
 from numpy.testing import assert_array_equal
 
-from fastq.kernels import isa, pack, simd
+from fastq.kernels import isa, matrix, pack, simd
 from fastq.kernels.assembly import assembly_for, k_loops
 from fastq.kernels.depthwise import pack_depthwise, taps_of
 from fastq.kernels.executor import get_num_threads
@@ -170,7 +170,8 @@ def test_assembly_of_each_tile(tile: Tile) -> None:
     if tile.kind == "depthwise":
         dots = {tile.mr * tile.outputs * len(emitter.interleaved_channels())}
     if tile.kind == "matrix":  # several bands at once, and one: four accumulators, or fewer
-        dots = {4, min(4, vectors)}
+        bands = tile.mr // matrix.ROWS
+        dots = {bands * min(4 // bands, vectors), min(4, vectors)}
     assert {loop.dots for loop in loops} == dots
     for loop in loops:
         assert not loop.spills, "\n".join(loop.lines)

@@ -102,6 +102,7 @@ _AVX512 = (
 TILES = (
     Tile("amx_int8", 32, 64, "matrix"),
     Tile("amx_int8", 32, 32, "matrix"),
+    Tile("amx_int8", 16, 32, "matrix"),
     Tile("amx_int8", 64, 16, "matrix"),
     *(replace(tile, isa="amx_int8") for tile in _AVX512),
     *_AVX512,

@@ -17,12 +17,12 @@ from fastq.kernels.simd import KR, emitter
 # two instructions, fitted on AVX2 with `fastq bench --tiles`.
 _LOAD = {"amx_int8": 0.2, "avx512_vnni": 0.2, "avx_vnni": 0.2}
 _LOAD_OTHERWISE = 0.5
-# What matrix tiles cost by NR, in dot products of 16 columns: a K-step of one band (a product takes
-# as long as 32; two passes over K read the activations twice, and with a single column of registers
-# an operand serves one product only), and the accumulators' way to the output, which is shorter the
-# more of them are packed at once.
-_STEP = {64: 38, 32: 32, 16: 44}
-_ENDS = {64: 48, 32: 72, 16: 90}
+# What matrix tiles cost, in dot products of 16 columns, (a K-step of one band, the ends), by MR and
+# NR. A product takes as long as 32. Two passes over K read activations twice, and with a single
+# column of registers an operand serves one product only; few registers in use leave the CPU some to
+# load ahead into. The ends: the accumulators' way to the output is shorter the more of them are
+# packed at once.
+_MATRIX = {(32, 64): (38, 48), (32, 32): (32, 72), (16, 32): (33, 60), (64, 16): (44, 90)}
 _MANY_ROWS, _MANY_STEPS = 1000, 4  # what a weight is packed for, if nothing else is known
 
 _offered: tuple[Tile, ...] = TILES
@@ -104,7 +104,8 @@ def _column_cost(tile: Tile, work: Work) -> float:
     """Time of one column, in dot products."""
     m, bands, steps, depth = work
     if tile.kind == "matrix":
-        return bands * (steps * _STEP[tile.nr] + _ENDS[tile.nr]) / ROWS
+        step, ends = _MATRIX[tile.mr, tile.nr]
+        return bands * (steps * step + ends) / ROWS
     simd, width = emitter(tile.isa), tile.nr * tile.panels
     depthwise = tile.kind == "depthwise"
     vectors = width // (simd.lanes if depthwise else simd.cols)
