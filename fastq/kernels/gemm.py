@@ -36,10 +36,11 @@ from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
 from fastq.kernels import block as f
+from fastq.kernels.block import GROUPS, MC, M, N
 from fastq.kernels.call import ITEM_BYTES
 from fastq.kernels.depthwise import emit_tap_loop
 from fastq.kernels.lines import emit_loop
@@ -322,6 +323,18 @@ def _tiles(
     return signature, codegen
 
 
+@njit
+def task_place(args, task, width):  # type: ignore[no-untyped-def]
+    """(image, group, panel, first row, end) of a task; a panel is `width` columns."""
+    panels = (args[N] + width - 1) // width
+    blocks = (args[M] + args[MC] - 1) // args[MC]
+    panel, group = task % panels, task // panels % args[GROUPS]
+    block = task // (panels * args[GROUPS]) % blocks
+    image = task // (panels * args[GROUPS] * blocks)
+    m = block * args[MC]
+    return image, group, panel, m, min(m + args[MC], args[M])
+
+
 @functools.cache
 def gemm_kernel(tile: Tile, epilogue: str, rows: str) -> Any:
     """The compiled kernel of a tile.
@@ -330,20 +343,13 @@ def gemm_kernel(tile: Tile, epilogue: str, rows: str) -> Any:
     "table".
     """
     config = (*astuple(tile), epilogue, rows, sources_digest())
-    M, MC, N, GROUPS = f.M, f.MC, f.N, f.GROUPS
     width = tile.nr * tile.panels
 
     @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
-        panels = (args[N] + width - 1) // width
-        blocks = (args[M] + args[MC] - 1) // args[MC]
         for task in range(begin, end):
-            panel = task % panels
-            group = task // panels % args[GROUPS]
-            block = task // (panels * args[GROUPS]) % blocks
-            image = task // (panels * args[GROUPS] * blocks)
             # loop 1: m in steps of MR, over a block of MC rows against one panel
-            m = block * args[MC]
-            _tiles(config, args, image, group, panel, m, min(m + args[MC], args[M]))
+            image, group, panel, m, last = task_place(args, task, width)
+            _tiles(config, args, image, group, panel, m, last)
 
     return kernel

@@ -6,8 +6,9 @@ The argument block, the panels and the epilogues are gemm.py's, with three diffe
 
     rows     come in bands of BAND <= 16, one tile register each: rows of a band lie A_ROW, OUT_ROW
              and ADD_ROW apart. ROW_TABLE has for each band the offsets of its first row in A, OUT
-             and ADD, and the row's number. M and MC count bands. Bands may overlap: a line of 17
-             pixels is two of 9, and the row they share is computed twice, the same.
+             and ADD, and the row's number; an entry beyond the last is read, not used. M and MC
+             count bands. Bands may overlap: a line of 17 pixels is two of 9, and the row they share
+             is computed twice, the same.
     K-steps  are `depth` activations long, up to 64: as many as TILE_CONFIG says.
     edges    columns beyond N are not stored: a mask says so.
 
@@ -39,7 +40,7 @@ from numpy.typing import NDArray
 
 from fastq.kernels import block as f
 from fastq.kernels.call import ITEM_BYTES
-from fastq.kernels.gemm import Tile
+from fastq.kernels.gemm import Tile, task_place
 from fastq.kernels.lines import emit_loop
 from fastq.kernels.native import native
 from fastq.kernels.requantize import Epilogue
@@ -377,21 +378,14 @@ def _hold(typingctx: Any, config: Any, args: Any, begins: Any) -> Any:
 def matrix_kernel(tile: Tile, epilogue: str) -> Any:
     """The compiled kernel of a tile; epilogues as of gemm_kernel."""
     config = (*astuple(tile), epilogue, sources_digest())
-    M, MC, N, GROUPS = f.M, f.MC, f.N, f.GROUPS
-    nr = tile.nr
+    width = tile.nr
 
     @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
-        panels = (args[N] + nr - 1) // nr
-        blocks = (args[M] + args[MC] - 1) // args[MC]
         _hold(config, args, 1)
         for task in range(begin, end):
-            panel = task % panels
-            group = task // panels % args[GROUPS]
-            block = task // (panels * args[GROUPS]) % blocks
-            image = task // (panels * args[GROUPS] * blocks)
-            m = block * args[MC]
-            _bands(config, args, image, group, panel, m, min(m + args[MC], args[M]))
+            image, group, panel, m, last = task_place(args, task, width)
+            _bands(config, args, image, group, panel, m, last)
         _hold(config, args, 0)
 
     return kernel
