@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 
-import fastq
-from benchmarks.measure import interleave, machine
+from benchmarks.measure import interleave, machine, use_threads
 from benchmarks.peers import ZERO_POINT, Problem
 from benchmarks.shapes import CONV, DEPTHWISE, GEMM, Conv, Gemm
 from fastq import ops
@@ -109,11 +108,11 @@ def bench(pattern: str, seconds: float, csv_path: Path | None) -> None:
         raise click.BadParameter(
             f"no shape with a choice of tiles matches {pattern!r}", param_hint="--filter"
         )
-    fastq.set_num_threads(1)
     click.echo(f"{machine()['cpu']}, {machine()['isa']}, commit {machine()['commit']}")
     choices = []
     for shape in shapes:
-        found = choice(shape, seconds)
+        with use_threads(1):
+            found = choice(shape, seconds)
         choices.append(found)
         times = "  ".join(f"{str(t).split('_')[2]} {us:.1f}" for t, us in found.times.items())
         click.echo(f"{found.loss:5.2f}  {found.shape:44} {times} us")
