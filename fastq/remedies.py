@@ -160,14 +160,10 @@ def _insert_grid(
     layer, tensors = f"{x.name} on a grid", {"factor": 1 / step, "shift": -low / step}
     made = []
     (top, bottom), (left, right) = readers[0].attrs.get("padding", ((0, 0), (0, 0)))
-    if (
-        top or bottom or left or right
-    ):  # 0 is what is padded with, and no longer the same everywhere
+    if top or bottom or left or right:  # with 0, which is not the same for all channels after it
         n, c, h, w = x.shape
-        shape, attrs = (
-            (n, c, h + top + bottom, w + left + right),
-            {"pad": (left, right, top, bottom)},
-        )
+        shape = (n, c, h + top + bottom, w + left + right)
+        attrs = {"pad": (left, right, top, bottom)}
         made.append(Node(f"{x.name}_pad", "pad", [x], attrs, layer=layer, kind="Grid", shape=shape))
     before = made[-1] if made else x
     grid = Node(f"{x.name}_grid", "affine", [before], layer=layer, kind="Grid", shape=before.shape)

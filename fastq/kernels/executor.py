@@ -2,9 +2,9 @@
 
 A row of the table is (address of a kernel, address of its argument block, number of tasks, most
 threads that it pays to use). Rows run one after the other; the tasks of a row are shared among
-the threads. All threads walk the whole table, in one parallel region: each claims tasks of a row as
-as there are any, then waits until those that others claimed are done. Nobody waits for a thread
-that has not come: it may be busy elsewhere, and finds the work done when it comes.
+the threads. All threads walk the whole table in one parallel region: each claims the tasks of its
+part of a row, then what others have not claimed of theirs, then waits until all are done. Nobody
+waits for a thread that has not come: it may be busy elsewhere, and finds the work done.
 
 Before that, the patches are applied: each writes bases[BASE] + OFFSET to the address FIELD, which
 puts the addresses of a call's arrays into the argument blocks.

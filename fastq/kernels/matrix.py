@@ -30,7 +30,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import astuple
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from llvmlite import ir
@@ -213,7 +213,17 @@ class _Waiting:
     The tile unit and the vector units work at the same time then. Sums lie row by row in one of two
     buffers on the stack: rows of several bands follow each other. What changes is held in stack
     slots, which LLVM makes registers.
+
+    left, left_in_band  how many rows wait, and how many of them in this band.
+    number, line        the next row's number, and where its sums are.
+    target, more        where it is stored, and what is added to it.
+    entry, free         the band's entry of ROW_TABLE; the buffer that no rows wait in.
     """
+
+    KINDS: ClassVar[dict[str, Any]] = {
+        **dict.fromkeys(("left", "left_in_band", "number"), i64),
+        **dict.fromkeys(("line", "target", "more", "entry", "free"), ptr),
+    }
 
     def __init__(
         self, b: Any, end: Epilogue, tile: Tile, band: Any, out: Any, add: Any, valid: Any
@@ -222,15 +232,9 @@ class _Waiting:
         self.out, self.add, self.valid = out, add, valid
         with b.goto_entry_block():
             self.buffers = self._slot(ir.ArrayType(i32, 2 * tile.mr * tile.nr), 64)
-            names = ("left", "left_in_band", "number", "line", "entry", "target", "more")
-            self.slots = {name: self._slot(i64 if i < 3 else ptr) for i, name in enumerate(names)}
-            self.slots["free"] = self._slot(ptr)
-        self._set("left", i64(0))
-        self._set("left_in_band", i64(0))
-        self._set("number", i64(0))
-        for name in ("line", "entry", "target", "more"):
-            self._set(name, self.buffers)
-        self._set("free", self.buffers)
+            self.slots = {name: self._slot(kind) for name, kind in self.KINDS.items()}
+        for name, kind in self.KINDS.items():
+            self._set(name, self.buffers if kind is ptr else i64(0))
 
     def _slot(self, kind: Any, align: int = 8) -> Any:
         slot = self.b.alloca(kind)
@@ -239,8 +243,7 @@ class _Waiting:
         return slot
 
     def _get(self, name: str) -> Any:
-        kind = i64 if name in ("left", "left_in_band", "number") else ptr
-        return self.b.load(self.slots[name], typ=kind)
+        return self.b.load(self.slots[name], typ=self.KINDS[name])
 
     def _set(self, name: str, value: Any) -> None:
         self.b.store(value, self.slots[name])
