@@ -10,7 +10,6 @@ import struct
 import sys
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -78,11 +77,12 @@ __all__ = [
     "upsample_nearest2d",
 ]
 
+_UINT8, _INT32, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.int32), np.dtype(np.float32)
 _KIND = {
-    np.dtype(np.float32): "f32",
-    np.dtype(np.uint8): "u8",
+    _FLOAT32: "f32",
+    _UINT8: "u8",
     np.dtype(np.int8): "s8",
-    np.dtype(np.int32): "s32",
+    _INT32: "s32",
 }
 _BOUND_LAYERS = 8  # that a weight keeps: pairs of epilogue and input parameters
 
@@ -258,7 +258,8 @@ def _elementwise(
     return result
 
 
-_pack_float, _unpack_bits = struct.Struct("f").pack, struct.Struct("i").unpack
+_pack_float, _unpack_float = struct.Struct("f").pack, struct.Struct("f").unpack
+_unpack_bits = struct.Struct("i").unpack
 
 
 def _float_bits(value: float) -> int:
@@ -396,7 +397,7 @@ def linear(
     Raises TypeError and ValueError for other dtypes, shapes or values.
     Source: ONNX MatMulInteger and QLinearMatMul.
     """
-    x = _array("linear: x", x, np.uint8, 2)
+    x = _array("linear: x", x, _UINT8, 2)
     _check_weight("linear", weight, LinearWeight, epilogue)
     m, k = x.shape
     if k != weight.k:
@@ -405,14 +406,14 @@ def linear(
             f"x {x.shape} u8, weight {weight.data.shape} s8"
         )
     zeros: Any = _zero_point("linear", x_zero_point)
-    if np.ndim(zeros):
+    if not isinstance(zeros, int):
         if zeros.shape != (m,):
             raise ValueError(f"linear: x_zero_point {zeros.shape} for {m} rows; wanted ({m},)")
         if isinstance(epilogue, Requant):
             raise ValueError("linear: x_zero_point per row with a Requant; wanted one integer")
-    x_scale = epilogue.x_scale if isinstance(epilogue, Dequant) else np.ones(())
-    if x_scale.shape not in ((), (m,)):
-        raise ValueError(f"linear: Dequant.x_scale {x_scale.shape} for {m} rows; wanted ({m},)")
+    if isinstance(epilogue, Dequant) and epilogue.x_scale.shape not in ((), (m,)):
+        given = epilogue.x_scale.shape
+        raise ValueError(f"linear: Dequant.x_scale {given} for {m} rows; wanted ({m},)")
     result = _output("linear", out, (m, weight.n), _out_dtype(epilogue), x)
     added, at = _added("linear", epilogue, add, result)
     if result.size == 0:
@@ -449,10 +450,10 @@ def conv2d(
     Raises TypeError and ValueError for other dtypes, shapes or values.
     Source: ONNX ConvInteger and QLinearConv.
     """
-    x = _array("conv2d: x", x, np.uint8, 4)
+    x = _array("conv2d: x", x, _UINT8, 4)
     _check_weight("conv2d", weight, Conv2dWeight, epilogue)
     zero_point: Any = _zero_point("conv2d", x_zero_point)
-    if np.ndim(zero_point):
+    if not isinstance(zero_point, int):
         raise ValueError(f"conv2d: x_zero_point {zero_point.shape}; wanted one integer")
     if isinstance(epilogue, Dequant) and epilogue.x_scale.ndim:
         raise ValueError(f"conv2d: Dequant.x_scale {epilogue.x_scale.shape}; wanted a scalar")
@@ -480,7 +481,7 @@ def linear_float(
     NaN in x counts as 0, infinities saturate. Re-use weight, epilogue and x_qparams between
     calls: what is derived from them is kept with the weight. Errors as in `linear`.
     """
-    x = _array("linear_float: x", x, np.float32, 2)
+    x = _array("linear_float: x", x, _FLOAT32, 2)
     m, k = x.shape
     _check_float("linear_float", weight, LinearWeight, epilogue, x_qparams)
     if k != weight.k:
@@ -499,17 +500,16 @@ def linear_float(
     return result
 
 
-@dataclass(frozen=True, eq=False)
 class Operands:
     """What `linear_float` or `conv2d_float` is called with again and again, checked by the caller.
 
     For modules, where the address of a tensor is had for less than a NumPy view of it.
     """
 
-    weight: Any  # LinearWeight or Conv2dWeight
-    epilogue: Dequant
-    x_qparams: QParams | None
-    _calls: Calls = field(default_factory=Calls, init=False, repr=False)
+    def __init__(self, weight: Any, epilogue: Dequant, x_qparams: QParams | None) -> None:
+        self.weight, self.epilogue, self.x_qparams = weight, epilogue, x_qparams
+        self._source: Source = "dynamic" if x_qparams is None else "static"
+        self._calls = Calls()
 
     def linear(self, m: int, row_stride: int, x: int, out: int) -> None:
         """`linear_float` on memory: x and out are addresses.
@@ -517,16 +517,30 @@ class Operands:
         x is float32 (m, K) with row_stride bytes between rows, out float32 (m, N), m and N > 0.
         """
         key = m, row_stride, isa.current(), get_num_threads()
-        call = self._calls.take(key) or self._linear_call(*key)
-        call.run(x, out, 0, 0, 0)
-        self._calls.give(key, call)
+        self._calls.run(self._linear_call, key, x, out, 0, 0, 0)
 
     def _linear_call(self, m: int, row_stride: int, tier: str, threads: int) -> Call:
-        source: Source = "dynamic" if self.x_qparams is None else "static"
-        layer: BoundLinear = _bound(
-            BoundLinear, self.weight, self.epilogue, source, self.x_qparams, 0
-        )
-        return layer.call(m, row_stride, True, 0, threads)  # floats are staged, aligned or not
+        # floats are staged, aligned or not
+        return self._bound(BoundLinear).call(m, row_stride, True, 0, threads)  # type: ignore[no-any-return]
+
+    def conv2d(self, shape: tuple[int, ...], strides: tuple[int, ...], x: int, out: int) -> None:
+        """`conv2d_float` on memory: x and out are addresses.
+
+        x is float32 (B, C, H, W), dense in some order of its axes, strides in elements; out
+        float32 (B, OH, OW, N), contiguous and not empty.
+        """
+        key = shape, strides, isa.current(), get_num_threads()
+        self._calls.run(self._conv2d_call, key, x, out, 0, 0, 0)
+
+    def _conv2d_call(
+        self, shape: tuple[int, ...], strides: tuple[int, ...], tier: str, threads: int
+    ) -> Call:
+        (b, c, h, w), (sb, sc, sh, sw) = shape, (4 * stride for stride in strides)
+        layer = self._bound(BoundConv2d)
+        return layer.call((b, h, w, c), (sb, sh, sw, sc), True, 0, threads)  # type: ignore[no-any-return]
+
+    def _bound(self, kind: Any) -> Any:
+        return _bound(kind, self.weight, self.epilogue, self._source, self.x_qparams, 0)
 
 
 def conv2d_float(
@@ -542,7 +556,7 @@ def conv2d_float(
     x may have any strides: an NCHW array seen as NHWC is read as it lies. x_qparams None
     quantizes dynamically, all of x by its range. Otherwise as `linear_float` and `conv2d`.
     """
-    x = _array("conv2d_float: x", x, np.float32, 4)
+    x = _array("conv2d_float: x", x, _FLOAT32, 4)
     _check_float("conv2d_float", weight, Conv2dWeight, epilogue, x_qparams)
     result = _conv_output("conv2d_float", x, weight, _FLOAT32, out)
     if result.size == 0:
@@ -942,22 +956,18 @@ def _row_call(row: Callable[..., None], layouts: Any, parameters: Any, threads: 
     return call
 
 
-_UINT8 = np.dtype(np.uint8)
-_FLOAT32 = np.dtype(np.float32)
-
-
 def _added(
     name: str, epilogue: Epilogue, add: Any, out: NDArray[Any]
 ) -> tuple[NDArray[np.uint8] | None, int]:
     """What the epilogue adds, copied to where reading beyond its end is safe, and its address."""
     wanted = isinstance(epilogue, Requant) and epilogue.add_multiplier is not None
+    if not wanted and add is None:
+        return None, 0
     if wanted != (add is not None):
         raise ValueError(
             f"{name}: got {'no add=' if wanted else 'add='}; it goes with a Requant that has an "
             "add_multiplier"
         )
-    if add is None:
-        return None, 0
     if not isinstance(add, np.ndarray) or add.shape != out.shape or add.dtype != np.uint8:
         given = f"{add.shape} {add.dtype}" if isinstance(add, np.ndarray) else type(add).__name__
         raise ValueError(f"{name}: add is {given}; wanted {out.shape} uint8, as the output")
@@ -968,8 +978,8 @@ def _added(
 
 def _out_dtype(epilogue: Epilogue) -> np.dtype[Any]:
     if epilogue is None:
-        return np.dtype(np.int32)
-    return np.dtype(np.uint8) if isinstance(epilogue, Requant) else _FLOAT32
+        return _INT32
+    return _UINT8 if isinstance(epilogue, Requant) else _FLOAT32
 
 
 def _bound(
@@ -981,7 +991,7 @@ def _bound(
     zero_point: Any,
 ) -> Any:
     """The layer bound to these, kept with the weight; it holds them, so their ids stay theirs."""
-    folded = int(zero_point) if isinstance(epilogue, Requant) else 0
+    folded = zero_point if isinstance(epilogue, Requant) else 0
     tier = isa.current()
     key = (source, tier, id(epilogue), id(x_qparams), folded)
     layer = weight.panels.get(key)
@@ -1034,7 +1044,7 @@ def _real(what: str, x: ArrayLike) -> NDArray[np.float32]:
 
 def _bytes(what: str, x: Any) -> NDArray[np.uint8]:
     """x, with elements of the last axis side by side; TypeError unless it is a uint8 array."""
-    if type(x) is not np.ndarray or x.dtype != np.uint8:
+    if type(x) is not np.ndarray or x.dtype != _UINT8:
         given = f"{x.shape} {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
         raise TypeError(f"{what} is {given}; wanted a NumPy array of uint8")
     return x if not x.ndim or x.shape[-1] == 1 or x.strides[-1] == 1 else np.ascontiguousarray(x)
@@ -1058,6 +1068,9 @@ def _byte(what: str, value: Any) -> int:
 
 
 def _factor(what: str, value: Any) -> float:
+    """The value rounded to float32."""
+    if type(value) is float and abs(value) <= MAX_FACTOR:
+        return _unpack_float(_pack_float(value))[0]  # type: ignore[no-any-return]
     with np.errstate(over="ignore"):
         factors = np.asarray(value, np.float32)
     if factors.ndim or not abs(factors) <= MAX_FACTOR:
@@ -1168,15 +1181,17 @@ def _integer(what: str, x: NDArray[Any]) -> np.dtype[Any]:
     return x.dtype
 
 
-def _array(what: str, x: Any, dtype: Any, ndim: int) -> NDArray[Any]:
-    if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
+def _array(what: str, x: Any, dtype: np.dtype[Any], ndim: int) -> NDArray[Any]:
+    if type(x) is not np.ndarray and (
+        not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray)
+    ):
         raise TypeError(
             f"{what} is a {type(x).__name__}; wanted a NumPy array (tensor.numpy() shares memory)"
         )
     if x.dtype != dtype or x.ndim != ndim:
         axes = {2: "(M, K)", 4: "(B, H, W, C)"}[ndim]
         raise (TypeError if x.dtype != dtype else ValueError)(
-            f"{what} {x.shape} {x.dtype}; wanted {axes} {np.dtype(dtype)}"
+            f"{what} {x.shape} {x.dtype}; wanted {axes} {dtype}"
         )
     return x
 
@@ -1190,8 +1205,7 @@ def _output(
     if not isinstance(out, np.ndarray) or out.shape != shape or out.dtype != dtype:
         given = f"{out.shape} {out.dtype}" if isinstance(out, np.ndarray) else type(out).__name__
         raise ValueError(f"{name}: out is {given}; wanted {shape} {dtype}")
-    flags = out.flags
-    if not (flags.c_contiguous and flags.writeable and flags.aligned):
+    if not out.flags.carray:
         raise ValueError(f"{name}: out must be C-contiguous, writeable and aligned")
     if np.may_share_memory(out, x):
         raise ValueError(f"{name}: out overlaps x; wanted memory of its own")
@@ -1206,13 +1220,16 @@ def _zero_point(name: str, value: ArrayLike) -> Any:
     return zeros if zeros.ndim else int(zeros)
 
 
+_EPILOGUES = Requant, Dequant  # `isinstance` of a tuple takes a third of that of a union
+
+
 def _check_weight(name: str, weight: Any, kind: type, epilogue: Any) -> None:
     if not isinstance(weight, kind):
         raise TypeError(
             f"{name}: weight is a {type(weight).__name__}; wanted a {kind.__name__}, made once "
             f"from the int8 array: {kind.__name__}(array)"
         )
-    if not isinstance(epilogue, Requant | Dequant | None):
+    if epilogue is not None and not isinstance(epilogue, _EPILOGUES):
         raise TypeError(
             f"{name}: epilogue is a {type(epilogue).__name__}; wanted None, Requant or Dequant"
         )

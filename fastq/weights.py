@@ -174,15 +174,13 @@ class Conv2dWeight(_Panels):
 
     def output_size(self, h: int, w: int) -> tuple[int, int]:
         """(OH, OW) for an input of h x w pixels; ValueError where the kernel does not fit."""
-        size = []
-        for extent, k, s, d, (before, after) in zip(
-            (h, w), self.kernel_size, self.stride, self.dilation, self.padding, strict=True
-        ):
-            room = extent + before + after - d * (k - 1) - 1
-            if room < 0:
-                raise ValueError(
-                    f"conv2d: input {h}x{w} with padding {self.padding} is smaller than the "
-                    f"kernel {self.kernel_size} with dilation {self.dilation}"
-                )
-            size.append(room // s + 1)
-        return size[0], size[1]
+        (_, _, kh, kw), (sh, sw), (dh, dw) = self.data.shape, self.stride, self.dilation
+        (top, bottom), (left, right) = self.padding
+        rows = h + top + bottom - dh * (kh - 1) - 1
+        columns = w + left + right - dw * (kw - 1) - 1
+        if rows < 0 or columns < 0:
+            raise ValueError(
+                f"conv2d: input {h}x{w} with padding {self.padding} is smaller than the "
+                f"kernel {self.kernel_size} with dilation {self.dilation}"
+            )
+        return rows // sh + 1, columns // sw + 1

@@ -233,6 +233,9 @@ class Calls(Idle):
 
     def run(self, make: Callable[..., Call], key: tuple[Any, ...], *addresses: int) -> None:
         """Runs an idle call of this key, or a new one from make(*key), on arrays there."""
-        call = self.take(key) or make(*key)
+        try:  # as `take`, in a call less
+            call = self._lists[key].pop()
+        except LookupError:
+            call = self.take(key) or make(*key)
         call.run(*addresses)
         self.give(key, call)

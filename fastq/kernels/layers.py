@@ -577,12 +577,13 @@ class BoundConv2d(PackedConv2d):
         """x (B, H, W, C) with any strides; out (B, OH, OW, N) contiguous; add as in BoundLinear."""
         at = address_of(x)
         key = (x.shape, x.strides, at % ALIGNED == 0, zero_point, executor.get_num_threads())
-        self.calls.run(self._make, key, at, address_of(out), 0, 0, add)
+        self.calls.run(self.call, key, at, address_of(out), 0, 0, add)
 
-    def _make(
+    def call(
         self, shape: tuple[int, ...], strides: tuple[int, ...], aligned: bool, zero_point: int,
         threads: int,
     ) -> Call:  # fmt: skip
+        """A call for x of this shape and these strides, of the layer's five arguments."""
         batch, h, w, c = shape
         (top, bottom), (left, right) = self.weight.padding
         padded = (batch, h + top + bottom, w + left + right, self.channels)
