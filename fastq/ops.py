@@ -19,7 +19,7 @@ from fastq.kernels import elementwise as ew
 from fastq.kernels import histogram as hg
 from fastq.kernels import isa, norms, pointwise, windows
 from fastq.kernels import matmul as products
-from fastq.kernels.call import SLACK, At, Call, Calls, View, address_of
+from fastq.kernels.call import ITEM_BYTES, SLACK, At, Call, Calls, View, address_of
 from fastq.kernels.executor import get_num_threads, set_num_threads
 from fastq.kernels.layers import (
     ARGUMENTS,
@@ -202,6 +202,7 @@ def requantize(
 
 
 _ELEMENTWISE_BLOCK = 16 * 1024  # values per task
+_CACHE_BYTES = 16 << 20  # an output of more is not read from the cache soon: it is stored past it
 _elementwise_calls = Calls()
 _range_calls = Calls()
 _histogram_calls = Calls()
@@ -297,7 +298,9 @@ def _elementwise_call(
 ) -> Call:
     call = Call(ARGUMENTS)
     call.row(
-        ew.elementwise_kernel(operation, source, target, layout),
+        ew.elementwise_kernel(
+            operation, source, target, layout, rows * columns * ITEM_BYTES[target] > _CACHE_BYTES
+        ),
         ew.A_FIELDS,
         rows * -(-columns // _ELEMENTWISE_BLOCK),
         {

@@ -19,9 +19,9 @@ from numba.extending import intrinsic
 from fastq.kernels.call import ITEM_BYTES
 from fastq.kernels.lines import (
     ELEMENT,
+    emit_aligned_line,
     emit_divisor,
     emit_limited,
-    emit_line,
     emit_quotient,
     emit_rounded,
 )
@@ -36,7 +36,21 @@ from fastq.kernels.scalar import (
     rint_f64,
 )
 from fastq.kernels.signature import sources_digest
-from fastq.kernels.simd import const, f32, i32, i64, load, ptr, splat, store, vec
+from fastq.kernels.simd import (
+    AHEAD,
+    CACHE_LINE,
+    const,
+    f32,
+    i32,
+    i64,
+    load,
+    past_the_cache,
+    prefetch,
+    ptr,
+    splat,
+    store,
+    vec,
+)
 
 (
     A_X, A_OUT, A_ROWS, A_COLUMNS, A_BLOCK, A_PARAMS, A_SCALE, A_ZERO_POINT, A_QMIN, A_QMAX,
@@ -61,11 +75,12 @@ def elementwise_line(
     lo: Any,
     hi: Any,
 ) -> Any:
-    """`count` elements with one scale and zero point; config begins: operation, source, target.
+    """`count` elements with one scale and zero point; config begins: operation, source, target, and
+    whether it is stored past the cache.
 
     lo and hi are qmin and qmax less the zero point.
     """
-    operation, source, target = (t.literal_value for t in config.types[:3])
+    operation, source, target, past_cache = (t.literal_value for t in config.types[:4])
     numbers = [types.float32, types.int32, types.float32, types.float32]
     signature = types.void(config, *[types.int64] * 3, *numbers)
 
@@ -77,14 +92,22 @@ def elementwise_line(
         if target == "s8":  # uint8 with the upper half of the range turned round
             zero_point = b.add(zero_point, i32(128))
 
-        def body(i: Any, width: int) -> None:
+        def put(value: Any, i: Any, item: int, aligned: bool) -> None:
+            stored = store(b, value, out, b.mul(i, i64(item)), CACHE_LINE if aligned else 1)
+            if aligned and past_cache:
+                past_the_cache(b, stored)
+
+        def body(i: Any, width: int, aligned: bool) -> None:
             floats_of, ints_of = vec(f32, width), vec(i32, width)
-            value = load(b, vec(ELEMENT[source], width), x, b.mul(i, i64(ITEM_BYTES[source])))
+            at = b.mul(i, i64(ITEM_BYTES[source]))
+            if aligned:
+                prefetch(b, x, b.add(at, i64(AHEAD)), width * ITEM_BYTES[source])
+            value = load(b, vec(ELEMENT[source], width), x, at)
             if operation == "dequantize":
                 value = (b.sext if signed else b.zext)(value, ints_of)
                 value = b.sub(value, splat(b, zero_point, width))
                 value = b.fmul(b.sitofp(value, floats_of), splat(b, step, width))
-                store(b, value, out, b.mul(i, i64(4)))
+                put(value, i, 4, aligned)
                 return
             if operation == "divide":
                 value = emit_quotient(b, value, divisor)
@@ -94,21 +117,26 @@ def elementwise_line(
             q = emit_rounded(b, value, lo, hi, zero_point, ELEMENT[target], bounded=True)
             if target == "s8":
                 q = b.xor(q, const(q.type, -128))
-            store(b, q, out, b.mul(i, i64(ITEM_BYTES[target])))
+            put(q, i, ITEM_BYTES[target], aligned)
 
-        emit_line(b, count, body)
+        emit_aligned_line(b, count, out, ITEM_BYTES[target], body)
+        if past_cache:
+            b.fence("seq_cst")  # such stores are in no order with others
         return context.get_dummy_value()
 
     return signature, codegen
 
 
 @functools.cache
-def elementwise_kernel(operation: str, source: str, target: str, layout: str) -> Any:
+def elementwise_kernel(
+    operation: str, source: str, target: str, layout: str, past_cache: bool = False
+) -> Any:
     """operation "divide" (quantize), "multiply" (quantize by a factor, requantize), "dequantize".
 
-    source and target are keys of scalar.KINDS; layout "tensor", "row" or "column".
+    source and target are keys of scalar.KINDS; layout "tensor", "row" or "column". past_cache: for
+    outputs that the cache cannot hold.
     """
-    config = (operation, source, target, layout, sources_digest())
+    config = (operation, source, target, past_cache, layout, sources_digest())
     lines = layout != "column" and has_lines(operation, source, target)
     source_item, target_item = ITEM_BYTES[source], ITEM_BYTES[target]
 
@@ -125,9 +153,9 @@ def elementwise_kernel(operation: str, source: str, target: str, layout: str) ->
             last = min(first + args[A_BLOCK], columns)
             at = row * columns
             p = 0
-            if config[3] == "row":
+            if config[4] == "row":
                 p = row % args[A_PARAMS]
-            if config[3] == "tensor":
+            if config[4] == "tensor":
                 step, zp = float_of(args[A_SCALE]), int32(args[A_ZERO_POINT])
             else:
                 step, zp = scale[p], zero_point[p]
@@ -139,7 +167,7 @@ def elementwise_kernel(operation: str, source: str, target: str, layout: str) ->
                 )  # fmt: skip
                 continue
             for i in range(first, last):
-                if config[3] == "column":
+                if config[4] == "column":
                     step, zp = scale[i], zero_point[i]
                     lo, hi = float_difference(qmin, zp), float_difference(qmax, zp)
                 if config[0] == "dequantize":

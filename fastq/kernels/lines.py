@@ -22,7 +22,21 @@ from numba import njit
 from fastq.kernels import simd
 from fastq.kernels.call import View, collapse
 from fastq.kernels.isa import target_features
-from fastq.kernels.simd import Dot, clamp, const, f32, fma, i8, i16, i32, i64, shuffle, splat, vec
+from fastq.kernels.simd import (
+    CACHE_LINE,
+    Dot,
+    clamp,
+    const,
+    f32,
+    fma,
+    i8,
+    i16,
+    i32,
+    i64,
+    shuffle,
+    splat,
+    vec,
+)
 
 (SHAPE_1, SHAPE_2, SHAPE_3, ROWS, COLUMNS, LINES_FIELDS) = range(6)
 OPERAND_FIELDS = 4  # address, and the strides of axes 0, 1, 2
@@ -141,6 +155,30 @@ def emit_line(
     i = i64(0)
     for width in widths or line_widths():
         i, _ = emit_loop(b, i, count, width, [], lambda at, width=width: body(at, width))
+
+
+def emit_aligned_line(
+    b: Any, count: Any, out: Any, item: int, body: Callable[[Any, int, bool], None]
+) -> None:
+    """Emits body(i, width, aligned) over the elements 0..count of a line at `out`, `item` bytes each.
+
+    The first vector is stored where the line begins, the following ones on whole cache lines, which
+    takes half the time. Elements of both are computed twice: `out` must not be an operand.
+    """
+    width = widest()
+    start = b.block
+    with b.if_then(b.icmp_signed(">=", count, i64(width))):
+        body(i64(0), width, False)
+        before = b.urem(b.neg(b.ptrtoint(out, i64)), i64(CACHE_LINE))
+        aligned, _ = emit_loop(
+            b, b.udiv(before, i64(item)), count, width, [], lambda at: body(at, width, True)
+        )
+        end = b.block
+    i = b.phi(i64)
+    i.add_incoming(i64(0), start)
+    i.add_incoming(aligned, end)
+    for narrower in line_widths():
+        i, _ = emit_loop(b, i, count, narrower, [], lambda at, n=narrower: body(at, n, False))
 
 
 LARGE = 1024.0  # beyond what is left of a quantized value

@@ -19,6 +19,7 @@ import numpy as np
 from llvmlite import binding, ir
 
 KR = 4
+CACHE_LINE = 64
 
 i1, i8, i16, i32, i64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 f32 = ir.FloatType()
@@ -49,8 +50,29 @@ def load(b: Any, kind: Any, base: Any, offset: Any = 0, align: int = 1) -> Any:
     return value
 
 
-def store(b: Any, value: Any, base: Any, offset: Any = 0) -> None:
-    b.store(value, address(b, base, offset)).align = 1
+def store(b: Any, value: Any, base: Any, offset: Any = 0, align: int = 1) -> Any:
+    """The instruction, which may be given more."""
+    stored = b.store(value, address(b, base, offset))
+    stored.align = align
+    return stored
+
+
+def past_the_cache(b: Any, stored: Any) -> None:
+    """Makes a store, aligned to a vector, one that does not read the memory into the cache first."""
+    stored.set_metadata("nontemporal", b.module.add_metadata([i32(1)]))
+
+
+AHEAD = 4096  # bytes: so far before a stream of loads what comes is asked for, its page maybe too
+
+
+def prefetch(b: Any, base: Any, offset: Any, size: int) -> None:
+    """Asks for the cache lines of `size` bytes that will soon be loaded; any address is fine."""
+    kind = ir.FunctionType(void, [ptr, i32, i32, i32])
+    name = "llvm.prefetch.p0"
+    function = b.module.globals.get(name) or ir.Function(b.module, kind, name)
+    here = address(b, base, offset)
+    for line in range(0, size, CACHE_LINE):
+        b.call(function, [address(b, here, line), i32(0), i32(3), i32(1)])  # read, keep, data
 
 
 def splat(b: Any, scalar: Any, count: int) -> Any:
