@@ -48,6 +48,7 @@ from fastq.kernels.native import native
 from fastq.kernels.requantize import Epilogue
 from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import (
+    AHEAD,
     KR,
     address,
     branch_back,
@@ -57,6 +58,7 @@ from fastq.kernels.simd import (
     i32,
     i64,
     load,
+    prefetch,
     ptr,
 )
 
@@ -282,6 +284,9 @@ def emit_k_loop(
     sums = [list(row_accs) for row_accs in accs]
     side = simd.side_by_side
     weight_bytes = simd.a_bytes if wide else 1
+    if tile.mr == 1:
+        for p in weights:
+            prefetch(b, p, AHEAD, KR * tile.nr)
     for k in range(0, KR, side):
         starts = [(j * KR + k) * simd.cols for j in range(vectors)]
         if wide:
