@@ -10,6 +10,7 @@ brings its input into form first, and keeps a call for each input shape:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -55,6 +56,8 @@ ARGUMENTS = 5
 
 class _Layer:
     """The operands of an epilogue, and the product's row."""
+
+    kernel_size = 1, 1  # of a convolution
 
     def __init__(
         self, weight: NDArray[np.int8], epilogue: Epilogue, x_zero_point: int, isa: str
@@ -125,6 +128,10 @@ class _Layer:
         if isinstance(self.epilogue, Requant) and self.epilogue.add_multiplier is not None:
             return View(ADD, out.shape, out.strides, out.kind)
         return None
+
+    def reads(self) -> int:
+        """How often a product loads an activation: in each of its windows, for each panel."""
+        return len(self.packed.panels) // self.groups * math.prod(self.kernel_size)
 
     def tile(self, m: int, line: int, steps: int) -> Tile:
         """The tile for m rows, in lines of so many, and so many K-steps."""
@@ -316,7 +323,7 @@ class PackedConv2d(_Layer):
         self, weight: Conv2dWeight, epilogue: Epilogue, x_zero_point: int, isa: str
     ) -> None:
         super().__init__(weight.data, epilogue, x_zero_point, isa)
-        self.weight = weight
+        self.weight, self.kernel_size = weight, weight.kernel_size
         n, c_group = weight.data.shape[:2]
         if weight.groups > 1 and c_group == 1 and n == weight.groups:
             self.channels = n
@@ -520,7 +527,8 @@ class BoundLinear(PackedLinear):
         item = ITEM_BYTES[kind]
         x = View(X, (m, self.k), (row_stride, 1), "u8")
         by_matrix = self.tile(m, m, -(-self.k // self.packed.depth)).kind == "matrix"
-        fits = self.k >= KR and not self.packed.over_read and (aligned or not by_matrix)
+        fits = self.k >= KR and not self.packed.over_read
+        fits = fits and (aligned or not by_matrix or self.reads() <= READS)
         if self.source != "u8" or kind != "u8" or not fits:
             width = self.run_length
             if by_matrix:
@@ -550,8 +558,9 @@ class BoundLinear(PackedLinear):
         return call
 
 
-# Matrix tiles load lines of 64 bytes: six times slower where one lies across two of the cache's
-ALIGNED = 64
+# Matrix tiles load lines of 64 bytes: six times slower where one lies across two of the cache's.
+# An activation that is loaded more often than READS is copied to where none does.
+ALIGNED, READS = 64, 2
 # how a tier holds activations, by its a_bytes
 ACTIVATIONS = {1: "u8", 2: "s16"}
 
@@ -594,7 +603,8 @@ class BoundConv2d(PackedConv2d):
         kind = ACTIVATIONS[emitter(self.isa).a_bytes]
         x = View(X, shape, strides, "u8" if self.source == "u8" else "f32")
         over_read = c % self.packed.nr > 0 if self.depthwise else self.packed.over_read > 0
-        slow = not aligned and emitter(self.isa).depth > KR and not self.depthwise
+        by_matrix = emitter(self.isa).depth > KR and not self.depthwise
+        slow = by_matrix and not aligned and self.reads() > READS
         if x.kind != kind or x.shape != padded or over_read or slow or not x.dense:
             staged = dense_strides(padded, ITEM_BYTES[kind])
             size = batch * staged[0] + self.packed.nr * ITEM_BYTES[kind]

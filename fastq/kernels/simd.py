@@ -58,7 +58,7 @@ def store(b: Any, value: Any, base: Any, offset: Any = 0, align: int = 1) -> Any
 
 
 def past_the_cache(b: Any, stored: Any) -> None:
-    """Makes a store, aligned to a vector, one that does not read the memory into the cache first."""
+    """Makes a store, aligned to a vector, one that reads no memory into the cache first."""
     stored.set_metadata("nontemporal", b.module.add_metadata([i32(1)]))
 
 
@@ -86,20 +86,33 @@ def shuffle(b: Any, x: Any, y: Any, lanes: Sequence[int]) -> Any:
     return b.shuffle_vector(x, y, ir.Constant(vec(i32, len(lanes)), list(lanes)))
 
 
+def _valid(b: Any, count: int, valid: Any) -> Any:
+    """The mask of the first `valid` (i64) of `count` elements, all of them if there are fewer."""
+    valid = b.select(b.icmp_signed("<", valid, i64(count)), valid, i64(count))
+    valid = b.select(b.icmp_signed("<", valid, i64(0)), i64(0), valid)
+    index = ir.Constant(vec(i8, count), list(range(count)))
+    return b.icmp_unsigned("<", index, splat(b, b.trunc(valid, i8), count))
+
+
+def _masked(b: Any, what: str, result: Any, kind: Any, operands: list[Any]) -> Any:
+    """A call of llvm.masked.`what` on vectors of `kind`."""
+    element = "f" if kind.element is f32 else "i"
+    name = f"llvm.masked.{what}.v{kind.count}{element}{_bits(kind.element)}.p0"
+    signature = ir.FunctionType(result, [operand.type for operand in operands])
+    function = b.module.globals.get(name) or ir.Function(b.module, signature, name)
+    return b.call(function, operands)
+
+
 def store_valid(b: Any, value: Any, base: Any, valid: Any) -> None:
     """Stores the first `valid` (i64) elements of a vector, all of them if there are fewer."""
     kind = value.type
-    count = b.select(b.icmp_signed("<", valid, i64(kind.count)), valid, i64(kind.count))
-    count = b.select(b.icmp_signed("<", count, i64(0)), i64(0), count)
-    index = vec(i8, kind.count)
-    mask = b.icmp_unsigned(
-        "<", ir.Constant(index, list(range(kind.count))), splat(b, b.trunc(count, i8), kind.count)
-    )
-    element = "f" if kind.element is f32 else "i"
-    name = f"llvm.masked.store.v{kind.count}{element}{_bits(kind.element)}.p0"
-    pointer = ir.FunctionType(void, [kind, ptr, i32, mask.type])
-    function = b.module.globals.get(name) or ir.Function(b.module, pointer, name)
-    b.call(function, [value, base, i32(1), mask])
+    _masked(b, "store", void, kind, [value, base, i32(1), _valid(b, kind.count, valid)])
+
+
+def load_valid(b: Any, kind: Any, base: Any, valid: Any) -> Any:
+    """A vector of the first `valid` (i64) elements at `base`, and of zeros."""
+    mask = _valid(b, kind.count, valid)
+    return _masked(b, "load", kind, kind, [base, i32(1), mask, const(kind, 0)])
 
 
 def _bits(element: Any) -> int:

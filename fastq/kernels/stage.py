@@ -24,8 +24,10 @@ from numba.extending import intrinsic
 
 from fastq.kernels.call import ITEM_BYTES
 from fastq.kernels.elementwise import elementwise_line
+from fastq.kernels.isa import target_features
 from fastq.kernels.lines import (
     ELEMENT,
+    emit_converted,
     emit_divisor,
     emit_interleaved,
     emit_line,
@@ -49,7 +51,20 @@ from fastq.kernels.scalar import (
     stack_bytes,
 )
 from fastq.kernels.signature import sources_digest
-from fastq.kernels.simd import address, const, f32, i64, load, ptr, shuffle, store, vec
+from fastq.kernels.simd import (
+    address,
+    const,
+    f32,
+    i8,
+    i64,
+    load,
+    load_valid,
+    ptr,
+    shuffle,
+    store,
+    store_valid,
+    vec,
+)
 from fastq.qparams import FLT_MAX, FLT_MIN
 
 # the argument blocks; strides in bytes
@@ -84,6 +99,39 @@ def finite_range(address, count):  # type: ignore[no-untyped-def]
     return lo, hi
 
 
+@intrinsic(prefer_literal=True)
+def _padded_copy(typingctx: Any, target: Any, x: Any, count: Any, out: Any, whole: Any) -> Any:
+    """`count` uint8 at x, then zeros, as `whole` elements of the target at out."""
+    element, item = ELEMENT[target.literal_value], ITEM_BYTES[target.literal_value]
+
+    def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
+        _, x, count, out, whole = values
+        x, out = (b.inttoptr(place, ptr) for place in (x, out))
+        width = widest()
+
+        def copy(i: Any, width: int) -> None:
+            value = emit_converted(b, load(b, vec(i8, width), x, i), element)
+            store(b, value, out, b.mul(i, i64(item)))
+
+        def rest(i: Any) -> None:
+            value = load_valid(b, vec(i8, width), address(b, x, i), b.sub(count, i))
+            place = address(b, out, b.mul(i, i64(item)))
+            store_valid(b, emit_converted(b, value, element), place, b.sub(whole, i))
+
+        if "avx512bw" in target_features():  # has masks: no loop over single elements
+            i, _ = emit_loop(b, i64(0), count, width, [], lambda i: copy(i, width))
+            emit_loop(b, i, b.add(whole, i64(width - 1)), width, [], rest)
+        else:
+            emit_line(b, count, copy)
+            zero = const(element, 0)
+            emit_loop(
+                b, count, whole, 1, [], lambda i: store(b, zero, out, b.mul(i, i64(item))) and None
+            )
+        return context.get_dummy_value()
+
+    return types.void(target, *[types.int64] * 4), codegen
+
+
 @njit
 def _range_to_qparams(lo, hi, scale, zero_point, at):  # type: ignore[no-untyped-def]
     """Writes scale[at] and zero_point[at] of the uint8 range [lo, hi] with lo <= 0 <= hi."""
@@ -114,9 +162,7 @@ def stage_rows_kernel(source: str, target: str) -> Any:
             row = args[R_X] + m * args[R_ROW]
             at = m * out_k
             if config[0] == "u8":
-                q = pointer(row, "u8")
-                for i in range(k):
-                    out[at + i] = q[i]
+                _padded_copy(config[1], row, k, args[R_OUT] + at * item, out_k)
             else:
                 s = 0
                 if config[0] == "dynamic":
@@ -126,8 +172,8 @@ def stage_rows_kernel(source: str, target: str) -> Any:
                 step, zp = scale[s], zero_point[s]
                 lo, hi = float_difference(0, zp), float_difference(255, zp)
                 elementwise_line(line, row, args[R_OUT] + at * item, k, step, zp, lo, hi)
-            for i in range(k, out_k):
-                out[at + i] = 0
+                for i in range(k, out_k):
+                    out[at + i] = 0
 
     return kernel
 
@@ -255,9 +301,7 @@ def stage_image_kernel(source: str, target: str, planes: int = 0, whole: int = 0
                     at = first + w * line_channels
                     if config[0] == "u8":
                         if args[I_XC] == 1:
-                            q = pointer(pixel, "u8")
-                            for c in range(run):
-                                out[at + c] = q[c]
+                            _padded_copy(config[1], pixel, run, args[I_OUT] + at * item, run)
                         else:
                             for c in range(run):
                                 out[at + c] = pointer(pixel + c * args[I_XC], "u8")[0]
