@@ -202,7 +202,7 @@ def requantize(
 
 
 _ELEMENTWISE_BLOCK = 16 * 1024  # values per task
-_CACHE_BYTES = 16 << 20  # an output of more is not read from the cache soon: it is stored past it
+_CACHE_BYTES = 16 << 20  # a larger output would not be found there again: it is streamed
 _elementwise_calls = Calls()
 _range_calls = Calls()
 _histogram_calls = Calls()
@@ -297,9 +297,10 @@ def _elementwise_call(
     qmax: int,
 ) -> Call:
     call = Call(ARGUMENTS)
+    out_bytes = rows * columns * ITEM_BYTES[target]
     call.row(
         ew.elementwise_kernel(
-            operation, source, target, layout, rows * columns * ITEM_BYTES[target] > _CACHE_BYTES
+            operation, source, target, "streamed" if out_bytes > _CACHE_BYTES else "cached", layout
         ),
         ew.A_FIELDS,
         rows * -(-columns // _ELEMENTWISE_BLOCK),

@@ -87,7 +87,7 @@ def test_a_recording_sees_all_threads(rng: Any) -> None:
         thread.start()
         thread.join()
     kernel = kernel_at(int(runs[0].table.rows[0, executor.KERNEL]))
-    assert name_of(kernel) == "elementwise divide f32 u8 tensor"
+    assert name_of(kernel) == "elementwise divide f32 u8 cached tensor"
     assert k_loop_of(kernel) is None
 
 

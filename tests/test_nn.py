@@ -12,8 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-import fastq.nn.conv
-import fastq.nn.linear
 from fastq import QParams, choose_qparams, ops, reference
 from fastq.nn import QConv2d, QLinear
 from fastq.qparams import Dequant, quantize_weight
@@ -639,18 +637,16 @@ def test_threads_share_a_layer():
 def handed_over(monkeypatch):
     """The ids of the objects that ops was called with, per call."""
     calls = []
-    convolve, multiply = fastq.nn.conv.conv2d_float, ops.Operands.linear
 
-    def conv2d_float(x, weight, epilogue, *, x_qparams):
-        calls.append((weight, epilogue, x_qparams))
-        return convolve(x, weight, epilogue, x_qparams=x_qparams)
+    def spy(method):
+        def call(self, *memory):
+            calls.append((self.weight, self.epilogue, self.x_qparams))
+            method(self, *memory)
 
-    def linear(self, *memory):
-        calls.append((self.weight, self.epilogue, self.x_qparams))
-        multiply(self, *memory)
+        return call
 
-    monkeypatch.setattr(fastq.nn.conv, "conv2d_float", conv2d_float)
-    monkeypatch.setattr(ops.Operands, "linear", linear)
+    for name in ("linear", "conv2d"):
+        monkeypatch.setattr(ops.Operands, name, spy(getattr(ops.Operands, name)))
     return calls
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import signal
 import sys
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -333,6 +334,25 @@ def test_quantize_dequantize_requantize(rng: Any, shape: tuple[int, ...], dtype:
             assert_same(ops.requantize(acc, zero_point=5, qmin=0, qmax=100, **rule), want)
             assert_same(ops.requantize(acc, **rule), reference.requantize(acc, **rule))
     assert_same(ops.quantize(x, 1.28, dtype=dtype), reference.quantize(x, 1.28, dtype=dtype))
+
+
+@pytest.mark.parametrize("cache_bytes", [2**40, 0], ids=["cached", "streamed"])
+def test_wherever_an_array_lies(rng: Any, monkeypatch: Any, cache_bytes: int) -> None:
+    """Stores are aligned to cache lines from the second vector on; nothing else is written."""
+    monkeypatch.setattr(ops, "_CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(ops, "_elementwise_calls", ops.Calls())
+    for size, start in product((1, 63, 64, 65, 127, 1000), (0, 1, 7, 16, 33, 63)):
+        x = rng.normal(0, 3, start + size).astype(np.float32)[start:]
+        memory = np.full(size + 200, 77, np.uint8)
+        out = memory[start : start + size]
+        ops.quantize(x, scale=0.05, zero_point=120, out=out)
+        assert_same(out, reference.quantize(x, scale=0.05, zero_point=120))
+        assert (memory[:start] == 77).all() and (memory[start + size :] == 77).all()
+        floats = np.full(size + 200, 77, np.float32)
+        real = floats[start : start + size]
+        ops.dequantize(out, 0.05, 120, out=real)
+        assert_same(real, reference.dequantize(out, 0.05, 120))
+        assert (floats[:start] == 77).all() and (floats[start + size :] == 77).all()
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-20, 1.0, 1e20, 3e38])

@@ -44,11 +44,11 @@ from fastq.kernels.simd import (
     i32,
     i64,
     load,
-    past_the_cache,
     prefetch,
     ptr,
     splat,
     store,
+    stream,
     vec,
 )
 
@@ -75,12 +75,12 @@ def elementwise_line(
     lo: Any,
     hi: Any,
 ) -> Any:
-    """`count` elements with one scale and zero point; config begins: operation, source, target, and
-    whether it is stored past the cache.
+    """`count` elements with one scale and zero point; config begins with elementwise_kernel's
+    operation, source, target and stores.
 
     lo and hi are qmin and qmax less the zero point.
     """
-    operation, source, target, past_cache = (t.literal_value for t in config.types[:4])
+    operation, source, target, stores = (t.literal_value for t in config.types[:4])
     numbers = [types.float32, types.int32, types.float32, types.float32]
     signature = types.void(config, *[types.int64] * 3, *numbers)
 
@@ -94,8 +94,8 @@ def elementwise_line(
 
         def put(value: Any, i: Any, item: int, aligned: bool) -> None:
             stored = store(b, value, out, b.mul(i, i64(item)), CACHE_LINE if aligned else 1)
-            if aligned and past_cache:
-                past_the_cache(b, stored)
+            if aligned and stores == "streamed":
+                stream(b, stored)
 
         def body(i: Any, width: int, aligned: bool) -> None:
             floats_of, ints_of = vec(f32, width), vec(i32, width)
@@ -120,23 +120,21 @@ def elementwise_line(
             put(q, i, ITEM_BYTES[target], aligned)
 
         emit_aligned_line(b, count, out, ITEM_BYTES[target], body)
-        if past_cache:
-            b.fence("seq_cst")  # such stores are in no order with others
+        if stores == "streamed":
+            b.fence("seq_cst")
         return context.get_dummy_value()
 
     return signature, codegen
 
 
 @functools.cache
-def elementwise_kernel(
-    operation: str, source: str, target: str, layout: str, past_cache: bool = False
-) -> Any:
+def elementwise_kernel(operation: str, source: str, target: str, stores: str, layout: str) -> Any:
     """operation "divide" (quantize), "multiply" (quantize by a factor, requantize), "dequantize".
 
-    source and target are keys of scalar.KINDS; layout "tensor", "row" or "column". past_cache: for
-    outputs that the cache cannot hold.
+    source and target are keys of scalar.KINDS; stores "cached", or "streamed" for an output
+    that the cache cannot hold; layout "tensor", "row" or "column".
     """
-    config = (operation, source, target, past_cache, layout, sources_digest())
+    config = (operation, source, target, stores, layout, sources_digest())
     lines = layout != "column" and has_lines(operation, source, target)
     source_item, target_item = ITEM_BYTES[source], ITEM_BYTES[target]
 

@@ -160,7 +160,7 @@ def emit_line(
 def emit_aligned_line(
     b: Any, count: Any, out: Any, item: int, body: Callable[[Any, int, bool], None]
 ) -> None:
-    """Emits body(i, width, aligned) over the elements 0..count of a line, at `out`, of `item` bytes.
+    """Emits body(i, width, aligned) over elements 0..count of a line at `out`, `item` bytes each.
 
     The first vector is stored where the line begins, the following ones on whole cache lines, which
     takes half the time. Elements of both are computed twice: `out` must not be an operand.

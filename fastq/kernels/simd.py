@@ -57,8 +57,9 @@ def store(b: Any, value: Any, base: Any, offset: Any = 0, align: int = 1) -> Any
     return stored
 
 
-def past_the_cache(b: Any, stored: Any) -> None:
-    """Makes a store, aligned to a vector, one that reads no memory into the cache first."""
+def stream(b: Any, stored: Any) -> None:
+    """Makes a store, aligned to a vector, a streaming one: no memory is read into the cache first,
+    and it is in no order with other stores before a fence."""
     stored.set_metadata("nontemporal", b.module.add_metadata([i32(1)]))
 
 

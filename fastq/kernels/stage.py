@@ -151,7 +151,7 @@ def stage_rows_kernel(source: str, target: str) -> Any:
     "dynamic" also writes the row's scale and zero point; "static" reads one of each.
     """
     config = (source, target, sources_digest())
-    line, item = ("divide", "f32", target, False), ITEM_BYTES[target]
+    line, item = ("divide", "f32", target, "cached"), ITEM_BYTES[target]
 
     @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
@@ -263,7 +263,7 @@ def stage_image_kernel(source: str, target: str, planes: int = 0, whole: int = 0
     ones, or MANY and 0.
     """
     config = (source, target, planes, whole, sources_digest())
-    line, item = ("divide", "f32", target, False), ITEM_BYTES[target]
+    line, item = ("divide", "f32", target, "cached"), ITEM_BYTES[target]
 
     @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]

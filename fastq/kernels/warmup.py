@@ -85,9 +85,10 @@ def _windows(tier: str) -> Iterable[tuple[Any, ...]]:
 
 
 def _elementwise(tier: str) -> Iterable[tuple[Any, ...]]:
-    yield from product(("divide", "multiply"), ("f32",), INTEGERS, LAYOUTS)
-    yield from product(("multiply",), ("s32",), INTEGERS, LAYOUTS)
-    yield from product(("dequantize",), INTEGERS, ("f32",), LAYOUTS)
+    """Arrays that the cache can hold."""
+    yield from product(("divide", "multiply"), ("f32",), INTEGERS, ("cached",), LAYOUTS)
+    yield from product(("multiply",), ("s32",), INTEGERS, ("cached",), LAYOUTS)
+    yield from product(("dequantize",), INTEGERS, ("f32",), ("cached",), LAYOUTS)
 
 
 FAMILIES = (

@@ -188,8 +188,8 @@ def _run(x: Tensor, operands: Operands) -> Tensor:
             operands.conv2d(shape, x.stride(), x.data_ptr(), y.data_ptr())
             return y
     nhwc = as_array(x).transpose(0, 2, 3, 1)
-    y = conv2d_float(nhwc, operands.weight, operands.epilogue, x_qparams=operands.x_qparams)
-    return from_numpy(y.transpose(0, 3, 1, 2))
+    out = conv2d_float(nhwc, operands.weight, operands.epilogue, x_qparams=operands.x_qparams)
+    return from_numpy(out.transpose(0, 3, 1, 2))
 
 
 @torch.library.custom_op("fastq::conv2d", mutates_args=(), device_types="cpu")
