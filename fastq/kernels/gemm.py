@@ -19,7 +19,7 @@ im2col. A linear layer is one whose offsets are 0, 4, 8, ...
         |   acc     |               All of acc stays in registers; the epilogue stores it.
         +-----------+
     Edges: rows beyond `mr` repeat the last valid row (same values, same place); columns beyond N
-    go to a scratch tile, of which the valid part is copied.
+    are masked, or go to a scratch tile of which the valid part is copied.
 
 Depthwise convolutions share all of this but the inner loop, see depthwise.py; there a panel is NR
 channels, and up to NR - 1 bytes beyond the last channel of a row may be read. A row is a run of
@@ -225,7 +225,7 @@ def emit_tiles(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: A
         else:
             accs = emit_k_loop(b, tile, a_rows(m, mr), weights, by_table, steps, end.start)
         targets = rows_out = outputs_of(out_rows(m, mr), f.OUT_PIXEL)
-        if mr is not None:  # one that is not full in N goes to a scratch tile first
+        if mr is not None and not simd.masks:  # not full in N: to a scratch tile first
             targets = [b.select(edge, s, o) for s, o in zip(scratch_rows, rows_out, strict=True)]
         added_rows = None
         if add_rows is not None:
@@ -235,15 +235,15 @@ def emit_tiles(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: A
             last = b.sub(b.add(first_row, b.add(m, mr)), i64(1))
             absolute = [b.select(b.icmp_signed("<", i, last), i, last) for i in absolute]
         absolute = [row for row in absolute for _ in range(tile.outputs)]
-        end.store(accs, targets, absolute, added_rows)
-        if mr is not None:
+        end.store(accs, targets, absolute, added_rows, valid if simd.masks else None)
+        if mr is not None and not simd.masks:
             with b.if_then(edge):
                 size = b.mul(valid, i64(out_bytes))
                 for scratch_row, out_row in zip(scratch_rows, rows_out, strict=True):
                     copy_bytes(b, out_row, scratch_row, size)
 
     height = i64(tile.mr)
-    full_end = b.select(edge, m, m_end)
+    full_end = m_end if simd.masks else b.select(edge, m, m_end)
     m, _ = emit_loop(b, m, full_end, tile.mr, (), lambda m: emit(m, None))
 
     def rest(m: Any) -> None:

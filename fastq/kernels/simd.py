@@ -187,6 +187,11 @@ class Dot:
         self.lanes = self.cols = bits // 32
         self.acc = vec(i32, self.lanes)
 
+    @property
+    def masks(self) -> bool:
+        """Whether stores of a part of a vector are one instruction."""
+        return self.native and self.bits == 512
+
     def together(self, nr: int) -> int:
         """How many accumulators of a panel are packed into one vector."""
         vectors = nr // self.lanes
