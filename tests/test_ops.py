@@ -150,6 +150,16 @@ CONV_SHAPES: dict[str, tuple[Any, ...]] = {
     "depthwise_whole_panels": (5, 5, 64, 64, 3, 3, 1, 0, 1, 64),
     "depthwise_2_channels": (5, 5, 2, 2, 3, 3, 1, 1, 1, 2),
     "depthwise_multiplier_2": (7, 7, 12, 24, 3, 3, 1, 1, 1, 12),
+    # several pixels are one: 8 of 8 channels, 4 of 16, 8 of 24, 2 of 32, 8 of 72
+    "depthwise_fold_8": (3, 21, 8, 8, 3, 3, 1, 1, 1, 8),
+    "depthwise_fold_16": (6, 13, 16, 16, 5, 5, 1, 2, 1, 16),
+    "depthwise_fold_24": (5, 9, 24, 24, 3, 3, 1, (1, 1), (1, 2), 24),
+    "depthwise_fold_32": (7, 5, 32, 32, 3, 3, (2, 1), 1, 1, 32),
+    "depthwise_fold_72": (4, 11, 72, 72, 2, 2, 1, 0, 1, 72),
+    "depthwise_fold_one_line": (3, 12, 16, 16, 3, 3, 1, (0, 1), 1, 16),
+    "depthwise_one_line": (1, 11, 16, 16, 1, 5, 1, (0, 2), 1, 16),
+    "depthwise_one_output": (5, 5, 32, 32, 5, 5, 1, 0, 1, 32),
+    "depthwise_one_column": (9, 3, 16, 16, 3, 3, 1, (1, 0), 1, 16),
 }
 
 

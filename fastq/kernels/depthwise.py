@@ -7,13 +7,19 @@ same dot product as in gemm.py, with its activations interleaved instead of broa
     tap 1   | a1 b1 c1 ... |   interleave ->
     tap 2 3 | ...          |                  | w0 w1 w2 w3 | w0 w1 w2 w3 | ...   weights
 
-Interleaving costs more than the products, so `outputs` neighbours share it: four pixels serve the
-output over the first three with weights w0 w1 w2 0, and the next one with 0 w0 w1 w2. The taps of a
-tile are all pixels that one of its outputs reads, line by line, four (`taps_at_once`) at a time.
+Interleaving costs more than the products, so `outputs` neighbours share it, one below the other (or
+side by side, where a filter has a single line): four lines serve the output over the first three
+with weights w0 w1 w2 0, and the next one with 0 w0 w1 w2. The taps of a tile are all pixels that
+one of its outputs reads, four (`taps_at_once`) at a time.
 
     a       uint8, NHWC, all channels of a pixel side by side; row m is a run of `outputs` outputs
+
     weights (panels, tap groups, outputs, vectors, lanes, taps_at_once), int8 (vpdpbusd) or int16
             (vpmaddwd), lanes in the order that `interleave` leaves; 0 where a tap is not taken
+
+Few channels would leave most lanes of a panel empty. Where pixels lie side by side, and outputs are
+a pixel apart, `fold` of them are taken for one of as many more channels: 4 pixels of 16 are one of
+64, with each filter four times. The taps stay as far apart as they are.
 """
 
 from __future__ import annotations
@@ -82,29 +88,49 @@ def emit_tap_loop(
     return summed
 
 
+FOLDS = (1, 2, 4, 8)
+
+
 class Taps(NamedTuple):
-    """The taps of a tile: `places` (T, 2), line and pixel of each, in the steps of the input;
-    `filters` (outputs, T), which tap of its filter each output takes there, or -1."""
+    """The taps of a tile: `places` (T, 2), the line and pixel of each; `filters` (outputs, T), the
+    tap of its filter that each output takes there, or -1."""
 
     places: NDArray[np.int64]
     filters: NDArray[np.int64]
 
 
 def taps_of(
-    kernel_size: tuple[int, int], stride: int, dilation: tuple[int, int], outputs: int, isa: str
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    apart: tuple[int, int],
+    outputs: int,
+    isa: str,
 ) -> Taps:
-    """The taps of so many neighbouring outputs, `stride` pixels apart, in whole groups."""
+    """The taps of so many outputs, whose inputs are lines and pixels `apart`; in whole groups."""
     kh, kw = kernel_size
-    pixels = sorted({j * stride + k * dilation[1] for j in range(outputs) for k in range(kw)})
-    places = [(y * dilation[0], x) for y in range(kh) for x in pixels]
-    places += places[:1] * (-len(places) % emitter(isa).taps_at_once)
-    filters = np.full((outputs, len(places)), -1)
-    for at, (y, x) in enumerate(places[: kh * len(pixels)]):
-        for j in range(outputs):
-            k, between = divmod(x - j * stride, dilation[1])
-            if not between and 0 <= k < kw:
-                filters[j, at] = y // dilation[0] * kw + k
-    return Taps(np.array(places), filters)
+    read = [
+        {
+            (j * apart[0] + y * dilation[0], j * apart[1] + x * dilation[1]): y * kw + x
+            for y in range(kh)
+            for x in range(kw)
+        }
+        for j in range(outputs)
+    ]
+    places = sorted(set().union(*read))
+    filters = np.array([[taps.get(place, -1) for place in places] for taps in read])
+    more = -len(places) % emitter(isa).taps_at_once
+    return Taps(
+        np.array(places + places[:1] * more),
+        np.pad(filters, ((0, 0), (0, more)), constant_values=-1),
+    )
+
+
+def choose_fold(channels: int, pixels: int, nr: int) -> int:
+    """How many pixels are one: the fewest panels over a line of so many, then the fewest."""
+    return min(
+        (fold for fold in FOLDS if fold <= pixels),
+        key=lambda fold: (-(-channels * fold // nr) * -(-pixels // fold), fold),
+    )
 
 
 def pack_depthwise(weight: NDArray[np.int8], taps: Taps, isa: str) -> NDArray[Any]:

@@ -10,10 +10,11 @@ brings its input into form first, and keeps a call for each input shape:
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ from fastq.kernels.call import (
     address_of,
     dense_strides,
 )
-from fastq.kernels.depthwise import Taps, pack_depthwise, taps_of
+from fastq.kernels.depthwise import Taps, choose_fold, pack_depthwise, taps_of
 from fastq.kernels.gemm import Tile
 from fastq.kernels.pack import aligned_empty, pack_panels, pad_columns, step_starts
 from fastq.kernels.simd import KR, emitter
@@ -58,6 +59,7 @@ class _Layer:
     """The operands of an epilogue, and the product's row."""
 
     kernel_size = 1, 1  # of a convolution
+    fold = 1  # pixels whose channels are the columns of a row: see depthwise.py
 
     def __init__(
         self, weight: NDArray[np.int8], epilogue: Epilogue, x_zero_point: int, isa: str
@@ -97,7 +99,7 @@ class _Layer:
     def pad_operands(self, packed: _Packed, groups: int) -> None:
         """Keeps the packed weight, and the per-column operands padded to whole panels."""
         self.packed, self.groups = packed, groups
-        n, nr, isa = len(self.col_sums), packed.nr, packed.isa
+        n = len(self.col_sums)
         scale: Any = np.float32(1)
         bias: NDArray[Any] = np.zeros(n, np.int32)
         clamp, zero_point, add = (0.0, 0.0), 0, (0.0, 0)
@@ -112,11 +114,14 @@ class _Layer:
                 # without a bias -0.0 is added: y + -0.0 is y, and -0.0 for y = -0.0
                 bias = np.full(n, -0.0, np.float32) if given is None else given
                 clamp = (fmin, fmax)
-        full_scale = np.broadcast_to(scale, (n,)).astype(np.float32)
+
+        def columns(values: NDArray[Any]) -> NDArray[Any]:
+            return pad_columns(np.tile(values, self.fold), groups, packed.nr, packed.isa)
+
         self.operands: dict[int, Place] = {
-            block.COL_SUMS: pad_columns(self.col_sums.astype(np.int32), groups, nr, isa),
-            block.SCALE: pad_columns(full_scale, groups, nr, isa),
-            block.BIAS: pad_columns(bias, groups, nr, isa),
+            block.COL_SUMS: columns(self.col_sums.astype(np.int32)),
+            block.SCALE: columns(np.broadcast_to(scale, (n,)).astype(np.float32)),
+            block.BIAS: columns(bias),
             block.CLAMP: np.array(clamp, np.float32),
             block.OUT_ZERO_POINT: np.array([zero_point], np.int32),
             block.ADD_SCALE: np.array(add[:1], np.float32),
@@ -144,23 +149,16 @@ class _Layer:
     def product(
         self,
         call: Call,
-        images: int,
-        m: int,
-        line: int,
-        offsets: NDArray[np.int64],
-        x: _Rows,
-        out: _Rows,
-        add: _Rows | None,
+        walk: _Walk,
         scale: Place | None,
         zero_point: Place | None,
         *,
         per_row: bool = False,
         label: str = "",
     ) -> None:
-        """Appends the product of `images` times m rows; offsets are in bytes, one for each K-step.
-
-        Of `line` rows each lies as far from the one before; m is a multiple of it.
-        """
+        """Appends the product."""
+        images, m, line, offsets, (x, out, *added) = walk
+        add = added[0] if added else None
         packed, groups = self.packed, self.groups
         if offsets.max() >= 2**31:
             raise ValueError(
@@ -168,10 +166,10 @@ class _Layer:
                 "wanted under 2 GiB: split the image"
             )
         tile = self.tile(m, line, len(offsets))
-        macs = images * m * len(offsets) * packed.depth * len(self.col_sums)
+        n = len(self.col_sums) * self.fold // groups
+        macs = images * m * len(offsets) * packed.depth * groups * n
         row_bytes = x.row if x.offsets is None else x.offsets.max() // m
         panels = -(-len(packed.panels) // groups // tile.panels)
-        n = len(self.col_sums) // groups
         values = {
             block.A_ROW: x.row,
             block.A_IMAGE: x.image,
@@ -200,7 +198,7 @@ class _Layer:
         kernel: Any
         rows = [x, out, add or out]
         by_table = x.offsets is not None
-        of = {"gemm": 1, "matrix": matrix.ROWS, "depthwise": tile.outputs}[tile.kind]
+        of = matrix.ROWS if tile.kind == "matrix" else 1
         band, firsts = bands_of(m, line, of)
         m = len(firsts)
         if tile.kind == "matrix":
@@ -213,8 +211,8 @@ class _Layer:
             if tile.kind == "gemm":  # which takes a K-step by fours
                 quads = np.arange(0, packed.depth, KR) * ITEM_BYTES[x.kind]
                 offsets = np.add.outer(offsets, quads).reshape(-1)
-            elif band > 1:
-                values |= {block.OUT_PIXEL: out.row, block.ADD_PIXEL: rows[2].row}
+            else:
+                values |= {block.OUT_PIXEL: out.neighbour, block.ADD_PIXEL: rows[2].neighbour}
             kernel = gemm.gemm_kernel(tile, kind, "table" if by_table else "affine")
         if by_table:
             places[block.ROW_TABLE] = np.stack([r.at(firsts) for r in rows], axis=1)
@@ -247,7 +245,8 @@ def bands_of(m: int, line: int, most: int) -> tuple[int, NDArray[np.int64]]:
 class _Rows:
     """Where the rows of an operand lie: place + image * i + group * g + (row * m or offsets[m]).
 
-    Where offsets say it, `row` is still how far two of a line are apart.
+    Where offsets say it, `row` is still how far two of a line are apart; `neighbour` is how far two
+    outputs of a run are, 0 where there is only one.
     """
 
     place: Place
@@ -256,10 +255,25 @@ class _Rows:
     image: int = 0
     group: int = 0
     offsets: NDArray[np.int64] | None = None
+    neighbour: int = 0
 
     def at(self, m: NDArray[np.int64]) -> NDArray[np.int64]:
         """Offsets of these rows."""
         return m * self.row if self.offsets is None else self.offsets[m]
+
+
+class _Walk(NamedTuple):
+    """The rows of a product: `images` times m of them, of x, out and what is added, if anything.
+
+    Of `line` rows each lies as far from the one before; m is a multiple of it. offsets are in
+    bytes, one for each K-step.
+    """
+
+    images: int
+    m: int
+    line: int
+    offsets: NDArray[np.int64]
+    operands: list[_Rows]
 
 
 def block_rows(tile: Tile, m: int, row_bytes: int, other_tasks: int) -> int:
@@ -310,10 +324,8 @@ class PackedLinear(_Layer):
             return _Rows(view.place, view.kind, view.strides[0])
 
         m, steps = x.shape[0], step_starts(self.run_length, self.packed.depth) * x.item
-        self.product(
-            call, 1, m, m, steps, along(x), along(out), along(add) if add else None,
-            scale, zero_point, per_row=per_row, label=label,
-        )  # fmt: skip
+        walk = _Walk(1, m, m, steps, [along(v) for v in (x, out, add) if v is not None])
+        self.product(call, walk, scale, zero_point, per_row=per_row, label=label)
 
 
 class PackedConv2d(_Layer):
@@ -328,9 +340,11 @@ class PackedConv2d(_Layer):
         if weight.groups > 1 and c_group == 1 and n == weight.groups:
             self.channels = n
             (tile,) = tiles_of(isa, "depthwise")
-            size, stride, dilation = weight.kernel_size, weight.stride[1], weight.dilation
-            self.taps = taps_of(size, stride, dilation, tile.outputs, isa)
-            self.pad_operands(_packed_depthwise(weight, self.taps, isa), 1)
+            self.outputs, self.down = tile.outputs, weight.kernel_size[0] > 1
+            apart = (weight.stride[0], 0) if self.down else (0, weight.stride[1])
+            self.taps = taps_of(weight.kernel_size, weight.dilation, apart, tile.outputs, isa)
+            self.folds: dict[int, PackedConv2d] = {}
+            self._pack_depthwise()
         else:
             groups = self.groups = _merged_groups(weight, min(t.nr for t in tiles_of(isa)))
             self.by_lines = self._takes_lines()
@@ -343,6 +357,24 @@ class PackedConv2d(_Layer):
             and winograd.fits(isa, weight.c, n, self.packed.nr)
             and winograd.is_exact(weight.data)
         )
+
+    def _pack_depthwise(self) -> None:
+        packed = _packed_depthwise(self.weight, self.taps, self.fold, self.isa)
+        self.pad_operands(packed, 1)
+
+    def folded(self, views: Sequence[View]) -> PackedConv2d:
+        """This depthwise layer with as many pixels in one as pay for these operands."""
+        pixels = views[1].shape[2]
+        fits = self.down and self.weight.stride[1] == 1
+        fits = fits and all(v.strides[2] == v.shape[3] * v.item for v in views)
+        fold = choose_fold(self.channels, pixels, self.packed.nr) if fits else 1
+        if fold == self.fold:
+            return self
+        if fold not in self.folds:
+            layer = self.folds[fold] = copy.copy(self)
+            layer.fold = fold
+            layer._pack_depthwise()
+        return self.folds[fold]
 
     @property
     def depthwise(self) -> bool:
@@ -403,58 +435,78 @@ class PackedConv2d(_Layer):
                 panels = self.packed.panels
                 winograd.winograd_row(call, split, x, out, add, panels, columns, label)
                 return
+        views = [x, out] if add is None else [x, out, add]
+        layer = self.folded(views) if self.depthwise else self
+        walk = layer._runs(views) if self.depthwise else layer._pixels(views)
+        layer.product(call, walk, scale, zero_point, label=label)
+
+    def _pixels(self, views: Sequence[View]) -> _Walk:
+        """A row for each output pixel."""
         weight, groups = self.weight, self.groups
         (kh, kw), (sh, sw), (dh, dw) = weight.kernel_size, weight.stride, weight.dilation
+        x, out = views[:2]
         batch, oh, ow, n = out.shape
         _, line, pixel, _ = x.strides
-        m, line_rows = oh * ow, ow
-        views = [x, out] if add is None else [x, out, add]
+        images, m, line_rows = batch, oh * ow, ow
         steps = [(sh * line, sw * pixel), *(v.strides[1:3] for v in views[1:])]
         widths = [x.shape[3] // groups, n // groups, n // groups]
-        images, operands = batch, []
-        if self.depthwise:  # whose rows are pixels side by side
-            rows = []
-        elif m == 1:
+        rows: list[int] = []
+        if m == 1:
             m, images = batch, 1
             rows = [v.strides[0] for v in views]
         elif oh == 1 or ow == 1 or all(down == ow * across for down, across in steps):
             rows = [down if ow == 1 else across for down, across in steps]
             if all(v.strides[0] == m * row for v, row in zip(views, rows, strict=True)):
                 images, m = 1, batch * m  # pointwise: all images are one
-        else:
-            rows = []
         if rows:
             line_rows = m
+        operands = []
         for i, (view, width) in enumerate(zip(views, widths, strict=False)):
             down, across = steps[i]
             row = rows[i] if rows else across
             operand = _Rows(view.place, view.kind, row, view.strides[0], width * view.item)
             if not rows:
-                table = np.add.outer(np.arange(oh) * down, np.arange(ow) * across)
-                operand.offsets = table.reshape(-1)
+                operand.offsets = _table(np.arange(oh) * down, np.arange(ow) * across)
             operands.append(operand)
-        if self.depthwise:
-            places = self.taps.places * (line, pixel)
-            if ow == 1:  # there is no next output: what only it would read is not there
-                places[self.taps.filters[0] < 0] = 0
-            offsets = places.sum(axis=1)
-        else:
-            offsets = np.arange(kh) * (dh * line)
-            by_lines = self.by_lines and pixel == self.channels * x.item
-            if self.needs_dense_pixels() and not by_lines:
-                raise ValueError(
-                    f"conv2d: pixels lie {pixel} bytes apart; wanted {self.channels * x.item}, "
-                    "side by side: a K-step of this weight overlaps them"
-                )
-            if not by_lines:
-                offsets = np.add.outer(offsets, np.arange(kw) * (dw * pixel)).reshape(-1)
-            run = (kw if by_lines else 1) * self.channels // groups
-            starts = step_starts(run, self.packed.depth) * x.item
-            offsets = np.add.outer(offsets, starts).reshape(-1)
-        self.product(
-            call, images, m, line_rows, offsets, operands[0], operands[1],
-            operands[2] if add else None, scale, zero_point, label=label,
-        )  # fmt: skip
+        offsets = np.arange(kh) * (dh * line)
+        by_lines = self.by_lines and pixel == self.channels * x.item
+        if self.needs_dense_pixels() and not by_lines:
+            raise ValueError(
+                f"conv2d: pixels lie {pixel} bytes apart; wanted {self.channels * x.item}, "
+                "side by side: a K-step of this weight overlaps them"
+            )
+        if not by_lines:
+            offsets = _table(offsets, np.arange(kw) * (dw * pixel))
+        run = (kw if by_lines else 1) * self.channels // groups
+        offsets = _table(offsets, step_starts(run, self.packed.depth) * x.item)
+        return _Walk(images, m, line_rows, offsets, operands)
+
+    def _runs(self, views: Sequence[View]) -> _Walk:
+        """Depthwise: a row for each run of `outputs` outputs, of `fold` pixels each."""
+        x, out = views[:2]
+        batch, oh, ow, _ = out.shape
+        sizes = (self.outputs, self.fold) if self.down else (1, self.outputs)
+        lines, pixels = (
+            np.minimum(np.arange(0, total, size), max(total - size, 0))
+            for total, size in zip((oh, ow), sizes, strict=True)
+        )
+        alone = (oh if self.down else ow) < self.outputs
+        operands = []
+        for view, (sh, sw) in zip(views, (self.weight.stride, (1, 1), (1, 1)), strict=False):
+            down, across = view.strides[1] * sh, view.strides[2] * sw
+            operand = _Rows(view.place, view.kind, across * self.fold, view.strides[0])
+            operand.offsets = _table(lines * down, pixels * across)
+            operand.neighbour = 0 if alone else down if self.down else across
+            operands.append(operand)
+        places = self.taps.places * x.strides[1:3]
+        if alone:  # what only the next output would read is not there
+            places[self.taps.filters[0] < 0] = 0
+        m = len(lines) * len(pixels)
+        return _Walk(batch, m, len(pixels), places.sum(axis=1), operands)
+
+
+def _table(lines: NDArray[np.int64], pixels: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.add.outer(lines, pixels).reshape(-1)
 
 
 def _scales(scale: Place | None, zero_point: Place | None) -> dict[int, Place]:
@@ -711,12 +763,12 @@ def _packed(weight: Any, isa: str, filters: Callable[[], list[NDArray[np.int8]]]
     return packed  # type: ignore[no-any-return]
 
 
-def _packed_depthwise(weight: Conv2dWeight, taps: Taps, isa: str) -> _Packed:
-    packed = weight.panels.get(("packed", isa))
+def _packed_depthwise(weight: Conv2dWeight, taps: Taps, fold: int, isa: str) -> _Packed:
+    packed = weight.panels.get(("packed", isa, fold))
     if packed is None:
         (tile,) = tiles_of(isa, "depthwise")
-        panels = pack_depthwise(weight.data.reshape(weight.n, -1), taps, isa)
-        packed = weight.panels["packed", isa] = _Packed(isa, "depthwise", tile.nr, panels)
+        panels = pack_depthwise(np.tile(weight.data.reshape(weight.n, -1), (fold, 1)), taps, isa)
+        packed = weight.panels["packed", isa, fold] = _Packed(isa, "depthwise", tile.nr, panels)
     return packed  # type: ignore[no-any-return]
 
 
