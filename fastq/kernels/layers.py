@@ -225,7 +225,7 @@ class _Layer:
             images * -(-m // mc) * groups * panels,
             values,
             places,
-            nanoseconds(tile.isa, macs),
+            nanoseconds(tile.isa, macs, tile.kind),
             label or str(tile),
         )
 

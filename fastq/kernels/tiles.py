@@ -116,10 +116,12 @@ def _column_cost(tile: Tile, work: Work) -> float:
 
 
 # Multiply-adds that a core does in a nanosecond, roughly: whether threads pay depends on it.
-_MACS_PER_NANOSECOND = {"amx_int8": 1500.0, "avx512_vnni": 400.0, "avx_vnni": 150.0, "avx2": 60.0}
+_MACS_PER_NANOSECOND = {"amx_int8": 400.0, "avx512_vnni": 400.0, "avx_vnni": 150.0, "avx2": 60.0}
+_MATRIX_RATE, _DEPTHWISE_RATE = 4.0, 0.1  # of that
 BYTES_PER_NANOSECOND = 8.0  # that a plain loop reads
 
 
-def nanoseconds(isa: str, macs: int) -> float:
-    """An estimate of what this many multiply-adds take one thread."""
-    return macs / _MACS_PER_NANOSECOND.get(isa, 20.0)
+def nanoseconds(isa: str, macs: int, kind: str = "gemm") -> float:
+    """An estimate of what this many multiply-adds take one thread, in tiles of a kind."""
+    rate = {"gemm": 1.0, "matrix": _MATRIX_RATE, "depthwise": _DEPTHWISE_RATE}[kind]
+    return macs / (rate * _MACS_PER_NANOSECOND.get(isa, 20.0))
