@@ -154,7 +154,7 @@ FAMILIES = (
         ],
     ),
     Family("array", elementwise.elementwise_kernel, _elementwise),
-    Family("array", histogram.histogram_kernel, lambda tier: [()]),
+    Family("array", histogram.histogram_kernel, lambda tier: [(False,), (True,)]),
 )
 
 # networks by their layers; others have the kernels of one of these
