@@ -77,11 +77,11 @@ __all__ = [
     "upsample_nearest2d",
 ]
 
-_UINT8, _INT32, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.int32), np.dtype(np.float32)
+_UINT8, _INT8, _INT32, _FLOAT32 = map(np.dtype, ("uint8", "int8", "int32", "float32"))
 _KIND = {
     _FLOAT32: "f32",
     _UINT8: "u8",
-    np.dtype(np.int8): "s8",
+    _INT8: "s8",
     _INT32: "s32",
 }
 _BOUND_LAYERS = 8  # that a weight keeps: pairs of epilogue and input parameters
@@ -123,10 +123,10 @@ def quantize(
     real = _real("quantize: x", x)
     if scale is not None:
         operation, steps = "divide", _scale("quantize: scale", scale)
-        kind = quantized_dtype(np.uint8 if dtype is None else dtype)
+        kind = _UINT8 if dtype is None else quantized_dtype(dtype)
     else:
         operation, steps = "multiply", _scale("quantize: quantize_factor", quantize_factor)
-        kind = quantized_dtype(np.int8 if dtype is None else dtype)
+        kind = _INT8 if dtype is None else quantized_dtype(dtype)
         if zero_point if isinstance(zero_point, int) else np.any(zero_point):
             raise ValueError(
                 "quantize: a quantize_factor has no zero_point; "
@@ -157,7 +157,7 @@ def dequantize(
     kind = _integer("dequantize: q", integers)
     steps = _scale("dequantize: scale", scale)
     zeros = _zeros("dequantize: zero_point", zero_point, kind)
-    return _elementwise("dequantize", "dequantize", integers, np.dtype(np.float32), steps, zeros,
+    return _elementwise("dequantize", "dequantize", integers, _FLOAT32, steps, zeros,
                         axis, 0, 0, out)  # fmt: skip
 
 
@@ -1042,7 +1042,7 @@ def _through_numpy(function: Any, x: Any, parameter: Any, out: Any, **named: Any
 
 def _real(what: str, x: ArrayLike) -> NDArray[np.float32]:
     array = np.asarray(x)
-    if array.dtype == np.float32:
+    if array.dtype == _FLOAT32:
         return array
     if array.dtype.kind != "f" and (isinstance(x, np.ndarray) or array.dtype.kind not in "iu"):
         raise TypeError(f"{what} {array.shape} {array.dtype}; wanted float32")
