@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from fastq.layerwise import sensitivity
+from fastq.processes import ALONE, Processes
 from fastq.remedies import DEFAULT, REMEDIES, ROUNDINGS, remedy_names
 
 Build = Callable[[tuple[str, ...], tuple[str, ...]], nn.Module]
@@ -22,6 +23,10 @@ RUNGS = (
     ("gptq",),
     ("adaround",),
 )
+
+
+def _silent(line: str) -> None:
+    """Prints nothing."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ def climb(
     config: Any = None,
     skip: Any = (),
     echo: Callable[[str], None] = print,
+    processes: Processes = ALONE,
 ) -> nn.Module:
     """The first quantized network whose score is at most max_drop below the float network's.
 
@@ -62,6 +68,7 @@ def climb(
     build     build(remedies, skip) quantizes the model with these remedies, these layers float.
     forward, config, skip  those of `fastq.quantize_model`, for `sensitivity`.
     echo      takes the lines.
+    processes that build together: the first one's scores count, and its lines are seen.
 
     Where nothing is within the budget the best attempt is returned, with a UserWarning.
     Raises ValueError for a negative max_drop or data that can be read once only.
@@ -73,7 +80,13 @@ def climb(
             f"calibration_data is a {type(data).__name__}, which can be read once only; a search "
             "wants a list of batches or a DataLoader"
         )
-    goal = float(evaluate(model))
+    if processes.rank:
+        echo = _silent
+
+    def score_of(network: nn.Module) -> float:
+        return processes.agree(lambda: float(evaluate(network)))
+
+    goal = score_of(model)
     echo(f"float32: {goal:.4g}; wanted: at least {goal - max_drop:.4g}")
     best: tuple[Attempt, nn.Module] | None = None
 
@@ -82,7 +95,7 @@ def climb(
         nonlocal best
         names = remedy_names(remedies)
         made = build(names, skip)
-        new = Attempt(names, skip, float(evaluate(made)))
+        new = Attempt(names, skip, score_of(made))
         gain = 0.0 if best is None else new.score - best[0].score
         if best is None:
             said = ""
@@ -109,9 +122,14 @@ def climb(
         remedies = best[0].remedies
         # the float network of the best attempt: equalized, it may have another worst layer
         first = [name for name in remedies if REMEDIES[name].first]
-        found = sensitivity(model, data, forward=forward, config=config, skip=skip, remedies=first)
-        names = list(dict.fromkeys(row.name for row in found.worst() if row.name))
-        count = 1
+
+        def most_sensitive() -> list[str]:
+            found = sensitivity(
+                model, data, forward=forward, config=config, skip=skip, remedies=first
+            )
+            return list(dict.fromkeys(row.name for row in found.worst() if row.name))
+
+        names, count = processes.agree(most_sensitive), 1
         while not done and count < len(names):
             done = attempt(remedies, tuple(names[:count]))
             count *= 2

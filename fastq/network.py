@@ -17,6 +17,7 @@ from fastq.graph import Node
 from fastq.lower import Region
 from fastq.nn.network import QuantizedModel, Stage, assemble
 from fastq.prepare import Prepared, prepare_graph
+from fastq.processes import ALONE, Processes
 from fastq.qconfig import QConfig
 from fastq.recipe import write_recipe
 from fastq.remedies import Remedies
@@ -110,11 +111,14 @@ def calibrate(
     *,
     remedies: Remedies = (),
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> None:
     """Run the float network on all batches and watch its values; then the remedies."""
     data = (pytree.tree_leaves(call_of(model, batch, forward)) for batch in batches)
     try:
-        apply_remedies(prepared, data, remedies, total=batches.total, progress=progress)
+        apply_remedies(
+            prepared, data, remedies, total=batches.total, progress=progress, processes=processes
+        )
     except Exception as error:
         error.add_note("quantize_model ran the float network on the calibration data")
         raise

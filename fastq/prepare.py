@@ -17,6 +17,7 @@ from fastq.fuse import fuse
 from fastq.graph import Graph, Node
 from fastq.lower import Ranges, Region, find_regions, inputs_first, lower, weight_of
 from fastq.observer import Observer, make_observer
+from fastq.processes import Processes
 from fastq.program import Program
 from fastq.qconfig import QConfig
 from fastq.qparams import QParams, quantize_weight
@@ -75,6 +76,13 @@ class Prepared:
 
         with torch.no_grad():
             return self.graph.run(arguments, watch)
+
+    def merge(self, processes: Processes) -> None:
+        """Take what other processes observed into account, as if it had been observed here."""
+        nodes = {node.name: node for node in self.graph}
+        seen = processes.merge({node.name: made for node, made in self.observers.items()})
+        self.observers = {nodes[name]: made for name, made in seen.items()}
+        self._qparams.clear()
 
     def forget(self) -> None:
         """Drop what was seen: the graph's values have changed."""

@@ -13,6 +13,7 @@ from fastq.batches import Batches
 from fastq.capture import CannotCapture
 from fastq.ladder import climb
 from fastq.network import Config, calibrate, call_of, finish, prepare_model
+from fastq.processes import Processes
 from fastq.remedies import DEFAULT, Remedies, remedy_names
 from fastq.swap import Selector, quantize_layers, summary
 from fastq.trace import Forward
@@ -30,6 +31,7 @@ def quantize_model(
     max_drop: float | None = None,
     strict: bool = False,
     progress: bool = True,
+    distributed: Any = False,
 ) -> nn.Module:
     """The model as integer programs: called like it, in eval mode, for inference.
 
@@ -58,6 +60,10 @@ def quantize_model(
         several of these. What holds for a module holds for all within it.
     strict    raise ValueError if a layer stays float and neither skip nor config asks for it.
     progress  show a progress bar if standard error is a terminal.
+    distributed  True, or a torch.distributed ProcessGroup: each of its processes makes this call
+        with its part of the data, and all get the network that one would have made of all the data
+        (of the observers `moving_average` alone depends on how it was divided). The remedies work
+        on the first process's first batches, and `evaluate` is called there.
 
     Raises TypeError for a model, data or batch of a wrong kind; ValueError for empty data, for
     a name that matches nothing, and if nothing can become int8. An error that the model
@@ -71,6 +77,7 @@ def quantize_model(
     skip = (skip,) if isinstance(skip, str | type) else tuple(skip)  # a search reads it again
     if (evaluate is None) != (max_drop is None):
         raise TypeError("quantize_model: evaluate= and max_drop= come together")
+    processes = Processes(distributed)
     if calibration_data is None:
         return quantize_layers(model, skip=skip, strict=strict, progress=progress)
     if evaluate is not None and max_drop is not None:
@@ -78,7 +85,7 @@ def quantize_model(
         def build(names: tuple[str, ...], floats: tuple[str, ...]) -> nn.Module:
             return quantize_model(
                 model, calibration_data, forward=forward, config=config, skip=(*skip, *floats),
-                remedies=names, progress=progress,
+                remedies=names, progress=progress, distributed=distributed,
             )  # fmt: skip
 
         return climb(
@@ -90,6 +97,7 @@ def quantize_model(
             forward=forward,
             config=config,
             skip=skip,
+            processes=processes,
         )
     prepared, why = None, ""
     batches = Batches(calibration_data)
@@ -102,10 +110,14 @@ def quantize_model(
         why = str(error)
     if prepared is None or not prepared.regions:
         result = quantize_layers(
-            model, batches, forward=forward, skip=skip, strict=strict, progress=progress
-        )
+            model, batches, forward=forward, skip=skip, strict=strict, progress=progress,
+            distributed=distributed,
+        )  # fmt: skip
         note = f"int8 layers, not one network: {why or 'no product has an integer form'}"
         result._fastq_summary = replace(summary(result), note=note)  # type: ignore[assignment]
         return result
-    calibrate(prepared, model, batches, forward, remedies=remedies, progress=progress)
+    calibrate(
+        prepared, model, batches, forward, remedies=remedies, progress=progress,
+        processes=processes,
+    )  # fmt: skip
     return finish(prepared, model, strict=strict)

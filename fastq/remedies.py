@@ -37,6 +37,7 @@ from tqdm import tqdm
 from fastq.graph import Graph, Node, Values, evaluate, pixels_together, tensors_of
 from fastq.lower import Ranges, weight_of
 from fastq.prepare import WEIGHTED, Prepared, fake_quantize, grid_ends
+from fastq.processes import ALONE, Processes
 from fastq.qparams import quantize_weight
 
 Batch = Sequence[Any]
@@ -65,21 +66,27 @@ def calibrate(
     *,
     total: int | None = None,
     progress: bool = False,
+    processes: Processes = ALONE,
 ) -> None:
     """Observe the network's values on the batches, which are read once, and apply these remedies, a
     name or several. The progress bar counts to `total` batches.
+
+    Of several processes each observes its own batches; the sample is the first one's.
 
     Raises TypeError and ValueError for names that are none.
     """
     names = remedy_names(remedies)
     chosen = [REMEDIES[name] for name in names]
     rest = iter(batches)
-    sample = take_sample(prepared, rest) if chosen else []
+    progress = progress and processes.rank == 0
+    own = take_sample(prepared, rest) if chosen else []
+    sample = processes.agree(lambda: own)
     for remedy in chosen:
         if remedy.first:
             remedy.apply(prepared, sample, progress)
-    for arguments in bar(itertools.chain(sample, rest), "calibrate", progress, total):
+    for arguments in bar(itertools.chain(own, rest), "calibrate", progress, total):
         prepared.observe(arguments)
+    prepared.merge(processes)
     for remedy in chosen:
         if not remedy.first:
             remedy.apply(prepared, sample, progress)

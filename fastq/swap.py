@@ -6,7 +6,7 @@ import copy
 import fnmatch
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
@@ -23,7 +23,8 @@ from tqdm import tqdm
 from fastq.batches import Batches, arguments_of, explain
 from fastq.nn import QConv2d, QLinear
 from fastq.nn.layer import QLayer
-from fastq.observer import MinMaxObserver
+from fastq.observer import MinMaxObserver, Observer
+from fastq.processes import Processes
 from fastq.qparams import MAX_K
 from fastq.trace import Forward, Trace, plain_layer, trace
 
@@ -114,6 +115,7 @@ def quantize_layers(
     strict: bool = False,
     inplace: bool = False,
     progress: bool = True,
+    distributed: Any = False,
 ) -> nn.Module:
     """The model with int8 layers: same class, same call, in eval mode, for inference.
 
@@ -138,6 +140,8 @@ def quantize_layers(
     inplace   change the given model instead of a copy; after an error it is as it was. A model
         that is itself one layer cannot be changed in place: use what is returned.
     progress  show a progress bar if standard error is a terminal.
+    distributed  True, or a torch.distributed ProcessGroup: each of its processes makes this call
+        with its part of the data, and all get the same layers.
 
     Raises TypeError for a model, data or batch of a wrong kind; ValueError for empty data, for
     a name in skip or dynamic that matches nothing, and if no layer can become int8. An error
@@ -147,6 +151,7 @@ def quantize_layers(
         raise TypeError(
             f"quantize_layers: got {type(model).__name__}, wanted a torch.nn.Module, not scripted"
         )
+    processes = Processes(distributed)
     try:
         result = model if inplace else copy.deepcopy(model)
     except Exception as error:
@@ -155,8 +160,9 @@ def quantize_layers(
     undo = _remember(result)
     try:
         return _quantize(
-            result, calibration_data, forward, skip, dynamic, strict=strict, progress=progress
-        )
+            result, calibration_data, forward, skip, dynamic, strict=strict, progress=progress,
+            processes=processes,
+        )  # fmt: skip
     except BaseException:
         undo()  # matters with inplace=True: the caller has this model
         raise
@@ -171,6 +177,7 @@ def _quantize(
     *,
     strict: bool,
     progress: bool,
+    processes: Processes,
 ) -> nn.Module:
     """`quantize_layers` on this very model."""
     result.eval()
@@ -200,7 +207,9 @@ def _quantize(
         for layer in plan:
             layer.keep_dynamic("no calibration data")
     else:
+        progress = progress and processes.rank == 0
         traced, batch = _calibrate(result, calibration_data, forward, plan, progress)
+        _merge(plan, processes)
         for layer in plan:
             if not layer.axes:
                 layer.keep_dynamic("the calibration data never reached it")
@@ -243,6 +252,15 @@ def _quantize(
     return result
 
 
+def _merge(plan: Sequence[_Layer], processes: Processes) -> None:
+    """Lets each layer know what its like in other processes saw."""
+    observers = processes.merge({layer.name: layer.observer for layer in plan})
+    axes = processes.gather({layer.name: layer.axes for layer in plan})
+    for layer in plan:
+        layer.observer = observers[layer.name]
+        layer.axes = set().union(*(part[layer.name] for part in axes))
+
+
 def _remember(model: nn.Module) -> Callable[[], None]:
     """What gives the model its submodules, parameters and modes of now back."""
     flags = ("training", "activation_relu_or_gelu")
@@ -278,7 +296,7 @@ class _Layer:
     reason: str = ""
     asked: bool = False
     axes: set[int] = field(default_factory=set)
-    observer: MinMaxObserver = field(default_factory=MinMaxObserver)
+    observer: Observer = field(default_factory=MinMaxObserver)
 
     @property
     def name(self) -> str:
