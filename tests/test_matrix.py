@@ -6,13 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import host_isas
 from numpy.testing import assert_array_equal
+from torch import Tensor, nn
 
+import fastq
 from fastq import ops, reference
-from fastq.kernels import executor, matrix
+from fastq.kernels import executor, layers, layout, matrix
 from fastq.kernels import isa as isa_room
 from fastq.kernels.assembly import kernel_at, name_of
+from fastq.kernels.call import View
 from fastq.kernels.layers import bands_of
 from fastq.kernels.pack import aligned_empty
 from fastq.kernels.tiles import Work, choose_nr, choose_product_tile
@@ -129,3 +133,71 @@ def test_lines_of_taps_and_single_pixels(
         weight = Conv2dWeight(s8(rng, 33, c, *size), **options)
         got = ops.conv2d(x, weight, x_zero_point=9)
         assert_array_equal(got, reference.conv2d(x, weight, x_zero_point=9))
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Windows are gathered wherever a band of the matrix tiles would end with its line, as for
+    images of short lines and many channels. The kinds of what is copied."""
+    made: list[str] = []
+    copy_row = layout.copy_row
+
+    def counted(call: Any, x: View, out: View, label: str = "") -> None:
+        made.append("windows" if len(x.shape) == 6 else "outputs")
+        copy_row(call, x, out, label)
+
+    monkeypatch.setattr(layers, "COPY_NANOSECONDS", 0.0)
+    monkeypatch.setattr(layout, "copy_row", counted)
+    return made
+
+
+@pytest.mark.parametrize(
+    "h, w, c, n, kernel, stride, padding, dilation, groups",
+    [
+        (7, 7, 64, 40, (3, 3), 1, 1, 1, 1),
+        (9, 5, 20, 33, (3, 3), 1, 1, 1, 1),  # no multiples
+        (6, 7, 3, 16, (3, 3), 1, 1, 1, 1),  # a kernel line is a K-step
+        (14, 14, 32, 24, (1, 1), 2, 0, 1, 1),
+        (11, 9, 16, 16, (2, 3), (2, 1), 1, (1, 2), 1),
+        (7, 7, 64, 64, (3, 3), 1, 1, 1, 4),
+    ],
+)
+def test_gathered_windows(
+    tier: str, copies: list[str], h: int, w: int, c: int, n: int, kernel: Any, stride: Any,
+    padding: int, dilation: Any, groups: int,
+) -> None:  # fmt: skip
+    rng = np.random.default_rng(0)
+    weight = Conv2dWeight(s8(rng, n, c // groups, *kernel), stride, padding, dilation, groups)
+    for batch, last in (
+        (1, None),
+        (3, Requant(np.full(n, 1e-3, np.float32), 7)),
+        (2, Dequant(np.full(n, 1e-3, np.float32))),
+    ):
+        x = u8(rng, batch, h, w, c)
+        got = ops.conv2d(x, weight, last, x_zero_point=9)
+        assert_array_equal(got, reference.conv2d(x, weight, last, x_zero_point=9))
+    assert copies == ["windows"] * 3
+
+
+class _Residual(nn.Module):
+    """Outputs that go into a padded image, and one that is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        y: Tensor = self.third((x + self.second(x)).relu())
+        return y
+
+
+def test_gathered_windows_of_a_network(tier: str, copies: list[str]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 16, 7, 7)
+    network = fastq.quantize_model(_Residual().eval(), x, progress=False)
+    (program,) = network.programs
+    (got,) = (network(x).numpy(),)
+    assert copies.count("windows") == 3 and copies.count("outputs") > 0
+    (want,) = program.reference(x.numpy())
+    assert_array_equal(got, want)

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastq.kernels import block, executor, gemm, matrix, stage, winograd
+from fastq.kernels import block, executor, gemm, layout, matrix, stage, winograd
 from fastq.kernels.call import (
     ITEM_BYTES,
     At,
@@ -48,6 +48,8 @@ from fastq.weights import Conv2dWeight, LinearWeight
 
 A_BLOCK_BYTES = 128 * 1024  # of activations that a block of MC rows works on, to stay in L2
 TASKS_A_THREAD = 8
+# a product of matrix tiles, with its loads; a byte of a copy within the cache, and then some
+PRODUCT_NANOSECONDS, COPY_NANOSECONDS = 7.0, 0.08
 RANGE_BLOCK = 32 * 1024  # values per task when a range is searched
 
 Source = Literal["u8", "static", "dynamic"]
@@ -436,14 +438,64 @@ class PackedConv2d(_Layer):
                 winograd.winograd_row(call, split, x, out, add, panels, columns, label)
                 return
         views = [x, out] if add is None else [x, out, add]
-        layer = self.folded(views) if self.depthwise else self
-        walk = layer._runs(views) if self.depthwise else layer._pixels(views)
-        layer.product(call, walk, scale, zero_point, label=label)
+        if self.depthwise:
+            layer = self.folded(views)
+            layer.product(call, layer._runs(views), scale, zero_point, label=label)
+            return
+        walk = self._pixels(views)
+        if not self._gathering_pays(walk):
+            self.product(call, walk, scale, zero_point, label=label)
+            return
+        with call.borrowed_scratch():
+            windows = self._gather(call, x, out)
+            dense = [v if v.dense else _dense(call, v) for v in views[1:]]
+            if add is not None and dense[1] is not add:
+                layout.copy_row(call, add, dense[1])
+            walk = self._windows(windows, dense)
+            self.product(call, walk, scale, zero_point, label=label)
+            if dense[0] is not out:
+                layout.copy_row(call, dense[0], out)
+
+    def _gathering_pays(self, walk: _Walk) -> bool:
+        """Whether windows are copied side by side first: where lines are much shorter than a matrix
+        tile, one that may go on in the next line is fuller than what the copies cost."""
+        if emitter(self.isa).depth == KR or walk.line == walk.m:
+            return False
+        rows, steps = walk.images * walk.m, len(walk.offsets)
+        saved = rows // walk.line * -(-walk.line // matrix.ROWS) - -(-rows // matrix.ROWS)
+        products = steps * len(self.packed.panels) // self.groups * (self.packed.nr // 16)
+        window = math.prod(self.kernel_size) * self.channels
+        return saved * products * PRODUCT_NANOSECONDS > rows * window * COPY_NANOSECONDS
+
+    def _gather(self, call: Call, x: View, out: View) -> View:
+        """Appends the copy of the window of each output: (B, OH, OW, KH, KW * C)."""
+        (kh, kw), (sh, sw), (dh, dw) = self.kernel_size, self.weight.stride, self.weight.dilation
+        batch, oh, ow, _ = out.shape
+        image, line, pixel, item = x.strides
+        c = x.shape[3]
+        row = -(-kh * kw * c * item // ALIGNED) * ALIGNED
+        place = call.scratch(batch * oh * ow * row)
+        shape = (batch, oh, ow, kh, kw, c)
+        strides = (image, sh * line, sw * pixel, dh * line, dw * pixel, item)
+        to = (oh * ow * row, ow * row, row, kw * c * item, c * item, item)
+        windows = View(place, shape, to, x.kind)
+        layout.copy_row(call, View(x.place, shape, strides, x.kind), windows)
+        return windows
+
+    def _windows(self, windows: View, views: Sequence[View]) -> _Walk:
+        """A row for each gathered window, of dense outputs."""
+        batch, oh, ow, _, _, c = windows.shape
+        _, _, row, line, pixel, item = windows.strides
+        m, groups, n = batch * oh * ow, self.groups, views[0].shape[3]
+        operands = [_Rows(windows.place, windows.kind, row, 0, c // groups * item)]
+        for v in views:
+            operands.append(_Rows(v.place, v.kind, v.strides[2], 0, n // groups * v.item))
+        return _Walk(1, m, m, self._k_offsets(line, pixel, item), operands)
 
     def _pixels(self, views: Sequence[View]) -> _Walk:
         """A row for each output pixel."""
         weight, groups = self.weight, self.groups
-        (kh, kw), (sh, sw), (dh, dw) = weight.kernel_size, weight.stride, weight.dilation
+        (sh, sw), (dh, dw) = weight.stride, weight.dilation
         x, out = views[:2]
         batch, oh, ow, n = out.shape
         _, line, pixel, _ = x.strides
@@ -468,18 +520,23 @@ class PackedConv2d(_Layer):
             if not rows:
                 operand.offsets = _table(np.arange(oh) * down, np.arange(ow) * across)
             operands.append(operand)
-        offsets = np.arange(kh) * (dh * line)
-        by_lines = self.by_lines and pixel == self.channels * x.item
+        offsets = self._k_offsets(dh * line, dw * pixel, x.item)
+        return _Walk(images, m, line_rows, offsets, operands)
+
+    def _k_offsets(self, down: int, across: int, item: int) -> NDArray[np.int64]:
+        """Where the K-steps lie in a window, whose taps are `down` and `across` bytes apart."""
+        kh, kw = self.kernel_size
+        offsets = np.arange(kh) * down
+        by_lines = self.by_lines and across == self.channels * item
         if self.needs_dense_pixels() and not by_lines:
             raise ValueError(
-                f"conv2d: pixels lie {pixel} bytes apart; wanted {self.channels * x.item}, "
+                f"conv2d: pixels lie {across} bytes apart; wanted {self.channels * item}, "
                 "side by side: a K-step of this weight overlaps them"
             )
         if not by_lines:
-            offsets = _table(offsets, np.arange(kw) * (dw * pixel))
-        run = (kw if by_lines else 1) * self.channels // groups
-        offsets = _table(offsets, step_starts(run, self.packed.depth) * x.item)
-        return _Walk(images, m, line_rows, offsets, operands)
+            offsets = _table(offsets, np.arange(kw) * across)
+        run = (kw if by_lines else 1) * self.channels // self.groups
+        return _table(offsets, step_starts(run, self.packed.depth) * item)
 
     def _runs(self, views: Sequence[View]) -> _Walk:
         """Depthwise: a row for each run of `outputs` outputs, of `fold` pixels each."""
@@ -503,6 +560,12 @@ class PackedConv2d(_Layer):
             places[self.taps.filters[0] < 0] = 0
         m = len(lines) * len(pixels)
         return _Walk(batch, m, len(pixels), places.sum(axis=1), operands)
+
+
+def _dense(call: Call, view: View) -> View:
+    """A place in the workspace for what a view has."""
+    place = call.scratch(math.prod(view.shape) * view.item)
+    return View(place, view.shape, dense_strides(view.shape, view.item), view.kind)
 
 
 def _table(lines: NDArray[np.int64], pixels: NDArray[np.int64]) -> NDArray[np.int64]:
