@@ -30,6 +30,7 @@ ORDER = [
     "runtime",
     "trace",
     "batches",
+    "processes",
     "graph",
     "custom",
     "nn",

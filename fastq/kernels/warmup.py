@@ -60,6 +60,7 @@ def _pointwise(tier: str) -> Iterable[tuple[Any, ...]]:
     yield from product(("add", "multiply"), [(kind,) * 3], [(item,) * 3], (True,))
     yield "affine", (kind, kind, "f32", "f32"), (item, item, 4, 4), True
     yield "table", (kind, kind), (item, item), True
+    yield "copy", (kind, kind), (item, item), True
     yield "fill", (kind,), (item,), True
 
 
