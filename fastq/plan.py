@@ -31,13 +31,15 @@ from fastq.kernels.call import (
     collapse,
     dense_strides,
 )
+from fastq.kernels.convolution import pack_conv2d
 from fastq.kernels.executor import get_num_threads
-from fastq.kernels.layers import ACTIVATIONS, PackedConv2d, PackedLinear, stage_image
+from fastq.kernels.layers import stage_image
 from fastq.kernels.layout import border_row, copy_row, dequantize_row, quantize_row
 from fastq.kernels.lines import broadcast
 from fastq.kernels.matmul import matmul_row
 from fastq.kernels.norms import layer_norm_row, softmax_row
 from fastq.kernels.pointwise import add_row, affine_row, fill_row, mul_row, table_row
+from fastq.kernels.products import ACTIVATIONS, PackedLinear
 from fastq.kernels.simd import emitter
 from fastq.kernels.windows import (
     adaptive_avg_pool2d_row,
@@ -479,7 +481,7 @@ class _Planner:
                 zeros = storage.border == step.arguments["x_zero_point"]
                 fits &= frame == NO_FRAME or (enough and zeros)
                 dense = strides[2] == mold.shape[3] * self.item
-                fits &= dense or not any(p.needs_dense_pixels() for p in self.layers(step))
+                fits &= dense or not any(p.needs_dense_pixels for p in self.layers(step))
             elif not joined:
                 fits = strides == dense_strides(mold.shape, self.item)
             if not fits:
@@ -551,8 +553,8 @@ class _Planner:
         key = (self.isa, step.name)
         if key not in self.packed:
             a = step.arguments
-            kind = PackedConv2d if step.op == "conv2d" else PackedLinear
-            self.packed[key] = kind(a["weight"], a["epilogue"], a["x_zero_point"], self.isa)
+            pack = pack_conv2d if step.op == "conv2d" else PackedLinear
+            self.packed[key] = pack(a["weight"], a["epilogue"], a["x_zero_point"], self.isa)
         return self.packed[key]
 
     def layers(self, step: Step) -> list[Any]:
@@ -569,9 +571,7 @@ class _Planner:
                     if part.size == 0:  # nothing falls here: one tap of 0
                         part = np.zeros((*weight.data.shape[:2], 1, 1), np.int8)
                     taps = Conv2dWeight(part, groups=weight.groups)
-                    self.packed[key] = PackedConv2d(
-                        taps, a["epilogue"], a["x_zero_point"], self.isa
-                    )
+                    self.packed[key] = pack_conv2d(taps, a["epilogue"], a["x_zero_point"], self.isa)
                 found.append(self.packed[key])
         return found
 

@@ -13,7 +13,7 @@ from fastq import ops, reference
 from fastq.kernels import isa as isa_room
 from fastq.kernels import matmul
 from fastq.kernels.call import At, Call, View, address_of
-from fastq.kernels.layers import ACTIVATIONS
+from fastq.kernels.products import ACTIVATIONS
 from fastq.kernels.simd import emitter
 from fastq.qparams import MAX_K
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import fastq
 from fastq import ops, reference
-from fastq.kernels import executor, layers, layout, matrix
+from fastq.kernels import convolution, executor, layout, matrix
 from fastq.kernels import isa as isa_room
 from fastq.kernels.assembly import kernel_at, name_of
 from fastq.kernels.call import View
-from fastq.kernels.layers import bands_of
 from fastq.kernels.pack import aligned_empty
+from fastq.kernels.products import bands_of
 from fastq.kernels.tiles import Work, choose_nr, choose_product_tile
 from fastq.qparams import Dequant, Requant
 from fastq.weights import Conv2dWeight, LinearWeight
@@ -146,7 +146,7 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         made.append("windows" if len(x.shape) == 6 else "outputs")
         copy_row(call, x, out, label)
 
-    monkeypatch.setattr(layers, "COPY_NANOSECONDS", 0.0)
+    monkeypatch.setattr(convolution, "COPY_NANOSECONDS", 0.0)
     monkeypatch.setattr(layout, "copy_row", counted)
     return made
 

@@ -16,7 +16,7 @@ from rows import guarded
 
 import fastq
 from fastq import ops, reference
-from fastq.kernels import call, gemm, layers
+from fastq.kernels import call, gemm, layers, products
 from fastq.qparams import MAX_K, Dequant, Epilogue, QParams, Requant, choose_qparams
 from fastq.weights import Conv2dWeight, LinearWeight
 
@@ -699,8 +699,8 @@ def test_a_weight_keeps_a_bounded_number_of_layers_and_shapes(rng: Any) -> None:
 def test_every_tile_is_exact(isa: str, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row of TILES on shapes around its own edges, whatever the cost model would choose."""
     for tile in (t for t in gemm.TILES if t.isa == isa and t.kind != "depthwise"):
-        monkeypatch.setattr(layers, "choose_nr", lambda isa, n, steps, nr=tile.nr: nr)
-        monkeypatch.setattr(layers, "choose_product_tile", lambda isa, nr, work, tile=tile: tile)
+        monkeypatch.setattr(products, "choose_nr", lambda isa, n, steps, nr=tile.nr: nr)
+        monkeypatch.setattr(products, "choose_product_tile", lambda isa, nr, work, tile=tile: tile)
         for m in {1, tile.mr - 1, tile.mr, tile.mr + 1, 2 * tile.mr + 1} - {0}:
             for n in {1, tile.nr - 1, tile.nr, tile.nr + 1, 2 * tile.nr + 3, 5 * tile.nr}:
                 x, weight = u8(rng, m, 11), LinearWeight(s8(rng, n, 11))

@@ -20,12 +20,12 @@ from numba.extending import intrinsic
 
 from fastq.kernels import block, gemm
 from fastq.kernels.call import ITEM_BYTES, Call, Place, View, collapse, dense_strides
-from fastq.kernels.layers import ACTIVATIONS, block_rows
 from fastq.kernels.layout import copy_row
 from fastq.kernels.lines import ELEMENT, broadcast, emit_converted, emit_interleaved, emit_loop
 from fastq.kernels.native import native
 from fastq.kernels.pack import step_starts
 from fastq.kernels.pointwise import fill_row
+from fastq.kernels.products import ACTIVATIONS, block_rows
 from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import (
     KR,

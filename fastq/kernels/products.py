@@ -1,0 +1,340 @@
+"""Products with int8 weights as rows of a call: what linear layers and convolutions share.
+
+A Layer is bound once to its weight, its epilogue and a tier: panels are packed, the per-column
+operands padded. A Walk says where the rows of a product lie. Both together give a tile, its
+argument block and its tasks, which `Layer.product` appends to a call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastq.kernels import block, executor, gemm, matrix
+from fastq.kernels.call import ITEM_BYTES, Call, Place, View
+from fastq.kernels.gemm import Tile
+from fastq.kernels.pack import aligned_empty, pack_panels, pad_columns, step_starts
+from fastq.kernels.simd import KR, emitter
+from fastq.kernels.tiles import Work, choose_nr, choose_product_tile, choose_tile, nanoseconds
+from fastq.qparams import Dequant, Epilogue, Requant
+from fastq.weights import LinearWeight
+
+# how a tier holds activations, by its a_bytes
+ACTIVATIONS = {1: "u8", 2: "s16"}
+A_BLOCK_BYTES = 128 * 1024  # of activations that a block of MC rows works on, to stay in L2
+TASKS_A_THREAD = 8
+# Matrix tiles load lines of 64 bytes: six times slower where one lies across two of the cache's.
+# An activation that is loaded more often than READS is copied to where none does.
+ALIGNED, READS = 64, 2
+
+
+class Layer:
+    """The operands of an epilogue, and the product's row."""
+
+    kernel_size = 1, 1  # of a convolution
+    fold = 1  # pixels whose channels are the columns of a row: see depthwise.py
+
+    def __init__(
+        self, weight: NDArray[np.int8], epilogue: Epilogue, x_zero_point: int, isa: str
+    ) -> None:
+        self.epilogue, self.isa = epilogue, isa
+        self.x_zero_point = x_zero_point  # folded into the bias of a Requant
+        self.kind = "f32" if isinstance(epilogue, Dequant) else "u8" if epilogue else "s32"
+        filters = weight.reshape(len(weight), -1)
+        self.col_sums = filters.sum(axis=1, dtype=np.int64)
+        n = len(weight)
+        if epilogue is not None:
+            scale = epilogue.scale if isinstance(epilogue, Dequant) else epilogue.multiplier
+            bias = epilogue.bias
+            if scale.shape not in ((), (n,)) or (bias is not None and bias.shape != (n,)):
+                raise ValueError(
+                    f"epilogue: scale {scale.shape} and bias {None if bias is None else bias.shape}"
+                    f" for {n} outputs; wanted ({n},) each, or a scalar scale, or no bias"
+                )
+        if isinstance(epilogue, Requant) and epilogue.bias is not None:
+            self._check_bias(filters, epilogue.bias)
+
+    def _check_bias(self, filters: NDArray[np.int8], bias: NDArray[np.int32]) -> None:
+        """ValueError if some input could take accumulator + bias out of int32."""
+        positive = np.maximum(filters, 0).sum(axis=1, dtype=np.int64)
+        negative = self.col_sums - positive
+        zp, top = self.x_zero_point, 255 - self.x_zero_point
+        highest = bias + positive * top - negative * zp
+        lowest = bias + negative * top - positive * zp
+        wrong = (highest >= 2**31) | (lowest < -(2**31))
+        if wrong.any():
+            n = int(np.argmax(wrong))
+            raise ValueError(
+                f"Requant: bias[{n}] = {bias[n]} can take the accumulator out of int32; "
+                "a larger weight scale for this output makes its bias smaller"
+            )
+
+    def pad_operands(self, packed: Packed, groups: int) -> None:
+        """Keeps the packed weight, and the per-column operands padded to whole panels."""
+        self.packed, self.groups = packed, groups
+        n = len(self.col_sums)
+        scale: Any = np.float32(1)
+        bias: NDArray[Any] = np.zeros(n, np.int32)
+        clamp, zero_point, add = (0.0, 0.0), 0, (0.0, 0)
+        match self.epilogue:
+            case Requant(multiplier, zero_point, given, qmin, qmax, add_multiplier, add_zero_point):
+                scale = multiplier
+                folded = (0 if given is None else given) - self.x_zero_point * self.col_sums
+                bias = folded.astype(np.int32)  # modulo 2**32: its sum with acc is in range
+                clamp = (qmin - zero_point, qmax - zero_point)
+                add = (add_multiplier or 0.0, add_zero_point)
+            case Dequant(scale, _, given, fmin, fmax):
+                # without a bias -0.0 is added: y + -0.0 is y, and -0.0 for y = -0.0
+                bias = np.full(n, -0.0, np.float32) if given is None else given
+                clamp = (fmin, fmax)
+
+        def columns(values: NDArray[Any]) -> NDArray[Any]:
+            return pad_columns(np.tile(values, self.fold), groups, packed.nr, packed.isa)
+
+        self.operands: dict[int, Place] = {
+            block.COL_SUMS: columns(self.col_sums.astype(np.int32)),
+            block.SCALE: columns(np.broadcast_to(scale, (n,)).astype(np.float32)),
+            block.BIAS: columns(bias),
+            block.CLAMP: np.array(clamp, np.float32),
+            block.OUT_ZERO_POINT: np.array([zero_point], np.int32),
+            block.ADD_SCALE: np.array(add[:1], np.float32),
+            block.ADD_ZERO_POINT: np.array(add[1:], np.int32),
+        }
+
+    @property
+    def reads_often(self) -> bool:
+        """Whether activations are loaded so often, for each panel and in each of their windows,
+        that they should lie where that is fast."""
+        return len(self.packed.panels) // self.groups * math.prod(self.kernel_size) > READS
+
+    def tile(self, m: int, line: int, steps: int) -> Tile:
+        """The tile for m rows, in lines of so many, and so many K-steps."""
+        packed = self.packed
+        if packed.kind == "depthwise":
+            return choose_tile(packed.isa, packed.nr, m, packed.kind)
+        bands = m // line * -(-line // matrix.ROWS)
+        return choose_product_tile(packed.isa, packed.nr, Work(m, bands, steps, packed.depth))
+
+    def product(
+        self,
+        call: Call,
+        walk: Walk,
+        scale: Place | None,
+        zero_point: Place | None,
+        *,
+        per_row: bool = False,
+        label: str = "",
+    ) -> None:
+        """Appends the product."""
+        images, m, line, offsets, (x, out, *added) = walk
+        add = added[0] if added else None
+        packed, groups = self.packed, self.groups
+        if offsets.max() >= 2**31:
+            raise ValueError(
+                f"conv2d: one kernel window spans {offsets.max()} bytes of the input; "
+                "wanted under 2 GiB: split the image"
+            )
+        tile = self.tile(m, line, len(offsets))
+        n = len(self.col_sums) * self.fold // groups
+        macs = images * m * len(offsets) * packed.depth * groups * n
+        row_bytes = x.row if x.offsets is None else x.offsets.max() // m
+        panels = -(-len(packed.panels) // groups // tile.panels)
+        values = {
+            block.A_ROW: x.row,
+            block.A_IMAGE: x.image,
+            block.A_GROUP: x.group,
+            block.B_PANEL: packed.panels[:1].nbytes,
+            block.OUT_ROW: out.row,
+            block.OUT_IMAGE: out.image,
+            block.OUT_GROUP: out.group,
+            block.GROUPS: groups,
+            block.N: n,
+            block.ROW_STEP: int(per_row),
+        }
+        places: dict[int, Place] = {
+            block.A: x.place,
+            block.B: packed.panels,
+            block.OUT: out.place,
+            **self.operands,
+        }
+        places |= scale_places(scale, zero_point)
+        kind = out.kind
+        if add is not None:
+            kind += "+add"
+            values |= {block.ADD_ROW: add.row, block.ADD_IMAGE: add.image}
+            values[block.ADD_GROUP] = add.group
+            places[block.ADD] = add.place
+        kernel: Any
+        rows = [x, out, add or out]
+        by_table = x.offsets is not None
+        of = matrix.ROWS if tile.kind == "matrix" else 1
+        band, firsts = bands_of(m, line, of)
+        m = len(firsts)
+        if tile.kind == "matrix":
+            values[block.BAND] = band
+            places[block.TILE_CONFIG] = matrix.tile_config(band, packed.depth)
+            firsts = np.append(firsts, firsts[-1])  # one more is read, and not used
+            rows.append(Rows(x.place, x.kind, 1))  # the row's number
+            kernel, by_table = matrix.matrix_kernel(tile, kind), True
+        else:
+            if tile.kind == "gemm":  # which takes a K-step by fours
+                quads = np.arange(0, packed.depth, KR) * ITEM_BYTES[x.kind]
+                offsets = np.add.outer(offsets, quads).reshape(-1)
+            else:
+                values |= {block.OUT_PIXEL: out.neighbour, block.ADD_PIXEL: rows[2].neighbour}
+            kernel = gemm.gemm_kernel(tile, kind, "table" if by_table else "affine")
+        if by_table:
+            places[block.ROW_TABLE] = np.stack([r.at(firsts) for r in rows], axis=1)
+        mc = block_rows(tile, m * of, row_bytes, images * groups * panels) // of
+        values |= {block.M: m, block.MC: mc, block.STEPS: len(offsets)}
+        places[block.OFFSETS] = offsets.astype(np.int32)
+        call.row(
+            kernel,
+            block.FIELDS,
+            images * -(-m // mc) * groups * panels,
+            values,
+            places,
+            nanoseconds(tile.isa, macs, tile.kind),
+            label or str(tile),
+        )
+
+
+def bands_of(m: int, line: int, most: int) -> tuple[int, NDArray[np.int64]]:
+    """The rows of a band, and the first ones of the bands that cover m rows, line by line.
+
+    The last band of a line may overlap the one before.
+    """
+    count = -(-line // most)
+    band = -(-line // count)
+    firsts = np.minimum(np.arange(count) * band, line - band)
+    return band, np.add.outer(np.arange(0, m, line), firsts).reshape(-1)
+
+
+@dataclass
+class Rows:
+    """Where the rows of an operand lie: place + image * i + group * g + (row * m or offsets[m]).
+
+    Where offsets say it, `row` is still how far two of a line are apart; `neighbour` is how far two
+    outputs of a run are, 0 where there is only one.
+    """
+
+    place: Place
+    kind: str
+    row: int
+    image: int = 0
+    group: int = 0
+    offsets: NDArray[np.int64] | None = None
+    neighbour: int = 0
+
+    def at(self, m: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Offsets of these rows."""
+        return m * self.row if self.offsets is None else self.offsets[m]
+
+
+class Walk(NamedTuple):
+    """The rows of a product: `images` times m of them, of x, out and what is added, if anything.
+
+    Of `line` rows each lies as far from the one before; m is a multiple of it. offsets are in
+    bytes, one for each K-step.
+    """
+
+    images: int
+    m: int
+    line: int
+    offsets: NDArray[np.int64]
+    operands: list[Rows]
+
+
+def block_rows(tile: Tile, m: int, row_bytes: int, other_tasks: int) -> int:
+    """MC: rows that share a panel while it is in L1, and their activations in L2."""
+    blocks = -(-m // max(A_BLOCK_BYTES // max(row_bytes, 1), 8 * tile.mr))
+    threads = executor.get_num_threads()
+    if threads > 1:  # TASKS_A_THREAD or more, all of a size, so that the threads end together
+        wanted = -(-TASKS_A_THREAD * threads // max(other_tasks, 1))
+        blocks = max(blocks, min(wanted, m // (2 * tile.mr)))
+    return max(-(-m // max(blocks, 1) // tile.mr) * tile.mr, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Packed weights, and the tiles that they are for.
+
+    depth      activations of a K-step.
+    over_read  of which the last may be beyond the run.
+    """
+
+    isa: str
+    kind: str
+    nr: int
+    panels: NDArray[Any]
+    depth: int = 1
+    over_read: int = 0
+
+
+def packed_weight(weight: Any, isa: str, filters: Callable[[], list[NDArray[np.int8]]]) -> Packed:
+    """The weight packed for a tier, at the first use; filters() is (N, taps, run) a group."""
+    packed = weight.panels.get(("packed", isa))
+    if packed is None:
+        parts = filters()
+        n, taps, run = parts[0].shape
+        depth = min(emitter(isa).depth, -(-run // KR) * KR)
+        nr = choose_nr(isa, n, taps * -(-run // depth))
+        groups = [pack_panels(part, nr, isa, depth) for part in parts]
+        panels = aligned_empty((len(groups) * len(groups[0]), *groups[0].shape[1:]), np.int8)
+        np.concatenate(groups, out=panels)
+        packed = Packed(isa, "gemm", nr, panels, depth, max(depth - run, 0))
+        weight.panels["packed", isa] = packed
+    return packed  # type: ignore[no-any-return]
+
+
+def scale_places(scale: Place | None, zero_point: Place | None) -> dict[int, Place]:
+    if scale is None or zero_point is None:
+        return {}
+    return {block.ROW_SCALE: scale, block.ROW_ZERO_POINT: zero_point}
+
+
+class PackedLinear(Layer):
+    """(M, K) -> (M, N)."""
+
+    def __init__(
+        self, weight: LinearWeight, epilogue: Epilogue, x_zero_point: int, isa: str
+    ) -> None:
+        super().__init__(weight.data, epilogue, x_zero_point, isa)
+        self.n, self.k = weight.n, weight.k
+        self.run_length = max(weight.k, KR)
+        self.pad_operands(packed_weight(weight, isa, lambda: [self._filters(weight)]), 1)
+
+    def _filters(self, weight: LinearWeight) -> NDArray[np.int8]:
+        data = np.zeros((self.n, 1, self.run_length), np.int8)
+        data[:, 0, : self.k] = weight.data
+        return data
+
+    def rows(
+        self,
+        call: Call,
+        x: View,
+        out: View,
+        add: View | None = None,
+        *,
+        scale: Place | None = None,
+        zero_point: Place | None = None,
+        per_row: bool = False,
+        label: str = "",
+    ) -> None:
+        """x (M, K) of the tier's kind, out and add (M, N); unit stride along K and N.
+
+        Of x, run_length values are read in each row. scale and zero_point, for other epilogues
+        than Requant, are one float32 and one int32, or per_row (M,).
+        """
+
+        def along(view: View) -> Rows:
+            return Rows(view.place, view.kind, view.strides[0])
+
+        m, steps = x.shape[0], step_starts(self.run_length, self.packed.depth) * x.item
+        walk = Walk(1, m, m, steps, [along(v) for v in (x, out, add) if v is not None])
+        self.product(call, walk, scale, zero_point, per_row=per_row, label=label)
