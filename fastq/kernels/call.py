@@ -7,6 +7,7 @@ offset from a base that is known when the call runs: the thread's workspace, or 
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -144,6 +145,11 @@ class Call:
         self._scratch_taken += -(-size // 64) * 64
         self.scratch_bytes = max(self.scratch_bytes, self._scratch_taken)
         return At(SCRATCH, offset)
+
+    def dense(self, shape: tuple[int, ...], kind: str) -> View:
+        """A dense view of fresh bytes of the workspace."""
+        strides = dense_strides(shape, ITEM_BYTES[kind])
+        return View(self.scratch(math.prod(shape) * ITEM_BYTES[kind]), shape, strides, kind)
 
     @contextmanager
     def borrowed_scratch(self) -> Iterator[None]:

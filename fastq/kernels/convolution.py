@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastq.kernels import layout, matrix, winograd
-from fastq.kernels.call import Call, Place, View, dense_strides
+from fastq.kernels.call import Call, View
 from fastq.kernels.depthwise import choose_fold, pack_depthwise, taps_of
 from fastq.kernels.pack import step_starts
-from fastq.kernels.products import ALIGNED, Layer, Packed, Rows, Walk, packed_weight, scale_places
+from fastq.kernels.products import ALIGNED, Given, Layer, Packed, Rows, Walk, packed_weight
 from fastq.kernels.simd import KR, emitter
 from fastq.kernels.tiles import tiles_of
 from fastq.qparams import Epilogue
@@ -39,7 +39,7 @@ def pack_conv2d(
 
 
 class PackedConv2d(Layer):
-    """(B, HP, WP, C), padded, -> (B, OH, OW, N).
+    """(B, HP, WP, C), padded, -> (B, OH, OW, N); channels lie side by side.
 
     channels             that are read of a pixel.
     reads_beyond         whether activations beyond the last ones may be read, and not used.
@@ -99,40 +99,26 @@ class PackedConv2d(Layer):
         shape = (n, kh, kw * c) if self.by_lines else (n, kh * kw, c)
         return np.split(np.ascontiguousarray(filters).reshape(shape), groups)
 
-    def rows(
-        self,
-        call: Call,
-        x: View,
-        out: View,
-        add: View | None = None,
-        *,
-        scale: Place | None = None,
-        zero_point: Place | None = None,
-        label: str = "",
-    ) -> None:
-        """x (B, HP, WP, C) of the tier's kind, padded; out and add (B, OH, OW, N).
-
-        The channels lie side by side. scale and zero_point as in PackedLinear, one each.
-        """
+    def append(self, call: Call, views: list[View], given: Given) -> None:
+        x, out, *added = views
         if self.by_winograd:
             split = winograd.Split(self.isa, self.packed.nr, self.channels, out.shape)
             if split.pays:
-                columns = self.operands | scale_places(scale, zero_point)
+                columns, add = self.operands | given.scales, added[0] if added else None
                 panels = self.packed.panels
-                winograd.winograd_row(call, split, x, out, add, panels, columns, label)
+                winograd.winograd_row(call, split, x, out, add, panels, columns, given.label)
                 return
-        views = [x, out] if add is None else [x, out, add]
         walk = self._pixels(views)
         if not self._gathering_pays(walk):
-            self.product(call, walk, scale, zero_point, label=label)
+            self.product(call, walk, given)
             return
         with call.borrowed_scratch():
             windows = self._gather(call, x, out)
-            dense = [v if v.dense else _dense(call, v) for v in views[1:]]
-            if add is not None and dense[1] is not add:
-                layout.copy_row(call, add, dense[1])
-            walk = self._windows(windows, dense)
-            self.product(call, walk, scale, zero_point, label=label)
+            dense = [v if v.dense else call.dense(v.shape, v.kind) for v in views[1:]]
+            for view, copy in zip(added, dense[1:], strict=True):
+                if copy is not view:
+                    layout.copy_row(call, view, copy)
+            self.product(call, self._windows(windows, dense), given)
             if dense[0] is not out:
                 layout.copy_row(call, dense[0], out)
 
@@ -148,7 +134,7 @@ class PackedConv2d(Layer):
         return saved * products * PRODUCT_NANOSECONDS > rows * window * COPY_NANOSECONDS
 
     def _gather(self, call: Call, x: View, out: View) -> View:
-        """Appends the copy of the window of each output: (B, OH, OW, KH, KW * C)."""
+        """Appends the copy of the window of each output: (B, OH, OW, KH, KW, C)."""
         (kh, kw), (sh, sw), (dh, dw) = self.kernel_size, self.weight.stride, self.weight.dilation
         batch, oh, ow, _ = out.shape
         image, line, pixel, item = x.strides
@@ -252,25 +238,13 @@ class PackedDepthwise(Layer):
             packed = weight.panels[key] = Packed(self.isa, "depthwise", nr, panels)
         return packed
 
-    def rows(
-        self,
-        call: Call,
-        x: View,
-        out: View,
-        add: View | None = None,
-        *,
-        scale: Place | None = None,
-        zero_point: Place | None = None,
-        label: str = "",
-    ) -> None:
-        """As PackedConv2d.rows."""
-        views = [x, out] if add is None else [x, out, add]
+    def append(self, call: Call, views: list[View], given: Given) -> None:
         dense = all(v.strides[2] == v.shape[3] * v.item for v in views)
         fold = 1
         if dense and self.down and self.weight.stride[1] == 1:
-            fold = choose_fold(self.channels, out.shape[2], self.packed.nr)
+            fold = choose_fold(self.channels, views[1].shape[2], self.packed.nr)
         layer = self if fold == self.fold else self._folded(fold)
-        layer.product(call, layer._runs(views), scale, zero_point, label=label)
+        layer.product(call, layer._runs(views), given)
 
     def _runs(self, views: Sequence[View]) -> Walk:
         """A row for each run of `outputs` outputs, of `fold` pixels each."""
@@ -294,12 +268,6 @@ class PackedDepthwise(Layer):
             places[self.taps.filters[0] < 0] = 0
         m = len(lines) * len(pixels)
         return Walk(batch, m, len(pixels), places.sum(axis=1), operands)
-
-
-def _dense(call: Call, view: View) -> View:
-    """A place in the workspace for what a view has."""
-    place = call.scratch(math.prod(view.shape) * view.item)
-    return View(place, view.shape, dense_strides(view.shape, view.item), view.kind)
 
 
 def _table(lines: NDArray[np.int64], pixels: NDArray[np.int64]) -> NDArray[np.int64]:

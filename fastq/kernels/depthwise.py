@@ -13,7 +13,6 @@ with weights w0 w1 w2 0, and the next one with 0 w0 w1 w2. The taps of a tile ar
 one of its outputs reads, four (`taps_at_once`) at a time.
 
     a       uint8, NHWC, all channels of a pixel side by side; row m is a run of `outputs` outputs
-
     weights (panels, tap groups, outputs, vectors, lanes, taps_at_once), int8 (vpdpbusd) or int16
             (vpmaddwd), lanes in the order that `interleave` leaves; 0 where a tap is not taken
 

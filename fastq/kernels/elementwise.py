@@ -93,7 +93,8 @@ def elementwise_line(
             zero_point = b.add(zero_point, i32(128))
 
         def put(value: Any, i: Any, item: int, aligned: bool) -> None:
-            stored = store(b, value, out, b.mul(i, i64(item)), CACHE_LINE if aligned else 1)
+            align = min(CACHE_LINE, value.type.count * item) if aligned else 1
+            stored = store(b, value, out, b.mul(i, i64(item)), align)
             if aligned and stores == "streamed":
                 stream(b, stored)
 

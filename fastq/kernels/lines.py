@@ -149,10 +149,15 @@ def emit_loop(
 
 
 def emit_line(
-    b: Any, count: Any, body: Callable[[Any, int], None], widths: Sequence[int] = ()
+    b: Any,
+    count: Any,
+    body: Callable[[Any, int], None],
+    widths: Sequence[int] = (),
+    first: Any = None,
 ) -> None:
-    """Emits body(i, width) over the elements 0..count: the widest vectors first, then the rest."""
-    i = i64(0)
+    """Emits body(i, width) over the elements from `first`, or 0, to count: the widest vectors
+    first, then the rest."""
+    i = i64(0) if first is None else first
     for width in widths or line_widths():
         i, _ = emit_loop(b, i, count, width, [], lambda at, width=width: body(at, width))
 
@@ -162,14 +167,16 @@ def emit_aligned_line(
 ) -> None:
     """Emits body(i, width, aligned) over elements 0..count of a line at `out`, `item` bytes each.
 
-    The first vector is stored where the line begins, the following ones on whole cache lines, which
-    takes half the time. Elements of both are computed twice: `out` must not be an operand.
+    What lies before the first whole cache line is in a vector of its own, and the following ones
+    are stored from there on, which takes half the time. Elements of both are computed twice: `out`
+    must not be an operand.
     """
     width = widest()
     start = b.block
     with b.if_then(b.icmp_signed(">=", count, i64(width))):
-        body(i64(0), width, False)
         before = b.urem(b.neg(b.ptrtoint(out, i64)), i64(CACHE_LINE))
+        with b.if_then(b.icmp_unsigned("!=", before, i64(0))):
+            body(i64(0), width, False)
         aligned, _ = emit_loop(
             b, b.udiv(before, i64(item)), count, width, [], lambda at: body(at, width, True)
         )
@@ -177,8 +184,7 @@ def emit_aligned_line(
     i = b.phi(i64)
     i.add_incoming(i64(0), start)
     i.add_incoming(aligned, end)
-    for narrower in line_widths():
-        i, _ = emit_loop(b, i, count, narrower, [], lambda at, n=narrower: body(at, n, False))
+    emit_line(b, count, lambda at, width: body(at, width, False), first=i)
 
 
 LARGE = 1024.0  # beyond what is left of a quantized value

@@ -19,7 +19,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from fastq.kernels import block, gemm
-from fastq.kernels.call import ITEM_BYTES, Call, Place, View, collapse, dense_strides
+from fastq.kernels.call import ITEM_BYTES, Call, Place, View, collapse
 from fastq.kernels.layout import copy_row
 from fastq.kernels.lines import ELEMENT, broadcast, emit_converted, emit_interleaved, emit_loop
 from fastq.kernels.native import native
@@ -299,8 +299,7 @@ def matmul_array_row(call: Call, a: View, b: View, out: View, isa: str, *paramet
 
 def _staged(call: Call, x: View, kind: str) -> View:
     """A dense copy in the workspace."""
-    strides = dense_strides(x.shape, ITEM_BYTES[kind])
-    copy = View(call.scratch(int(np.prod(x.shape)) * ITEM_BYTES[kind]), x.shape, strides, kind)
+    copy = call.dense(x.shape, kind)
     copy_row(call, x, copy)
     return copy
 

@@ -306,8 +306,8 @@ def _lengthened(call: Call, views: list[View], constants: int) -> list[View]:
             if n >= len(views) - constants and isinstance(place, np.ndarray):
                 place = np.array(as_strided(place, once.shape, once.strides), order="C")
             else:
-                place = call.scratch(int(np.prod(once.shape)) * view.item)
-                repeated = View(place, once.shape, dense, view.kind)
+                repeated = call.dense(once.shape, view.kind)
+                place = repeated.place
                 pointwise_row(call, "copy", [repeated, once])
             steps = [new if old else 0 for new, old in zip(dense, steps, strict=False)]
         shape = (*outer, lines // together, together * columns)

@@ -120,16 +120,35 @@ class Layer:
         bands = m // line * -(-line // matrix.ROWS)
         return choose_product_tile(packed.isa, packed.nr, Work(m, bands, steps, packed.depth))
 
-    def product(
+    def rows(
         self,
         call: Call,
-        walk: Walk,
-        scale: Place | None,
-        zero_point: Place | None,
+        x: View,
+        out: View,
+        add: View | None = None,
         *,
+        scale: Place | None = None,
+        zero_point: Place | None = None,
         per_row: bool = False,
         label: str = "",
     ) -> None:
+        """Appends out = the layer of x, whose shapes and strides the layer's class says.
+
+        x is of the tier's kind. add is what a Requant with an add_multiplier adds, of out's shape.
+        scale and zero_point of x, for other epilogues than Requant, are one float32 and one int32,
+        or per_row (M,).
+        """
+        scales: dict[int, Place] = {}
+        if scale is not None and zero_point is not None:
+            scales = {block.ROW_SCALE: scale, block.ROW_ZERO_POINT: zero_point}
+        views = [x, out] if add is None else [x, out, add]
+        self.append(call, views, Given(scales, per_row, label))
+
+    def append(self, call: Call, views: list[View], given: Given) -> None:
+        """The rows of x, out and what is added, if anything."""
+        raise NotImplementedError
+
+    def product(self, call: Call, walk: Walk, given: Given) -> None:
         """Appends the product."""
         images, m, line, offsets, (x, out, *added) = walk
         add = added[0] if added else None
@@ -154,15 +173,15 @@ class Layer:
             block.OUT_GROUP: out.group,
             block.GROUPS: groups,
             block.N: n,
-            block.ROW_STEP: int(per_row),
+            block.ROW_STEP: int(given.per_row),
         }
         places: dict[int, Place] = {
             block.A: x.place,
             block.B: packed.panels,
             block.OUT: out.place,
             **self.operands,
+            **given.scales,
         }
-        places |= scale_places(scale, zero_point)
         kind = out.kind
         if add is not None:
             kind += "+add"
@@ -200,8 +219,16 @@ class Layer:
             values,
             places,
             nanoseconds(tile.isa, macs, tile.kind),
-            label or str(tile),
+            given.label or str(tile),
         )
+
+
+class Given(NamedTuple):
+    """What a product's epilogue is told by a call; the row's label, if it has one of its own."""
+
+    scales: dict[int, Place]
+    per_row: bool
+    label: str
 
 
 def bands_of(m: int, line: int, most: int) -> tuple[int, NDArray[np.int64]]:
@@ -292,14 +319,8 @@ def packed_weight(weight: Any, isa: str, filters: Callable[[], list[NDArray[np.i
     return packed  # type: ignore[no-any-return]
 
 
-def scale_places(scale: Place | None, zero_point: Place | None) -> dict[int, Place]:
-    if scale is None or zero_point is None:
-        return {}
-    return {block.ROW_SCALE: scale, block.ROW_ZERO_POINT: zero_point}
-
-
 class PackedLinear(Layer):
-    """(M, K) -> (M, N)."""
+    """(M, K) -> (M, N), with unit stride along K and N. Of each row run_length values are read."""
 
     def __init__(
         self, weight: LinearWeight, epilogue: Epilogue, x_zero_point: int, isa: str
@@ -314,27 +335,8 @@ class PackedLinear(Layer):
         data[:, 0, : self.k] = weight.data
         return data
 
-    def rows(
-        self,
-        call: Call,
-        x: View,
-        out: View,
-        add: View | None = None,
-        *,
-        scale: Place | None = None,
-        zero_point: Place | None = None,
-        per_row: bool = False,
-        label: str = "",
-    ) -> None:
-        """x (M, K) of the tier's kind, out and add (M, N); unit stride along K and N.
-
-        Of x, run_length values are read in each row. scale and zero_point, for other epilogues
-        than Requant, are one float32 and one int32, or per_row (M,).
-        """
-
-        def along(view: View) -> Rows:
-            return Rows(view.place, view.kind, view.strides[0])
-
+    def append(self, call: Call, views: list[View], given: Given) -> None:
+        x = views[0]
         m, steps = x.shape[0], step_starts(self.run_length, self.packed.depth) * x.item
-        walk = Walk(1, m, m, steps, [along(v) for v in (x, out, add) if v is not None])
-        self.product(call, walk, scale, zero_point, per_row=per_row, label=label)
+        operands = [Rows(view.place, view.kind, view.strides[0]) for view in views]
+        self.product(call, Walk(1, m, m, steps, operands), given)

@@ -68,12 +68,10 @@ AHEAD = 4096  # bytes: so far before a stream of loads what comes is asked for, 
 
 def prefetch(b: Any, base: Any, offset: Any, size: int) -> None:
     """Asks for the cache lines of `size` bytes that will soon be loaded; any address is fine."""
-    kind = ir.FunctionType(void, [ptr, i32, i32, i32])
-    name = "llvm.prefetch.p0"
-    function = b.module.globals.get(name) or ir.Function(b.module, kind, name)
     here = address(b, base, offset)
     for line in range(0, size, CACHE_LINE):
-        b.call(function, [address(b, here, line), i32(0), i32(3), i32(1)])  # read, keep, data
+        place = address(b, here, line)
+        call(b, "llvm.prefetch.p0", void, [place, i32(0), i32(3), i32(1)])  # read, keep, data
 
 
 def splat(b: Any, scalar: Any, count: int) -> Any:
@@ -99,9 +97,7 @@ def _masked(b: Any, what: str, result: Any, kind: Any, operands: list[Any]) -> A
     """A call of llvm.masked.`what` on vectors of `kind`."""
     element = "f" if kind.element is f32 else "i"
     name = f"llvm.masked.{what}.v{kind.count}{element}{_bits(kind.element)}.p0"
-    signature = ir.FunctionType(result, [operand.type for operand in operands])
-    function = b.module.globals.get(name) or ir.Function(b.module, signature, name)
-    return b.call(function, operands)
+    return call(b, name, result, operands)
 
 
 def store_valid(b: Any, value: Any, base: Any, valid: Any) -> None:

@@ -113,6 +113,9 @@ def _padded_copy(typingctx: Any, target: Any, x: Any, count: Any, out: Any, whol
             value = emit_converted(b, load(b, vec(i8, width), x, i), element)
             store(b, value, out, b.mul(i, i64(item)))
 
+        def zero(i: Any) -> None:
+            store(b, const(element, 0), out, b.mul(i, i64(item)))
+
         def rest(i: Any) -> None:
             value = load_valid(b, vec(i8, width), address(b, x, i), b.sub(count, i))
             place = address(b, out, b.mul(i, i64(item)))
@@ -123,10 +126,7 @@ def _padded_copy(typingctx: Any, target: Any, x: Any, count: Any, out: Any, whol
             emit_loop(b, i, b.add(whole, i64(width - 1)), width, [], rest)
         else:
             emit_line(b, count, copy)
-            zero = const(element, 0)
-            emit_loop(
-                b, count, whole, 1, [], lambda i: store(b, zero, out, b.mul(i, i64(item))) and None
-            )
+            emit_loop(b, count, whole, 1, [], zero)
         return context.get_dummy_value()
 
     return types.void(target, *[types.int64] * 4), codegen
