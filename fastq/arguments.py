@@ -50,6 +50,10 @@ def _array(dtype: Any, *ndims: int) -> Check:
     return Check(f"{np.dtype(dtype)} of {' or '.join(map(str, ndims))} axes{most}", fits)
 
 
+def _is_factor(v: Any) -> bool:
+    return VECTORS.fits(v) and bool((v > 0).all())
+
+
 def _each(check: Check, count: int | None = None) -> Check:
     def fits(v: Any) -> bool:
         return isinstance(v, tuple) and count in (None, len(v)) and all(map(check.fits, v))
@@ -92,12 +96,14 @@ POOL = {"kernel_size": PAIR, "stride": PAIR, "padding": SPAN, "ceil_mode": FLAG}
 AVERAGE = {"multiplier": MULTIPLIER, "x_zero_point": STEP, **REQUANTIZED}
 TWO = {"a_zero_point": STEP, "b_zero_point": STEP, **REQUANTIZED}
 RESIZE = {"output_size": _maybe(PAIR), "scale_factor": _maybe(_each(SCALE, 2))}
-VECTOR = _array(np.float32, 0, 1)
+VECTOR, VECTORS = _array(np.float32, 0, 1), _array(np.float32, 1)
+FACTORS = Check(f"{VECTORS.wanted}, over 0", _is_factor)
 EPILOGUE = _kind(Requant, Dequant)
 
 # operation -> its arguments, all of them
 ARGUMENTS: dict[str, dict[str, Check]] = {
     "quantize": {"scale": SCALE, "zero_point": STEP, "axes": ORDER},
+    "grid": {"factor": FACTORS, "shift": VECTORS, "padding": _each(SPAN, 2), "axes": ORDER},
     "dequantize": {"scale": SCALE, "zero_point": STEP},
     "constant": {"value": _array(np.uint8, 0, 1, 2, 3, 4)},
     "conv2d": {"weight": _kind(Conv2dWeight), "epilogue": EPILOGUE, "x_zero_point": STEP},
@@ -186,7 +192,7 @@ def check_channels(step: Any, x: tuple[int, ...]) -> None:
         raise ValueError(f"{step.op} of shape {x}; wanted (B, H, W, C) with H, W > 0")
     if step.op in LINES and not (x and 0 < x[-1] <= MAX_FEATURES):
         raise ValueError(f"{step.op} of shape {x}; wanted (..., N), 0 < N <= {MAX_FEATURES}")
-    for name in ("multiplier", "shift", "values"):
+    for name in ("multiplier", "shift", "values") if step.op != "grid" else ():
         value = step.arguments.get(name)
         if not isinstance(value, np.ndarray):
             continue

@@ -288,6 +288,11 @@ def _affine(node: Node, x: Tensor) -> Tensor:
     return x * factor + shift
 
 
+def _grid(node: Node, x: Tensor) -> Tensor:
+    """x, padded with 0, * factor + shift along axis 1: a grid's steps, not rounded."""
+    return _affine(node, F.pad(x, node.attrs["pad"]))
+
+
 def _prelu(node: Node, x: Tensor) -> Tensor:
     return F.prelu(x, node.tensors["weight"])
 
@@ -326,6 +331,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "linear": _linear,
     "conv_transpose2d": _conv_transpose2d,
     "affine": _affine,
+    "grid": _grid,
     "prelu": _prelu,
     "pointwise": lambda node, x: pointwise(node.attrs["calls"], x),
     "add": lambda node, x, y: torch.add(x, y, alpha=node.attrs.get("alpha", 1)),

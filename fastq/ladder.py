@@ -11,14 +11,13 @@ from torch import nn
 
 from fastq.layerwise import sensitivity
 from fastq.processes import ALONE, Processes
-from fastq.remedies import DEFAULT, REMEDIES, ROUNDINGS, remedy_names
+from fastq.remedies import DEFAULT, EQUALIZATIONS, ROUNDINGS, remedy_names
 
 Build = Callable[[tuple[str, ...], tuple[str, ...]], nn.Module]
 
 # What each rung adds to the best so far; what gains nothing is left out again. One way of rounding
 # takes the place of the other.
 RUNGS = (
-    ("input_equalization",),
     ("cross_layer_equalization", "activation_equalization"),
     ("gptq",),
     ("adaround",),
@@ -121,11 +120,11 @@ def climb(
         assert best is not None
         remedies = best[0].remedies
         # the float network of the best attempt: equalized, it may have another worst layer
-        first = [name for name in remedies if REMEDIES[name].first]
+        equalizations = set(remedies) & set(EQUALIZATIONS)
 
         def most_sensitive() -> list[str]:
             found = sensitivity(
-                model, data, forward=forward, config=config, skip=skip, remedies=first
+                model, data, forward=forward, config=config, skip=skip, remedies=equalizations
             )
             return list(dict.fromkeys(row.name for row in found.worst() if row.name))
 

@@ -30,7 +30,11 @@ NHWC = (0, 2, 3, 1)
 # Values that keep the quantization of what they are made from.
 MOVES = ("reshape", "permute", "slice", "pad", "concat", "max_pool2d", "adaptive_max_pool2d",
          "upsample_nearest2d", "upsample_bilinear2d")  # fmt: skip
-SOFTMAX_QPARAMS = QParams(np.array(1 / 255, np.float32))
+# Operations whose values have a quantization of their own.
+FIXED = {
+    "softmax": QParams(np.array(1 / 255, np.float32)),
+    "grid": QParams(np.array(1, np.float32)),
+}
 
 
 def why_float(node: Node) -> str:
@@ -77,6 +81,13 @@ class Region:
     nodes: list[Node]
     inputs: list[Node] = field(default_factory=list)
     outputs: list[Node] = field(default_factory=list)
+
+    @property
+    def quantized_inputs(self) -> list[Node]:
+        """All but those that grids alone take, which quantize them themselves."""
+        gridded = {value for node in self.nodes if node.op == "grid" for value in node.inputs}
+        taken = {value for node in self.nodes if node.op != "grid" for value in node.inputs}
+        return [value for value in self.inputs if value in taken or value not in gridded]
 
 
 def find_regions(
@@ -132,12 +143,12 @@ class Ranges:
         self.fixed: dict[Node, QParams] = {}
         self.symmetric: set[Node] = set()
         for region in regions:
-            for node in (*region.inputs, *region.nodes):
+            for node in (*region.quantized_inputs, *region.nodes):
                 self.parent.setdefault(node, node)
         for region in regions:
             for node in region.nodes:
-                if node.op == "softmax":
-                    self.fixed[node] = SOFTMAX_QPARAMS
+                if node.op in FIXED:
+                    self.fixed[node] = FIXED[node.op]
                 if node.op in MOVES:
                     for value in node.inputs:
                         if value.op != "softmax" or node.op != "concat":
@@ -256,7 +267,7 @@ class _Lowering:
 
     def program(self) -> Program:
         region = self.region
-        for node in region.inputs:
+        for node in region.quantized_inputs:
             if node.op == "constant":
                 self.constant(node)
                 continue
@@ -392,6 +403,15 @@ class _Lowering:
             wanted = np.clip(wanted, -(2**30), 2**30).astype(np.int32)
         multiplier = np.maximum((step / y_scale).astype(np.float32), np.finfo(np.float32).tiny)
         return data, Requant(multiplier, bias=wanted, **limits, **add)
+
+    def lower_grid(self, node: Node) -> str:
+        (x,), (left, right, top, bottom) = node.inputs, node.attrs["pad"]
+        axes = NHWC if len(node.shape) == 4 else (0, 1)
+        return self.emit(
+            "grid", node.name, [x.name], axes, node, axes=axes,
+            padding=((top, bottom), (left, right)),
+            **{key: node.tensors[key].float().numpy() for key in ("factor", "shift")},
+        )  # fmt: skip
 
     def lower_conv2d(self, node: Node) -> str:
         data, epilogue = self.product(node)

@@ -19,7 +19,17 @@ from fastq.kernels import elementwise as ew
 from fastq.kernels import histogram as hg
 from fastq.kernels import isa, norms, pointwise, windows
 from fastq.kernels import matmul as products
-from fastq.kernels.call import ITEM_BYTES, SLACK, At, Call, Calls, Place, View, address_of
+from fastq.kernels.call import (
+    ITEM_BYTES,
+    SLACK,
+    At,
+    Call,
+    Calls,
+    Place,
+    View,
+    address_of,
+    dense_strides,
+)
 from fastq.kernels.executor import get_num_threads, set_num_threads
 from fastq.kernels.layers import (
     ARGUMENTS,
@@ -31,6 +41,7 @@ from fastq.kernels.layers import (
     Source,
     X,
     range_call,
+    stage_image,
 )
 from fastq.kernels.tiles import BYTES_PER_NANOSECOND
 from fastq.qparams import (
@@ -61,6 +72,7 @@ __all__ = [
     "dequantize",
     "dynamic_qparams",
     "get_num_threads",
+    "grid",
     "histogram",
     "layer_norm",
     "linear",
@@ -137,6 +149,58 @@ def quantize(
                         *limits(kind), out)  # fmt: skip
 
 
+def grid(
+    x: NDArray[np.float32],
+    factor: ArrayLike,
+    shift: ArrayLike,
+    *,
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0)),
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """float32 (B, H, W, C) -> uint8: clip(rint(x * factor + shift), 0, 255), a grid per channel.
+
+    x        any strides: an NCHW array seen as NHWC is read as it lies.
+    factor   (C,), taken as float32, > 0, up to 2**96: 1 / the channel's step.
+    shift    (C,), taken as float32, magnitude up to 2**96: where the channel's 0 lies.
+    padding  ((top, bottom), (left, right)): pixels of 0, before they are put on the grid.
+    out      written and returned if given: uint8 of the padded shape, C-contiguous.
+
+    A picture's integers, normalized by a mean and a deviation for each channel, come back exactly:
+    `quantize` cannot give that, for its zero point is an integer. NaN counts as 0, infinities
+    saturate. Raises TypeError and ValueError for other dtypes, shapes or values.
+    """
+    x = _array("grid: x", x, _FLOAT32, 4)
+    batch, h, w, c = x.shape
+    factors, shifts = (
+        np.frombuffer(_factors(f"grid: {name}", values, x), np.float32)
+        for name, values in (("factor", factor), ("shift", shift))
+    )
+    if factors.shape != (c,) or shifts.shape != (c,) or not (factors > 0).all():
+        raise ValueError(
+            f"grid: factor {np.shape(factor)}, shift {np.shape(shift)} for {c} channels; wanted "
+            f"({c},) of both, each factor > 0"
+        )
+    sides = tuple(_two("grid: padding", pair, 0) for pair in padding)
+    if len(sides) != 2:
+        raise ValueError(f"grid: padding={padding!r}; wanted ((top, bottom), (left, right))")
+    result = _output("grid", out, (batch, h + sum(sides[0]), w + sum(sides[1]), c), _UINT8, x)
+    if result.size:
+        if not x.flags.aligned:
+            x = x.copy()
+        places = (address_of(v) for v in (x, result, factors, shifts))
+        _grid_calls.run(_grid_call, (x.shape, x.strides, sides), *places, 0)
+    return result
+
+
+def _grid_call(shape: tuple[int, ...], strides: tuple[int, ...], padding: Any) -> Call:
+    call, (b, h, w, c) = Call(ARGUMENTS), shape
+    whole = (b, h + sum(padding[0]), w + sum(padding[1]), c)
+    out = View(OUT, whole, dense_strides(whole, 1), "u8")
+    corner = padding[0][0], padding[1][0]
+    stage_image(call, View(X, shape, strides, "f32"), out, corner, SCALE, ZERO_POINT, grid=True)
+    return call
+
+
 def dequantize(
     q: NDArray[Any],
     scale: ArrayLike,
@@ -205,6 +269,7 @@ _ELEMENTWISE_BLOCK = 16 * 1024  # values per task
 _CACHE_BYTES = 16 << 20  # a larger output would not be found there again: it is streamed
 _elementwise_calls = Calls()
 _range_calls = Calls()
+_grid_calls = Calls()
 _histogram_calls = Calls()
 
 

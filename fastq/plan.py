@@ -34,7 +34,7 @@ from fastq.kernels.call import (
 from fastq.kernels.convolution import pack_conv2d
 from fastq.kernels.executor import get_num_threads
 from fastq.kernels.layers import stage_image
-from fastq.kernels.layout import border_row, copy_row, dequantize_row, quantize_row
+from fastq.kernels.layout import border_row, copy_row, dequantize_row, permuted, quantize_row
 from fastq.kernels.lines import broadcast
 from fastq.kernels.matmul import matmul_row
 from fastq.kernels.norms import layer_norm_row, softmax_row
@@ -201,6 +201,14 @@ def moved(view: View, down: int, across: int, height: int, width: int) -> View:
     assert isinstance(view.place, At)
     place = view.place + (down * view.strides[1] + across * view.strides[2])
     return View(place, (view.shape[0], height, width, view.shape[3]), view.strides, view.kind)
+
+
+def as_image(view: View) -> View:
+    """Rows (M, F) as images of one pixel; an image as it is."""
+    if len(view.shape) == 4:
+        return view
+    (rows, features), (row, feature) = view.shape, view.strides
+    return View(view.place, (rows, 1, 1, features), (row, row, row, feature), view.kind)
 
 
 def plan(
@@ -627,9 +635,7 @@ class _Planner:
 
     def row_quantize(self, i: int, step: Step) -> None:
         a = step.arguments
-        x = self.floats[step.inputs[0]]
-        axes = a["axes"]
-        x = View(x.place, tuple(x.shape[d] for d in axes), tuple(x.strides[d] for d in axes), "f32")
+        x = permuted(self.floats[step.inputs[0]], a["axes"])
         if self.is_staged(step):
             storage, _ = self.values[step.name]
             scale = np.array([a["scale"]], np.float32)
@@ -638,6 +644,16 @@ class _Planner:
             stage_image(self.call, x, whole, storage.frame[::2], scale, zero_point)
         else:
             quantize_row(self.call, x, self.stored(step.name), a["scale"], a["zero_point"])
+
+    def row_grid(self, i: int, step: Step) -> None:
+        a = step.arguments
+        x, out = as_image(permuted(self.floats[step.inputs[0]], a["axes"])), self.stored(step.name)
+        whole = as_image(out)
+        made = whole if whole.dense else self.call.dense(whole.shape, self.kind)
+        (top, _), (left, _) = a["padding"]
+        stage_image(self.call, x, made, (top, left), a["factor"], a["shift"], grid=True)
+        if made is not whole:
+            copy_row(self.call, made, whole)
 
     def row_dequantize(self, i: int, step: Step) -> None:
         a = step.arguments

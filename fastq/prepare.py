@@ -4,6 +4,7 @@ weights shall become. Calibration fills it, remedies change it, `lower` gives th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,33 @@ DEFAULT = QConfig()
 Weight = tuple[Any, Any]  # (int8 data, float32 scale per output)
 
 
+class ChannelEnds:
+    """The smallest and the largest finite value of each channel, axis 1.
+
+    low, high  float32 (C,); infinite where there was none.   count  how many values a channel had.
+    """
+
+    def __init__(self) -> None:
+        self.low, self.high = torch.tensor(math.inf), torch.tensor(-math.inf)
+        self.count = 0
+
+    def update(self, x: Tensor) -> None:
+        if x.numel() and x.is_floating_point():
+            axes = [axis for axis in range(x.dim()) if axis != 1]
+            x = x.detach().float()
+            finite = x.isfinite()
+            low = torch.where(finite, x, math.inf).amin(axes)
+            high = torch.where(finite, x, -math.inf).amax(axes)
+            self._take(x.numel() // x.shape[1], low, high)
+
+    def merge(self, other: ChannelEnds) -> None:
+        self._take(other.count, other.low, other.high)
+
+    def _take(self, count: int, low: Tensor, high: Tensor) -> None:
+        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        self.count += count
+
+
 @dataclass(eq=False)
 class Prepared:
     """What a network needs to become integer programs.
@@ -35,6 +63,7 @@ class Prepared:
     regions    which nodes become which program.    reasons  why the other nodes stay float.
     ranges     which values share one quantization.
     observers  what was seen, by the value that stands for its range.
+    channels   the ends of each channel of the network's inputs, images and rows.
     chosen     weights that a remedy has chosen: node -> (int8 data, float32 scale per output),
                outputs first as in `weight_of`. All others are rounded to nearest.
     biases     float32 biases that a remedy has chosen, instead of the float network's own.
@@ -46,6 +75,7 @@ class Prepared:
     ranges: Ranges
     configs: Callable[[Node], QConfig]
     observers: dict[Node, Observer] = field(default_factory=dict)
+    channels: dict[Node, ChannelEnds] = field(default_factory=dict)
     chosen: dict[Node, Weight] = field(default_factory=dict)
     biases: dict[Node, Tensor] = field(default_factory=dict)
     _rounded: dict[Node, tuple[Any, Weight]] = field(default_factory=dict)
@@ -68,6 +98,8 @@ class Prepared:
         self._qparams.clear()
 
         def watch(node: Node, value: Any) -> None:
+            if node.op == "input" and len(node.shape) in (2, 4):
+                self.channels.setdefault(node, ChannelEnds()).update(value)
             stands = watched.get(node)
             if stands is not None:
                 if stands not in self.observers:
@@ -82,11 +114,22 @@ class Prepared:
         nodes = {node.name: node for node in self.graph}
         seen = processes.merge({node.name: made for node, made in self.observers.items()})
         self.observers = {nodes[name]: made for name, made in seen.items()}
+        ends = processes.merge({node.name: made for node, made in self.channels.items()})
+        self.channels = {nodes[name]: made for name, made in ends.items()}
         self._qparams.clear()
 
     def forget(self) -> None:
         """Drop what was seen: the graph's values have changed."""
         self.observers.clear()
+        self.channels.clear()
+        self._qparams.clear()
+
+    def regroup(self) -> None:
+        """Find anew which values share a range, for the regions have changed; what was seen of
+        values that are still there stays."""
+        self.ranges = Ranges(self.regions)
+        kept = {node: seen for node, seen in self.observers.items() if node in self.ranges.parent}
+        self.observers = {self.ranges.find(node): seen for node, seen in kept.items()}
         self._qparams.clear()
 
     def qparams(self, node: Node) -> QParams:
@@ -130,7 +173,23 @@ class Prepared:
 
     def bias(self, node: Node) -> Tensor | None:
         """float32 (n,) of a layer, or None."""
-        return self.biases.get(node, node.tensors.get("bias"))
+        given = self.biases.get(node, node.tensors.get("bias"))
+        if node in self.biases or node.inputs[0].op != "grid" or given is None:
+            return given
+        # The steps of a grid run from 0, far from where the values lie: what the rounding errors
+        # of the weights make of the way to the step of real 0 is taken out of the sum.
+        groups = node.attrs.get("groups", 1)
+        middle = node.inputs[0].tensors["shift"].double().reshape(groups, 1, -1)
+        data, scale = self.weight(node)
+        rounded = data * scale.reshape(-1, *[1] * (data.ndim - 1))  # in float32, as it is kept
+        error = (
+            (weight_of(node).double() - torch.from_numpy(rounded))
+            .reshape(*data.shape[:2], -1)
+            .sum(2)
+        )
+        return (
+            given + (error.reshape(groups, -1, middle.shape[-1]) * middle).sum(2).flatten().float()
+        )
 
     def programs(self) -> list[Program]:
         """A program for each region."""
@@ -162,7 +221,9 @@ class Prepared:
     def quantized_values(self) -> set[Node]:
         """The nodes whose values become uint8: all that regions take and make, but for products
         that end a region in float."""
-        values = {node for region in self.regions for node in (*region.inputs, *region.nodes)}
+        values = {
+            node for region in self.regions for node in (*region.quantized_inputs, *region.nodes)
+        }
         taken = {value for node in self.integer_nodes() for value in node.inputs}
         ends = {
             node

@@ -7,8 +7,6 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from fastq.observer import Observer
-
 T = TypeVar("T")
 
 
@@ -58,7 +56,7 @@ class Processes:
         dist.broadcast_object_list(told, dist.get_global_rank(self._group, 0), self._group)
         return told[0]  # type: ignore[return-value]
 
-    def merge(self, observers: Mapping[str, Observer]) -> dict[str, Observer]:
+    def merge(self, observers: Mapping[str, Any]) -> dict[str, Any]:
         """By name, observers that saw what those of all processes did."""
         first, *others = map(dict, self.gather(dict(observers)))
         for part in others:

@@ -5,6 +5,7 @@ kernels run the same steps, and give the same bits. Values are NumPy arrays, ima
 program needs no torch.
 
     quantize    float32 -> uint8, the way in            (one for each input that is used)
+    grid        the same, padded and with a grid for each channel
     ...         uint8 -> uint8
     dequantize  uint8 -> float32, the way out; conv2d and linear may end in float32 themselves
 """
@@ -26,6 +27,7 @@ from fastq.qparams import MAX_K, Dequant
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
+WAYS_IN = ("quantize", "grid")
 MAX_VALUES = 2**44  # of one array: addresses stay within int64
 MAX_TAPS = 2**24  # of all windows along an axis: pooling lists them
 
@@ -108,7 +110,7 @@ class Program:
                 raise ValueError(f"Program: {step.name} is a {step.op!r}, which is no operation")
             if step.name in kinds:
                 raise ValueError(f"Program: two values are called {step.name}")
-            wanted = "float32" if step.op == "quantize" else "uint8"
+            wanted = "float32" if step.op in WAYS_IN else "uint8"
             for name in step.inputs:
                 if kinds.get(name) != wanted:
                     found = kinds.get(name, "unknown")
@@ -219,6 +221,15 @@ def _quantize(module: Any, step: Step, x: Array) -> Array:
     a = step.arguments
     x = x.transpose(a["axes"]).copy()
     return module.quantize(x, scale=a["scale"], zero_point=a["zero_point"])  # type: ignore[no-any-return]
+
+
+def _grid(module: Any, step: Step, x: Array) -> Array:
+    a = step.arguments
+    shape = _gridded(step, x.shape)
+    x = x.transpose(a["axes"]).copy()
+    x = x.reshape(len(x), *((1, 1), x.shape[1:3])[x.ndim == 4], x.shape[-1])
+    y = module.grid(x, a["factor"], a["shift"], padding=a["padding"])
+    return y.reshape(shape)  # type: ignore[no-any-return]
 
 
 def _adaptive_pool(module: Any, step: Step, x: Array) -> Array:
@@ -363,6 +374,20 @@ def _permuted(step: Step, x: Shape) -> Shape:
     return tuple(x[axis] for axis in axes)
 
 
+def _gridded(step: Step, x: Shape) -> Shape:
+    """An image is padded; of rows each feature is a channel."""
+    a = step.arguments
+    (*outer, channels), padding = _permuted(step, x), a["padding"]
+    if a["factor"].shape != (channels,) or a["shift"].shape != (channels,):
+        raise ValueError(f"grid: {a['factor'].shape}, {a['shift'].shape} for {channels} channels")
+    if len(outer) == 1 and padding == ((0, 0), (0, 0)):
+        return (*outer, channels)
+    if len(outer) != 3:
+        raise ValueError(f"grid: {x}; wanted rows, not padded, or images")
+    sizes = (n + sum(sides) for n, sides in zip(outer[1:], padding, strict=True))
+    return (outer[0], *sizes, channels)
+
+
 def _sliced(step: Step, x: Shape) -> Shape:
     index = slice_index(step, len(x))
     return tuple(len(range(*s.indices(n))) for s, n in zip(index, x, strict=True))
@@ -389,6 +414,7 @@ def _dilated(step: Step, x: Shape) -> Shape:
 
 OPERATIONS: dict[str, Operation] = {
     "quantize": Operation(_quantize, _permuted),
+    "grid": Operation(_grid, _gridded),
     "dequantize": Operation(_plain, _same),
     "constant": Operation(
         lambda module, step: step.arguments["value"], lambda step: step.arguments["value"].shape

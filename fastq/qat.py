@@ -268,11 +268,11 @@ class QATModel(nn.Module):
 def _parts(prepared: Prepared) -> nn.Module:
     """The parameters of a graph as a module, under the names of the layers that they are of.
 
-    The tensors of constants and of torch's other operators are no parameters.
+    The tensors of constants, grids and torch's other operators are no parameters.
     """
     root = nn.Module()
     for node in prepared.graph:
-        if not node.tensors or node.op in ("constant", "aten"):
+        if not node.tensors or node.op in ("constant", "aten", "grid"):
             continue
         part = _submodule(root, node.layer or node.name)
         same = part._parameters.keys() & node.tensors.keys()
@@ -338,6 +338,7 @@ class _Pass:
             for region in self.prepared.regions:
                 self.runs |= dict.fromkeys(region.nodes, _Run(self.prepared, region))
         self.watched = self.prepared.ranges.watched()
+        self.quantized = set(self.prepared.ranges.parent)
         self.moves_ranges = model.training and model._ranges_move and not model._learned
         self.seen: dict[_Range, list[Tensor]] = {}
         self.statistics: list[Callable[[], None]] = []
@@ -352,7 +353,11 @@ class _Pass:
         for v in node.inputs:
             if v not in run.values:  # it comes from without
                 run.take(v, self.values[v])
-                run.values[v] = self.on_grid(run, v, self.values[v]) if self.follows else None
+                given = self.values[v]
+                if v not in self.quantized:
+                    run.values[v] = given
+                else:
+                    run.values[v] = self.on_grid(run, v, given) if self.follows else None
         if self.follows:
             y = self.surrogate(node, [run.values[v] for v in node.inputs])
             run.values[node] = self.on_grid(run, node, y)
@@ -454,7 +459,7 @@ class _Run:
     def __init__(self, prepared: Prepared, region: Region) -> None:
         self.prepared, self.region = prepared, region
         self.lowered = lowered(
-            region, prepared.qparams, prepared.weight, prepared.captured.any_extent
+            region, prepared.qparams, prepared.weight, prepared.captured.any_extent, prepared.bias
         )
         self.steps = {step.name: step for step in self.lowered.program.steps}
         self.arrays: dict[str, Any] = {}

@@ -68,6 +68,23 @@ def quantize(
     return _into(out, q)
 
 
+def grid(
+    x: NDArray[np.float32],
+    factor: NDArray[np.float32],
+    shift: NDArray[np.float32],
+    *,
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0)),
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """float32 (B, H, W, C) -> uint8: clip(rint(x * factor + shift), 0, 255), a grid per channel.
+
+    factor and shift (C,) float32. The image is padded before, with real 0, which NaN is as well.
+    """
+    x = np.pad(np.where(np.isnan(x), F32(0), x), ((0, 0), *padding, (0, 0)))
+    with np.errstate(over="ignore"):
+        return _into(out, np.clip(np.rint(x * factor + shift), 0, 255).astype(np.uint8))
+
+
 def dequantize(
     q: NDArray[Any],
     scale: ArrayLike,

@@ -1,18 +1,18 @@
 """What wins back accuracy that rounding costs. Each remedy changes a `Prepared`: the first kind the
 float network, before its values are observed, to an equal one that is easier to quantize; the
-second kind the integer weights and the biases, afterwards.
+second kind the integer weights, the biases and the grid of the inputs, afterwards.
 
-    input_equalization         channels of the network's inputs: each has a grid of its own
     cross_layer_equalization   channels of products that are clamped, averaged or pooled at most
     activation_equalization    channels of layer norms, and of batch norms that stand alone
+    input_equalization         channels of the network's inputs: each has a grid of its own
     balanced_rounding          rounds weights so that their errors cancel: kernels, outputs
     gptq                       rounds weights one after the other, by least squares
     adaround                   rounds each weight to the side that it learns
     batch_norm                 scales and biases that give the outputs' float mean and variance
     bias_correction            biases that give the outputs' float mean
 
-`calibrate` applies those that are named, in this order. The second kind walks through the network
-with the float values and the quantized ones side by side, so that each layer sees what the
+`calibrate` applies those that are named, in this order. Most of the second kind walk through the
+network with the float values and the quantized ones side by side, so that each layer sees what the
 layers before it, remedies included, will give it, and makes up for their errors as well.
 
 A batch is the flat arguments of the network, as `Graph.run` takes them. The remedies work on a
@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastq.graph import Graph, Node, Values, evaluate, pixels_together, tensors_of
-from fastq.lower import Ranges, weight_of
+from fastq.lower import weight_of
 from fastq.prepare import WEIGHTED, Prepared, fake_quantize, grid_ends
 from fastq.processes import ALONE, Processes
 from fastq.qparams import quantize_weight
@@ -43,10 +43,12 @@ from fastq.qparams import quantize_weight
 Batch = Sequence[Any]
 Remedies = str | Iterable[str]
 
-DEFAULT = ("balanced_rounding", "bias_correction")
+DEFAULT = ("input_equalization", "balanced_rounding", "bias_correction")
 
+EQUALIZATIONS = ("input_equalization", "cross_layer_equalization", "activation_equalization")
 ROUNDINGS = ("balanced_rounding", "gptq", "adaround")  # the last that is named decides
 
+ENOUGH_VALUES = 2**10  # of a channel: the ends of fewer say little of those to come
 SAMPLE_BYTES = 2**26  # of the network's largest value: 32 images for ResNet-50
 ROWS_BYTES = 2**27  # of the inputs of a layer's products that its weights are fitted to
 MAX_ROWS = 2**15
@@ -135,56 +137,50 @@ def bar(items: Any, title: str, progress: bool, total: int | None = None) -> Any
 
 
 def input_equalization(prepared: Prepared, sample: Sequence[Batch], progress: bool = False) -> None:
-    """Let each channel of a picture, or each feature of a row, run from 0 to 255 over the sample,
-    before it is quantized; the products that read it take the factors and shifts into their
-    weights and biases.
+    """Let each channel of a picture, or each feature of a row, run from 0 to 255 over the
+    calibration data; the products that read it take the steps and shifts into their weights and
+    biases.
 
     A picture's channel of 256 values, normalized by a mean and a deviation of its own, keeps all
-    of them; on a grid that the channels share it does not. The price is a float operator before
-    the program, which also pads. Inputs that not only convolutions of the same padding read, or
-    not only linear layers of rows, are left alone.
+    of them; on a grid that the channels share it does not. A channel whose own steps would be
+    wider than the shared ones, for its observer leaves outliers out, and one that never changes
+    keep the shared grid. Inputs that not only convolutions of the same padding read, or not only
+    linear layers of rows, are left alone, and those of which too little was seen.
     """
     for x in prepared.graph.inputs:
-        readers = _input_readers(prepared, x)
-        place = prepared.graph.inputs.index(x)
-        seen = [tensors_of(arguments)[place] for arguments in sample] if readers else []
-        values = [value.transpose(0, 1).flatten(1) for value in seen if value.numel()]
-        if not values:
+        readers, seen = _input_readers(prepared, x), prepared.channels.get(x)
+        if not readers or seen is None or seen.count < ENOUGH_VALUES:
             continue
-        low = torch.stack([value.amin(1) for value in values]).amin(0).double()
-        high = torch.stack([value.amax(1) for value in values]).amax(0).double()
-        step = torch.where(high > low, high - low, 1.0) / 255
-        if step.isfinite().all():
-            _insert_grid(prepared, x, readers, low, step)
-    prepared.ranges = Ranges(prepared.regions)
-    prepared.forget()
+        shared = float(prepared.qparams(x).scale)
+        low, high = seen.low.double().clamp(max=0), seen.high.double().clamp(min=0)
+        step = (high - low) / 255
+        own = (seen.low < seen.high) & (step <= shared * (1 + 2**-20))
+        low = torch.where(own, low, grid_ends(prepared.qparams(x))[0])
+        _insert_grids(prepared, x, readers, low, torch.where(own, step, shared))
+    prepared.regroup()
 
 
-def _insert_grid(
+def _insert_grids(
     prepared: Prepared, x: Node, readers: Sequence[Node], low: Tensor, step: Tensor
 ) -> None:
-    """Let these products take (x - low) / step, padded before, instead of x."""
-    layer, tensors = f"{x.name} on a grid", {"factor": 1 / step, "shift": -low / step}
-    made = []
+    """Let these products take the steps of (x - low) / step, padded before, instead of x."""
     (top, bottom), (left, right) = readers[0].attrs.get("padding", ((0, 0), (0, 0)))
-    if top or bottom or left or right:  # with 0, which is not the same for all channels after it
-        n, c, h, w = x.shape
-        shape = (n, c, h + top + bottom, w + left + right)
-        attrs = {"pad": (left, right, top, bottom)}
-        made.append(Node(f"{x.name}_pad", "pad", [x], attrs, layer=layer, kind="Grid", shape=shape))
-    before = made[-1] if made else x
-    grid = Node(f"{x.name}_grid", "affine", [before], layer=layer, kind="Grid", shape=before.shape)
-    grid.tensors = {name: tensor.float() for name, tensor in tensors.items()}
-    made.append(grid)
-    for reader in readers:
-        _take_grid(reader, grid, low, step)
-    for region in prepared.regions:
-        region.inputs = [grid if value is x else value for value in region.inputs]
-    nodes = prepared.graph.nodes
-    after = nodes.index(x) + 1
-    nodes[after:after] = made
-    for node in made:
-        prepared.reasons[node] = "gives each channel of the input a grid of its own"
+    shape = x.shape
+    if len(shape) == 4:
+        shape = (*shape[:2], shape[2] + top + bottom, shape[3] + left + right)
+    for number, region in enumerate(prepared.regions):
+        own = [reader for reader in readers if reader in region.nodes]
+        if not own:
+            continue
+        grid = Node(
+            f"{x.name}_grid{number or ''}", "grid", [x], {"pad": (left, right, top, bottom)},
+            {"factor": (1 / step).float(), "shift": (-low / step).float()},
+            layer=x.name, kind="Grid", shape=shape,
+        )  # fmt: skip
+        region.nodes.insert(0, grid)
+        prepared.graph.nodes.insert(prepared.graph.nodes.index(x) + 1, grid)
+        for reader in own:
+            _take_grid(reader, grid, low, step)
 
 
 def _input_readers(prepared: Prepared, x: Node) -> list[Node]:
@@ -201,7 +197,7 @@ def _input_readers(prepared: Prepared, x: Node) -> list[Node]:
         and user.attrs.get("padding") == users[0].attrs.get("padding")
         for user in users
     )
-    return users if alike and x.shape[1] > 1 else []
+    return users if alike else []
 
 
 def _take_grid(reader: Node, grid: Node, low: Tensor, step: Tensor) -> None:
@@ -807,9 +803,9 @@ def _adaround(prepared: Prepared, node: Node, rows: Rows) -> tuple[Tensor, Tenso
 ADAROUND_PRESSURE = 0.5
 
 REMEDIES: dict[str, Remedy] = {
-    "input_equalization": Remedy(input_equalization, first=True),
     "cross_layer_equalization": Remedy(cross_layer_equalization, first=True),
     "activation_equalization": Remedy(activation_equalization, first=True),
+    "input_equalization": Remedy(input_equalization),
     "balanced_rounding": Remedy(balanced_rounding),
     "gptq": Remedy(gptq),
     "adaround": Remedy(adaround),

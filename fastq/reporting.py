@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from fastq import ops
 from fastq.batches import Batches
-from fastq.graph import Graph, Node
+from fastq.graph import Graph, Node, evaluate
 from fastq.kernels import isa
 from fastq.layerwise import ratio
 from fastq.lower import MOVES, lowered, weight_of
@@ -431,8 +431,9 @@ class _Comparison:
         self.graph, self.quantized = graph, quantized
         self.recipe: Prepared = read_recipe(quantized)
         ours = {node.name: node.op for node in graph}
+        self.grids = [node for node in self.recipe.graph if node.op == "grid"]
         for node in self.recipe.graph:
-            if ours.get(node.name) != node.op:
+            if node.op != "grid" and ours.get(node.name) != node.op:
                 raise ValueError(
                     f"report: the quantized network has {node.op} {node.name!r}, the float model "
                     f"has {ours.get(node.name, 'nothing')} there; wanted the one that it was made "
@@ -472,6 +473,9 @@ class _Comparison:
         result = self.quantized.walk(compute, args, kwargs)
 
         def watch(node: Node, value: Any) -> None:
+            for grid in self.grids:
+                if grid.inputs[0].name == node.name:
+                    self._compare(grid, evaluate(grid, [value]), made[grid.name])
             other = made.get(node.name)
             if other is not None and isinstance(value, Tensor) and value.is_floating_point():
                 self._compare(node, value, other)
@@ -482,11 +486,15 @@ class _Comparison:
     def _compare(self, node: Node, real: Tensor, made: _Made) -> None:
         other = made.real()
         if node.name not in self.values:
-            self.values[node.name] = _Value(factor=_channel_factor(real, other))
+            factor = None if node.op == "grid" else _channel_factor(real, other)
+            self.values[node.name] = _Value(factor=factor)
         value = self.values[node.name]
         if value.factor is not None:
             real = real * value.factor
-        value.tally.add(real, other)
+        if node.op == "grid":
+            value.tally.add(_off_grid(node, real), _off_grid(node, other))
+        else:
+            value.tally.add(real, other)
         if made.qparams is not None and node.op not in MOVES:
             low, high = grid_ends(made.qparams)
             half = float(made.qparams.scale) / 2
@@ -531,11 +539,19 @@ class _Comparison:
         seen = float(value.observer.minimum), float(value.observer.maximum)
         shown = min(seen[0], grid[0]), max(seen[1], grid[1])
         counts, _ = np.histogram(bins.centers, BINS, shown, weights=bins.counts)
-        scale = float(qparams.scale)
+        scales = [float(qparams.scale)]
+        if node.op == "grid":
+            scales = (1 / node.tensors["factor"]).tolist()
         return Distribution(
-            tuple(counts.astype(np.int64).tolist()), *shown, seen, grid, (scale, scale),
+            tuple(counts.astype(np.int64).tolist()), *shown, seen, grid, (min(scales), max(scales)),
             int(qparams.zero_point), value.clipped / value.count,
         )  # fmt: skip
+
+
+def _off_grid(grid: Node, steps: Tensor) -> Tensor:
+    """What was put on a grid for each channel, as its integers say it."""
+    shape = [1, -1] + [1] * (steps.dim() - 2)
+    return (steps - grid.tensors["shift"].reshape(shape)) / grid.tensors["factor"].reshape(shape)
 
 
 def _channel_factor(real: Tensor, made: Tensor) -> Tensor | None:

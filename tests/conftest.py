@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numba
 import numpy as np
 import pytest
+import torch
 
 from fastq import ops
 from fastq.kernels import executor
@@ -30,6 +31,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once for each instruction set of this machine, and for the emulated ones."""
     with isa_room.using(request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """What a test draws from torch is the same in every run, whichever tests run before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -18,11 +18,6 @@ from fastq.capture import CannotCapture, Captured, capture
 from fastq.graph import Batch, Node, evaluate
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def run(captured: Captured, *args: Any, **kwargs: Any) -> Any:
     """The result of the graph, node by node."""
     leaves = pytree.tree_leaves((args, kwargs))

@@ -20,11 +20,6 @@ from fastq.weights import Conv2dWeight, LinearWeight
 STATIC = QParams(np.float32(0.03), np.int32(118))
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def sqnr(y, exact):
     """Signal to quantization noise in dB."""
     return float(10 * torch.log10(exact.square().sum() / (y - exact).square().sum()))

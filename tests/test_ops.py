@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import signal
 import sys
 from itertools import product
@@ -344,6 +345,41 @@ def test_quantize_dequantize_requantize(rng: Any, shape: tuple[int, ...], dtype:
             assert_same(ops.requantize(acc, zero_point=5, qmin=0, qmax=100, **rule), want)
             assert_same(ops.requantize(acc, **rule), reference.requantize(acc, **rule))
     assert_same(ops.quantize(x, 1.28, dtype=dtype), reference.quantize(x, 1.28, dtype=dtype))
+
+
+def test_grid(rng: Any) -> None:
+    x = special(rng, (2, 5, 9, 3))
+    x[0, :2] = np.ldexp(rng.integers(-600, 600, (2, 9, 3)), -1).astype(np.float32)  # all ties
+    factor, shift = (rng.random((2, 3)) + 0.1).astype(np.float32)
+    for source in (x, x[:, ::-1, 1:7], np.asfortranarray(x), x[:, :0]):
+        for padding in (((0, 0), (0, 0)), ((1, 0), (2, 3))):
+            want = reference.grid(source, factor, 99 * shift, padding=padding)
+            assert_same(ops.grid(source, factor, 99 * shift, padding=padding), want)
+    pixels = rng.integers(0, 256, x.shape)
+    normalized = ((pixels / 255 - 0.5) / 0.5).astype(np.float32)  # halves, if it were a zero point
+    got = ops.grid(normalized, [127.5] * 3, [127.5] * 3)
+    assert_same(got, pixels.astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"x": np.zeros((1, 2, 2, 2))}, TypeError, "wanted (B, H, W, C) float32"),
+        ({"x": np.zeros((2, 2), np.float32)}, ValueError, "wanted (B, H, W, C) float32"),
+        ({"factor": [1.0]}, ValueError, "grid: factor (1,) for x (1, 2, 2, 2)"),
+        ({"factor": 1.0}, ValueError, "for 2 channels; wanted (2,) of both"),
+        ({"factor": [1.0, 0.0]}, ValueError, "each factor > 0"),
+        ({"factor": [1.0, np.nan]}, ValueError, "grid: factor: wanted finite numbers"),
+        ({"shift": [1.0, np.inf]}, ValueError, "grid: shift: wanted finite numbers"),
+        ({"padding": ((0, -1), (0, 0))}, ValueError, "grid: padding=(0, -1)"),
+        ({"padding": ((0, 1),)}, ValueError, "wanted ((top, bottom), (left, right))"),
+        ({"out": np.zeros((1, 2, 2, 2), np.int8)}, ValueError, "wanted (1, 2, 2, 2) uint8"),
+    ],
+)
+def test_grid_refuses(given: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {"x": np.zeros((1, 2, 2, 2), np.float32), "factor": [1.0] * 2, "shift": [0.0] * 2}
+    with pytest.raises(error, match=re.escape(message)):
+        ops.grid(**{**arguments, **given})
 
 
 @pytest.mark.parametrize("cache_bytes", [2**40, 0], ids=["cached", "streamed"])

@@ -13,7 +13,7 @@ import pytest
 
 from fastq.arguments import ARGUMENTS
 from fastq.plan import BoundProgram
-from fastq.program import OPERATIONS, Program, Step
+from fastq.program import OPERATIONS, WAYS_IN, Program, Step
 from fastq.qparams import Dequant, Requant
 from fastq.weights import Conv2dWeight, LinearWeight
 
@@ -55,6 +55,12 @@ IMAGE = (2, 6, 5, 3)
 # operation -> examples: the shapes of its uint8 inputs, and its arguments
 EXAMPLES: dict[str, list[tuple[tuple[Shape, ...], dict[str, Any]]]] = {
     "quantize": [((IMAGE,), {"scale": 0.1, "zero_point": 7, "axes": (0, 2, 3, 1)})],
+    "grid": [
+        (((2, 3, 6, 5),), {"factor": f32(9, 30, 2e9), "shift": f32(127.5, 0.25, -3),
+                           "padding": ((1, 0), (0, 2)), "axes": (0, 2, 3, 1)}),
+        (((7, 3),), {"factor": f32(9, 30, 7), "shift": f32(127.5, 0.25, -3),
+                     "padding": ((0, 0), (0, 0)), "axes": (0, 1)}),
+    ],
     "dequantize": [((IMAGE,), {"scale": 0.1, "zero_point": 7})],
     "constant": [((), {"value": np.arange(24, dtype=np.uint8).reshape(2, 3, 4)})],
     "conv2d": [
@@ -115,7 +121,7 @@ CASE_IDS = [f"{op}-{i}" for op, i in CASES]
 def of(op: str, shapes: tuple[Shape, ...], arguments: dict[str, Any]) -> Program:
     """A program around one step, which is called "y" or made float as "out"."""
     ranks = tuple(map(len, shapes))
-    sources = ("x0",) if op == "quantize" else tuple(f"q{i}" for i in range(len(ranks)))
+    sources = ("x0",) if op in WAYS_IN else tuple(f"q{i}" for i in range(len(ranks)))
     step = Step(op, "y", sources, arguments)
     if op == "dequantize":
         return program(ranks, step, outputs={"y": len(shapes[0])})
@@ -173,7 +179,7 @@ def test_arguments_are_all_there_and_no_other(op: str) -> None:
             of(op, shapes, fewer)
     with pytest.raises(ValueError, match=r"\['.*more.*\]; wanted"):
         of(op, shapes, {**arguments, "more": 1})
-    inputs = {"concat": (), "quantize": ("x0", "x0")}.get(op, ("q0",) * 3)
+    inputs = {"concat": (), **dict.fromkeys(WAYS_IN, ("x0", "x0"))}.get(op, ("q0",) * 3)
     with pytest.raises(ValueError, match=r"y: .* of \d inputs; wanted"):
         program((2,), Step(op, "y", inputs, arguments), outputs={})
 
@@ -648,12 +654,23 @@ class Random:
             shape = ((2, *sizes) if rank == 5 else sizes)[-rank:]
             axes = tuple(map(int, self.rng.permutation(rank)))
             self.inputs[f"x{i}"] = tuple(shape[a] for a in np.argsort(axes))
+            if rank in (2, 4) and self.flag(0.3):
+                self.grid(i, shape, axes)
+                continue
             arguments = {"scale": 0.05, "zero_point": self.byte(), "axes": axes}
             self.steps.append(Step("quantize", f"q{i}", (f"x{i}",), arguments))
             self.shapes[f"q{i}"] = shape
         if self.flag(0.3):
             value = self.rng.integers(0, 256, shape[-1:]).astype(np.uint8)
             self.take("constant", (), {"value": value})
+
+    def grid(self, i: int, shape: Shape, axes: Shape) -> None:
+        factor, shift = self.rng.uniform(1, 40, (2, shape[-1])).astype(np.float32)
+        sides = self.rng.integers(0, 3, (2, 2)) * (len(shape) == 4)
+        padding = tuple(tuple(map(int, pair)) for pair in sides)
+        arguments = {"factor": factor, "shift": 3 * shift, "padding": padding, "axes": axes}
+        self.steps.append(Step("grid", f"q{i}", (f"x{i}",), arguments))
+        self.shapes[f"q{i}"] = self.program().shapes(*self.inputs.values())[f"q{i}"]
 
     def end(self) -> None:
         names = list(self.shapes)
@@ -682,7 +699,7 @@ class Random:
         return parts if self.flag() else parts.copy()
 
 
-KINDS = [op for op in OPERATIONS if op not in ("quantize", "dequantize", "constant")]
+KINDS = [op for op in OPERATIONS if op not in (*WAYS_IN, "dequantize", "constant")]
 FAVOURITES = ["conv2d", "concat", "slice", "reshape", "permute", "linear", "add"]
 
 

@@ -11,12 +11,7 @@ from torch import Tensor, nn
 
 from fastq.ladder import climb
 from fastq.layerwise import LayerSensitivity, Sensitivity, decibels, sensitivity
-from fastq.remedies import DEFAULT, REMEDIES
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
+from fastq.remedies import DEFAULT, EQUALIZATIONS, REMEDIES
 
 
 class Network(nn.Module):
@@ -138,7 +133,7 @@ def test_the_ladder_stops_at_the_first_rung_within_the_budget() -> None:
     assert result.remedies == DEFAULT and result.skip == ()
     assert lines == [
         "float32: 90; wanted: at least 89.5",
-        "balanced_rounding + bias_correction: 89.6 (-0.4): enough",
+        "input_equalization + balanced_rounding + bias_correction: 89.6 (-0.4): enough",
     ]
 
 
@@ -146,42 +141,48 @@ def test_a_rung_that_gains_nothing_is_left_out() -> None:
     result, lines = climbed(
         {"bias_correction": 5, "cross_layer_equalization": -1, "gptq": 4.8}, 0.5
     )
-    assert result.remedies == ("gptq", "bias_correction")
-    assert lines[3].endswith("bias_correction: 84 (-6), no gain: left out")
-    assert lines[4] == "gptq + bias_correction: 89.8 (-0.2), gains 4.8: enough"
+    assert result.remedies == ("input_equalization", "gptq", "bias_correction")
+    assert lines[2].endswith("bias_correction: 84 (-6), no gain: left out")
+    assert lines[3] == "input_equalization + gptq + bias_correction: 89.8 (-0.2), gains 4.8: enough"
 
 
 def test_adaround_takes_the_place_of_gptq() -> None:
     result, lines = climbed({"bias_correction": 5, "gptq": 1, "adaround": 4.8}, 0.5)
-    assert result.remedies == ("adaround", "bias_correction")
-    assert lines[-1] == "adaround + bias_correction: 89.8 (-0.2), gains 3.8: enough"
+    assert result.remedies == ("input_equalization", "adaround", "bias_correction")
+    assert (
+        lines[-1]
+        == "input_equalization + adaround + bias_correction: 89.8 (-0.2), gains 3.8: enough"
+    )
 
 
 def test_the_most_sensitive_layers_become_float_at_last() -> None:
     result, lines = climbed({"bias_correction": 5, "bad": 4.9}, 0.5)
     assert result.skip == ("bad",)
     assert lines[-1] == (
-        "balanced_rounding + bias_correction, float: bad: 89.9 (-0.1), gains 4.9: enough"
+        "input_equalization + balanced_rounding + bias_correction, float: bad: 89.9 (-0.1), "
+        "gains 4.9: enough"
     )
 
 
 def test_the_most_sensitive_layers_are_those_of_the_equalized_network(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[list[str]] = []
+    asked: list[set[str]] = []
 
-    def watched(*args: object, remedies: list[str], **kwargs: object) -> Sensitivity:
+    def watched(*args: object, remedies: set[str], **kwargs: object) -> Sensitivity:
         asked.append(remedies)
         return Sensitivity((LayerSensitivity("bad", "linear", 0.0, 0.0),) * 2)
 
     monkeypatch.setattr("fastq.ladder.sensitivity", watched)
     with pytest.warns(UserWarning, match="nothing was within"):
         climbed({"cross_layer_equalization": 1, "gptq": 1}, 0.5)
-    assert asked == [["cross_layer_equalization", "activation_equalization"]]
+    assert asked == [set(EQUALIZATIONS)]
 
 
 def test_out_of_reach_is_said_and_the_best_is_returned() -> None:
-    with pytest.warns(UserWarning, match=r"nothing was within 0.5 of float32's 90; the best, gptq"):
+    with pytest.warns(
+        UserWarning, match=r"nothing was within 0.5 of float32's 90; the best, input"
+    ):
         result, _ = climbed({"gptq": 3.0}, 0.5)
     assert "gptq" in result.remedies and set(result.remedies) <= set(REMEDIES)
 

@@ -54,11 +54,6 @@ class Net(nn.Module):
         return self.alias(self.norm(F.relu(self.fc(x)))) * self.scale * self.tied
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def images() -> Tensor:
     return torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(7))
 

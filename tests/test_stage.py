@@ -54,6 +54,28 @@ def check_image(
     assert_array_equal(out.reshape(shape), want)
 
 
+def check_grid(
+    x: Array, whole: int, kind: str, padding: tuple[int, ...] = PADDING,
+    keep: Callable[[Array], Array] = np.array,
+) -> None:  # fmt: skip
+    """The same with a factor and a shift for each channel."""
+    top, bottom, left, right = padding
+    batch, h, w, c = x.shape
+    shape = (batch, h + top + bottom, w + left + right, whole)
+    factor = np.linspace(9, 60, c, dtype=np.float32)
+    shift = np.linspace(127.5, -20.5, c, dtype=np.float32)
+    want = np.full(shape, CANARY)
+    want[..., :c] = reference.grid(x, factor, shift, padding=((top, bottom), (left, right)))
+    out = keep(np.full(want.size, CANARY, KINDS[kind]))
+    call = Call(0)
+    target = View(out, shape, dense_strides(shape, out.itemsize), kind)
+    stage_image(call, view(x), target, (top, left), factor, shift, grid=True)
+    call.run()
+    got = out.reshape(shape)
+    assert_array_equal(got[..., :c], want[..., :c])
+    assert (got[:, top : top + h, left : left + w, c:] == 0).all()
+
+
 WIDTHS = [1, 2, 3, 4, 5, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 130]
 
 
@@ -64,6 +86,8 @@ def test_planes(kind: str, threads: int, rng: Any, channels: int) -> None:
         for whole in {channels, max(channels, 4), channels + 3}:
             check_image(x, whole, kind)
             check_image(x, whole, kind, (0, 0, 0, 0))
+            check_grid(x, whole, kind)
+            check_grid(x, whole, kind, (0, 0, 0, 0))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 8, 21, 37])
@@ -72,6 +96,7 @@ def test_pixels(kind: str, rng: Any, channels: int) -> None:
         for whole in {channels, max(channels, 4), channels + 3}:
             check_image(floats(rng, 2, 3, width, channels), whole, kind)
             check_image(floats(rng, 2, 3, width, channels), whole, kind, (0, 0, 0, 0))
+            check_grid(floats(rng, 2, 3, width, channels), whole, kind)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
@@ -79,6 +104,7 @@ def test_strides(kind: str, rng: Any, channels: int) -> None:
     planes = floats(rng, 3, 2 * channels, 8, 70)
     x = planes[::2, ::2, ::-1, 1:67].transpose(0, 2, 3, 1)
     check_image(x, 4 if channels < 4 else channels, kind)
+    check_grid(x, 4 if channels < 4 else channels, kind)
     check_image(planes[..., ::2].transpose(0, 2, 3, 1)[..., :channels], channels, kind)
     check_image(planes[..., ::-1].transpose(0, 2, 3, 1)[..., :channels], channels, kind)
     check_image(np.broadcast_to(planes[:, :1, :, :66], (3, channels, 8, 66)).transpose(0, 2, 3, 1),
@@ -92,6 +118,7 @@ def test_nothing_beyond(kind: str, rng: Any, channels: int) -> None:
         x = guarded(floats(rng, 1, channels, 2, width)).transpose(0, 2, 3, 1)
         for whole in {channels, max(channels, 4)}:
             check_image(x, whole, kind, (1, 0, 1, 0), keep=guarded)
+            check_grid(x, whole, kind, (1, 0, 1, 0), keep=guarded)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fma", "division"])

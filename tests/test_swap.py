@@ -16,11 +16,6 @@ from fastq.swap import QuantizationSummary, fold_batch_norm, quantize_layers, su
 from fastq.trace import trace
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def results(model: nn.Module) -> dict[str, str]:
     return {row.name: row.result for row in summary(model).rows}
 
@@ -291,7 +286,7 @@ def test_a_model_that_is_one_layer() -> None:
          | {"head", "hidden", "bn"}),
         ("bn", {"bn"}),
     ],
-    ids=str,
+    ids=["name", "block", "patterns", "type", "types", "batch norm"],
 )  # fmt: skip
 def test_skip_keeps_layers_float_and_strict_accepts_it(skip: Any, floats: set[str]) -> None:
     model = Cnn().eval()

@@ -192,18 +192,20 @@ def x_operands(
 
 
 def stage_image(
-    call: Call, x: View, out: View, corner: tuple[int, int], scale: Place, zero_point: Place
-) -> None:
+    call: Call, x: View, out: View, corner: tuple[int, int], scale: Place, zero_point: Place,
+    grid: bool = False,
+) -> None:  # fmt: skip
     """Appends: x (B, H, W, C) into out (B, HP, WP, CP), dense, from (top, left) on.
 
-    float32 is quantized, uint8 copied; the rest of out is filled with the zero point.
+    float32 is quantized, uint8 copied; the rest of out is filled with the zero point. With `grid`
+    each channel has a factor and a shift, float32 (C,), instead of scale and zero point.
     """
     batch, h, w, c = x.shape
     _, hp, wp, cp = out.shape
+    source = "grid" if grid else x.kind
+    planes = stage.interleaved_planes(source, x.strides, c, cp)
     call.row(
-        stage.stage_image_kernel(
-            x.kind, out.kind, *stage.interleaved_planes(x.kind, x.strides, c, cp)
-        ),
+        stage.stage_image_kernel(source, out.kind, *planes),
         stage.I_FIELDS,
         batch * hp,
         {
@@ -227,7 +229,7 @@ def stage_image(
             stage.I_ZERO_POINT: zero_point,
         },
         batch * hp * wp * cp * (x.item + out.item) / BYTES_PER_NANOSECOND,
-        f"stage_image_{x.kind}_{out.kind}",
+        f"stage_image_{source}_{out.kind}",
     )
 
 

@@ -86,6 +86,19 @@ def multiply_step(typingctx: Any, x: Any, factor: Any, lo: Any, hi: Any) -> Any:
 
 
 @intrinsic
+def grid_step(typingctx: Any, x: Any, factor: Any, shift: Any) -> Any:
+    """int32(rint(clamp(x * factor + shift, 0, 255))), ties to even; of NaN that of 0."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        x, factor, shift = values
+        x = builder.select(builder.fcmp_unordered("uno", x, x), ir.Constant(f32, 0.0), x)
+        value = builder.fadd(builder.fmul(x, factor), shift)
+        return _step(builder, value, ir.Constant(f32, 0.0), ir.Constant(f32, 255.0))
+
+    return types.int32(types.float32, types.float32, types.float32), codegen
+
+
+@intrinsic
 def rint_f64(typingctx: Any, x: Any) -> Any:
     """rint of a float64, ties to even."""
 

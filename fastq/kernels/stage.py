@@ -3,6 +3,7 @@
     stage_rows    (M, K) float32 or uint8            -> (M, max(K, 4)) uint8 or int16
     stage_image   (B, H, W, C) float32 or uint8, any strides
                                                      -> (B, HP, WP, CP) uint8 or int16, padded
+                  float32 of one scale, or each channel on a grid of its own (reference.grid)
     range_parts   the smallest and the largest finite value of blocks of float32 rows
     range_qparams these -> a row's scale and zero point (ONNX DynamicQuantizeLinear)
 
@@ -30,6 +31,7 @@ from fastq.kernels.lines import (
     emit_converted,
     emit_divisor,
     emit_interleaved,
+    emit_limited,
     emit_line,
     emit_loop,
     emit_quotient,
@@ -43,6 +45,7 @@ from fastq.kernels.scalar import (
     RANGE_LANES,
     divide,
     float_difference,
+    grid_step,
     larger,
     pointer,
     quantize_step,
@@ -56,11 +59,13 @@ from fastq.kernels.simd import (
     const,
     f32,
     i8,
+    i32,
     i64,
     load,
     load_valid,
     ptr,
     shuffle,
+    splat,
     store,
     store_valid,
     vec,
@@ -188,26 +193,36 @@ def _planes(
     out: Any,
     channels: Any,
     line_channels: Any,
-    scale: Any,
-    lo: Any,
-    hi: Any,
-    zero_point: Any,
+    scales: Any,
+    zeros: Any,
 ) -> Any:
     """`width` pixels of planes at x: quantized and interleaved. config is the kernel's."""
-    _, target, planes, whole, _ = (t.literal_value for t in config.types)
-    parameters = [types.float32] * 3 + [types.int32]
-    signature = types.void(config, *[types.int64] * 6, *parameters)
+    source, target, planes, whole, _ = (t.literal_value for t in config.types)
+    signature = types.void(config, *[types.int64] * 8)
 
     def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
-        _, x, x_c, width, out, channels, line_channels, scale, lo, hi, zero_point = values
-        x, out = (b.inttoptr(place, ptr) for place in (x, out))
+        _, x, x_c, width, out, channels, line_channels, scales, zeros = values
+        x, out, scales, zeros = (b.inttoptr(place, ptr) for place in (x, out, scales, zeros))
         element, item = ELEMENT[target], ITEM_BYTES[target]
         step = b.mul(line_channels, i64(item))
-        divisor = emit_divisor(b, scale)
+        divisor, zero_point = (), i32(0)
+        if source == "f32":
+            divisor, zero_point = emit_divisor(b, load(b, f32, scales)), load(b, i32, zeros)
+        lo, hi = (b.sitofp(b.sub(i32(end), zero_point), f32) for end in (0, 255))
+
+        def on_grid(x: Any, channel: Any) -> Any:
+            factor, shift = (
+                splat(b, load(b, f32, place, b.mul(channel, i64(4))), x.type.count)
+                for place in (scales, zeros)
+            )
+            number = b.fcmp_ordered("ord", x, x)
+            x = b.select(number, x, const(x.type, 0.0))
+            return emit_limited(b, b.fadd(b.fmul(x, factor), shift))
 
         def quantized(channel: Any, i: Any, count: int) -> Any:
             plane = address(b, x, b.mul(channel, x_c))
-            value = emit_quotient(b, load(b, vec(f32, count), plane, b.mul(i, i64(4))), divisor)
+            value = load(b, vec(f32, count), plane, b.mul(i, i64(4)))
+            value = emit_quotient(b, value, divisor) if divisor else on_grid(value, channel)
             return emit_rounded(b, value, lo, hi, zero_point, element, bounded=True)
 
         def pixels(i: Any, channel: Any, group: int, count: int) -> None:
@@ -250,15 +265,17 @@ def interleaved_planes(
     source: str, strides: Sequence[int], channels: int, whole: int
 ) -> tuple[int, int]:
     """The planes and whole of `stage_image_kernel` for an image of these strides in bytes."""
-    if source != "f32" or strides[2] != 4 or strides[3] == 4:
+    if source == "u8" or strides[2] != 4 or strides[3] == 4:
         return 0, 0
     return (channels, whole) if whole < MANY else (MANY, 0)
 
 
 @functools.cache
 def stage_image_kernel(source: str, target: str, planes: int = 0, whole: int = 0) -> Any:
-    """source "f32" or "u8", target "u8" or "s16". A task is one padded line of one image.
+    """source "f32", "u8" or "grid", target "u8" or "s16". A task is one padded line of one image.
 
+    "grid" is float32 with a factor and a shift for each channel, instead of one scale and one zero
+    point; the padding is what 0 becomes.
     planes, of float32 whose pixels lie side by side: how many channels are interleaved to `whole`
     ones, or MANY and 0.
     """
@@ -269,8 +286,8 @@ def stage_image_kernel(source: str, target: str, planes: int = 0, whole: int = 0
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
         height, width, channels = args[I_H], args[I_W], args[I_C]
         line_pixels, line_channels = args[I_WP], args[I_CP]
-        zp = pointer(args[I_ZERO_POINT], "s32")[0]
-        step = pointer(args[I_SCALE], "f32")[0]
+        factors, shifts = pointer(args[I_SCALE], "f32"), pointer(args[I_ZERO_POINT], "f32")
+        step, zp = factors[0], pointer(args[I_ZERO_POINT], "s32")[0]
         lo, hi = float_difference(0, zp), float_difference(255, zp)
         out = pointer(args[I_OUT], config[1])
         for task in range(begin, end):
@@ -279,22 +296,32 @@ def stage_image_kernel(source: str, target: str, planes: int = 0, whole: int = 0
             left, right = args[I_LEFT], args[I_LEFT] + width
             if y < 0 or y >= height:
                 left = right = line_pixels
-            for i in range(start, start + left * line_channels):
-                out[i] = zp
-            for i in range(start + right * line_channels, start + line_pixels * line_channels):
-                out[i] = zp
+            first, last = start + left * line_channels, start + right * line_channels
+            end = start + line_pixels * line_channels
+            if config[0] == "grid":
+                for c in range(channels):
+                    zero = grid_step(0.0, factors[c], shifts[c])
+                    for i in range(start + c, first, line_channels):
+                        out[i] = zero
+                    for i in range(last + c, end, line_channels):
+                        out[i] = zero
+            else:
+                for i in range(start, first):
+                    out[i] = zp
+                for i in range(last, end):
+                    out[i] = zp
             if left == right:
                 continue
             source_line = args[I_X] + image * args[I_XB] + y * args[I_XH]
-            first = start + left * line_channels
             if config[2]:
                 _planes(
                     config, source_line, args[I_XC], width, args[I_OUT] + first * item, channels,
-                    line_channels, step, lo, hi, zp,
+                    line_channels, args[I_SCALE], args[I_ZERO_POINT],
                 )  # fmt: skip
             else:
                 pixels, run = width, channels
-                if args[I_XW] == channels * args[I_XC] and line_channels == channels:
+                together = args[I_XW] == channels * args[I_XC] and line_channels == channels
+                if together and config[0] != "grid":
                     pixels, run = 1, width * channels  # nothing lies between the pixels
                 for w in range(pixels):
                     pixel = source_line + w * args[I_XW]
@@ -305,6 +332,10 @@ def stage_image_kernel(source: str, target: str, planes: int = 0, whole: int = 0
                         else:
                             for c in range(run):
                                 out[at + c] = pointer(pixel + c * args[I_XC], "u8")[0]
+                    elif config[0] == "grid":
+                        for c in range(run):
+                            value = pointer(pixel + c * args[I_XC], "f32")[0]
+                            out[at + c] = grid_step(value, factors[c], shifts[c])
                     elif args[I_XC] == 4 and run >= SHORT:
                         place = args[I_OUT] + at * item
                         elementwise_line(line, pixel, place, run, step, zp, lo, hi)
