@@ -166,6 +166,12 @@ _MAGNITUDES[_INFINITY] = 2.0**128
 MAX_LANES = 4  # a lane is at most 1 MB; four threads read as fast as memory gives
 
 
+def _lanes() -> int:
+    """How many threads fill a histogram. torch's still spin on their cores, waiting for more to do
+    after the pass that made the values: each of ours gets half of a core."""
+    return max(1, min(ops.get_num_threads() // 2, MAX_LANES))
+
+
 class _Histogram:
     """A histogram over the upper 16 bits of each float32 (`ops.histogram`), and its exact range.
 
@@ -174,9 +180,9 @@ class _Histogram:
     """
 
     def __init__(self) -> None:
-        lanes = min(ops.get_num_threads(), MAX_LANES)
-        self._bins = np.zeros((lanes, HISTOGRAM_KEYS, 2), np.int64)  # untouched pages cost nothing
-        self._ends = np.zeros((lanes, 2), np.float32)
+        # untouched pages cost nothing
+        self._bins = np.zeros((_lanes(), HISTOGRAM_KEYS, 2), np.int64)
+        self._ends = np.zeros((len(self._bins), 2), np.float32)
 
     @property
     def count(self) -> int:

@@ -40,12 +40,13 @@ class ChannelEnds:
 
     def update(self, x: Tensor) -> None:
         if x.numel() and x.is_floating_point():
-            axes = [axis for axis in range(x.dim()) if axis != 1]
-            x = x.detach().float()
-            finite = x.isfinite()
-            low = torch.where(finite, x, math.inf).amin(axes)
-            high = torch.where(finite, x, -math.inf).amax(axes)
-            self._take(x.numel() // x.shape[1], low, high)
+            channels = x.detach().float().movedim(1, 0).flatten(1)
+            low, high = channels.aminmax(dim=1)
+            if not bool((low + high).isfinite().all()):
+                finite = channels.isfinite()
+                low = torch.where(finite, channels, math.inf).amin(1)
+                high = torch.where(finite, channels, -math.inf).amax(1)
+            self._take(channels.shape[1], low, high)
 
     def merge(self, other: ChannelEnds) -> None:
         self._take(other.count, other.low, other.high)

@@ -52,7 +52,8 @@ FIELD, BASE, OFFSET, PATCH_COLUMNS = range(4)
 class Table:
     """Rows (n, COLUMNS) and patches (p, PATCH_COLUMNS), int64, that are run with so many bases.
 
-    nanoseconds is an estimate of what they take one thread.
+    nanoseconds is an estimate of what they take one thread; `shared` says whether there is a row
+    that pays to be shared among threads.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Table:
     ) -> None:
         self.rows, self.patches = np.ascontiguousarray(rows), np.ascontiguousarray(patches)
         self.bases, self.nanoseconds = bases, nanoseconds
+        self.shared = bool((self.rows[:, THREADS] > 1).any())
         first = self.rows.ctypes.data, len(rows), self.patches.ctypes.data, len(patches)
         # the executor's block, of the bases; an error for another number of them
         self.pack = functools.partial(struct.Struct(f"{E_BASES + bases}q").pack, *first)
@@ -304,7 +306,7 @@ def run(table: Table, *bases: int) -> None:
     """Runs a table, its patches applied with these bases."""
     if _recorded is not None:
         _recorded.append(Run(table, bases))
-    if table.nanoseconds < PARALLEL_NANOSECONDS or _pool.threads == 1:
+    if _pool.threads == 1 or not table.shared or table.nanoseconds < PARALLEL_NANOSECONDS:
         _serial()(table.pack(*bases))
     else:
         _pool.run(table, bases)
