@@ -10,7 +10,7 @@ import struct
 import sys
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -43,6 +43,7 @@ from fastq.kernels.layers import (
     range_call,
     stage_image,
 )
+from fastq.kernels.products import ALIGNED
 from fastq.kernels.tiles import BYTES_PER_NANOSECOND
 from fastq.qparams import (
     FLT_MAX,
@@ -449,6 +450,53 @@ def _histogram_call(size: int, lanes: int) -> Call:
     return call
 
 
+class _Known(NamedTuple):
+    """A call of `linear` or `conv2d` that was checked before: its output, and what runs it.
+
+    idle   calls that nobody uses, or none: then layer.call(*key) makes one.
+    layer  it holds the epilogue as well: the id in a key stays that object's.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    idle: list[Call]
+    layer: Any
+    key: tuple[Any, ...]
+
+    def run(self, name: str, x: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any]:
+        shape, dtype, idle, layer, key = self
+        result = np.empty(shape, dtype) if out is None else _output(name, out, shape, dtype, x)
+        try:
+            call = idle.pop()
+        except IndexError:
+            call = layer.call(*key)
+        call.run(address_of(x), address_of(result), 0, 0, 0)
+        idle.append(call)
+        return result
+
+
+_MOST_CHECKED = 64  # that a weight keeps
+
+
+def _recall(
+    kind: type, x: Any, weight: Any, epilogue: Any, zero_point: Any, add: Any
+) -> tuple[_Known | None, Any]:
+    """The call that was checked, if it was, and a key of all that its checks looked at, if any."""
+    plain = type(x) is np.ndarray and type(weight) is kind and type(zero_point) is int
+    if not plain or add is not None:
+        return None, None
+    aligned = address_of(x) % ALIGNED == 0
+    key = (x.dtype, x.shape, x.strides, id(epilogue), zero_point, aligned, isa.current(),
+           get_num_threads())  # fmt: skip
+    return weight.checked.get(key), key
+
+
+def _remember(weight: Any, key: Any, layer: Any, call: tuple[Any, ...], out: NDArray[Any]) -> None:
+    if len(weight.checked) >= _MOST_CHECKED:
+        weight.checked.clear()
+    weight.checked[key] = _Known(out.shape, out.dtype, layer.calls.idle(call), layer, call)
+
+
 def linear(
     x: NDArray[np.uint8],
     weight: LinearWeight,
@@ -470,6 +518,9 @@ def linear(
     Raises TypeError and ValueError for other dtypes, shapes or values.
     Source: ONNX MatMulInteger and QLinearMatMul.
     """
+    known, key = _recall(LinearWeight, x, weight, epilogue, x_zero_point, add)
+    if known is not None:
+        return known.run("linear", x, out)
     x = _array("linear: x", x, _UINT8, 2)
     _check_weight("linear", weight, LinearWeight, epilogue)
     m, k = x.shape
@@ -491,10 +542,12 @@ def linear(
     added, at = _added("linear", epilogue, add, result)
     if result.size == 0:
         return result
-    if x.strides[1] != 1:
-        x = np.ascontiguousarray(x)
     layer = _bound(BoundLinear, weight, epilogue, "u8", None, zeros)
+    lines = x.strides[1] == 1
+    x = x if lines else np.ascontiguousarray(x)
     layer(m, x.strides[0], address_of(x), address_of(result), zeros, at)
+    if key is not None and lines:
+        _remember(weight, key, layer, layer.key(m, x.strides[0], address_of(x), zeros), result)
     del added  # held until here
     return result
 
@@ -523,6 +576,9 @@ def conv2d(
     Raises TypeError and ValueError for other dtypes, shapes or values.
     Source: ONNX ConvInteger and QLinearConv.
     """
+    known, key = _recall(Conv2dWeight, x, weight, epilogue, x_zero_point, add)
+    if known is not None:
+        return known.run("conv2d", x, out)
     x = _array("conv2d: x", x, _UINT8, 4)
     _check_weight("conv2d", weight, Conv2dWeight, epilogue)
     zero_point: Any = _zero_point("conv2d", x_zero_point)
@@ -533,7 +589,10 @@ def conv2d(
     result = _conv_output("conv2d", x, weight, _out_dtype(epilogue), out)
     added, at = _added("conv2d", epilogue, add, result)
     if result.size:
-        _bound(BoundConv2d, weight, epilogue, "u8", None, zero_point)(x, result, zero_point, at)
+        layer = _bound(BoundConv2d, weight, epilogue, "u8", None, zero_point)
+        layer(x, result, zero_point, at)
+        if key is not None:
+            _remember(weight, key, layer, layer.key(x, zero_point), result)
     del added  # held until here
     return result
 
@@ -1073,6 +1132,7 @@ def _bound(
         bound = [k for k, v in list(weight.panels.items()) if isinstance(v, kind)]
         if len(bound) >= _BOUND_LAYERS:
             weight.panels.pop(bound[0], None)
+            weight.checked.clear()
         weight.panels[key] = layer
     return layer
 

@@ -37,12 +37,14 @@ def _check_k(where: str, k: int) -> None:
 
 
 class _Panels:
-    """What is shared by both weights: the cache of packed panels, left out of pickles."""
+    """What is shared by both weights: what was packed, and calls that were checked. Both are left
+    out of pickles."""
 
     panels: dict[Any, Any]
+    checked: dict[Any, Any]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "panels": {}}
+        return {**self.__dict__, "panels": {}, "checked": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -59,6 +61,7 @@ class LinearWeight(_Panels):
 
     data: NDArray[np.int8]
     panels: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    checked: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", _weight("LinearWeight", self.data, 2, "(N, K)"))
@@ -132,6 +135,7 @@ class Conv2dWeight(_Panels):
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     panels: dict[Any, Any] = field(default_factory=dict, repr=False)
+    checked: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __init__(
         self,
@@ -159,6 +163,7 @@ class Conv2dWeight(_Panels):
             self, "padding", explicit_padding(padding, self.kernel_size, self.stride, self.dilation)
         )
         put(self, "panels", {})
+        put(self, "checked", {})
 
     @property
     def n(self) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
+import pickle
 import re
 import signal
 import sys
@@ -744,3 +746,44 @@ def test_every_tile_is_exact(isa: str, rng: Any, monkeypatch: pytest.MonkeyPatch
         weight_2d = Conv2dWeight(s8(rng, 40, 8, 3, 3), padding=1, groups=2)
         image = u8(rng, 2, 7, 7, 16)
         assert_same(ops.conv2d(image, weight_2d), reference.conv2d(image, weight_2d))
+
+
+def test_what_was_checked_before_is_checked_again_where_it_differs(rng: Any) -> None:
+    """A weight remembers calls by all that their checks looked at, and nothing else."""
+    x = rng.integers(0, 256, (4, 8)).astype(np.uint8)
+    weight = LinearWeight(rng.integers(-127, 128, (6, 8)).astype(np.int8))
+    epilogues = [Requant(np.full(6, 0.01 * i, np.float32), i) for i in range(1, 20)]
+    for epilogue in (*epilogues, *epilogues, None):  # more than a weight keeps layers of
+        for zero_point in (0, 7):
+            want = reference.linear(x, weight, epilogue, x_zero_point=zero_point)
+            for _ in range(3):
+                got = ops.linear(x, weight, epilogue, x_zero_point=zero_point)
+                assert_same(got, want)
+                assert not np.shares_memory(got, x)
+    for other in (x[:, ::-1], x[::2], np.asfortranarray(x), np.tile(x, (1, 2))[:, 8:]):
+        for _ in range(2):
+            assert_same(ops.linear(other, weight), reference.linear(other, weight))
+    out = np.zeros((4, 6), np.int32)
+    assert ops.linear(x, weight, out=out) is out
+    for wrong, error in (
+        ({"x": x.view(np.int8)}, TypeError),
+        ({"x": np.ma.masked_array(x)}, TypeError),
+        ({"x": x.tolist()}, TypeError),
+        ({"weight": weight.data}, TypeError),
+        ({"epilogue": 1}, TypeError),
+        ({"x_zero_point": True}, TypeError),
+        ({"x_zero_point": 256}, ValueError),
+        ({"out": out[:3]}, ValueError),
+        ({"add": out.astype(np.uint8)}, ValueError),
+        ({"out": np.zeros(96, np.uint8)[:96].view(np.int32).reshape(4, 6).T}, ValueError),
+    ):
+        with pytest.raises(error):
+            ops.linear(**{"x": x, "weight": weight, **wrong})
+    shared = np.zeros(200, np.uint8)
+    inside = shared[:32].reshape(4, 8)
+    for _ in range(2):
+        ops.linear(inside, weight)
+        with pytest.raises(ValueError, match="overlaps x"):
+            ops.linear(inside, weight, out=shared[:96].view(np.int32).reshape(4, 6))
+    copied = copy.deepcopy(weight)
+    assert weight.checked and not copied.checked and not pickle.loads(pickle.dumps(weight)).checked

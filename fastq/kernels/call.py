@@ -224,6 +224,10 @@ class Idle:
             self._lists.setdefault(key, [])
             return None
 
+    def idle(self, key: Any) -> list[Any]:
+        """Those of a key, to take from and to give back to."""
+        return self._lists.get(key, [])
+
     def give(self, key: Any, made: Any) -> None:
         """It may be taken again."""
         kept = self._lists.get(key)

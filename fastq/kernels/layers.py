@@ -76,12 +76,16 @@ class BoundLinear:
         row_stride in bytes; zero_point, of a "u8" source, one or (M,). Of add, SLACK bytes
         beyond its end may be read.
         """
-        aligned = (x | row_stride) % ALIGNED == 0
-        key = (m, row_stride, aligned, zero_point, executor.get_num_threads())
+        key = self.key(m, row_stride, x, zero_point)
         if isinstance(zero_point, int):
             self.calls.run(self.call, key, x, out, 0, 0, add)
         else:
             self.call(*key).run(x, out, 0, 0, add)
+
+    def key(self, m: int, row_stride: int, x: int, zero_point: Any) -> tuple[Any, ...]:
+        """What a call depends on: the arguments of `call`."""
+        aligned = (x | row_stride) % ALIGNED == 0
+        return m, row_stride, aligned, zero_point, executor.get_num_threads()
 
     def call(self, m: int, row_stride: int, aligned: bool, zero_point: Any, threads: int) -> Call:
         """A call for m rows, of the layer's five arguments."""
@@ -144,9 +148,13 @@ class BoundConv2d:
         self, x: NDArray[Any], out: NDArray[Any], zero_point: int = 0, add: int = 0
     ) -> None:
         """x (B, H, W, C) with any strides; out (B, OH, OW, N) contiguous; add as in BoundLinear."""
-        at = address_of(x)
-        key = (x.shape, x.strides, at % ALIGNED == 0, zero_point, executor.get_num_threads())
-        self.calls.run(self.call, key, at, address_of(out), 0, 0, add)
+        key = self.key(x, zero_point)
+        self.calls.run(self.call, key, address_of(x), address_of(out), 0, 0, add)
+
+    def key(self, x: NDArray[Any], zero_point: int) -> tuple[Any, ...]:
+        """What a call depends on: the arguments of `call`."""
+        aligned = address_of(x) % ALIGNED == 0
+        return x.shape, x.strides, aligned, zero_point, executor.get_num_threads()
 
     def call(
         self, shape: tuple[int, ...], strides: tuple[int, ...], aligned: bool, zero_point: int,
