@@ -37,6 +37,7 @@ from fastq.lower import MOVES, Region, inputs_first, lowered, outputs_first, wei
 from fastq.network import Config, build, calibrate, call_of, choose, forward_names, summarize
 from fastq.nn.network import QuantizedModel, as_input, check_constant, leaves_of
 from fastq.prepare import Prepared, Weight, prepare_graph, symmetric
+from fastq.processes import Processes
 from fastq.program import OPERATIONS
 from fastq.qconfig import QConfig
 from fastq.qparams import FLT_MIN, QParams, choose_qparams, quantize_weight
@@ -57,6 +58,7 @@ def prepare_qat(
     skip: Selector | Iterable[Selector] = (),
     learned: bool = False,
     progress: bool = True,
+    distributed: Any = False,
 ) -> QATModel:
     """A trainable copy of the model whose forward is the integer network's, bit for bit.
 
@@ -66,7 +68,8 @@ def prepare_qat(
     model     a float model, or what `fastq.quantize_model` or `fastq.load` returned: its weights,
               scales and zero points are then the start, and the first forward gives its outputs.
     data      calibration data for a float model, as in `quantize_model`. Not for a quantized one.
-    forward, config, skip, progress   as in `quantize_model`; for a float model.
+    forward, config, skip, progress, distributed   as in `quantize_model`; for a float model. The
+              processes of DistributedDataParallel find their first ranges together.
     learned   whether the scales of weights and activations are parameters. Otherwise a weight's
               scale follows the weight (a quantized model's stays), and in training mode the range
               of an activation is the moving average of its smallest and largest value.
@@ -94,7 +97,7 @@ def prepare_qat(
             "prepare_qat: a float model wants data to follow it with and to find the first ranges, "
             "such as a batch of training inputs: prepare_qat(model, images[:64])"
         )
-    batches = Batches(data)
+    processes, batches = Processes(distributed), Batches(data)
     args, kwargs = call_of(model, batches.first(), forward)
     wanted = choose(model, config, skip)
     twin = copy.deepcopy(model).eval()
@@ -104,7 +107,7 @@ def prepare_qat(
     prepared = prepare_graph(captured, lambda node: wanted.get(node.layer, QConfig()))
     if not prepared.regions:
         raise ValueError(f"prepare_qat: nothing in this {type(model).__name__} can become int8")
-    calibrate(prepared, model, batches, forward, progress=progress)
+    calibrate(prepared, model, batches, forward, progress=progress, processes=processes)
     report = summarize(prepared, model)
     return QATModel(prepared, twin, forward_names(model), report, learned)
 

@@ -41,7 +41,7 @@ class Uncapturable(nn.Module):
 def batches(*shape: int) -> list[Tensor]:
     """The later, the wider: a part of them has another range than all."""
     torch.manual_seed(1)
-    return [(i + 1) * torch.randn(4, *shape) for i in range(6)]
+    return [(i + 1) * torch.randn(8, *shape) for i in range(6)]
 
 
 def quantized(kind: str, rank: int | None = None) -> nn.Module:
@@ -56,6 +56,8 @@ def quantized(kind: str, rank: int | None = None) -> nn.Module:
     if kind == "max_drop":  # each process has another opinion, and the first one's counts
         scores = iter([1.0, 0.5, 0.7, 0.8, 0.9, 0.99] if not rank else [0.0] * 6)
         named |= {"evaluate": lambda model: next(scores), "max_drop": 0.05}
+    elif kind == "training":
+        return fastq.prepare_qat(network(), data, **named)
     else:
         named["config"] = QConfig(observer=kind)
     return fastq.quantize_model(network(), data, **named)
@@ -75,7 +77,7 @@ def calibrate(rank: int, folder: str, kinds: list[str]) -> None:
 
 def test_all_processes_get_the_network_of_one(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(remedies, "SAMPLE_BYTES", remedies.SAMPLE_BYTES)  # put back at the end
-    kinds = [*EXACT, "max_drop", "uncapturable"]
+    kinds = [*EXACT, "max_drop", "uncapturable", "training"]
     torch.multiprocessing.spawn(calibrate, (str(tmp_path), kinds), PROCESSES)  # type: ignore[no-untyped-call]
     for kind in kinds:
         want = quantized(kind).state_dict()
