@@ -38,7 +38,7 @@ def _check_k(where: str, k: int) -> None:
 
 class _Panels:
     """What is shared by both weights: what was packed, and calls that were checked. Both are left
-    out of pickles."""
+    out of pickles; the second is no field of theirs."""
 
     panels: dict[Any, Any]
     checked: dict[Any, Any]
@@ -61,9 +61,9 @@ class LinearWeight(_Panels):
 
     data: NDArray[np.int8]
     panels: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
-    checked: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "checked", {})
         object.__setattr__(self, "data", _weight("LinearWeight", self.data, 2, "(N, K)"))
         _check_k("LinearWeight", self.k)
 
@@ -135,7 +135,6 @@ class Conv2dWeight(_Panels):
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     panels: dict[Any, Any] = field(default_factory=dict, repr=False)
-    checked: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __init__(
         self,
