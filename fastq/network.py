@@ -124,8 +124,10 @@ def calibrate(
         raise
 
 
-def finish(prepared: Prepared, model: nn.Module, *, strict: bool = False) -> QuantizedModel:
-    """The integer network of a calibrated one."""
+def finish(
+    prepared: Prepared, model: nn.Module, *, strict: bool = False, processes: Processes = ALONE
+) -> QuantizedModel:
+    """The integer network of a calibrated one; of several processes that of the first, in all."""
     unseen = [
         node
         for node, stands in prepared.ranges.watched().items()
@@ -142,7 +144,7 @@ def finish(prepared: Prepared, model: nn.Module, *, strict: bool = False) -> Qua
             "quantize_model: strict=True, and layers stay float; name them in skip= to accept "
             f"that\n{report}"
         )
-    return build(prepared, forward_names(model), report)
+    return processes.agree(lambda: build(prepared, forward_names(model), report))
 
 
 def forward_names(model: nn.Module) -> list[str]:

@@ -62,8 +62,8 @@ def quantize_model(
     progress  show a progress bar if standard error is a terminal.
     distributed  True, or a torch.distributed ProcessGroup: each of its processes makes this call
         with its part of the data, and all get the network that one would have made of all the data
-        (of the observers `moving_average` alone depends on how it was divided). The remedies work
-        on the first process's first batches, and `evaluate` is called there.
+        (of the observers `moving_average` alone depends on how it was divided). The first process
+        applies the remedies, to its first batches, and calls `evaluate`.
 
     Raises TypeError for a model, data or batch of a wrong kind; ValueError for empty data, for
     a name that matches nothing, and if nothing can become int8. An error that the model
@@ -120,4 +120,4 @@ def quantize_model(
         prepared, model, batches, forward, remedies=remedies, progress=progress,
         processes=processes,
     )  # fmt: skip
-    return finish(prepared, model, strict=strict)
+    return finish(prepared, model, strict=strict, processes=processes)

@@ -73,7 +73,8 @@ def calibrate(
     """Observe the network's values on the batches, which are read once, and apply these remedies, a
     name or several. The progress bar counts to `total` batches.
 
-    Of several processes each observes its own batches; the sample is the first one's.
+    Of several processes each observes its own batches; the sample is the first one's, and what is
+    done after the values were observed is done there alone.
 
     Raises TypeError and ValueError for names that are none.
     """
@@ -89,7 +90,7 @@ def calibrate(
     for arguments in bar(itertools.chain(own, rest), "calibrate", progress, total):
         prepared.observe(arguments)
     prepared.merge(processes)
-    for remedy in chosen:
+    for remedy in chosen if processes.rank == 0 else ():
         if not remedy.first:
             remedy.apply(prepared, sample, progress)
 

@@ -77,6 +77,8 @@ def calibrate(rank: int, folder: str, kinds: list[str]) -> None:
 
 def test_all_processes_get_the_network_of_one(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(remedies, "SAMPLE_BYTES", remedies.SAMPLE_BYTES)  # put back at the end
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes: float sums depend on it
     kinds = [*EXACT, "max_drop", "uncapturable", "training"]
     torch.multiprocessing.spawn(calibrate, (str(tmp_path), kinds), PROCESSES)  # type: ignore[no-untyped-call]
     for kind in kinds:
@@ -85,7 +87,8 @@ def test_all_processes_get_the_network_of_one(tmp_path: Path, monkeypatch: Any) 
             got = pickle.loads((tmp_path / f"{kind}{rank}").read_bytes())
             assert got.keys() == want.keys()
             for name, value in want.items():
-                assert torch.equal(got[name], value), name
+                assert torch.equal(got[name], value), (kind, name)
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", sorted(OBSERVERS))
