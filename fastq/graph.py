@@ -289,7 +289,7 @@ def _affine(node: Node, x: Tensor) -> Tensor:
 
 
 def _grid(node: Node, x: Tensor) -> Tensor:
-    """x, padded with 0, * factor + shift along axis 1: a grid's steps, not rounded."""
+    """x, padded with 0, * factor + shift along axis 1: what a grid rounds, 0 to 255/256."""
     return _affine(node, F.pad(x, node.attrs["pad"]))
 
 

@@ -30,10 +30,11 @@ NHWC = (0, 2, 3, 1)
 # Values that keep the quantization of what they are made from.
 MOVES = ("reshape", "permute", "slice", "pad", "concat", "max_pool2d", "adaptive_max_pool2d",
          "upsample_nearest2d", "upsample_bilinear2d")  # fmt: skip
-# Operations whose values have a quantization of their own.
+# Operations whose values have a quantization of their own. A grid's run from 0 to almost 1, as a
+# picture's do: weights that read it, and their gradients, are then of a usual size.
 FIXED = {
     "softmax": QParams(np.array(1 / 255, np.float32)),
-    "grid": QParams(np.array(1, np.float32)),
+    "grid": QParams(np.array(1 / 256, np.float32)),
 }
 
 
@@ -407,10 +408,11 @@ class _Lowering:
     def lower_grid(self, node: Node) -> str:
         (x,), (left, right, top, bottom) = node.inputs, node.attrs["pad"]
         axes = NHWC if len(node.shape) == 4 else (0, 1)
+        scale = float(FIXED["grid"].scale)  # a power of 2: the division is exact
         return self.emit(
             "grid", node.name, [x.name], axes, node, axes=axes,
             padding=((top, bottom), (left, right)),
-            **{key: node.tensors[key].float().numpy() for key in ("factor", "shift")},
+            **{key: node.tensors[key].float().numpy() / scale for key in ("factor", "shift")},
         )  # fmt: skip
 
     def lower_conv2d(self, node: Node) -> str:

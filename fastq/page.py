@@ -201,7 +201,9 @@ def sparkline(heights: Sequence[float]) -> str:
 
 
 def _breakable(text: str) -> str:
-    """Escaped; a name, which has letters and no spaces, may break after dots and underscores."""
+    """Escaped; a name, which has letters and no spaces, may break after dots and underscores, and
+    a number not in its exponent."""
+    text = re.sub(r"(?<=\de)-(?=\d)", "\u2011", text)  # a hyphen that ends no line
     if " " in text or not re.search("[A-Za-z]", text):
         return escape(text)
     return re.sub(r"([._])(?=\w)", r"\1<wbr>", escape(text))

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
 from fastq import ops
@@ -46,6 +47,9 @@ from fastq.swap import QuantizationSummary, Selector, leave_fast_path, summary
 from fastq.trace import Forward
 
 UNCLAMPED = (-math.inf, math.inf)
+# What a learned scale of values is at least, should a step of training take it below 0: with it the
+# factors of the program are finite, and the next gradient can widen the range again.
+NARROWEST = 2.0**-64
 AVERAGING = 0.01  # share of a training batch in a range; torch's constant for training
 
 
@@ -113,12 +117,13 @@ def prepare_qat(
 
 
 def convert(model: nn.Module) -> QuantizedModel:
-    """The integer network of a model from `prepare_qat`, also inside DistributedDataParallel.
+    """The integer network of a model from `prepare_qat`, also inside DistributedDataParallel or
+    AveragedModel.
 
     Its outputs are those of the trained model in eval mode, the same bits. The model stays as it
     is and may be trained on. TypeError for another model.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if isinstance(model, nn.parallel.DistributedDataParallel | AveragedModel):
         model = model.module
     if not isinstance(model, QATModel):
         raise TypeError(
@@ -562,7 +567,7 @@ class _Range(nn.Module):
         self.register_buffer("ends", torch.tensor([-zero_point, 255 - zero_point]) * scale)
 
     def qparams(self) -> QParams:
-        scale = self.scale.detach().clamp(min=FLT_MIN)
+        scale = self.scale.detach().clamp(min=NARROWEST)
         return QParams(scale.numpy(), self.zero_point.numpy())
 
     def follow(self, ends: Tensor) -> None:

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastq.graph import Graph, Node, Values, evaluate, pixels_together, tensors_of
-from fastq.lower import weight_of
+from fastq.lower import FIXED, weight_of
 from fastq.prepare import WEIGHTED, Prepared, fake_quantize, grid_ends
 from fastq.processes import ALONE, Processes
 from fastq.qparams import quantize_weight
@@ -164,7 +164,8 @@ def input_equalization(prepared: Prepared, sample: Sequence[Batch], progress: bo
 def _insert_grids(
     prepared: Prepared, x: Node, readers: Sequence[Node], low: Tensor, step: Tensor
 ) -> None:
-    """Let these products take the steps of (x - low) / step, padded before, instead of x."""
+    """Let these products take (x - low) / step / 256, padded before, instead of x."""
+    unit = step / float(FIXED["grid"].scale)
     (top, bottom), (left, right) = readers[0].attrs.get("padding", ((0, 0), (0, 0)))
     shape = x.shape
     if len(shape) == 4:
@@ -175,13 +176,13 @@ def _insert_grids(
             continue
         grid = Node(
             f"{x.name}_grid{number or ''}", "grid", [x], {"pad": (left, right, top, bottom)},
-            {"factor": (1 / step).float(), "shift": (-low / step).float()},
+            {"factor": (1 / unit).float(), "shift": (-low / unit).float()},
             layer=x.name, kind="Grid", shape=shape,
         )  # fmt: skip
         region.nodes.insert(0, grid)
         prepared.graph.nodes.insert(prepared.graph.nodes.index(x) + 1, grid)
         for reader in own:
-            _take_grid(reader, grid, low, step)
+            _take_grid(reader, grid, low, unit)
 
 
 def _input_readers(prepared: Prepared, x: Node) -> list[Node]:
@@ -201,17 +202,17 @@ def _input_readers(prepared: Prepared, x: Node) -> list[Node]:
     return users if alike else []
 
 
-def _take_grid(reader: Node, grid: Node, low: Tensor, step: Tensor) -> None:
-    """Let a product of x take grid = (x - low) / step."""
+def _take_grid(reader: Node, grid: Node, low: Tensor, unit: Tensor) -> None:
+    """Let a product of x take grid = (x - low) / unit."""
     weight = reader.tensors["weight"].double()
     reader.inputs[0] = grid
     if reader.op == "conv2d":
         constant = low.reshape(1, -1, 1, 1).expand(1, -1, *weight.shape[2:])
         shift = F.conv2d(constant, weight, groups=reader.attrs["groups"]).flatten()
         reader.attrs = {**reader.attrs, "padding": ((0, 0), (0, 0))}
-        weight = _grouped(reader, weight) * step.reshape(reader.attrs["groups"], 1, -1, 1, 1)
+        weight = _grouped(reader, weight) * unit.reshape(reader.attrs["groups"], 1, -1, 1, 1)
     else:
-        shift, weight = weight @ low, weight * step
+        shift, weight = weight @ low, weight * unit
     bias = reader.tensors.get("bias", torch.zeros(())).double() + shift
     weight = weight.reshape(reader.tensors["weight"].shape)
     reader.tensors = {**reader.tensors, "weight": weight.float(), "bias": bias.float()}

@@ -167,7 +167,7 @@ class Report:
             Text(
                 "The height of a bar is the logarithm of how often values in it were seen; shaded "
                 "is the range that the integers cover. Weights are in steps of their output "
-                "channel's scale."
+                "channel's scale, the values of a grid step in those of their channel's."
             ),
             *self._grids(),
             Heading("Machine"),
@@ -523,7 +523,8 @@ class _Comparison:
         data, scale = self.recipe.weight(node)
         given = next(n for n in self.graph if n.name == node.name)
         steps = weight_of(given).numpy() / scale.reshape(-1, *[1] * (data.ndim - 1))
-        if np.median(np.abs(steps - data)) > 1:  # a remedy scaled the channels: no float twin
+        scaled = node.inputs[0].op == "grid" or np.median(np.abs(steps - data)) > 1
+        if scaled:  # by a remedy, its channels: no float twin
             steps = data
         end = 2 ** (self.recipe.configs(node).weight_bits - 1) - 1
         seen = float(steps.min(initial=0)), float(steps.max(initial=0))
@@ -535,23 +536,25 @@ class _Comparison:
 
     def _values(self, node: Node, value: _Value) -> Distribution:
         qparams = self.recipe.qparams(node)
-        grid, bins = grid_ends(qparams), value.observer.bins()
-        seen = float(value.observer.minimum), float(value.observer.maximum)
+        bins, scales, unit = value.observer.bins(), [float(qparams.scale)], 1.0
+        if node.op == "grid":  # a step is another for each channel
+            unit = float(qparams.scale)
+            scales = (unit / node.tensors["factor"]).tolist()
+        low, high = grid_ends(qparams)
+        grid = low / unit, high / unit
+        seen = float(value.observer.minimum) / unit, float(value.observer.maximum) / unit
         shown = min(seen[0], grid[0]), max(seen[1], grid[1])
-        counts, _ = np.histogram(bins.centers, BINS, shown, weights=bins.counts)
-        scales = [float(qparams.scale)]
-        if node.op == "grid":
-            scales = (1 / node.tensors["factor"]).tolist()
+        counts, _ = np.histogram(bins.centers / unit, BINS, shown, weights=bins.counts)
         return Distribution(
             tuple(counts.astype(np.int64).tolist()), *shown, seen, grid, (min(scales), max(scales)),
             int(qparams.zero_point), value.clipped / value.count,
         )  # fmt: skip
 
 
-def _off_grid(grid: Node, steps: Tensor) -> Tensor:
-    """What was put on a grid for each channel, as its integers say it."""
-    shape = [1, -1] + [1] * (steps.dim() - 2)
-    return (steps - grid.tensors["shift"].reshape(shape)) / grid.tensors["factor"].reshape(shape)
+def _off_grid(grid: Node, value: Tensor) -> Tensor:
+    """What was put on a grid for each channel, in the units of the input."""
+    shape = [1, -1] + [1] * (value.dim() - 2)
+    return (value - grid.tensors["shift"].reshape(shape)) / grid.tensors["factor"].reshape(shape)
 
 
 def _channel_factor(real: Tensor, made: Tensor) -> Tensor | None:

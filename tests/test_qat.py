@@ -316,6 +316,53 @@ def test_training_starts_from_a_file(net: nn.Module, images: Tensor, tmp_path: P
         assert_same(fastq.prepare_qat(again).eval()(images), again(images))
 
 
+@pytest.mark.parametrize("learned", [False, True], ids=["observed", "learned"])
+def test_a_grid_of_the_inputs_leaves_weights_as_trainable_as_they_were(
+    images: Tensor, learned: bool
+) -> None:
+    """Its steps run to 255; the weights that read it, and their gradients, are of a usual size."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
+    net(images)
+    sizes = []
+    for remedies in ((), ("input_equalization",)):
+        quantized = fastq.quantize_model(net, images, remedies=remedies, progress=False)
+        ops = [step.op for program in quantized.programs for step in program.steps]
+        assert ("grid" in ops) == bool(remedies)
+        model = fastq.prepare_qat(quantized, learned=learned)
+        assert_same(model(images), quantized(images))
+        model(images).square().mean().backward()
+        named = dict(model.named_parameters())
+        own = [named["0.weight"], *(p for name, p in named.items() if name.endswith("2d_s8.scale"))]
+        sizes.append([float(p.grad.norm() / p.detach().norm()) for p in own])
+    assert len(sizes[0]) == 1 + learned
+    np.testing.assert_array_less(sizes[1], 30 * np.array(sizes[0]))
+
+
+def test_a_learned_scale_below_zero_can_be_trained(net: nn.Module, images: Tensor) -> None:
+    model = fastq.prepare_qat(net, images, learned=True, progress=False)
+    scales = [p for name, p in model.named_parameters() if name.endswith("_u8.scale")]
+    for scale in scales:
+        kept = scale.detach().clone()
+        with torch.no_grad():
+            scale.fill_(-1.0)
+        logits = model(images)[0]
+        assert logits.isfinite().all()
+        assert_same(model.eval()(images), fastq.convert(model)(images))
+        model.train()
+        with torch.no_grad():
+            scale.copy_(kept)
+
+
+def test_averaged_weights_are_converted(net: nn.Module, images: Tensor) -> None:
+    model = fastq.prepare_qat(net, images, progress=False)
+    averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    for _ in range(2):
+        train(model, images, 2)
+        averaged.update_parameters(model)
+    assert_same(fastq.convert(averaged)(images), averaged.eval()(images))
+
+
 def test_attention_starts_from_a_quantized_network() -> None:
     torch.manual_seed(0)
     x = torch.randn(7, 6, 12)

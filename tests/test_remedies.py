@@ -291,8 +291,8 @@ def test_input_equalization_keeps_all_values_of_photographs() -> None:
         calibrated[names] = prepared
     (grid,) = [n for n in calibrated["input_equalization",].integer_nodes() if n.op == "grid"]
     kept = calibrated["input_equalization",].qparams(grid)
-    assert (float(kept.scale), int(kept.zero_point)) == (1, 0)
-    pixels = evaluate(grid, [test])[..., 1:-1, 1:-1]  # the padding is none of the 256 values
+    assert (float(kept.scale), int(kept.zero_point)) == (1 / 256, 0)
+    pixels = 256 * evaluate(grid, [test])[..., 1:-1, 1:-1]  # the padding is none of the 256 values
     torch.testing.assert_close(pixels, pixels.round(), atol=1e-3, rtol=0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3, groups=3))  # an output reads one channel
     with torch.no_grad():
@@ -319,7 +319,7 @@ def test_a_grid_is_no_coarser_than_the_shared_one() -> None:
     shared = prepared.qparams(prepared.graph.inputs[0])
     calibrate(prepared, [[x]], "input_equalization")
     (grid,) = [node for node in prepared.integer_nodes() if node.op == "grid"]
-    factor, shift = (grid.tensors[name].numpy() for name in ("factor", "shift"))
+    factor, shift = (256 * grid.tensors[name].numpy() for name in ("factor", "shift"))
     np.testing.assert_allclose(factor[1:], 1 / shared.scale, rtol=1e-6)
     np.testing.assert_allclose(shift[1:], float(shared.zero_point), rtol=1e-6)
     assert factor[0] > 1.01 / shared.scale

@@ -368,3 +368,17 @@ def test_command_writes_both_files(networks, monkeypatch, tmp_path):
     )
     missing = CliRunner().invoke(commands.cli, ["report", "--output", str(tmp_path / "no" / "x")])
     assert missing.exit_code == 2 and "there is no folder" in missing.output
+
+
+def test_values_of_a_grid_are_in_its_steps() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(64, 3, 8, 8) * torch.tensor([1.0, 2.0, 4.0]).reshape(3, 1, 1)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
+    quantized = fastq.quantize_model(net, x, remedies=("input_equalization",), progress=False)
+    result = fastq.report(net, quantized, x, path=None, passes=1, progress=False)
+    (step,) = [step for step in result.steps if step.op == "grid"]
+    assert step.values is not None and step.snr is not None and step.snr > 40
+    assert step.values.grid == (0, 255)
+    assert step.values.seen == pytest.approx((0, 255), abs=1)
+    assert step.values.scale == pytest.approx((1 / 255, 4 / 255), rel=0.01)
+    assert "1e\u201106" in page.Table("", "lr", ("", ""), (("scale", "1e-06"),)).html()
