@@ -63,6 +63,7 @@ class Prepared:
     graph      the fused float graph; remedies may change its tensors.
     regions    which nodes become which program.    reasons  why the other nodes stay float.
     ranges     which values share one quantization.
+    configs    how nodes are quantized; the others by default.
     observers  what was seen, by the value that stands for its range.
     channels   the ends of each channel of the network's inputs, images and rows.
     chosen     weights that a remedy has chosen: node -> (int8 data, float32 scale per output),
@@ -74,7 +75,7 @@ class Prepared:
     regions: list[Region]
     reasons: dict[Node, str]
     ranges: Ranges
-    configs: Callable[[Node], QConfig]
+    configs: dict[Node, QConfig]
     observers: dict[Node, Observer] = field(default_factory=dict)
     channels: dict[Node, ChannelEnds] = field(default_factory=dict)
     chosen: dict[Node, Weight] = field(default_factory=dict)
@@ -85,6 +86,10 @@ class Prepared:
     @property
     def graph(self) -> Graph:
         return self.captured.graph
+
+    def config(self, node: Node) -> QConfig:
+        """How a node is quantized."""
+        return self.configs.get(node, DEFAULT)
 
     def integer_nodes(self) -> list[Node]:
         return [node for region in self.regions for node in region.nodes]
@@ -104,7 +109,7 @@ class Prepared:
             stands = watched.get(node)
             if stands is not None:
                 if stands not in self.observers:
-                    self.observers[stands] = make_observer(self.configs(node).observer)
+                    self.observers[stands] = make_observer(self.config(node).observer)
                 self.observers[stands].update(value.detach().numpy())
 
         with torch.no_grad():
@@ -166,7 +171,7 @@ class Prepared:
         given = node.tensors["weight"]
         kept = self._rounded.get(node)
         if kept is None or kept[0] is not given:
-            config = self.configs(node)
+            config = self.config(node)
             real = weight_of(node).float().numpy()
             data, scale = quantize_weight(real, range=config.weight_range, bits=config.weight_bits)
             kept = self._rounded[node] = (given, (data, scale))
@@ -284,10 +289,8 @@ def prepare_graph(
 ) -> Prepared:
     """`prepare` of a graph that was captured and fused."""
 
-    def asked(node: Node) -> QConfig | None:
-        return config if isinstance(config, QConfig) else config(node)
-
-    graph = captured.graph
-    kept = {node: "as asked" for node in graph.nodes if asked(node) is None}
-    regions, reasons = find_regions(graph, kept)
-    return Prepared(captured, regions, reasons, Ranges(regions), lambda n: asked(n) or DEFAULT)
+    asked = {n: config if isinstance(config, QConfig) else config(n) for n in captured.graph}
+    kept = {node: "as asked" for node, wanted in asked.items() if wanted is None}
+    regions, reasons = find_regions(captured.graph, kept)
+    configs = {node: wanted for node, wanted in asked.items() if wanted is not None}
+    return Prepared(captured, regions, reasons, Ranges(regions), configs)

@@ -264,7 +264,7 @@ class QATModel(nn.Module):
 
     def _weight(self, node: Node) -> Weight:
         """The int8 weight of a layer and its scale, outputs first."""
-        real, config = weight_of(node).numpy(), self._prepared.configs(node)
+        real, config = weight_of(node).numpy(), self._prepared.config(node)
         steps = self._steps(node)
         if steps is None:
             return quantize_weight(real, range=config.weight_range, bits=config.weight_bits)
@@ -310,7 +310,7 @@ def _first_steps(prepared: Prepared, node: Node) -> Tensor:
     if empty.any() and node.origin:  # a batch norm's weight of 0 says nothing; the layer's own does
         own = outputs_first(node, node.origin["weight"]).numpy()
         scale = np.where(
-            empty, quantize_weight(own, bits=prepared.configs(node).weight_bits)[1], scale
+            empty, quantize_weight(own, bits=prepared.config(node).weight_bits)[1], scale
         )
     return torch.from_numpy(scale.copy())
 
@@ -424,7 +424,7 @@ class _Pass:
     def weight_on_grid(self, node: Node, weight: Tensor) -> Tensor:
         data, scale = self.prepared.chosen[node]
         steps = torch.from_numpy(scale).reshape(-1, *[1] * (data.ndim - 1))
-        limit = _limit(self.prepared.configs(node))
+        limit = _limit(self.prepared.config(node))
         result = _on_grid(
             outputs_first(node, weight), self.model._steps(node),
             lambda: torch.from_numpy(data) * steps, steps, -limit, limit, data[0].size,

@@ -73,7 +73,7 @@ def write_recipe(prepared: Prepared) -> tuple[dict[str, Any], dict[str, Tensor]]
             for region in prepared.regions
         ],
         "values": {name: [float(q.scale), int(q.zero_point)] for name, q in values.items()},
-        "bits": {node.name: prepared.configs(node).weight_bits for node in layers},
+        "bits": {node.name: prepared.config(node).weight_bits for node in layers},
         "any_extent": prepared.captured.any_extent,
     }
     return recipe, tensors
@@ -119,9 +119,7 @@ class _Reader:
             for given in recipe["regions"]
         ]
         bits = {self.nodes[name]: QConfig(weight_bits=n) for name, n in recipe["bits"].items()}
-        prepared = Prepared(
-            captured, regions, {}, Ranges(regions), lambda node: bits.get(node, QConfig())
-        )
+        prepared = Prepared(captured, regions, {}, Ranges(regions), bits)
         for name, (scale, zero_point) in recipe["values"].items():
             qparams = QParams(np.array(scale, np.float32), np.array(zero_point, np.int32))
             prepared.set_qparams(self.nodes[name], qparams)

@@ -693,7 +693,7 @@ def _fit(
 
 def _grid(prepared: Prepared, node: Node, weight: Tensor) -> tuple[Tensor, int]:
     """(scale (G, N / G), largest integer) for a weight (G, N / G, K), by the layer's QConfig."""
-    config = prepared.configs(node)
+    config = prepared.config(node)
     _, scale = quantize_weight(
         weight.flatten(0, 1).numpy(), range=config.weight_range, bits=config.weight_bits
     )

@@ -526,7 +526,7 @@ class _Comparison:
         scaled = node.inputs[0].op == "grid" or np.median(np.abs(steps - data)) > 1
         if scaled:  # by a remedy, its channels: no float twin
             steps = data
-        end = 2 ** (self.recipe.configs(node).weight_bits - 1) - 1
+        end = 2 ** (self.recipe.config(node).weight_bits - 1) - 1
         seen = float(steps.min(initial=0)), float(steps.max(initial=0))
         shown = min(seen[0], -end), max(seen[1], end)
         counts, _ = np.histogram(steps, BINS, shown)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -406,6 +408,16 @@ def test_copies_and_states(net: nn.Module, images: Tensor) -> None:
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             assert torch.equal(model.get_parameter(name), parameter)
+
+
+def test_a_model_is_pickled_whole(net: nn.Module, images: Tensor) -> None:
+    model = fastq.prepare_qat(net, images)
+    train(model, images, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of a class of torch's own
+        same = pickle.loads(pickle.dumps(model.eval()))
+    assert_same(same(images), model(images))
+    assert_same(fastq.convert(same)(images), model(images))
 
 
 def test_what_stays_float_trains_too(net: nn.Module, images: Tensor) -> None:
