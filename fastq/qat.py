@@ -69,8 +69,9 @@ def prepare_qat(
     It is trained as the model would be: any loop, optimizer and scheduler; its parameters have the
     model's names and, at first, values. `fastq.convert` makes the integer network of it.
 
-    model     a float model, or what `fastq.quantize_model` or `fastq.load` returned: its weights,
-              scales and zero points are then the start, and the first forward gives its outputs.
+    model     a float model, trained already: ranges and statistics follow an untrained one slowly.
+              Or what `fastq.quantize_model` or `fastq.load` returned: its weights, scales and zero
+              points are then the start, and the first forward gives its outputs.
     data      calibration data for a float model, as in `quantize_model`. Not for a quantized one.
     forward, config, skip, progress, distributed   as in `quantize_model`; for a float model. The
               processes of DistributedDataParallel find their first ranges together.
