@@ -19,17 +19,7 @@ from fastq.kernels import elementwise as ew
 from fastq.kernels import histogram as hg
 from fastq.kernels import isa, norms, pointwise, windows
 from fastq.kernels import matmul as products
-from fastq.kernels.call import (
-    ITEM_BYTES,
-    SLACK,
-    At,
-    Call,
-    Calls,
-    Place,
-    View,
-    address_of,
-    dense_strides,
-)
+from fastq.kernels.call import ITEM_BYTES, SLACK, At, Call, Calls, Place, View, address_of
 from fastq.kernels.executor import get_num_threads, set_num_threads
 from fastq.kernels.layers import (
     ARGUMENTS,
@@ -40,8 +30,8 @@ from fastq.kernels.layers import (
     BoundLinear,
     Source,
     X,
+    grid_call,
     range_call,
-    stage_image,
 )
 from fastq.kernels.products import ALIGNED
 from fastq.kernels.tiles import BYTES_PER_NANOSECOND
@@ -189,17 +179,8 @@ def grid(
         if not x.flags.aligned:
             x = x.copy()
         places = (address_of(v) for v in (x, result, factors, shifts))
-        _grid_calls.run(_grid_call, (x.shape, x.strides, sides), *places, 0)
+        _grid_calls.run(grid_call, (x.shape, x.strides, sides), *places, 0)
     return result
-
-
-def _grid_call(shape: tuple[int, ...], strides: tuple[int, ...], padding: Any) -> Call:
-    call, (b, h, w, c) = Call(ARGUMENTS), shape
-    whole = (b, h + sum(padding[0]), w + sum(padding[1]), c)
-    out = View(OUT, whole, dense_strides(whole, 1), "u8")
-    corner = padding[0][0], padding[1][0]
-    stage_image(call, View(X, shape, strides, "f32"), out, corner, SCALE, ZERO_POINT, grid=True)
-    return call
 
 
 def dequantize(
@@ -463,32 +444,37 @@ class _Known(NamedTuple):
     layer: Any
     key: tuple[Any, ...]
 
-    def run(self, name: str, x: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any]:
-        shape, dtype, idle, layer, key = self
-        result = np.empty(shape, dtype) if out is None else _output(name, out, shape, dtype, x)
+    def run(self, x: int, out: int) -> None:
+        """On arrays at these addresses."""
         try:
-            call = idle.pop()
+            call = self.idle.pop()
         except IndexError:
-            call = layer.call(*key)
-        call.run(address_of(x), address_of(result), 0, 0, 0)
-        idle.append(call)
-        return result
+            call = self.layer.call(*self.key)
+        call.run(x, out, 0, 0, 0)
+        self.idle.append(call)
 
 
 _MOST_CHECKED = 64  # that a weight keeps
 
 
-def _recall(
-    kind: type, x: Any, weight: Any, epilogue: Any, zero_point: Any, add: Any
-) -> tuple[_Known | None, Any]:
-    """The call that was checked, if it was, and a key of all that its checks looked at, if any."""
+def _repeat(
+    name: str, kind: type, x: Any, weight: Any, epilogue: Any, zero_point: Any, add: Any, out: Any
+) -> tuple[NDArray[Any] | None, Any]:
+    """The result of a call that was checked before, or None; and a key of all that its checks
+    looked at, or None where there is no such key."""
     plain = type(x) is np.ndarray and type(weight) is kind and type(zero_point) is int
     if not plain or add is not None:
         return None, None
-    aligned = address_of(x) % ALIGNED == 0
-    key = (x.dtype, x.shape, x.strides, id(epilogue), zero_point, aligned, isa.current(),
+    at = address_of(x)
+    key = (x.dtype, x.shape, x.strides, id(epilogue), zero_point, at % ALIGNED == 0, isa.current(),
            get_num_threads())  # fmt: skip
-    return weight.checked.get(key), key
+    known = weight.checked.get(key)
+    if known is None:
+        return None, key
+    shape, dtype = known.shape, known.dtype
+    result = np.empty(shape, dtype) if out is None else _output(name, out, shape, dtype, x)
+    known.run(at, address_of(result))
+    return result, key
 
 
 def _remember(weight: Any, key: Any, layer: Any, call: tuple[Any, ...], out: NDArray[Any]) -> None:
@@ -518,9 +504,10 @@ def linear(
     Raises TypeError and ValueError for other dtypes, shapes or values.
     Source: ONNX MatMulInteger and QLinearMatMul.
     """
-    known, key = _recall(LinearWeight, x, weight, epilogue, x_zero_point, add)
-    if known is not None:
-        return known.run("linear", x, out)
+    given = x, weight, epilogue, x_zero_point, add, out
+    repeated, key = _repeat("linear", LinearWeight, *given)
+    if repeated is not None:
+        return repeated
     x = _array("linear: x", x, _UINT8, 2)
     _check_weight("linear", weight, LinearWeight, epilogue)
     m, k = x.shape
@@ -576,9 +563,10 @@ def conv2d(
     Raises TypeError and ValueError for other dtypes, shapes or values.
     Source: ONNX ConvInteger and QLinearConv.
     """
-    known, key = _recall(Conv2dWeight, x, weight, epilogue, x_zero_point, add)
-    if known is not None:
-        return known.run("conv2d", x, out)
+    given = x, weight, epilogue, x_zero_point, add, out
+    repeated, key = _repeat("conv2d", Conv2dWeight, *given)
+    if repeated is not None:
+        return repeated
     x = _array("conv2d: x", x, _UINT8, 4)
     _check_weight("conv2d", weight, Conv2dWeight, epilogue)
     zero_point: Any = _zero_point("conv2d", x_zero_point)

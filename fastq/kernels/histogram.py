@@ -50,6 +50,8 @@ RESTS_MASK = 2**REST_BITS - 1
 MOST = 2 ** (COUNT_BITS - 1)  # values that are packed before they are added to the bins
 PACKED_BYTES = 2 * 8 * HISTOGRAM_KEYS  # of a lane
 GROUP = 64  # bins that are looked at together
+LANES = 16  # values that are compressed at once
+BUFFER_BYTES = 4 * (BLOCK + LANES)
 PAYS = 8 * HISTOGRAM_KEYS  # values of a lane that are worth the clearing and the adding
 
 
@@ -77,10 +79,6 @@ def _nonzero(typingctx: Any, x: Any, count: Any, out: Any) -> Any:
         return found
 
     return types.int64(types.int64, types.int64, types.int64), codegen
-
-
-LANES = 16
-BUFFER_BYTES = 4 * (BLOCK + LANES)
 
 
 def histogram_kernel(packs: bool) -> Any:

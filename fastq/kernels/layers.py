@@ -241,6 +241,19 @@ def stage_image(
     )
 
 
+def grid_call(
+    shape: tuple[int, ...], strides: tuple[int, ...], padding: tuple[tuple[int, int], ...]
+) -> Call:
+    """A call that puts float32 images of this shape on a grid per channel: reference.grid. Its
+    arguments are x, out, and the factors and the shifts, float32 (C,)."""
+    call, (b, h, w, c) = Call(ARGUMENTS), shape
+    whole = (b, h + sum(padding[0]), w + sum(padding[1]), c)
+    out = View(OUT, whole, dense_strides(whole, ITEM_BYTES["u8"]), "u8")
+    corner = padding[0][0], padding[1][0]
+    stage_image(call, View(X, shape, strides, "f32"), out, corner, SCALE, ZERO_POINT, grid=True)
+    return call
+
+
 def range_call(rows: int, columns: int) -> Call:
     """A call that finds scale and zero point, (rows,) each, of x (rows, columns) float32."""
     call = Call(ARGUMENTS)
