@@ -82,6 +82,11 @@ class Tile:
         """Bytes of one activation as the tile reads it."""
         return emitter(self.isa).a_bytes
 
+    @property
+    def wide(self) -> bool:
+        """Of matrices: whether it is for short sums, see tiles.py."""
+        return self.kind == "matrix" and self.nr > 32
+
     def __str__(self) -> str:
         simd = emitter(self.isa)
         kr = {"gemm": KR, "depthwise": simd.taps_at_once, "matrix": simd.depth}[self.kind]

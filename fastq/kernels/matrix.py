@@ -20,7 +20,7 @@ The argument block, the panels and the epilogues are gemm.py's, with three diffe
       +-----+-----+               that take several passes over K.
 
 The accumulators begin at the bias (a load of the same row 16 times) and go to the stack; from there
-they go row by row through the epilogue, a few rows in each K-step of the next block.
+they go row by row through the epilogue, a few rows at a time between products of the next block.
 
 A task is one (image, block of MC bands, group, panel), the last running fastest.
 """
@@ -57,6 +57,7 @@ from fastq.kernels.simd import (
     i32,
     i64,
     load,
+    prefetch,
     ptr,
     store,
 )
@@ -169,9 +170,15 @@ def emit_bands(b: Any, tile: Tile, epilogue: str, args: Any, place: Any) -> None
     out = operand(f.OUT, ITEM_BYTES[kind]), field(f.OUT_ROW)
     add = (operand(f.ADD, ITEM_BYTES[kind]), field(f.ADD_ROW)) if added else None
     waiting = _Waiting(b, end, tile, band, out, add, valid)
-    passes = -(-nr // simd.lanes * at_once // ACCUMULATORS)
-    share = b.udiv(b.mul(band, i64(at_once)), b.mul(steps, i64(passes)))
-    share = b.add(share, i64(1))  # rows a K-step, so that all are done in the time of one block
+    # Rows are stored after the last product of a K-step, so many that all are done in the time of
+    # one block. Wide panels are for short sums, where storing takes longer: after each product.
+    pauses = -(-nr // simd.lanes * at_once // (1 if tile.wide else ACCUMULATORS))
+    pauses = b.mul(steps, i64(pauses))
+    share = b.udiv(b.add(b.mul(band, i64(at_once)), b.sub(pauses, i64(1))), pauses)
+
+    def pause(last: bool) -> None:
+        if tile.wide or last:
+            waiting.emit_rows(share)
 
     def emit(m: Any, bands: int) -> None:
         """That many bands from m on."""
@@ -192,7 +199,7 @@ def emit_bands(b: Any, tile: Tile, epilogue: str, args: Any, place: Any) -> None
             here = address(b, weights, ROW_BYTES * first)
             _emit_k_loop(
                 b, unit, a_bands, a_row, here, len(some), KR * nr, offsets, steps, step_bytes,
-                lambda: waiting.emit_rows(share),
+                pause,
             )  # fmt: skip
             for i, j, acc in accs:
                 row = b.mul(band, i64(i * row_bytes))
@@ -284,7 +291,13 @@ class _Waiting:
         b, lanes, nr = self.b, self.end.simd.lanes, self.tile.nr
         line, target, number = self._get("line"), self._get("target"), self._get("number")
         accs = [load(b, self.end.simd.acc, line, 4 * j) for j in range(0, nr, lanes)]
-        more = None if self.add is None else [self._get("more")]
+        more = None
+        if self.add is not None:
+            more = [self._get("more")]
+            if self.tile.wide:  # ask for the lines of the next block, far apart, which it waits for
+                for place, stride in ((more[0], self.add[1]), (target, self.out[1])):
+                    ahead = b.mul(stride, i64(self.tile.mr))
+                    prefetch(b, place, ahead, 1, write=place is target)
         self.end.store([accs], [target], [number], more, self.valid)
         self._set("line", address(b, line, 4 * nr))
         self._set("left", b.sub(self._get("left"), i64(1)))
@@ -300,9 +313,12 @@ class _Waiting:
 
 def _emit_k_loop(
     b: Any, unit: Any, a_bands: list[Any], a_row: Any, weights: Any, vectors: int, b_row: int,
-    offsets: Any, steps: Any, step_bytes: Any, meanwhile: Callable[[], None],
+    offsets: Any, steps: Any, step_bytes: Any, pause: Callable[[bool], None],
 ) -> None:  # fmt: skip
-    """Bands times `vectors` x 16 columns, into the accumulators, [band][vector]."""
+    """Bands times `vectors` x 16 columns, into the accumulators, [band][vector].
+
+    pause(last) emits what is done meanwhile after a product, maybe the last of a K-step.
+    """
     entry = b.block
     loop, done = b.append_basic_block("k"), b.append_basic_block("k.done")
     b.branch(loop)
@@ -324,11 +340,11 @@ def _emit_k_loop(
         a, w = (next(r for r, name in held.items() if name == wanted)
                 for wanted in (f"a{i}", f"b{j}"))  # fmt: skip
         unit.tile_dot(b, i * vectors + j, a, w)
+        pause(n + 1 == len(order))
         for register, name in list(held.items()):
             if name not in later:  # an empty register leaves the CPU one more to load ahead into
                 unit.tile_zero(b, register)
                 del held[register]
-    meanwhile()
     following = b.add(step, i64(1))
     next_panel = address(b, panel, step_bytes)
     end = b.block

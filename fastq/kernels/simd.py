@@ -66,12 +66,13 @@ def stream(b: Any, stored: Any) -> None:
 AHEAD = 4096  # bytes: so far before a stream of loads what comes is asked for, its page maybe too
 
 
-def prefetch(b: Any, base: Any, offset: Any, size: int) -> None:
-    """Asks for the cache lines of `size` bytes that will soon be loaded; any address is fine."""
+def prefetch(b: Any, base: Any, offset: Any, size: int, write: bool = False) -> None:
+    """Asks for the cache lines of `size` bytes that will soon be loaded, or stored; any address is
+    fine."""
     here = address(b, base, offset)
     for line in range(0, size, CACHE_LINE):
         place = address(b, here, line)
-        call(b, "llvm.prefetch.p0", void, [place, i32(0), i32(3), i32(1)])  # read, keep, data
+        call(b, "llvm.prefetch.p0", void, [place, i32(int(write)), i32(3), i32(1)])  # keep, data
 
 
 def splat(b: Any, scalar: Any, count: int) -> Any:

@@ -22,7 +22,7 @@ _LOAD_OTHERWISE = 0.5
 # column of registers an operand serves one product only; few registers in use leave the CPU some to
 # load ahead into. The ends: the accumulators' way to the output is shorter the more of them are
 # packed at once.
-_MATRIX = {(32, 64): (38, 48), (32, 32): (32, 72), (16, 32): (33.4, 60), (64, 16): (44, 90)}
+_MATRIX = {(32, 64): (38, 40), (32, 32): (32, 72), (16, 32): (33.4, 60), (64, 16): (44, 90)}
 _MANY_ROWS, _MANY_STEPS = 1000, 4  # what a weight is packed for, if nothing else is known
 
 _offered: tuple[Tile, ...] = TILES
