@@ -176,7 +176,10 @@ def test_assembly_of_each_tile(tile: Tile) -> None:
     if tile.kind == "matrix":  # several bands at once, and one: four accumulators, or fewer
         bands = tile.mr // matrix.ROWS
         dots = {bands * min(4 // bands, vectors), min(4, vectors)}
-    assert {loop.dots for loop in loops} == dots
+    found = {loop.dots for loop in loops}
+    if tile.wide:  # a product between two pauses may be there twice, for where nothing is left
+        found -= {most + 1 for most in dots}
+    assert found == dots
     for loop in loops:
         assert not loop.spills, "\n".join(loop.lines)
 
