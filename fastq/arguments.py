@@ -76,6 +76,13 @@ def _is_size(v: Any) -> bool:
     return COUNT.fits(v)
 
 
+def _is_mode(v: Any) -> bool:
+    return isinstance(v, str) and v in PADDING_MODES
+
+
+# torch's name of what lies around a value that is padded -> NumPy's
+PADDING_MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge",
+                 "circular": "wrap"}  # fmt: skip
 LARGEST_FACTOR = 2.0**96  # a product with it stays finite in float32
 MAX_AXES = 32  # of a value
 STEP = _whole(0, 255)
@@ -127,7 +134,8 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     "slice": {"axis": _whole(0, MAX_AXES - 1), "start": _whole(-LARGEST, LARGEST),
               "end": _maybe(_whole(-LARGEST, LARGEST)), "step": _whole(1, LARGEST)},
     "concat": {"axis": _whole(0, MAX_AXES - 1)},
-    "pad": {"widths": _each(_each(_whole(0, LARGEST), 2)), "value": STEP},
+    "pad": {"widths": _each(SPAN), "value": STEP,
+            "mode": Check(f"one of {', '.join(PADDING_MODES)}", _is_mode)},
     "dilate": {"stride": PAIR, "padding": _each(SPAN, 2), "value": STEP},
 }  # fmt: skip
 OPERANDS = {"constant": 0, "matmul": 2, "add": 2, "mul": 2}  # 1 for all others

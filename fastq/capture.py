@@ -402,7 +402,9 @@ class _Reader:
         """The value of an operator that has a name here, or None."""
         values = [v.meta.get("val") for v in (node, *node.all_input_nodes)]
         leaves = [v for v in pytree.tree_leaves(values) if isinstance(v, Tensor)]
-        if name != "adaptive_max_pool2d" and any(v.dtype != torch.float32 for v in leaves):
+        if not name.startswith("adaptive_max_pool") and any(
+            v.dtype != torch.float32 for v in leaves
+        ):
             return None
         x = a.get("self", a.get("input", a.get("query")))
         if name in _SAME and isinstance(x, Node) and _off(a):
@@ -465,9 +467,8 @@ class _Reader:
         return self.add(node, "conv2d", [x], attrs=attrs, tensors=tensors)
 
     def read_conv1d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
-        """A convolution of images one line high."""
         x, weight, bias = a["input"], a["weight"], a.get("bias")
-        if not isinstance(x, Node) or not isinstance(weight, Tensor) or len(x.shape) != 3:
+        if not isinstance(weight, Tensor):
             return None
         if bias is not None and not isinstance(bias, Tensor):
             return None
@@ -476,14 +477,23 @@ class _Reader:
             sides = (0, 0) if a["padding"] == "valid" else (total // 2, total - total // 2)
         else:
             sides = (_one(a["padding"]),) * 2
-        b, c, length = x.shape
-        line = self.add(f"{node.name}_line", "reshape", [x], shape=(b, c, 1, length),
-                        attrs={"groups": (_axis(0), ((1,), (None, 1)), _axis(2))})  # fmt: skip
         attrs = {"stride": (1, _one(a["stride"])), "padding": ((0, 0), sides),
                  "dilation": (1, _one(a["dilation"])), "groups": a["groups"]}  # fmt: skip
-        out = tuple(node.meta["val"].shape)
         tensors = {"weight": weight.unsqueeze(2), **({} if bias is None else {"bias": bias})}
-        y = self.add(node, "conv2d", [line], attrs=attrs, tensors=tensors,
+        return self.line(node, "conv2d", x, attrs, tensors)
+
+    def line(
+        self, node: fx.Node, op: str, x: Any, attrs: dict[str, Any],
+        tensors: dict[str, Tensor] | None = None,
+    ) -> Node | None:  # fmt: skip
+        """An operation on a sequence (B, C, L), as on an image one line high."""
+        if not isinstance(x, Node) or len(x.shape) != 3:
+            return None
+        b, c, length = x.shape
+        image = self.add(f"{node.name}_line", "reshape", [x], shape=(b, c, 1, length),
+                         attrs={"groups": (_axis(0), ((1,), (None, 1)), _axis(2))})  # fmt: skip
+        out = tuple(map(int, pytree.tree_leaves(node.meta["val"])[0].shape))
+        y = self.add(node, op, [image], attrs=attrs, tensors=tensors,
                      shape=(out[0], out[1], 1, out[2]))  # fmt: skip
         return self.add(f"{node.name}_sequence", "reshape", [y], shape=out,
                         attrs={"groups": (_axis(0), ((1, 2), (None,)), _axis(3))})  # fmt: skip
@@ -496,6 +506,16 @@ class _Reader:
         tensors = {"weight": weight, **({} if bias is None else {"bias": bias})}
         return self.add(node, "conv_transpose2d", [x], attrs={**attrs, "groups": a["groups"]},
                         tensors=tensors)  # fmt: skip
+
+    def read_conv_transpose1d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        weight, bias = a["weight"], a.get("bias")
+        if not isinstance(weight, Tensor):
+            return None
+        along = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
+        attrs: dict[str, Any] = {key: (none, _one(a[key])) for key, none in along.items()}
+        tensors = {"weight": weight.unsqueeze(2), **({} if bias is None else {"bias": bias})}
+        return self.line(node, "conv_transpose2d", a["input"],
+                         {**attrs, "groups": a["groups"]}, tensors)  # fmt: skip
 
     def read_linear(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x, weight, bias = a["input"], a["weight"], a.get("bias")
@@ -695,6 +715,28 @@ class _Reader:
             pool[key] = a[key]
         return self.add(node, "avg_pool2d", [a["self"]], attrs={"pool": pool})
 
+    def read_max_pool1d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.line(node, "max_pool2d", a["self"], {"pool": {
+            **_pool1d(a), "dilation": (1, _one(a["dilation"])), "ceil_mode": bool(a["ceil_mode"])
+        }})  # fmt: skip
+
+    def read_avg_pool1d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        flags = {key: bool(a[key]) for key in ("ceil_mode", "count_include_pad")}
+        return self.line(node, "avg_pool2d", a["self"], {"pool": {
+            **_pool1d(a), **flags, "divisor_override": None
+        }})  # fmt: skip
+
+    def read_adaptive_avg_pool1d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        size = (None, _one(a["output_size"]))
+        return self.line(node, "adaptive_avg_pool2d", a["self"], {"output_size": size})
+
+    def read_adaptive_max_pool1d(self, node: fx.Node, a: dict[str, Any]) -> Any:
+        if _takes_indices(node):
+            return None
+        size = (None, _one(a["output_size"]))
+        y = self.line(node, "adaptive_max_pool2d", a["self"], {"output_size": size})
+        return None if y is None else [y, None]
+
     def read_adaptive_avg_pool2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         return self.adaptive(node, "adaptive_avg_pool2d", a)
 
@@ -714,7 +756,7 @@ class _Reader:
         x = a["self"]
         if not isinstance(x, Node) or len(x.shape) != 4:
             return None
-        if any(user.users and user.args[1] != 0 for user in node.users):
+        if _takes_indices(node):
             return None
         y = self.adaptive(node, "adaptive_max_pool2d", a)
         return None if y is None else [y, None]
@@ -765,6 +807,15 @@ class _Reader:
             return None
         attrs = {"size": _size(node, a), "align_corners": a["align_corners"]}
         return self.add(node, "upsample_bilinear2d", [x], attrs=attrs)
+
+    def read_upsample_nearest1d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a.get("input", a.get("self"))
+        return self.line(node, "upsample_nearest2d", x, {"size": _size(node, a)})
+
+    def read_upsample_linear1d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a.get("input", a.get("self"))
+        attrs = {"size": _size(node, a), "align_corners": a["align_corners"]}
+        return self.line(node, "upsample_bilinear2d", x, attrs)
 
     def read_cat(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         parts = a["tensors"]
@@ -903,9 +954,20 @@ class _Reader:
 
     def read_pad(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x = a["self"]
-        if not isinstance(x, Node) or a.get("mode", "constant") != "constant" or a.get("value"):
+        if not isinstance(x, Node) or a.get("value"):
             return None
-        return self.add(node, "pad", [x], attrs={"pad": tuple(a["pad"])})
+        mode = a.get("mode", "constant")
+        return self.add(node, "pad", [x], attrs={"pad": tuple(a["pad"]), "mode": mode})
+
+    def read_reflection_pad2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.read_pad(node, {"self": a["self"], "pad": a["padding"], "mode": "reflect"})
+
+    read_reflection_pad1d = read_reflection_pad2d
+
+    def read_replication_pad2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.read_pad(node, {"self": a["self"], "pad": a["padding"], "mode": "replicate"})
+
+    read_replication_pad1d = read_replication_pad2d
 
     def read_constant_pad_nd(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         return self.read_pad(node, a)
@@ -953,14 +1015,28 @@ def _one(value: Any) -> int:
     return value if isinstance(value, int) else int(value[0])
 
 
+def _takes_indices(node: fx.Node) -> bool:
+    """Whether somebody wants to know where a pooling found what it returns."""
+    return any(user.users and user.args[1] != 0 for user in node.users)
+
+
+def _pool1d(a: dict[str, Any]) -> dict[str, Any]:
+    """Kernel, stride and padding of a pooling along lines, as of images."""
+    kernel = _one(a["kernel_size"])
+    stride = _one(a["stride"]) if a.get("stride") else kernel
+    return {"kernel_size": (1, kernel), "stride": (1, stride), "padding": (0, _one(a["padding"]))}
+
+
 def _size(node: fx.Node, a: dict[str, Any]) -> dict[str, Any]:
-    """The scale where one is given: it holds for images of any size."""
+    """Of an image, or a line: the scale where one is given, for that holds for any size."""
     factors = a.get("scale_factors")
     if factors is None and a.get("scales_h") is not None:
         factors = [a["scales_h"], a["scales_w"]]
+    if factors is None and a.get("scales") is not None:
+        factors = [a["scales"]]
     if factors:
-        return {"scale_factor": tuple(float(f) for f in factors)}
-    return {"size": tuple(int(n) for n in node.meta["val"].shape[2:])}
+        return {"scale_factor": (1.0, *map(float, factors))[-2:]}
+    return {"size": (1, *map(int, node.meta["val"].shape[2:]))[-2:]}
 
 
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> Any:

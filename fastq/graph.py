@@ -353,7 +353,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "reshape": _reshape,
     "permute": lambda node, x: x.permute(node.attrs["dims"]),
     "slice": _slice,
-    "pad": lambda node, x: F.pad(x, node.attrs["pad"]),
+    "pad": lambda node, x: F.pad(x, node.attrs["pad"], node.attrs["mode"]),
 }  # fmt: skip
 
 # Operations that compute with weights: what int8 wins most on.

@@ -621,8 +621,10 @@ class _Lowering:
         for i in range(len(pad) // 2):
             widths[rank - 1 - i] = (pad[2 * i], pad[2 * i + 1])
         axes = self.axes[name]
-        return self.emit("pad", node.name, [name], axes, node, value=self.zero_point(node),
-                         widths=tuple(widths[d] for d in axes))  # fmt: skip
+        return self.emit(
+            "pad", node.name, [name], axes, node, mode=node.attrs["mode"],
+            widths=tuple(widths[d] for d in axes), value=self.zero_point(node),
+        )  # fmt: skip
 
     def lower_permute(self, node: Node) -> str:
         """No step: only the names of the axes change."""

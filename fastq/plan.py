@@ -203,6 +203,25 @@ def moved(view: View, down: int, across: int, height: int, width: int) -> View:
     return View(place, (view.shape[0], height, width, view.shape[3]), view.strides, view.kind)
 
 
+def _borders(padded: Array, first: int, last: int, mode: str) -> list[tuple[Array, Array]]:
+    """What lies before and after first:last of axis 0, each with what it is a copy of."""
+    before, after = padded[:first], padded[last:]
+    match mode:
+        case "reflect":
+            sources = (
+                padded[first + 1 : 2 * first + 1][::-1],
+                padded[last - 1 - len(after) : last - 1][::-1],
+            )
+        case "circular":
+            sources = padded[last - first : last], padded[first : first + len(after)]
+        case _:  # "replicate"
+            sources = (
+                np.broadcast_to(padded[first : first + 1], before.shape),
+                np.broadcast_to(padded[last - 1 : last], after.shape),
+            )
+    return [(before, sources[0]), (after, sources[1])]
+
+
 def as_image(view: View) -> View:
     """Rows (M, F) as images of one pixel; an image as it is."""
     if len(view.shape) == 4:
@@ -740,13 +759,20 @@ class _Planner:
 
     def row_pad(self, i: int, step: Step) -> None:
         storage, mold = self.values[step.name]
-        fill_row(self.call, storage.view(mold, self.kind), step.arguments["value"])
-        index = tuple(
-            slice(before, n - after)
-            for n, (before, after) in zip(mold.shape, step.arguments["widths"], strict=True)
-        )
-        target = storage.view(mold[index], self.kind)
+        widths, mode = step.arguments["widths"], step.arguments["mode"]
+        ends = [(a, n - b) for n, (a, b) in zip(mold.shape, widths, strict=True)]  # of the input
+        inside = tuple(slice(*pair) for pair in ends)
+        if mode == "constant":
+            fill_row(self.call, storage.view(mold, self.kind), step.arguments["value"])
+        target = storage.view(mold[inside], self.kind)
         copy_row(self.call, self.input(i, step.inputs[0]), target)
+        if mode == "constant":
+            return
+        for axis in range(mold.ndim):  # the axes before it are whole by now
+            here = mold[(slice(None),) * (axis + 1) + inside[axis + 1 :]]
+            for pair in _borders(np.moveaxis(here, axis, 0), *ends[axis], mode):
+                border, source = (storage.view(part, self.kind) for part in pair)
+                copy_row(self.call, source, border)
 
     def row_dilate(self, i: int, step: Step) -> None:
         a = step.arguments

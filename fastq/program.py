@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastq import reference
-from fastq.arguments import MAX_AXES, check_arguments, check_channels
+from fastq.arguments import MAX_AXES, PADDING_MODES, check_arguments, check_channels
 from fastq.qparams import MAX_K, Dequant
 
 Array = NDArray[Any]
@@ -267,8 +267,9 @@ def _concat(module: Any, step: Step, *arrays: Array) -> Array:
 
 
 def _pad(module: Any, step: Step, x: Array) -> Array:
-    a = step.arguments
-    return np.pad(x, a["widths"], constant_values=a["value"])
+    widths, mode = step.arguments["widths"], PADDING_MODES[step.arguments["mode"]]
+    value = {"constant_values": step.arguments["value"]} if mode == "constant" else {}
+    return np.pad(x, widths, mode, **value)  # type: ignore[call-overload, no-any-return]
 
 
 def _dilate(module: Any, step: Step, x: Array) -> Array:
@@ -401,6 +402,11 @@ def _concatenated(step: Step, *xs: Shape) -> Shape:
 
 
 def _padded(step: Step, x: Shape) -> Shape:
+    mode = step.arguments["mode"]
+    for n, widths in zip(x, step.arguments["widths"], strict=True):
+        most = {"reflect": max(n - 1, 0), "circular": n}.get(mode, max(widths) if n else 0)
+        if mode != "constant" and max(widths) > most:
+            raise ValueError(f"pad: {mode} by {widths} of an axis of {n}; wanted up to {most}")
     return tuple(n + sum(w) for n, w in zip(x, step.arguments["widths"], strict=True))
 
 

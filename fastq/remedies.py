@@ -315,7 +315,7 @@ def _readers(graph: Graph, node: Node) -> list[Node]:
     if low not in (0, -math.inf) or node in graph.output_nodes():
         return []
     users, found = graph.users(), []
-    pending = [node]
+    pending, axis = [node], _channel_axis(node, len(node.shape))
     while pending:
         value = pending.pop()
         for user in users[value]:
@@ -326,7 +326,7 @@ def _readers(graph: Graph, node: Node) -> list[Node]:
                 and "clamp" not in user.attrs
                 and user not in graph.output_nodes()
                 and (user.op != "reshape" or _flattens(value, user))
-                and (user.op != "pad" or len(user.attrs["pad"]) <= 4)
+                and (user.op != "pad" or value.shape[axis] == user.shape[axis])
             ):
                 pending.append(user)
             else:
@@ -341,11 +341,11 @@ def _flattens(value: Node, reshape: Node) -> bool:
 
 def _by_channel(node: Node, value: Tensor) -> Tensor:
     """(C, all else) of an image, or of features that are the last axis."""
-    return value.transpose(0, _channel_axis(node, value)).flatten(1)
+    return value.transpose(0, _channel_axis(node, value.dim())).flatten(1)
 
 
-def _channel_axis(node: Node, value: Tensor) -> int:
-    return 1 if node.op in ("conv2d", "conv_transpose2d", "affine") else value.dim() - 1
+def _channel_axis(node: Node, rank: int) -> int:
+    return 1 if node.op in ("conv2d", "conv_transpose2d", "affine") else rank - 1
 
 
 def _grouped(node: Node, weight: Tensor) -> Tensor:
@@ -496,7 +496,7 @@ def bias_correction(prepared: Prepared, sample: Sequence[Batch], progress: bool 
             prepared.biases[node] = _bias(prepared, node) + shift
             for side in sides:
                 assert side.made is not None
-                side.made += _along(shift, side.made, _channel_axis(node, side.made))
+                side.made += _along(shift, side.made, _channel_axis(node, side.made.dim()))
 
 
 class _Means:
@@ -508,7 +508,7 @@ class _Means:
 
     def __call__(self, node: Node, value: Tensor) -> None:
         if node in self._sums:
-            axis = _channel_axis(node, value)
+            axis = _channel_axis(node, value.dim())
             others = [i for i in range(value.dim()) if i != axis]
             # in float32, as one batch's: torch is 40 times slower in float64
             count = value.numel() // value.shape[axis]
@@ -642,7 +642,7 @@ def _rows(node: Node, sides: list[Side]) -> Rows:
 
 def _pixels(node: Node, value: Tensor, picked: Tensor) -> Tensor:
     """Features (R, C) by their place among all but the axis of the features."""
-    return value.movedim(_channel_axis(node, value), -1).flatten(0, -2)[picked]
+    return value.movedim(_channel_axis(node, value.dim()), -1).flatten(0, -2)[picked]
 
 
 def _patches(node: Node, x: Tensor, y: Tensor, picked: Tensor) -> Tensor:

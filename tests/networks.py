@@ -302,13 +302,10 @@ CASES: dict[str, Case] = {
     "padding cuts": Case(
         after(lambda: nn.Sequential(nn.ZeroPad2d((1, 0, 2, 1)), nn.Conv2d(5, 5, 3))), images(3)
     ),
-    "reflect": Case(after(conv(5, 5, 3, padding=1, padding_mode="reflect")), images(3), programs=2),
-    "circular": Case(
-        after(conv(5, 5, 3, padding=1, padding_mode="circular")), images(3), programs=2
-    ),
-    "replicate": Case(
-        after(conv(5, 5, 3, padding=1, padding_mode="replicate")), images(3), programs=2
-    ),
+    **{
+        mode: Case(after(conv(5, 5, 3, padding=1, padding_mode=mode)), images(3))
+        for mode in ("reflect", "circular", "replicate")
+    },
     "grouped": Case(after(conv(6, 9, 3, padding=1, groups=3), 6), images(3)),
     "depthwise": Case(after(conv(8, 8, 3, 2, 1, groups=8), 8), images(3)),
     "depthwise multiplier": Case(after(conv(5, 10, 3, padding=1, groups=5)), images(3)),
@@ -606,6 +603,34 @@ CASES: dict[str, Case] = {
     "pad rows": Case(
         lambda: nn.Sequential(nn.Linear(5, 6), Apply(lambda x: F.pad(x, (2, 1))), nn.Linear(9, 4)),
         rows(5),
+    ),
+    "padded by its edges": Case(
+        call(
+            lambda net, x: net.c(F.pad(net.b(F.pad(net.a(x), (0, 0, 1, 1), "reflect")), (1, 0))),
+            a=conv(3, 6, 3, padding=1, padding_mode="circular"),
+            b=conv(6, 6, 3, padding=1, padding_mode="replicate", groups=6),
+            c=conv(6, 4, 3, padding=2, padding_mode="reflect"),
+        ),
+        images(3),
+    ),
+    "pools of sequences": Case(
+        lambda: nn.Sequential(
+            nn.Conv1d(4, 6, 5, 1, 2),
+            nn.ReLU(),
+            nn.MaxPool1d(3, 2, 1, ceil_mode=True),
+            nn.Conv1d(6, 5, 3, padding=1, padding_mode="reflect"),
+            nn.AvgPool1d(2, 1, 1, count_include_pad=False),
+            nn.AdaptiveMaxPool1d(7),
+            nn.ConvTranspose1d(5, 3, 3, stride=2, output_padding=1),
+            nn.Upsample(scale_factor=2, mode="linear"),
+            nn.Upsample(size=40),
+            nn.Conv1d(3, 6, 1),
+            nn.AdaptiveAvgPool1d(1),
+            nn.Flatten(),
+            nn.Linear(6, 3),
+        ),
+        signals(4),
+        extents=(30, 41),
     ),
     "pad, then pool": Case(
         between(lambda x: F.max_pool2d(F.pad(x, (0, 1, 0, 1)), 2, 2), 5), images(3)

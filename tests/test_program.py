@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastq.arguments import ARGUMENTS
+from fastq.arguments import ARGUMENTS, PADDING_MODES
 from fastq.plan import BoundProgram
 from fastq.program import OPERATIONS, WAYS_IN, Program, Step
 from fastq.qparams import Dequant, Requant
@@ -111,7 +111,10 @@ EXAMPLES: dict[str, list[tuple[tuple[Shape, ...], dict[str, Any]]]] = {
     "permute": [((IMAGE,), {"axes": (0, 3, 1, 2)})],
     "slice": [((IMAGE,), {"axis": 1, "start": -5, "end": None, "step": 2})],
     "concat": [((IMAGE, (2, 6, 5, 1), IMAGE), {"axis": 3})],
-    "pad": [((IMAGE,), {"widths": ((0, 0), (1, 2), (0, 3), (0, 0)), "value": 9})],
+    "pad": [
+        ((IMAGE,), {"widths": ((0, 0), (1, 2), (0, 3), (0, 0)), "value": 9, "mode": mode})
+        for mode in PADDING_MODES
+    ],
     "dilate": [((IMAGE,), {"stride": (2, 3), "padding": ((1, 0), (2, 1)), "value": 7})],
 }  # fmt: skip
 CASES = [(op, i) for op, examples in EXAMPLES.items() for i in range(len(examples))]
@@ -345,7 +348,14 @@ SIZES: dict[str, tuple[Shape, str, dict[str, Any], str]] = {
     "a slice beyond": (
         (2, 3), "slice", {"axis": 2, "start": 0, "end": 1, "step": 1}, "out of range"),
     "concatenation beyond": ((2, 3), "concat", {"axis": 2}, "out of range"),
-    "widths of other axes": ((2, 3), "pad", {"widths": ((1, 1),), "value": 0}, "shorter|longer"),
+    "widths of other axes": (
+        (2, 3), "pad", {"widths": ((1, 1),), "value": 0, "mode": "circular"}, "shorter|longer"),
+    "a reflection of more than there is": (
+        (2, 3), "pad", {"widths": ((0, 0), (0, 3)), "value": 0, "mode": "reflect"}, "up to 2"),
+    "around more than once": (
+        (2, 3), "pad", {"widths": ((3, 0), (0, 0)), "value": 0, "mode": "circular"}, "up to 2"),
+    "copies of nothing": (
+        (2, 0), "pad", {"widths": ((0, 0), (0, 1)), "value": 0, "mode": "replicate"}, "up to 0"),
     "other features": (
         (2, 4), "linear", {"weight": LinearWeight(i8(3, 5)), "epilogue": EPILOGUE,
                            "x_zero_point": 0}, r"wanted \(\.\.\., 5\)"),
@@ -582,7 +592,8 @@ class Random:
                 return {"axis": len(x) - 1 if self.flag(0.7) else axis}
             case "pad":
                 widths = [tuple(map(int, w)) for w in self.rng.integers(0, 2, (len(x), 2))]
-                return {"widths": tuple(widths), "value": self.byte()}
+                return {"widths": tuple(widths), "value": self.byte(),
+                        "mode": self.one("constant", "constant", *PADDING_MODES)}  # fmt: skip
             case "dilate":
                 padding = tuple(tuple(map(int, w)) for w in self.rng.integers(0, 3, (2, 2)))
                 return {"stride": self.one((2, 2), (1, 3)), "padding": padding,

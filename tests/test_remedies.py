@@ -214,6 +214,24 @@ def test_equalization_reaches_a_layer_that_stays_float() -> None:
     assert spreads[1] < spreads[0] / 10
 
 
+class PadsFeatures(nn.Module):
+    """Features of 0 between two layers: the second one's channels are not the first one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(11, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(nn.functional.pad(torch.relu(self.a(x)), (1, 2)))
+
+
+def test_equalization_stops_where_channels_are_padded() -> None:
+    model, data = PadsFeatures().eval(), torch.randn(64, 6)
+    with torch.no_grad():
+        model.a.weight *= torch.logspace(0, -3, 8)[:, None]
+    assert snr(model, [data], data, "cross_layer_equalization") == snr(model, [data], data, ())
+
+
 def test_biases_are_corrected_once_however_often_it_is_asked() -> None:
     data = [[batch] for batch in batches(count=1)]
     prepared = prepared_for(Residual(), data[0][0], weight_bits=4)
