@@ -49,7 +49,7 @@ EQUALIZATIONS = ("input_equalization", "cross_layer_equalization", "activation_e
 ROUNDINGS = ("balanced_rounding", "gptq", "adaround")  # the last that is named decides
 
 ENOUGH_VALUES = 2**10  # of a channel: the ends of fewer say little of those to come
-SAMPLE_BYTES = 2**26  # of the network's largest value: 32 images for ResNet-50
+SAMPLE_BYTES = 2**25  # of the network's largest value: 16 images for ResNet-50
 ROWS_BYTES = 2**27  # of the inputs of a layer's products that its weights are fitted to
 MAX_ROWS = 2**15
 
