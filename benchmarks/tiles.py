@@ -23,7 +23,7 @@ from fastq import ops
 from fastq.kernels import executor, isa
 from fastq.kernels.assembly import kernel_at, name_of
 from fastq.kernels.gemm import Tile
-from fastq.kernels.tiles import only, tiles_of
+from fastq.kernels.tiles import only, product_tiles, tiles_of
 
 WITHIN = 1.05  # times the best tile's time is as good as the best
 REPEATS = 4
@@ -77,7 +77,8 @@ def _least(runs: dict[Tile, Callable[[], Any]], seconds: float) -> dict[Tile, fl
 
 def _candidates(shape: Gemm | Conv) -> tuple[Tile, ...]:
     depthwise = isinstance(shape, Conv) and shape.depthwise and shape.n == shape.c
-    return tiles_of(isa.current(), "depthwise" if depthwise else "gemm")
+    tier = isa.current()
+    return tiles_of(tier, "depthwise") if depthwise else product_tiles(tier)
 
 
 def _call(problem: Problem) -> Callable[[], Any]:

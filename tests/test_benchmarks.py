@@ -12,7 +12,15 @@ import fastq
 from fastq import commands
 from fastq.kernels import isa as isa_room
 from fastq.kernels import peak
-from fastq.kernels.tiles import choose_nr, choose_tile, only, tiles_of
+from fastq.kernels.tiles import (
+    Work,
+    choose_nr,
+    choose_product_tile,
+    choose_tile,
+    only,
+    product_tiles,
+    tiles_of,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not an installed package
 
@@ -90,7 +98,7 @@ def test_the_command_for_tiles(tmp_path: Path) -> None:
     with path.open() as file:
         rows = list(csv.DictReader(file))
     current = isa_room.current()
-    assert [row["tile"] for row in rows] == [str(tile) for tile in tiles_of(current)]
+    assert [row["tile"] for row in rows] == [str(tile) for tile in product_tiles(current)]
     (chosen,) = (row["tile"] for row in rows if row["chosen"] == "True")
     assert chosen == str(choose_tile(current, choose_nr(current, 1), 1))
 
@@ -101,7 +109,7 @@ def test_a_loss_is_over_the_best_tile() -> None:
     assert found.best == wide and found.loss == 1.5
 
 
-def test_only_some_tiles_are_offered() -> None:
+def test_a_tile_is_offered_alone() -> None:
     before = tiles_of("avx2"), tiles_of("avx2", "depthwise"), tiles_of("generic")
     for tile in before[0]:
         with only(tile):
@@ -109,6 +117,11 @@ def test_only_some_tiles_are_offered() -> None:
             assert choose_tile("avx2", choose_nr("avx2", 100), 100) == tile
             assert (tiles_of("avx2", "depthwise"), tiles_of("generic")) == before[1:]
     assert tiles_of("avx2") == before[0]
+    for tile in product_tiles("amx_int8"):  # of vectors or matrices, whatever the shape
+        with only(tile):
+            assert choose_nr("amx_int8", 100, 1) == tile.nr
+            assert choose_product_tile("amx_int8", tile.nr, Work(3, 1, 1, 64)) == tile
+            assert tiles_of("amx_int8")  # for what is no layer
 
 
 @pytest.mark.parametrize("isa", [row.name for row in isa_room.ISAS])

@@ -29,14 +29,14 @@ _offered: tuple[Tile, ...] = TILES
 
 
 @contextmanager
-def only(*tiles: Tile) -> Iterator[None]:
-    """Offers no other tiles of their tier and kind inside the `with` block.
+def only(tile: Tile) -> Iterator[None]:
+    """Offers no other tile of its tier for what it serves inside the `with` block.
 
     For weights that were not packed before: of one that was, NR is settled.
     """
     global _offered
-    before, replaced = _offered, {(t.isa, t.kind) for t in tiles}
-    _offered = *tiles, *(t for t in TILES if (t.isa, t.kind) not in replaced)
+    before = _offered
+    _offered = tile, *(t for t in TILES if (t.isa, t.kind) != (tile.isa, tile.kind))
     _forget()
     try:
         yield
@@ -46,7 +46,7 @@ def only(*tiles: Tile) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for function in tiles_of, choose_nr, choose_tile, choose_product_tile:
+    for function in tiles_of, product_tiles, choose_nr, choose_tile, choose_product_tile:
         function.cache_clear()
 
 
@@ -54,6 +54,15 @@ def _forget() -> None:
 def tiles_of(isa: str, kind: str = "gemm") -> tuple[Tile, ...]:
     """The tiles of a tier, in the order of the table."""
     return tuple(t for t in _offered if t.isa == isa and t.kind == kind)
+
+
+@functools.cache
+def product_tiles(isa: str) -> tuple[Tile, ...]:
+    """The tiles of a tier that layers may take: of vectors, and of matrices."""
+    alone = _offered[0] if _offered is not TILES else None
+    if alone is not None and alone.isa == isa and alone.kind != "depthwise":
+        return (alone,)
+    return (*tiles_of(isa), *tiles_of(isa, "matrix"))
 
 
 @functools.cache
@@ -70,7 +79,7 @@ def choose_nr(isa: str, n: int, steps: int = _MANY_STEPS) -> int:
 
 def _by_nr(isa: str) -> dict[int, list[Tile]]:
     """The tiles of products by their NR, the narrowest first."""
-    tiles = sorted((*tiles_of(isa), *tiles_of(isa, "matrix")), key=lambda t: t.nr)
+    tiles = sorted(product_tiles(isa), key=lambda t: t.nr)
     return {nr: list(some) for nr, some in groupby(tiles, key=lambda t: t.nr)}
 
 
@@ -93,7 +102,7 @@ def choose_tile(isa: str, nr: int, m: int, kind: str = "gemm", *, one_panel: boo
 @functools.cache
 def choose_product_tile(isa: str, nr: int, work: Work) -> Tile:
     """The tile of a layer, vectors or matrices; its panels are NR wide."""
-    return _least([t for t in (*tiles_of(isa), *tiles_of(isa, "matrix")) if t.nr == nr], work)
+    return _least([t for t in product_tiles(isa) if t.nr == nr], work)
 
 
 def _least(tiles: list[Tile], work: Work) -> Tile:
