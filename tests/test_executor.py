@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from numba import cfunc
 from numpy.testing import assert_array_equal
 
 from fastq import ops, reference
-from fastq.kernels import executor
+from fastq.kernels import executor, workers
 from fastq.kernels.signature import SIGNATURE
 from fastq.qparams import Dequant
 from fastq.weights import Conv2dWeight, LinearWeight
@@ -97,11 +96,11 @@ stop.set()
 """
 
 SET_NUM_THREADS = """
-from fastq.kernels import executor
+from fastq.kernels.workers import team
 most = ops.get_num_threads()
 ops.set_num_threads(1)
 work()
-assert executor._pool.layer == ""  # one thread needs no pool
+assert not team.workers  # one thread needs no other
 errors, stop = [], threading.Event()
 def guarded():
     try:
@@ -118,6 +117,7 @@ stop.set()
 [t.join() for t in threads]
 assert not errors, errors
 assert ops.get_num_threads() == 1 + 199 % most
+assert len(team.workers) == most - 1 and len(team.idle) == most - 1
 """
 
 NESTED = """
@@ -142,10 +142,42 @@ loader = torch.utils.data.DataLoader(Squares(), num_workers=2, multiprocessing_c
 assert sorted(int(i) for i in loader) == list(range(8))
 """
 
-LAYER = """
-from fastq.kernels import executor
+WORKERS = """
+import time
+from fastq.kernels.workers import ASLEEP, WORD, team
+ops.set_num_threads(2)
 work(1)
-print("layer", executor._pool.layer)
+(worker,) = team.workers
+assert team.idle == [worker]
+for _ in range(3):  # it falls asleep, and is woken
+    deadline = time.monotonic() + 60
+    while worker.mailbox[WORD] != ASLEEP:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    work(1)
+taken = team.take(5)  # another call has it: this one runs alone
+assert taken == [worker] and not team.idle
+work(1)
+team.idle += taken
+team.dismiss()
+assert not worker.is_alive() and not team.workers
+work(1)  # with a new one
+assert team.workers != [worker]
+"""
+
+CHILDREN = """
+from fastq.kernels.workers import team
+ops.set_num_threads(2)
+work(1)
+pid = os.fork()
+if pid == 0:
+    try:
+        assert not team.workers
+        work(5)
+        os._exit(0 if len(team.workers) == len(team.idle) == 1 else 2)
+    except BaseException:
+        os._exit(1)
+assert os.waitpid(pid, 0)[1] == 0
 """
 
 
@@ -162,25 +194,17 @@ def run(code: str, **environment: str) -> str:
     return result.stdout
 
 
-LAYERS = ["tbb", "omp", "workqueue"]
-
-
-def test_tbb_is_used_where_it_is_installed() -> None:
-    installed = {d.name for d in importlib.metadata.distributions()}
-    assert ("layer tbb" in run(LAYER)) == ("tbb" in installed)
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this CPU lacks fork: it runs Windows")
 @pytest.mark.parametrize(
     "case",
     [
         "THREADS", "SET_NUM_THREADS", "FORK", "FORK_FIRST", "FORK_WHILE_BUSY", "NESTED",
-        "DATALOADER",
+        "DATALOADER", "WORKERS", "CHILDREN",
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("layer", LAYERS)
-def test_no_threading_layer_ends_the_process(layer: str, case: str) -> None:
-    run(globals()[case], NUMBA_THREADING_LAYER=layer)
+def test_threads_and_forks(case: str) -> None:
+    """Right answers, and the process ends by itself; with a second thread on a single core too."""
+    run(globals()[case], NUMBA_NUM_THREADS=str(max(2, numba.config.NUMBA_NUM_THREADS)))
 
 
 def test_threads_share_a_layer(rng: Any) -> None:
@@ -239,17 +263,17 @@ def test_tasks_are_shared_among_as_many_threads_as_set(
             args[2 * task] += 1
             args[2 * task + 1] = begin
 
-    monkeypatch.setattr(executor._pool, "threads", threads)
+    monkeypatch.setattr(workers.team, "threads", threads)
     for tasks in (1, 2, 5, 64):
         found = np.zeros((tasks, 2), np.int64)
         row = np.array([(write.address, found.ctypes.data, tasks, tasks)], np.int64)
         executor.run(executor.Table(row, np.zeros((0, 3), np.int64), 0, 1e9))
         assert (found[:, 0] == 1).all()
-        parts = min(threads, tasks) if executor._pool.usable() else 1
+        parts = min(threads, tasks)
         begins = set()
         for part in range(parts):
             first, last = tasks * part // parts, tasks * (part + 1) // parts
-            claims = executor.CLAIMS if parts > 1 else 1
+            claims = workers.CLAIMS if parts > 1 else 1
             begins |= set(range(first, last, -(-(last - first) // claims)))
         assert set(found[:, 1].tolist()) == begins
 
@@ -269,10 +293,35 @@ def test_a_thread_that_comes_late_or_never_is_not_missed() -> None:
     )
     progress = np.zeros((len(rows), 3), np.int64)
     for me in range(2):
-        executor._take_part(rows, progress.ctypes.data, 2, me, executor._give_way())
+        workers.take_part(
+            rows.ctypes.data, len(rows), progress.ctypes.data, 2, me, workers.give_way()
+        )
         for f, n in zip(found, sizes, strict=True):
             assert f.tolist() == [1] * n if n else f.tolist() == [0]
     assert progress[:, 2].tolist() == list(sizes)
+
+
+def test_a_job_is_revoked_where_no_worker_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    @cfunc(SIGNATURE)
+    def count(args, begin, end):  # type: ignore[no-untyped-def]
+        for task in range(begin, end):
+            args[task] += 1
+
+    absent, asleep = (workers.Worker(i) for i in (1, 2))  # never started
+    monkeypatch.setattr(workers.team, "threads", 3)
+    monkeypatch.setattr(workers, "MOST_WORKERS", 2)
+    monkeypatch.setattr(executor, "MOST_WORKERS", 2)
+    monkeypatch.setattr(workers.team, "workers", [absent, asleep])
+    monkeypatch.setattr(workers.team, "take", lambda count: [absent, asleep])
+    monkeypatch.setattr(workers.team, "idle", [])
+    asleep.mailbox[workers.WORD] = workers.ASLEEP  # just now
+    found = np.zeros(50, np.int64)
+    row = np.array([(count.address, found.ctypes.data, 50, 50)], np.int64)
+    executor.run(executor.Table(row, np.zeros((0, 3), np.int64), 0, 1e9))
+    assert (found == 1).all()
+    assert absent.mailbox[workers.WORD] == workers.IDLE
+    assert asleep.mailbox[workers.WORD] == workers.ASLEEP
+    assert workers.team.idle == [absent, asleep]
 
 
 def test_set_num_threads() -> None:

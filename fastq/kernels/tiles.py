@@ -126,8 +126,8 @@ def _column_cost(tile: Tile, work: Work) -> float:
 
 # Multiply-adds that a core does in a nanosecond, roughly: whether threads pay depends on it.
 _MACS_PER_NANOSECOND = {"amx_int8": 400.0, "avx512_vnni": 400.0, "avx_vnni": 150.0, "avx2": 60.0}
-_MATRIX_RATE, _DEPTHWISE_RATE = 4.0, 0.1  # of that
-BYTES_PER_NANOSECOND = 8.0  # that a plain loop reads
+_MATRIX_RATE, _DEPTHWISE_RATE = 1.25, 0.1  # of that
+BYTES_PER_NANOSECOND = 24.0  # that a plain loop reads, in the cache
 
 
 def nanoseconds(isa: str, macs: int, kind: str = "gemm") -> float:

@@ -24,6 +24,7 @@ from fastq.kernels import (
     stage,
     windows,
     winograd,
+    workers,
 )
 from fastq.kernels import isa as isa_room
 from fastq.kernels.call import ITEM_BYTES
@@ -94,7 +95,8 @@ def _elementwise(tier: str) -> Iterable[tuple[Any, ...]]:
 
 FAMILIES = (
     Family("any", executor.serial_kernel, lambda tier: [()]),
-    Family("any", executor._parallel, lambda tier: [()]),
+    Family("any", executor.shared_kernel, lambda tier: [()]),
+    Family("any", workers.worker_kernel, lambda tier: [()]),
     Family(
         "linear",
         gemm.gemm_kernel,
