@@ -447,7 +447,7 @@ def openvino_call(model: Any, x: Array, threads: int, precision: str = "f32") ->
 
     precision  of float operators: "f32"; "" lets OpenVINO choose bf16 where the CPU has it.
     """
-    # at import it forks to send usage statistics, which breaks TBB's threads in this process
+    # at import it would fork to send usage statistics
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 

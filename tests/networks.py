@@ -306,6 +306,11 @@ CASES: dict[str, Case] = {
         mode: Case(after(conv(5, 5, 3, padding=1, padding_mode=mode)), images(3))
         for mode in ("reflect", "circular", "replicate")
     },
+    "float between": Case(
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.GroupNorm(2, 6), nn.Conv2d(6, 4, 3)),
+        images(3),
+        programs=2,
+    ),
     "grouped": Case(after(conv(6, 9, 3, padding=1, groups=3), 6), images(3)),
     "depthwise": Case(after(conv(8, 8, 3, 2, 1, groups=8), 8), images(3)),
     "depthwise multiplier": Case(after(conv(5, 10, 3, padding=1, groups=5)), images(3)),

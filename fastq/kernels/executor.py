@@ -43,7 +43,7 @@ from fastq.kernels.workers import (
     MOST_WORKERS,
     TASKS,
     THREADS,
-    call_kernel,
+    call_at,
     give_way,
     share,
     team,
@@ -113,7 +113,7 @@ def serial_kernel() -> Kernel:
         rows = pointer(args[E_ROWS], "s64")
         for i in range(args[E_COUNT]):
             row = i * COLUMNS
-            call_kernel(rows[row + KERNEL], rows[row + ARGS], 0, rows[row + TASKS])
+            call_at(rows[row + KERNEL], rows[row + ARGS], 0, rows[row + TASKS])
 
     return kernel
 

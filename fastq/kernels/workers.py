@@ -50,7 +50,7 @@ CLAIMS = 4  # that a thread makes of its part of a row: what one that is late le
 
 
 @intrinsic
-def call_kernel(typingctx: Any, kernel: Any, args: Any, begin: Any, end: Any) -> Any:
+def call_at(typingctx: Any, kernel: Any, args: Any, begin: Any, end: Any) -> Any:
     signature = types.void(types.int64, types.int64, types.int64, types.int64)
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -144,14 +144,14 @@ def take_part(rows, count, progress, threads, me, give_way):  # type: ignore[no-
             begin = first + _fetch_add(claimed + 8 * part, share)
             while begin < last:
                 end = min(begin + share, last)
-                call_kernel(fields[KERNEL], fields[ARGS], begin, end)
+                call_at(fields[KERNEL], fields[ARGS], begin, end)
                 _fetch_add(done, end - begin)
                 begin = first + _fetch_add(claimed + 8 * part, share)
         spins = 0
         while _read(done) < tasks:
             spins += 1
             if spins > SPINS:
-                call_kernel(give_way, 0, 0, 0)
+                call_at(give_way, 0, 0, 0)
 
 
 @njit
@@ -201,7 +201,7 @@ def worker_kernel() -> Kernel:
             if looks < LOOKS:
                 _pause()
             else:
-                call_kernel(give_way, 0, 0, 0)
+                call_at(give_way, 0, 0, 0)
 
     return kernel
 
