@@ -224,9 +224,5 @@ def warmup(
 def _compiles(factory: Any, arguments: tuple[Any, ...]) -> bool:
     """Makes the kernel; whether neither this process nor the disk cache had it."""
     made = factory.cache_info().misses
-    kernel = factory(*arguments)
-    if factory.cache_info().misses == made:
-        return False
-    if isinstance(kernel, Native):
-        return kernel.compiled
-    return not kernel.stats.cache_hits  # a dispatcher: the executor's parallel one
+    kernel: Native = factory(*arguments)
+    return factory.cache_info().misses > made and kernel.compiled

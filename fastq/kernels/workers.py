@@ -135,8 +135,7 @@ def take_part(rows, count, progress, threads, me, give_way):  # type: ignore[no-
         done = claimed + 8 * threads
         parts = min(threads, tasks, fields[THREADS])
         for i in range(parts):
-            part = me + i  # its own first: what it made in the row before is in its cache
-            part = part - parts * (part // parts)
+            part = (me + i) % parts  # its own first: what it made before is in its cache
             first, last = tasks * part // parts, tasks * (part + 1) // parts
             share = last - first
             if parts > 1:
