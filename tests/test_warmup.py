@@ -20,6 +20,7 @@ from fastq import commands, ops
 from fastq.kernels import executor, warmup
 from fastq.kernels import isa as isa_room
 from fastq.kernels.assembly import name
+from fastq.kernels.native import Kernel
 from fastq.qparams import Dequant, QParams, Requant
 from fastq.weights import Conv2dWeight, LinearWeight
 
@@ -153,14 +154,11 @@ def test_what_was_compiled_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_kernel_that_the_cache_lacks_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Fresh:
-        stats = type("stats", (), {"cache_hits": {}})
-
     monkeypatch.setattr(warmup, "kernels", lambda tier, network: [(factory, ())])
 
     @functools.cache
-    def factory() -> Any:
-        return Fresh()
+    def factory() -> Kernel:
+        return Kernel(print, 0, compiled=True)
 
     assert str(fastq.warmup()).endswith("1 compiled, 0 read from the cache")
 
