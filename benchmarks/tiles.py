@@ -46,8 +46,8 @@ class Choice(NamedTuple):
         return self.times[self.chosen] / self.times[self.best]
 
 
-def choice(shape: Gemm | Conv, seconds: float) -> Choice:
-    """Runs a shape on each tile, interleaved; the least time of each.
+def choice(shape: Gemm | Conv, seconds: float) -> Choice | None:
+    """Runs a shape on each tile, interleaved; the least time of each. None if it takes none.
 
     A loss is measured again before it is believed: the machine may have been busy.
     """
@@ -59,7 +59,9 @@ def choice(shape: Gemm | Conv, seconds: float) -> Choice:
     with executor.recording() as recorded:
         _call(problem)
     kernel = kernel_at(int(recorded[0].table.rows[-1, executor.KERNEL]))
-    chosen = next(tile for tile in runs if str(tile) == name_of(kernel).split()[0])
+    chosen = next((tile for tile in runs if str(tile) == name_of(kernel).split()[0]), None)
+    if chosen is None:  # none of these, but Winograd's
+        return None
     found = Choice(shape.name, _least(runs, seconds), chosen)
     for _ in range(REPEATS):
         if found.loss <= WITHIN:
@@ -114,6 +116,8 @@ def bench(pattern: str, seconds: float, csv_path: Path | None) -> None:
     for shape in shapes:
         with use_threads(1):
             found = choice(shape, seconds)
+        if found is None:
+            continue
         choices.append(found)
         times = "  ".join(f"{str(t).split('_')[2]} {us:.1f}" for t, us in found.times.items())
         click.echo(f"{found.loss:5.2f}  {found.shape:44} {times} us")

@@ -502,6 +502,8 @@ class _Reader:
         x, weight, bias = a["input"], a["weight"], a.get("bias")
         if not isinstance(x, Node) or not isinstance(weight, Tensor) or len(x.shape) != 4:
             return None
+        if not isinstance(bias, Tensor | None):
+            return None
         attrs = {key: _two(a[key]) for key in ("stride", "padding", "output_padding", "dilation")}
         tensors = {"weight": weight, **({} if bias is None else {"bias": bias})}
         return self.add(node, "conv_transpose2d", [x], attrs={**attrs, "groups": a["groups"]},
@@ -509,7 +511,7 @@ class _Reader:
 
     def read_conv_transpose1d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         weight, bias = a["weight"], a.get("bias")
-        if not isinstance(weight, Tensor):
+        if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None):
             return None
         along = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
         attrs: dict[str, Any] = {key: (none, _one(a[key])) for key, none in along.items()}
@@ -727,14 +729,12 @@ class _Reader:
         }})  # fmt: skip
 
     def read_adaptive_avg_pool1d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
-        size = (None, _one(a["output_size"]))
-        return self.line(node, "adaptive_avg_pool2d", a["self"], {"output_size": size})
+        return self.line(node, "adaptive_avg_pool2d", a["self"], _adaptive1d(a))
 
     def read_adaptive_max_pool1d(self, node: fx.Node, a: dict[str, Any]) -> Any:
         if _takes_indices(node):
             return None
-        size = (None, _one(a["output_size"]))
-        y = self.line(node, "adaptive_max_pool2d", a["self"], {"output_size": size})
+        y = self.line(node, "adaptive_max_pool2d", a["self"], _adaptive1d(a))
         return None if y is None else [y, None]
 
     def read_adaptive_avg_pool2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
@@ -809,8 +809,11 @@ class _Reader:
         return self.add(node, "upsample_bilinear2d", [x], attrs=attrs)
 
     def read_upsample_nearest1d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
-        x = a.get("input", a.get("self"))
-        return self.line(node, "upsample_nearest2d", x, {"size": _size(node, a)})
+        x, size = a.get("input", a.get("self")), _size(node, a)
+        # by another factor torch rounds places of sequences otherwise than those of images
+        if "scale_factor" in size and not size["scale_factor"][1].is_integer():
+            return None
+        return self.line(node, "upsample_nearest2d", x, {"size": size})
 
     def read_upsample_linear1d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x = a.get("input", a.get("self"))
@@ -956,6 +959,8 @@ class _Reader:
         x = a["self"]
         if not isinstance(x, Node) or a.get("value"):
             return None
+        if not a["pad"]:
+            return x
         mode = a.get("mode", "constant")
         return self.add(node, "pad", [x], attrs={"pad": tuple(a["pad"]), "mode": mode})
 
@@ -1025,6 +1030,13 @@ def _pool1d(a: dict[str, Any]) -> dict[str, Any]:
     kernel = _one(a["kernel_size"])
     stride = _one(a["stride"]) if a.get("stride") else kernel
     return {"kernel_size": (1, kernel), "stride": (1, stride), "padding": (0, _one(a["padding"]))}
+
+
+def _adaptive1d(a: dict[str, Any]) -> dict[str, Any]:
+    """The size of an adaptive pooling along lines; None is the input's own."""
+    size = _one(a["output_size"])
+    own = isinstance(a["self"], Node) and a["self"].shape[-1:] == (size,)
+    return {"output_size": (None, None if own else size)}
 
 
 def _size(node: fx.Node, a: dict[str, Any]) -> dict[str, Any]:

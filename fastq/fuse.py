@@ -1,6 +1,6 @@
 """Fewer, larger operations: what an integer kernel does in one step becomes one node.
 
-    pad, conv2d                  -> conv2d with that padding
+    pad by 0, conv2d             -> conv2d with that padding
     reshape, affine | pointwise  -> affine | pointwise, reshape    (after a 1-D convolution)
     conv2d | linear, affine      -> conv2d | linear                (batch norm, layer scale)
     pointwise, pointwise         -> pointwise                      (x * sigmoid(x) too)

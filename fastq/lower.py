@@ -143,6 +143,9 @@ class Ranges:
         self.parent: dict[Node, Node] = {}
         self.fixed: dict[Node, QParams] = {}
         self.symmetric: set[Node] = set()
+        self.moved = {  # what has its input's values, and no others
+            n for region in regions for n in region.nodes if n.op in MOVES and n.op != "concat"
+        }
         for region in regions:
             for node in (*region.quantized_inputs, *region.nodes):
                 self.parent.setdefault(node, node)
@@ -174,7 +177,7 @@ class Ranges:
         return {
             node: self.find(node)
             for node in self.parent
-            if self.find(node) not in self.fixed and (node.op not in MOVES or node.op == "concat")
+            if self.find(node) not in self.fixed and node not in self.moved
         }
 
 

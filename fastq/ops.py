@@ -466,7 +466,7 @@ def _repeat(
     """The result of a call that was checked before, or None; and a key of all that its checks
     looked at, or None where there is no such key."""
     plain = type(x) is np.ndarray and type(weight) is kind and type(zero_point) is int
-    if not plain or add is not None or x.dtype is not _UINT8:
+    if not plain or add is not None or not (x.dtype is _UINT8 or x.dtype == _UINT8):
         return None, None
     at = address_of(x)
     key = (x.shape, x.strides, id(epilogue), zero_point, at % ALIGNED == 0, isa.current(),

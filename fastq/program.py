@@ -403,6 +403,8 @@ def _concatenated(step: Step, *xs: Shape) -> Shape:
 
 def _padded(step: Step, x: Shape) -> Shape:
     mode = step.arguments["mode"]
+    if not x:
+        raise ValueError("pad: a value without axes; wanted one at least")
     for n, widths in zip(x, step.arguments["widths"], strict=True):
         most = {"reflect": max(n - 1, 0), "circular": n}.get(mode, max(widths) if n else 0)
         if mode != "constant" and max(widths) > most:

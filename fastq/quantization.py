@@ -49,7 +49,7 @@ def quantize_model(
         (images, labels). One batch is held at a time, and the remedies' sample.
     remedies  names of what shall win accuracy back, see `fastq.remedies`: a grid for each channel
         of the input, balanced rounding and bias correction unless told otherwise. They work on
-        the first batches: 16 images for ResNet-50.
+        the first batches: 32 images for ResNet-50.
     evaluate, max_drop  a function that scores a model, more being better, and how much less than
         the float model's score may be had: more remedies are tried one after the other, then
         the layers that are most sensitive stay float. What each step gains is printed.

@@ -49,7 +49,7 @@ EQUALIZATIONS = ("input_equalization", "cross_layer_equalization", "activation_e
 ROUNDINGS = ("balanced_rounding", "gptq", "adaround")  # the last that is named decides
 
 ENOUGH_VALUES = 2**10  # of a channel: the ends of fewer say little of those to come
-SAMPLE_BYTES = 2**25  # of the network's largest value: 16 images for ResNet-50
+SAMPLE_BYTES = 2**26  # of the network's largest value: 32 images for ResNet-50
 ROWS_BYTES = 2**27  # of the inputs of a layer's products that its weights are fitted to
 MAX_ROWS = 2**15
 
@@ -224,7 +224,7 @@ def cross_layer_equalization(
     """Divide the channels of a convolution's or linear layer's output, and multiply the weights of
     the layers that read them, so that all channels use the range that they share.
 
-    The channels may pass pooling, zero padding and flattening, and clamps: below at 0 (ReLU) as
+    The channels may pass pooling, padding and flattening, and clamps: below at 0 (ReLU) as
     they are; above (ReLU6), a channel that reached the bound on the data is left alone, and none
     is made to reach it, so the network is the same as long as the channels keep to the range
     that they had. Outputs that a residual addition reads or made are left alone.
@@ -315,23 +315,31 @@ def _readers(graph: Graph, node: Node) -> list[Node]:
     if low not in (0, -math.inf) or node in graph.output_nodes():
         return []
     users, found = graph.users(), []
-    pending, axis = [node], _channel_axis(node, len(node.shape))
+    pending = [node]
     while pending:
         value = pending.pop()
         for user in users[value]:
             if user.op in WEIGHTED and user.inputs[0] is value and value not in user.inputs[1:]:
+                if _channel_axis(user, len(value.shape)) != _channel_axis(node, len(value.shape)):
+                    return []
                 found.append(user)
             elif (
                 user.op in _CHANNELS_PASS
                 and "clamp" not in user.attrs
                 and user not in graph.output_nodes()
                 and (user.op != "reshape" or _flattens(value, user))
-                and (user.op != "pad" or value.shape[axis] == user.shape[axis])
+                and (user.op != "pad" or not _pads_channels(node, user))
             ):
                 pending.append(user)
             else:
                 return []
     return found
+
+
+def _pads_channels(node: Node, pad: Node) -> bool:
+    """Whether a pad changes the axis of the node's channels."""
+    from_last = len(pad.shape) - 1 - _channel_axis(node, len(pad.shape))
+    return any(pad.attrs["pad"][2 * from_last : 2 * from_last + 2])
 
 
 def _flattens(value: Node, reshape: Node) -> bool:

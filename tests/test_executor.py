@@ -155,14 +155,22 @@ for _ in range(3):  # it falls asleep, and is woken
         assert time.monotonic() < deadline
         time.sleep(0.001)
     work(1)
-taken = team.take(5)  # another call has it: this one runs alone
+taken = []
+team.take(5, taken)  # another call has it: this one runs alone
 assert taken == [worker] and not team.idle
 work(1)
-team.idle += taken
+team.give_back(taken)
+assert team.idle == [worker]
+with team.hiring:  # a signal's handler calls in the middle of it
+    team.idle.clear()
+    team.workers.clear()
+    work(1)
+    assert not team.workers
+team.workers.append(worker)
 team.dismiss()
-assert not worker.is_alive() and not team.workers
-work(1)  # with a new one
-assert team.workers != [worker]
+assert not worker.is_alive()
+work(1)  # at the end of the interpreter: alone
+assert not team.workers
 """
 
 CHILDREN = """
@@ -312,7 +320,7 @@ def test_a_job_is_revoked_where_no_worker_came(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(workers, "MOST_WORKERS", 2)
     monkeypatch.setattr(executor, "MOST_WORKERS", 2)
     monkeypatch.setattr(workers.team, "workers", [absent, asleep])
-    monkeypatch.setattr(workers.team, "take", lambda count: [absent, asleep])
+    monkeypatch.setattr(workers.team, "take", lambda count, taken: taken.extend([absent, asleep]))
     monkeypatch.setattr(workers.team, "idle", [])
     asleep.mailbox[workers.WORD] = workers.ASLEEP  # just now
     found = np.zeros(50, np.int64)
@@ -321,7 +329,7 @@ def test_a_job_is_revoked_where_no_worker_came(monkeypatch: pytest.MonkeyPatch) 
     assert (found == 1).all()
     assert absent.mailbox[workers.WORD] == workers.IDLE
     assert asleep.mailbox[workers.WORD] == workers.ASLEEP
-    assert workers.team.idle == [absent, asleep]
+    assert workers.team.idle == [asleep, absent]
 
 
 def test_set_num_threads() -> None:

@@ -612,3 +612,21 @@ def test_calibration_holds_one_batch() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
     fastq.quantize_model(model, data(), remedies=(), progress=False)
     assert max(alive) == 1, alive
+
+
+@pytest.mark.parametrize("name", ["pooled", "cropped"])
+def test_a_float_operator_that_moves_values_has_a_range_of_its_own(name: str) -> None:
+    """Integer ones share their input's; these were once not watched."""
+
+    class Crop(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.pad(x, (-1, 1))
+
+    middle = nn.MaxPool2d(2) if name == "pooled" else Crop()
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), middle, nn.Conv2d(6, 4, 3)).eval()
+    x = torch.randn(8, 3, 12, 12)
+    int8 = fastq.quantize_model(model, x, skip=nn.MaxPool2d if name == "pooled" else ())
+    assert len(int8.programs) == 2
+    with torch.no_grad():
+        error = int8(x) - model(x)
+        assert error.square().sum() < 1e-3 * model(x).square().sum()

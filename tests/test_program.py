@@ -350,6 +350,7 @@ SIZES: dict[str, tuple[Shape, str, dict[str, Any], str]] = {
     "concatenation beyond": ((2, 3), "concat", {"axis": 2}, "out of range"),
     "widths of other axes": (
         (2, 3), "pad", {"widths": ((1, 1),), "value": 0, "mode": "circular"}, "shorter|longer"),
+    "nothing to pad": ((), "pad", {"widths": (), "value": 0, "mode": "constant"}, "without axes"),
     "a reflection of more than there is": (
         (2, 3), "pad", {"widths": ((0, 0), (0, 3)), "value": 0, "mode": "reflect"}, "up to 2"),
     "around more than once": (

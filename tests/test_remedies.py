@@ -217,16 +217,17 @@ def test_equalization_reaches_a_layer_that_stays_float() -> None:
 class PadsFeatures(nn.Module):
     """Features of 0 between two layers: the second one's channels are not the first one's."""
 
-    def __init__(self) -> None:
+    def __init__(self, pad: tuple[int, int]) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(6, 8), nn.Linear(11, 4)
+        self.a, self.b, self.pad = nn.Linear(6, 8), nn.Linear(8 + sum(pad), 4), pad
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.b(nn.functional.pad(torch.relu(self.a(x)), (1, 2)))
+        return self.b(nn.functional.pad(torch.relu(self.a(x)), self.pad))
 
 
-def test_equalization_stops_where_channels_are_padded() -> None:
-    model, data = PadsFeatures().eval(), torch.randn(64, 6)
+@pytest.mark.parametrize("pad", [(1, 2), (1, -1)])
+def test_equalization_stops_where_channels_are_padded(pad: tuple[int, int]) -> None:
+    model, data = PadsFeatures(pad).eval(), torch.randn(64, 6)
     with torch.no_grad():
         model.a.weight *= torch.logspace(0, -3, 8)[:, None]
     assert snr(model, [data], data, "cross_layer_equalization") == snr(model, [data], data, ())

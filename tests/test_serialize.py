@@ -273,7 +273,7 @@ HOSTILE_HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "deep within": (lambda h: '{"x":' + "[" * 980 + "]" * 980 + "}", "not JSON|another format"),
     "a list": (lambda h: "[]", "another format"),
     "format": (lambda h: h.update(format="other"), "another format"),
-    "newer": (lambda h: h.update(version=2), "version 2, this fastq reads 1"),
+    "newer": (lambda h: h.update(version=3), "version 3, this fastq reads 2"),
     "no version": (lambda h: [h.pop("version")], "version None"),
     "version text": (lambda h: h.update(version="1"), "version '1'"),
     "no layers": (lambda h: h.pop("layers"), "layers is None, wanted dict"),

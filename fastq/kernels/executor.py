@@ -43,6 +43,7 @@ from fastq.kernels.workers import (
     MOST_WORKERS,
     TASKS,
     THREADS,
+    Worker,
     call_at,
     give_way,
     share,
@@ -60,8 +61,8 @@ FIELD, BASE, OFFSET, PATCH_COLUMNS = range(4)
 class Table:
     """Rows (n, COLUMNS) and patches (p, PATCH_COLUMNS), int64, that are run with so many bases.
 
-    nanoseconds is an estimate of what they take one thread; `shared` says whether there is a row
-    that pays to be shared among threads.
+    nanoseconds is an estimate of what they take one thread; `most` says how many threads pay in one
+    of the rows, `shared` whether these are several.
     """
 
     def __init__(
@@ -73,7 +74,8 @@ class Table:
     ) -> None:
         self.rows, self.patches = np.ascontiguousarray(rows), np.ascontiguousarray(patches)
         self.bases, self.nanoseconds = bases, nanoseconds
-        self.shared = bool((self.rows[:, THREADS] > 1).any())
+        self.most = int(self.rows[:, [TASKS, THREADS]].min(1).max(initial=1))
+        self.shared = self.most > 1
         self.progress = np.zeros((len(rows), MOST_WORKERS + 2) if self.shared else (0, 0), np.int64)
         self.job = np.zeros(J_MAILBOXES + MOST_WORKERS, np.int64)
         self.job[[J_ROWS, J_COUNT, J_PROGRESS]] = (
@@ -192,12 +194,13 @@ def run(table: Table, *bases: int) -> None:
     if team.threads == 1 or not table.shared or table.nanoseconds < PARALLEL_NANOSECONDS:
         _entry(serial_kernel)(table.pack(*bases))
         return
-    workers = team.take(team.threads - 1)
+    workers: list[Worker] = []
     try:
+        team.take(min(team.threads, table.most) - 1, workers)
         job = table.job
         job[J_GIVE_WAY], job[J_WORKERS] = give_way(), len(workers)
         for i, worker in enumerate(workers):
             job[J_MAILBOXES + i] = worker.address
         _entry(shared_kernel)(table.pack(*bases))
     finally:
-        team.idle += workers
+        team.give_back(workers)

@@ -10,8 +10,9 @@ that follow each other find it awake, and it is no burden where there is nothing
      +--- nothing for long ---> ASLEEP --- woken ---> IDLE
 
 A call takes workers that no other call has, wakes them, puts its job into their mailboxes and sets
-to work itself. Nobody waits for a worker that has not come when all is done. A call that finds no
-worker runs alone. A forked child has workers of its own.
+to work itself. Nobody waits for a worker that has not come when all is done: one that has to be
+woken while other Python threads keep the GIL is late. A call that finds no worker runs alone. A
+forked child has workers of its own.
 """
 
 from __future__ import annotations
@@ -176,8 +177,13 @@ def share(job):  # type: ignore[no-untyped-def]
     _run_job(job, 0)
     for i in range(workers):
         if not _replace(fields[J_MAILBOXES + i], job, IDLE):
+            looks = 0
             while _read(fields[J_MAILBOXES + i]) == TAKEN:  # it is leaving
-                _pause()
+                looks += 1
+                if looks < SPINS:
+                    _pause()
+                else:
+                    call_at(fields[J_GIVE_WAY], 0, 0, 0)
 
 
 @functools.cache
@@ -253,35 +259,45 @@ class Team:
         self.workers: list[Worker] = []
         self.idle: list[Worker] = []
         self.hiring = threading.Lock()
+        self.closed = False
 
-    def take(self, count: int) -> list[Worker]:
-        """Up to so many workers, awake, for one call, which gives them back to `idle`."""
-        taken: list[Worker] = []
+    def take(self, count: int, taken: list[Worker]) -> None:
+        """Adds up to so many workers, awake, to those that a call has. It gives them back."""
+        if self.closed:
+            return
         with contextlib.suppress(IndexError):
             while len(taken) < count:
                 taken.append(self.idle.pop())
         if len(taken) < count and len(self.workers) < MOST_WORKERS:
-            taken += self.hire(count - len(taken))
+            self.hire(count, taken)
         for worker in taken:
             if worker.mailbox[WORD] == ASLEEP:
                 worker.mailbox[WORD] = IDLE
                 worker.wake.release()
-        return taken
 
-    def hire(self, count: int) -> list[Worker]:
-        """New workers, up to a thread for each core; none where no thread can be had."""
+    def give_back(self, taken: list[Worker]) -> None:
+        """A call needs them no more; the next one takes them in the same order."""
+        self.idle += reversed(taken)
+
+    def hire(self, count: int, taken: list[Worker]) -> None:
+        """Adds new workers, up to a thread for each core; none where no thread can be had."""
         _serve()  # compiled before anyone waits for it
-        hired: list[Worker] = []
-        with self.hiring, contextlib.suppress(RuntimeError):  # as when the interpreter ends
-            while len(hired) < count and len(self.workers) < MOST_WORKERS:
+        if not self.hiring.acquire(blocking=False):  # a signal's handler may be the second
+            return
+        try:
+            while len(taken) < count and len(self.workers) < MOST_WORKERS:
                 worker = Worker(len(self.workers) + 1)
                 worker.start()
                 self.workers.append(worker)
-                hired.append(worker)
-        return hired
+                taken.append(worker)
+        except RuntimeError:  # no more threads
+            pass
+        finally:
+            self.hiring.release()
 
     def dismiss(self) -> None:
         """Let all workers end before the interpreter does, and wait for them."""
+        self.closed = True
         workers, self.workers, self.idle = self.workers, [], []
         for worker in workers:
             worker.leaves = True
