@@ -159,7 +159,7 @@ def read_header(where: str, metadata: Mapping[str, str], parts: Parts) -> dict[s
     if header.get("version") != VERSION:
         raise ValueError(
             f"{where} has version {header.get('version')!r}, this fastq reads {VERSION}; "
-            "use the fastq that wrote it, or one that is newer"
+            "use the fastq that wrote it, or quantize the model again"
         )
     if header.pop("sha256", None) != digest(header, parts):
         raise ValueError(f"{where} was altered: its digest is not that of its content")
