@@ -468,9 +468,7 @@ class _Reader:
 
     def read_conv1d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x, weight, bias = a["input"], a["weight"], a.get("bias")
-        if not isinstance(weight, Tensor):
-            return None
-        if bias is not None and not isinstance(bias, Tensor):
+        if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None):
             return None
         if isinstance(a["padding"], str):
             total = _one(a["dilation"]) * (weight.shape[2] - 1)

@@ -15,12 +15,11 @@ block: a third of the time of a Numba call with arrays.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -78,8 +77,8 @@ class Table:
         self.shared = self.most > 1
         self.progress = np.zeros((len(rows), MOST_WORKERS + 2) if self.shared else (0, 0), np.int64)
         self.job = np.zeros(J_MAILBOXES + MOST_WORKERS, np.int64)
-        self.job[[J_ROWS, J_COUNT, J_PROGRESS]] = (
-            self.rows.ctypes.data, len(rows), self.progress.ctypes.data
+        self.job[[J_ROWS, J_COUNT, J_PROGRESS, J_GIVE_WAY]] = (
+            self.rows.ctypes.data, len(rows), self.progress.ctypes.data, give_way(),
         )  # fmt: skip
         first = (
             self.rows.ctypes.data, len(rows), self.patches.ctypes.data, len(patches),
@@ -134,12 +133,6 @@ def shared_kernel() -> Kernel:
     return kernel
 
 
-@functools.cache
-def _entry(kernel: Any) -> Any:
-    """A kernel as Python calls it, with its block alone; it releases the GIL."""
-    return ctypes.CFUNCTYPE(None, ctypes.c_char_p)(kernel().address)
-
-
 def set_num_threads(threads: int) -> None:
     """Sets how many threads a call may use, from 1 to Numba's maximum (NUMBA_NUM_THREADS).
 
@@ -192,15 +185,15 @@ def run(table: Table, *bases: int) -> None:
     if _recorded is not None:
         _recorded.append(Run(table, bases))
     if team.threads == 1 or not table.shared or table.nanoseconds < PARALLEL_NANOSECONDS:
-        _entry(serial_kernel)(table.pack(*bases))
+        serial_kernel().entry(table.pack(*bases))
         return
     workers: list[Worker] = []
     try:
         team.take(min(team.threads, table.most) - 1, workers)
         job = table.job
-        job[J_GIVE_WAY], job[J_WORKERS] = give_way(), len(workers)
+        job[J_WORKERS] = len(workers)
         for i, worker in enumerate(workers):
             job[J_MAILBOXES + i] = worker.address
-        _entry(shared_kernel)(table.pack(*bases))
+        shared_kernel().entry(table.pack(*bases))
     finally:
         team.give_back(workers)

@@ -12,6 +12,7 @@ place and renamed: no process sees half of it. The files lie where Numba's would
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import itertools
@@ -44,6 +45,12 @@ class Kernel:
     function: Callable[..., Any]
     address: int
     compiled: bool
+
+    @functools.cached_property
+    def entry(self) -> Any:
+        """As Python calls one that needs no begin and end: with its block as bytes, without the
+        GIL."""
+        return ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self.address)
 
 
 def native(function: Callable[..., Any]) -> Kernel:

@@ -155,6 +155,15 @@ def take_part(rows, count, progress, threads, me, give_way):  # type: ignore[no-
 
 
 @njit
+def _rest(keeps, give_way):  # type: ignore[no-untyped-def]
+    """Between two looks: the thread keeps the core, or another one may have it."""
+    if keeps:
+        _pause()
+    else:
+        call_at(give_way, 0, 0, 0)
+
+
+@njit
 def _run_job(job, me):  # type: ignore[no-untyped-def]
     fields = pointer(job, "s64")
     take_part(
@@ -180,10 +189,7 @@ def share(job):  # type: ignore[no-untyped-def]
             looks = 0
             while _read(fields[J_MAILBOXES + i]) == TAKEN:  # it is leaving
                 looks += 1
-                if looks < SPINS:
-                    _pause()
-                else:
-                    call_at(fields[J_GIVE_WAY], 0, 0, 0)
+                _rest(looks < SPINS, fields[J_GIVE_WAY])
 
 
 @functools.cache
@@ -203,10 +209,7 @@ def worker_kernel() -> Kernel:
                 _write(mailbox, IDLE)
                 looks = 0
             looks += 1
-            if looks < LOOKS:
-                _pause()
-            else:
-                call_at(give_way, 0, 0, 0)
+            _rest(looks < LOOKS, give_way)
 
     return kernel
 
@@ -219,12 +222,6 @@ def give_way() -> int:
     else:
         function = ctypes.CDLL(None).sched_yield
     return ctypes.cast(function, ctypes.c_void_p).value or 0
-
-
-@functools.cache
-def _serve() -> Any:
-    """The worker's kernel as Python calls it, with its block; it releases the GIL."""
-    return ctypes.CFUNCTYPE(None, ctypes.c_char_p)(worker_kernel().address)
 
 
 class Worker(threading.Thread):
@@ -243,7 +240,7 @@ class Worker(threading.Thread):
     def run(self) -> None:
         block = struct.pack("2q", self.address, give_way())
         while not self.leaves:
-            _serve()(block)
+            worker_kernel().entry(block)
             self.wake.acquire()
 
 
@@ -281,7 +278,7 @@ class Team:
 
     def hire(self, count: int, taken: list[Worker]) -> None:
         """Adds new workers, up to a thread for each core; none where no thread can be had."""
-        _serve()  # compiled before anyone waits for it
+        worker_kernel()  # compiled before anyone waits for it
         if not self.hiring.acquire(blocking=False):  # a signal's handler may be the second
             return
         try:
