@@ -68,16 +68,28 @@ def kernel_goals(rows: Iterable[Row]) -> list[Goal]:
 
 
 def call_goals(seconds: float) -> list[Goal]:
-    """What a call adds to its kernel: the time of a layer whose kernel is one product."""
+    """What a call adds to its kernels, of a layer that is one product; torch's own beside it."""
     import torch
 
     import fastq
+    from fastq.kernels import executor
 
-    layer = fastq.QLinear.from_float(torch.nn.Linear(1, 1).requires_grad_(False))
-    x = torch.ones(1, 1)
-    times = interleave({"call": lambda: layer(x)}, seconds)["call"]
-    call = 1e6 * statistics.median(times)
-    return [Goal("QLinear: what the call adds (time of a 1->1 layer)", call, 8, "us", True)]
+    linear, x = torch.nn.Linear(1, 1).requires_grad_(False), torch.ones(1, 1)
+    layer = fastq.QLinear.from_float(linear)
+    with executor.recording() as ran:
+        y = layer(x)
+    (run,) = ran  # reads x and writes y
+    runs = {
+        "call": lambda: layer(x),
+        "kernels": lambda: executor.run(run.table, *run.bases),
+        "torch": lambda: linear(x),
+    }
+    call, kernels, theirs = (
+        1e6 * statistics.median(times) for times in interleave(runs, seconds).values()
+    )
+    del y
+    what = f"QLinear 1->1: what its call of {call:.1f} us adds ({theirs:.1f} us: nn.Linear's)"
+    return [Goal(what, call - kernels, 8, "us", True)]
 
 
 _IMPORT = """

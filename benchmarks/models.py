@@ -28,7 +28,7 @@ import torch
 import fastq
 from benchmarks import networks
 from benchmarks.measure import interleave, machine, read_csv, use_threads, write_csv
-from benchmarks.model_peers import PEERS, Subject
+from benchmarks.model_peers import PEERS, Peer, Subject
 from fastq.kernels import isa, peak
 from fastq.layerwise import ratio
 from fastq.nn.network import Stage
@@ -37,6 +37,7 @@ from fastq.profiling import memory as memory_of
 
 IMAGES_SEED = 1000
 PLANS = 3  # of which the fastest counts
+SCORED = 16  # images, at least, whose outputs say how exact a peer is
 
 
 @dataclass
@@ -45,7 +46,8 @@ class ModelRow:
 
     check        of fastq: its program equals the reference, bit for bit, or how it does not; of
                  others why there is no time.
-    snr          decibels of the float32 output over what differs from it.
+    snr          decibels of the float32 outputs over what differs from them, of SCORED images:
+                 those of one image scatter by more than the peers differ.
     macs         multiply-adds of the whole batch.
     share        of the int8 peak of exact dot products, peak_gops.
     over_int8    the best int8 peer's median / median: above 1 is faster; over_float likewise.
@@ -104,9 +106,9 @@ def measure(subject: Subject, threads: int, seconds: float, pattern: str = "") -
         )  # fmt: skip
         rows.append(row)
         try:
+            row.snr = score(peer, subject, threads)
             run, answer = peer.build(subject, threads)
             got = answer(run())
-            row.snr = decibels(subject.expected[: subject.batch], got)
             if row.ours:
                 describe(row, subject)
                 check(subject, got)
@@ -135,6 +137,16 @@ def measure(subject: Subject, threads: int, seconds: float, pattern: str = "") -
             for kind in ("int8", "float")
         )  # fmt: skip
     return rows
+
+
+def score(peer: Peer, subject: Subject, threads: int) -> float:
+    """The signal-to-noise ratio of a peer's outputs, all images of the subject in one batch."""
+    batch, subject.batch = subject.batch, len(subject.images)
+    try:
+        run, answer = peer.build(subject, threads)
+        return decibels(subject.expected, answer(run()))
+    finally:
+        subject.batch = batch
 
 
 def decibels(want: Any, got: Any) -> float:
@@ -330,7 +342,7 @@ def _network(
     with_memory: bool,
 ) -> list[ModelRow]:
     network = networks.NETWORKS[name]
-    images = networks.images(network, max(batches), IMAGES_SEED)
+    images = networks.images(network, max(SCORED, *batches), IMAGES_SEED)
     subject = Subject(name, network, folder, images)
     rows: list[ModelRow] = []
     with use_threads(threads):

@@ -6,8 +6,9 @@ few batches of noise, so that values stay in the range that a trained network ha
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,15 +148,22 @@ def macs(model: nn.Module, x: Tensor) -> int:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
+    with (
+        torch.no_grad(),
+        plain_attention(),  # the counter does not know the fused one
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        model(x)
+    return counter.get_total_flops() // 2
+
+
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """nn.MultiheadAttention as the operators that it is made of."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know fused attention
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with (
-            torch.no_grad(),
-            sdpa_kernel(SDPBackend.MATH),
-            FlopCounterMode(display=False) as counter,
-        ):
-            model(x)
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    return counter.get_total_flops() // 2
