@@ -139,14 +139,17 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     "dilate": {"stride": PAIR, "padding": _each(SPAN, 2), "value": STEP},
 }  # fmt: skip
 OPERANDS = {"constant": 0, "matmul": 2, "add": 2, "mul": 2}  # 1 for all others
-TWO_OPERANDS_ARE_FINE = ("conv2d", "linear")
+ADDING = ("conv2d", "linear")  # take a second one where their epilogue adds it
+MASKED = "softmax"  # takes a second one, its mask, or not
 
 
 def check_arguments(step: Any) -> None:
     """ValueError unless a step has its operation's inputs and arguments, each of its kind."""
     count, wanted = len(step.inputs), OPERANDS.get(step.op, 1)
     epilogue = step.arguments.get("epilogue")
-    if step.op in TWO_OPERANDS_ARE_FINE and getattr(epilogue, "add_multiplier", None) is not None:
+    if step.op in ADDING and getattr(epilogue, "add_multiplier", None) is not None:
+        wanted = 2
+    if step.op == MASKED and count == 2:
         wanted = 2
     if count != wanted if step.op != "concat" else count == 0:
         raise ValueError(f"{step.name}: {step.op} of {count} inputs; wanted {wanted}")

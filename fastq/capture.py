@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fastq.graph import POINTWISE_NAMESPACE, Batch, Graph, Node, Ref, normalization
+from fastq.masks import LOWEST, is_mask, operand, operator_of
 from fastq.trace import quiet, twin
 
 _aten = torch.ops.aten
@@ -35,6 +36,7 @@ _SAME = frozenset([
     "dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach",
     "lift_fresh_copy", "identity",
 ])  # fmt: skip
+_TAKE_BOOL = ("scaled_dot_product_attention",)
 _GROWING = ("expand", "expand_as", "repeat", "tile", "broadcast_to")  # with the batch, perhaps
 
 
@@ -217,6 +219,13 @@ def _joined(name: str, one: Any, two: Any) -> Any:
     raise CannotCapture(f"{name}: {one} and {two} for two sizes of the input")
 
 
+def _is_low(value: Any) -> bool:
+    """Whether a number, or a tensor of one, is one that masks put in the place of scores."""
+    if isinstance(value, Tensor):
+        value = value.item() if value.numel() == 1 else 0.0
+    return isinstance(value, int | float) and value <= LOWEST
+
+
 def _has_batch(value: Any) -> bool:
     if isinstance(value, dict):
         value = list(value.values())
@@ -239,6 +248,8 @@ class _Reader:
         self.values: dict[fx.Node, Any] = {}
         self.nodes: list[Node] = []
         self.names: set[str] = set()
+        self.flags: set[Node] = set()  # whose values are bool
+        self.masks: dict[Any, Node] = {}  # what masks attention -> 1.0 and 0.0 instead
         self.place = {node: i for i, node in enumerate(program.graph.nodes)}
 
     def graph(self) -> Graph:
@@ -289,6 +300,8 @@ class _Reader:
                 new.kind = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
             value = node.meta.get("val")
             new.shape = tuple(map(int, value.shape)) if isinstance(value, Tensor) else ()
+            if isinstance(value, Tensor) and value.dtype is torch.bool:
+                self.flags.add(new)
         if parts.get("shape") is not None:
             new.shape = parts["shape"]
         self.nodes.append(new)
@@ -402,9 +415,8 @@ class _Reader:
         """The value of an operator that has a name here, or None."""
         values = [v.meta.get("val") for v in (node, *node.all_input_nodes)]
         leaves = [v for v in pytree.tree_leaves(values) if isinstance(v, Tensor)]
-        if not name.startswith("adaptive_max_pool") and any(
-            v.dtype != torch.float32 for v in leaves
-        ):
+        allowed = (torch.float32, *[torch.bool] * (name in _TAKE_BOOL))
+        if not name.startswith("adaptive_max_pool") and any(v.dtype not in allowed for v in leaves):
             return None
         x = a.get("self", a.get("input", a.get("query")))
         if name in _SAME and isinstance(x, Node) and _off(a):
@@ -655,7 +667,87 @@ class _Reader:
         x = a["self"]
         if not isinstance(x, Node) or not x.shape:
             return None
-        return self.add(node, "softmax", [x], attrs={"dim": a["dim"] % len(x.shape)})
+        dim, masks = a["dim"] % len(x.shape), []
+        while dim == len(x.shape) - 1 and (found := self.without_mask(node, x)) is not None:
+            x = found[0]
+            masks.append(found[1])
+        return self.softmax(node, node, x, dim, masks)
+
+    def softmax(
+        self, node: fx.Node, name: Any, x: Node, dim: int, masks: Sequence[Node]
+    ) -> Node:
+        """softmax(x) of what all masks take; each is 1.0 and 0.0, and broadcasts to x."""
+        taken = list(masks[:1])
+        for mask in masks[1:]:
+            shape = tuple(map(max, taken[0].shape, mask.shape))
+            taken = [self.add(f"{node.name}_mask", "aten", [*taken, mask], shape=shape, attrs={
+                "target": "aten.mul.Tensor", "args": (Ref(0), Ref(1)), "kwargs": {}})]  # fmt: skip
+        made = self.add(name, "softmax", [x, *taken], attrs={"dim": dim}, shape=x.shape)
+        made.layer, made.kind = self.where(node)
+        return made
+
+    def without_mask(self, node: fx.Node, x: Node) -> tuple[Node, Node] | None:
+        """(scores, mask) if x is scores of which a mask leaves some out."""
+        if x.op == "add" and x.attrs.get("alpha", 1) == 1:
+            for scores, added in (x.inputs, x.inputs[::-1]):
+                if scores.op == "constant" or scores.shape != x.shape:
+                    continue
+                constant = added.tensors["value"] if added.op == "constant" else None
+                if is_mask(added, self.flags):
+                    mask = self.mask(node, added if constant is None else constant, x.shape)
+                    return None if mask is None else (scores, mask)
+                if constant is not None and bool((constant <= LOWEST).any()):
+                    hidden = constant <= LOWEST  # a bias as well
+                    mask = self.mask(node, ~hidden, x.shape)
+                    if mask is None:
+                        return None
+                    bias = self.constant(f"{added.name}_bias", constant.masked_fill(hidden, 0.0))
+                    return self.add(f"{x.name}_bias", "add", [scores, bias], shape=x.shape), mask
+        if x.op == "aten" and operator_of(x) in ("masked_fill", "where"):
+            a, b, c = (operand(x, value) for value in x.attrs["args"])
+            if operator_of(x) == "masked_fill":
+                a, b, c = b, c, a
+            for scores, low, hides in ((c, b, True), (b, c, False)):  # where(a, b, c)
+                if isinstance(scores, Node) and scores.shape == x.shape and _is_low(low):
+                    mask = self.mask(node, a, x.shape, hides)
+                    return None if mask is None else (scores, mask)
+        return None
+
+    def mask(
+        self, node: fx.Node, value: Any, shape: tuple[int, ...], hides: bool = False
+    ) -> Node | None:
+        """A mask of scores of this shape as 1.0 and 0.0; `hides`: a bool one says what is left out.
+        None for what is no mask."""
+        rank, size = len(shape), tuple(value.shape)
+        size = (1,) * (rank - len(size)) + size
+        if len(size) != rank or size[-1] != shape[-1]:
+            return None
+        if any(m not in (1, n) for m, n in zip(size, shape, strict=True)):
+            return None
+        key = (value, rank, hides)
+        if key in self.masks:
+            return self.masks[key]
+        name = f"{value.name if isinstance(value, Node) else node.name}_mask"
+        if isinstance(value, Tensor):
+            if value.dtype is not torch.bool:
+                value = value > LOWEST
+            made = self.constant(name, (value ^ hides).float().reshape(size))
+        else:
+            targets: list[tuple[str, tuple[Any, ...]]] = [("aten.to.dtype", (torch.float32,))]
+            if value not in self.flags:
+                targets.insert(0, ("aten.gt.Scalar", (LOWEST,)))
+            if hides:
+                targets.insert(0, ("aten.logical_not.default", ()))
+            made = value
+            for target, args in targets:
+                made = self.add(name, "aten", [made], shape=tuple(value.shape), attrs={
+                    "target": target, "args": (Ref(0), *args), "kwargs": {}})  # fmt: skip
+            if made.shape != size:
+                groups = reshape_groups(made.shape, size)
+                made = self.add(f"{name}_{rank}", "reshape", [made], shape=size,
+                                attrs={"groups": groups})  # fmt: skip
+        self.masks[key] = made
+        return made
 
     def read_matmul(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x, y = a["self"], a.get("other", a.get("mat2"))
@@ -671,25 +763,37 @@ class _Reader:
 
     def read_scaled_dot_product_attention(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         q, k, v = a["query"], a["key"], a["value"]
-        if a.get("attn_mask") is not None or a.get("is_causal") or a.get("dropout_p"):
-            return None
         if not all(isinstance(n, Node) for n in (q, k, v)) or a.get("enable_gqa"):
             return None
-        if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
+        if a.get("dropout_p") or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
             return None
-        rank = len(k.shape)
+        rank, shape = len(k.shape), (*q.shape[:-1], k.shape[-2])
+        masks = []
+        if a.get("is_causal"):
+            masks = [self.causal(node, shape)]
+        elif (mask := a.get("attn_mask")) is not None:
+            flag = mask.dtype is torch.bool if isinstance(mask, Tensor) else mask in self.flags
+            found = self.mask(node, mask, shape) if flag or is_mask(mask, self.flags) else None
+            if found is None:
+                return None
+            masks = [found]
         dims = (*range(rank - 2), rank - 1, rank - 2)
         turned = self.add(f"{node.name}_key", "permute", [k], attrs={"dims": dims},
                           shape=tuple(k.shape[d] for d in dims))  # fmt: skip
         scale = a.get("scale") or q.shape[-1] ** -0.5
-        shape = (*q.shape[:-1], k.shape[-2])
         scores = self.add(f"{node.name}_scores", "matmul", [q, turned], shape=shape,
                           attrs={"factor": float(scale)})  # fmt: skip
-        weights = self.add(f"{node.name}_weights", "softmax", [scores], shape=shape,
-                           attrs={"dim": rank - 1})  # fmt: skip
-        for made in (scores, weights):
-            made.layer, made.kind = self.where(node)
+        scores.layer, scores.kind = self.where(node)
+        weights = self.softmax(node, f"{node.name}_weights", scores, rank - 1, masks)
         return self.add(node, "matmul", [weights, v])
+
+    def causal(self, node: fx.Node, shape: tuple[int, ...]) -> Node:
+        """A mask that leaves out the keys behind each query."""
+        size = (*(1 for _ in shape[:-2]), *shape[-2:])
+        made = self.add(f"{node.name}_ones", "aten", shape=size, attrs={
+            "target": "aten.ones.default", "args": (size,), "kwargs": {}})  # fmt: skip
+        return self.add(f"{node.name}_causal", "aten", [made], shape=size, attrs={
+            "target": "aten.tril.default", "args": (Ref(0), 0), "kwargs": {}})  # fmt: skip
 
     def where(self, node: fx.Node) -> tuple[str, str]:
         stack = list((node.meta.get("nn_module_stack") or {}).values())

@@ -293,6 +293,15 @@ def _grid(node: Node, x: Tensor) -> Tensor:
     return _affine(node, F.pad(x, node.attrs["pad"]))
 
 
+def _softmax(node: Node, x: Tensor, *masks: Tensor) -> Tensor:
+    """Of what the mask is not 0 for; all 0 where it is 0 for all."""
+    if not masks:
+        return torch.softmax(x, node.attrs["dim"])
+    (mask,) = masks
+    taken = x.masked_fill(mask == 0, torch.finfo(x.dtype).min)
+    return torch.softmax(taken, node.attrs["dim"]) * (mask != 0)
+
+
 def _prelu(node: Node, x: Tensor) -> Tensor:
     return F.prelu(x, node.tensors["weight"])
 
@@ -337,7 +346,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "add": lambda node, x, y: torch.add(x, y, alpha=node.attrs.get("alpha", 1)),
     "mul": lambda node, x, y: x * y,
     "matmul": lambda node, x, y: torch.matmul(x, y) * node.attrs.get("factor", 1.0),
-    "softmax": lambda node, x: torch.softmax(x, node.attrs["dim"]),
+    "softmax": _softmax,
     "layer_norm": lambda node, x: F.layer_norm(
         x, x.shape[-1:], node.tensors.get("weight"), node.tensors.get("bias"), node.attrs["eps"]
     ),

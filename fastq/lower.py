@@ -36,6 +36,7 @@ FIXED = {
     "softmax": QParams(np.array(1 / 255, np.float32)),
     "grid": QParams(np.array(1 / 256, np.float32)),
 }
+MASK = QParams(np.array(1.0, np.float32))  # of what softmax takes as its mask: 1.0 and 0.0
 
 
 def why_float(node: Node) -> str:
@@ -153,6 +154,8 @@ class Ranges:
             for node in region.nodes:
                 if node.op in FIXED:
                     self.fixed[node] = FIXED[node.op]
+                if node.op == "softmax":
+                    self.fixed |= dict.fromkeys(node.inputs[1:], MASK)
                 if node.op in MOVES:
                     for value in node.inputs:
                         if value.op != "softmax" or node.op != "concat":
@@ -542,9 +545,11 @@ class _Lowering:
         return self.emit("table", node.name, [name], self.axes[name], node, values=values)
 
     def lower_softmax(self, node: Node) -> str:
-        name = self.features_last(node.inputs[0], node, node.attrs["dim"])
-        return self.emit("softmax", node.name, [name], self.axes[name], node,
-                         scale=self.scale(node.inputs[0]))  # fmt: skip
+        x, *masks = node.inputs
+        name = self.features_last(x, node, node.attrs["dim"])
+        axes = self.axes[name]
+        names = [name, *(self.in_order(mask, axes, node) for mask in masks)]
+        return self.emit("softmax", node.name, names, axes, node, scale=self.scale(x))
 
     def lower_layer_norm(self, node: Node) -> str:
         (x,) = node.inputs

@@ -962,20 +962,48 @@ def upsample_bilinear2d(
 
 
 def softmax(
-    x: NDArray[np.uint8], scale: float, *, out: NDArray[np.uint8] | None = None
+    x: NDArray[np.uint8],
+    scale: float,
+    mask: NDArray[np.uint8] | NDArray[np.bool_] | None = None,
+    *,
+    out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
     """softmax of scale * x over the last axis; the result has scale 1 / 255 and zero_point 0.
 
-    x uint8, any shape (..., N), N > 0; its zero point cancels. scale finite, > 0, float32. The sum
-    of the exponentials is exact, see reference.softmax. Raises TypeError and ValueError for other
-    dtypes, shapes or values.
+    x      uint8, any shape (..., N), N > 0; its zero point cancels.
+    scale  finite, > 0, float32.
+    mask   uint8 or bool, its last axis N, the others broadcast to x's: where it is 0, x does not
+           take part and the result is 0; also all of a line, if its mask is 0 everywhere.
+
+    The sum of the exponentials is exact, see reference.softmax. Raises TypeError and ValueError for
+    other dtypes, shapes or values.
     """
     x = _lines("softmax", x)
     steps = check_scale("softmax: scale", scale)
     if steps.ndim:
         raise ValueError(f"softmax: scale {steps.shape}; wanted one number")
     result = _output("softmax", out, x.shape, _UINT8, x)
-    return _run(norms.softmax_row, [x, result], float(steps))
+    if mask is None:
+        return _run(norms.softmax_row, [x, result], float(steps))
+    seen = _mask(mask, x)
+    _output("softmax", result, x.shape, _UINT8, seen)
+    return _run(norms.masked_softmax_row, [x, seen, result], float(steps))
+
+
+def _mask(mask: Any, x: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A softmax's mask as uint8, of x's number of axes."""
+    if not isinstance(mask, np.ndarray) or mask.dtype not in (np.bool_, np.uint8):
+        given = f"{mask.dtype} array" if isinstance(mask, np.ndarray) else type(mask).__name__
+        raise TypeError(f"softmax: mask is a {given}; wanted a bool or uint8 array")
+    missing = x.ndim - mask.ndim
+    sizes = zip(mask.shape, x.shape[max(missing, 0) :], strict=False)
+    if missing < 0 or mask.shape[-1:] != x.shape[-1:] or any(m not in (1, n) for m, n in sizes):
+        raise ValueError(
+            f"softmax: mask {mask.shape} for x {x.shape}; wanted (..., {x.shape[-1]}), the other "
+            "axes as x's or 1"
+        )
+    same = mask.astype(np.uint8, copy=False).reshape((1,) * missing + mask.shape)
+    return _bytes("softmax: mask", same)
 
 
 def layer_norm(

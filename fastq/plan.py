@@ -709,8 +709,9 @@ class _Planner:
         table_row(self.call, x, out, step.arguments["values"])
 
     def row_softmax(self, i: int, step: Step) -> None:
-        x, out = self.input(i, step.inputs[0]), self.stored(step.name)
-        softmax_row(self.call, x, out, step.arguments["scale"])
+        x, *masks = (self.input(i, name) for name in step.inputs)
+        mask = masks[0] if masks else None
+        softmax_row(self.call, x, self.stored(step.name), step.arguments["scale"], mask=mask)
 
     def row_layer_norm(self, i: int, step: Step) -> None:
         x, out = self.input(i, step.inputs[0]), self.stored(step.name)

@@ -232,6 +232,10 @@ def _grid(module: Any, step: Step, x: Array) -> Array:
     return y.reshape(shape)  # type: ignore[no-any-return]
 
 
+def _softmax(module: Any, step: Step, x: Array, *mask: Array) -> Array:
+    return module.softmax(x, step.arguments["scale"], *mask)  # type: ignore[no-any-return]
+
+
 def _adaptive_pool(module: Any, step: Step, x: Array) -> Array:
     arguments = {**step.arguments, "output_size": _adaptive(step, x.shape)[1:3]}
     return getattr(module, step.op)(x, **arguments)  # type: ignore[no-any-return]
@@ -349,6 +353,13 @@ def _upsampled(step: Step, x: Shape) -> Shape:
     return (x[0], *sizes, x[3])
 
 
+def _masked(step: Step, x: Shape, *mask: Shape) -> Shape:
+    for m in mask:
+        if len(m) != len(x) or m[-1] != x[-1] or np.broadcast_shapes(x, m) != x:
+            raise ValueError(f"softmax: mask {m} of {x}; wanted the other axes as x's or 1")
+    return x
+
+
 def _matmul(step: Step, a: Shape, b: Shape) -> Shape:
     if min(len(a), len(b)) < 2:
         raise ValueError(f"matmul: {a} by {b}; wanted two axes or more")
@@ -434,7 +445,7 @@ OPERATIONS: dict[str, Operation] = {
     "mul": Operation(_plain, _broadcast),
     "affine": Operation(_plain, _same),
     "table": Operation(_plain, _same),
-    "softmax": Operation(_plain, _same),
+    "softmax": Operation(_softmax, _masked),
     "layer_norm": Operation(_plain, _same),
     "max_pool2d": Operation(_plain, _pooled),
     "avg_pool2d": Operation(_plain, _pooled),

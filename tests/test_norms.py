@@ -35,6 +35,32 @@ def test_softmax(kind: str, threads: int, rng: Any, shape: tuple[int, ...]) -> N
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_masked_softmax(kind: str, threads: int, rng: Any, shape: tuple[int, ...]) -> None:
+    """Every way to broadcast; all of some lines is masked."""
+    for axes in range(2 ** (len(shape) - 1)):
+        sizes = [1 if axes >> i & 1 else n for i, n in enumerate(shape[:-1])]
+        mask = rng.choice(np.uint8([0, 0, 1, 255]), (*sizes, shape[-1]))
+        mask.reshape(-1, shape[-1])[::3] = 0
+        for x in inputs(rng, shape):
+            want = reference.softmax(x, 0.1, mask)
+            assert_array_equal(ops.softmax(x, 0.1, mask), want)
+            assert_array_equal(ops.softmax(x, 0.1, mask != 0), want)
+            for in_place in (False, True):
+                check_row(kind, want, [x, mask], lambda call, x, m, out: norms.softmax_row(
+                    call, x, out, 0.1, mask=m), in_place)  # fmt: skip
+
+
+def test_a_mask_leaves_elements_out(rng: Any) -> None:
+    x, mask = u8(rng, 6, 40), rng.random((6, 40)) < 0.5
+    got = reference.softmax(x, 0.05, mask)
+    for line, taken, y in zip(x, mask, got, strict=True):
+        assert_array_equal(y[taken], reference.softmax(line[taken], 0.05))
+        assert not y[~taken].any()
+    assert_array_equal(reference.softmax(x, 0.05, np.ones(40, bool)), reference.softmax(x, 0.05))
+    assert not reference.softmax(x, 0.05, np.zeros(40, bool)).any()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_layer_norm(kind: str, threads: int, rng: Any, shape: tuple[int, ...]) -> None:
     multiplier = (rng.normal(size=shape[-1]) * 40).astype(np.float32)
     shift = (rng.normal(size=shape[-1]) * 30).astype(np.float32)
@@ -103,6 +129,12 @@ BAD_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
     "scalar": (lambda: ops.softmax(X[0, 0, None].reshape(()), 1.0), ValueError, "N > 0"),
     "scale": (lambda: ops.softmax(X, 0.0), ValueError, "finite values greater than 0"),
     "scales": (lambda: ops.softmax(X, [1.0, 2.0]), ValueError, "wanted one number"),
+    "mask's type": (lambda: ops.softmax(X, 1.0, [True] * 5), TypeError, "mask is a list"),
+    "mask's dtype": (lambda: ops.softmax(X, 1.0, X + 0.5), TypeError, "float64 array; wanted a bool"),
+    "mask's axis": (lambda: ops.softmax(X, 1.0, X[:, :1]), ValueError, r"wanted \(..., 5\)"),
+    "mask's rows": (lambda: ops.softmax(X, 1.0, X[:2]), ValueError, r"mask \(2, 5\) for x \(3, 5\)"),
+    "mask's axes": (lambda: ops.softmax(X, 1.0, X[None]), ValueError, r"mask \(1, 3, 5\)"),
+    "mask's memory": (lambda: ops.softmax(X + 1, 1.0, X, out=X), ValueError, "out overlaps"),
     "epsilon": (lambda: ops.layer_norm(X, 1.0, 0.0, 0.0), ValueError, "a finite number > 0"),
     "features": (lambda: ops.layer_norm(X, [1.0], 0.0, 1.0), ValueError, "one per channel"),
 }

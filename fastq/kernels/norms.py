@@ -1,6 +1,6 @@
 """softmax and layer norm over the last axis, in integers up to one float32 factor a line.
 
-    softmax      e = TABLE[peak - x], int32; total = sum(e), int64
+    softmax      e = TABLE[peak - x], int32, or 0 where MASK is 0; total = sum(e), int64
                  out = requantized(float32(e) * (255 / float32(total)))
     layer_norm   total = sum(x), squares = sum(x * x); d = N * x - total
                  r = float32(1 / sqrt(float64(N * squares - total**2) + EPSILON))
@@ -13,11 +13,12 @@ lines.py, each of them whole.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import float32, types
+from numba import float32, int32, int64, njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -30,6 +31,7 @@ from fastq.kernels.lines import (
     MAX_BOUNDED,
     OPERAND_FIELDS,
     ROWS,
+    broadcast,
     emit_loop,
     line_address,
     share_lines,
@@ -43,8 +45,9 @@ from fastq.kernels.simd import const, i32, i64, load, ptr, shuffle, vec
 from fastq.qparams import MAX_FEATURES, exp_table
 
 OUT, X = LINES_FIELDS, LINES_FIELDS + OPERAND_FIELDS
+MASK = X + OPERAND_FIELDS
 (TABLE, Y, Z, EPSILON, CLAMP, ZERO_POINT, FIELDS) = range(
-    X + OPERAND_FIELDS, X + OPERAND_FIELDS + 7
+    MASK + OPERAND_FIELDS, MASK + OPERAND_FIELDS + 7
 )
 LINE_BLOCK = 4 * 1024  # elements of a task, roughly
 CHUNK = 1024  # elements of a softmax whose exponentials are held
@@ -63,20 +66,30 @@ def _reduced(b: Any, value: Any, combine: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def _peak(typingctx: Any, kind: Any, x: Any, count: Any) -> Any:
-    """The largest of `count` values at x."""
+def _peak(typingctx: Any, kind: Any, masked: Any, x: Any, mask: Any, count: Any) -> Any:
+    """The largest of `count` values at x, or of those whose mask is not 0; or 0."""
     element = ELEMENT[kind.literal_value]
     item = i64(ITEM_BYTES[kind.literal_value])
 
     def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
-        x, count = b.inttoptr(values[1], ptr), values[2]
+        x, mask, count = b.inttoptr(values[2], ptr), b.inttoptr(values[3], ptr), values[4]
 
         def larger(a: Any, c: Any) -> Any:
             return b.select(b.icmp_unsigned(">", a, c), a, c)
 
         def step(width: int) -> Any:
             kind = vec(element, width)
-            return lambda i, held: [larger(held, load(b, kind, x, b.mul(i, item)))]
+
+            def body(i: Any, held: Any) -> list[Any]:
+                value = load(b, kind, x, b.mul(i, item))
+                if masked.literal_value:
+                    taken = b.icmp_unsigned(
+                        "!=", load(b, kind, mask, b.mul(i, item)), const(kind, 0)
+                    )
+                    value = b.select(taken, value, const(kind, 0))
+                return [larger(held, value)]
+
+            return body
 
         i, (held,) = emit_loop(b, i64(0), count, 32, [const(vec(element, 32), 0)], step(32))
         one = b.insert_element(
@@ -85,7 +98,16 @@ def _peak(typingctx: Any, kind: Any, x: Any, count: Any) -> Any:
         _, (held,) = emit_loop(b, i, count, 1, [one], step(1))
         return b.zext(b.extract_element(held, i32(0)), i64)
 
-    return types.int64(kind, types.int64, types.int64), codegen
+    return types.int64(kind, masked, types.int64, types.int64, types.int64), codegen
+
+
+@njit
+def _exponential(masked, table, q, mask, peak, n):  # type: ignore[no-untyped-def]
+    """table[peak - q[n]], or 0 where the mask is."""
+    if masked:
+        value = pointer(table + 4 * (peak - min(peak, int64(q[n]))), "s32")[0]
+        return value if mask[n] != 0 else int32(0)
+    return pointer(table + 4 * (peak - q[n]), "s32")[0]
 
 
 @intrinsic(prefer_literal=True)
@@ -133,9 +155,9 @@ def _inverse_root(typingctx: Any, spread: Any, epsilon: Any) -> Any:
 
 
 @functools.cache
-def softmax_kernel(kind: str) -> Any:
-    """kind "u8" or "s16", of x and out."""
-    config = (kind, sources_digest())
+def softmax_kernel(kind: str, masked: bool) -> Any:
+    """kind "u8" or "s16", of x, out and, if there is one, the mask."""
+    config = (kind, int(masked), sources_digest())
     item = ITEM_BYTES[kind]
     scaled = line_config("scale", (kind, "s32"), (item, 4))
 
@@ -155,21 +177,22 @@ def softmax_kernel(kind: str) -> Any:
             for line in range(row, last):
                 x = line_address(args, X, i, j, line)
                 out = line_address(args, OUT, i, j, line)
-                q = pointer(x, config[0])
-                table = args[TABLE] + 4 * _peak(config[0], x, count)
+                hidden = line_address(args, MASK, i, j, line)
+                q, mask, table = pointer(x, config[0]), pointer(hidden, config[0]), args[TABLE]
+                peak = _peak(config[0], config[1], x, hidden, count)
                 total = 0
                 for n in range(min(count, CHUNK)):
-                    value = pointer(table - 4 * q[n], "s32")[0]
+                    value = _exponential(config[1], table, q, mask, peak, n)
                     e[n] = value
                     total += value
                 for n in range(CHUNK, count):
-                    total += pointer(table - 4 * q[n], "s32")[0]
-                factors[2] = divide(255.0, float32(total))
+                    total += _exponential(config[1], table, q, mask, peak, n)
+                factors[2] = divide(255.0, float32(max(total, 1)))  # 0: all are masked
                 for first in range(0, count, CHUNK):
                     size = min(CHUNK, count - first)
                     if first:
                         for n in range(size):
-                            e[n] = pointer(table - 4 * q[first + n], "s32")[0]
+                            e[n] = _exponential(config[1], table, q, mask, peak, first + n)
                     to = out + first * item
                     pointwise_line(scaled, to, held, 0, 0, size, floats, ints, ints)
 
@@ -205,11 +228,20 @@ def layer_norm_kernel(kind: str, bounded: bool) -> Any:
     return kernel
 
 
-def softmax_row(call: Call, x: View, out: View, scale: float, label: str = "") -> None:
-    """Appends reference.softmax; out may be x."""
+def softmax_row(
+    call: Call, x: View, out: View, scale: float, label: str = "", *, mask: View | None = None
+) -> None:
+    """Appends reference.softmax; the mask, of x's kind, broadcasts to x. out may be x."""
     places: dict[int, Place] = {TABLE: exp_table(scale)}
-    _line_row(call, softmax_kernel(x.kind), x, out, places, (0, 0, 255), SOFTMAX_NANOSECONDS,
-              label or f"softmax_{x.kind}")  # fmt: skip
+    kernel = softmax_kernel(x.kind, mask is not None)
+    masks = [] if mask is None else [mask]
+    _line_row(call, kernel, x, out, places, (0, 0, 255), SOFTMAX_NANOSECONDS,
+              label or f"softmax_{x.kind}", masks)  # fmt: skip
+
+
+def masked_softmax_row(call: Call, x: View, mask: View, out: View, scale: float) -> None:
+    """`softmax_row`, with its views in the order of `ops`."""
+    softmax_row(call, x, out, scale, mask=mask)
 
 
 def layer_norm_row(
@@ -252,20 +284,21 @@ def _line_row(
     clamp: tuple[int, int, int],
     nanoseconds: float,
     label: str,
+    masks: Sequence[View] = (),
 ) -> None:
     """Appends a kernel that takes whole lines; clamp is (zero_point, qmin, qmax)."""
-    shape, (out_steps, x_steps) = collapse([out, x], 4, keep=1)
+    views = [out, x, *(broadcast(mask, x.shape) for mask in masks)]
+    shape, steps = collapse(views, 4, keep=1)
     size = int(np.prod(shape))
     if size == 0:
         return
     zero_point, qmin, qmax = clamp
     values = share_lines(shape)[1] | {COLUMNS: shape[3]}
     values[ROWS] = min(max(LINE_BLOCK // shape[3], 1), shape[2])
-    values |= {OUT + 1 + a: out_steps[a] for a in range(3)}
-    values |= {X + 1 + a: x_steps[a] for a in range(3)}
+    for operand, view, along in zip((OUT, X, MASK), views, steps, strict=False):
+        places[operand] = view.place
+        values |= {operand + 1 + axis: along[axis] for axis in range(3)}
     places |= {
-        OUT: out.place,
-        X: x.place,
         CLAMP: np.array([qmin - zero_point, qmax - zero_point], np.float32),
         ZERO_POINT: np.array([zero_point, 0, 0], np.int32),
     }

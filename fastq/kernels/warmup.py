@@ -141,7 +141,11 @@ FAMILIES = (
     Family("conv", windows.windows_kernel, _windows),
     Family("conv", layout.border_kernel, lambda tier: [(_activations(tier),)]),
     Family("conv", layout.copy_kernel, _copies),
-    Family("attention", norms.softmax_kernel, lambda tier: [(_activations(tier),)]),
+    Family(
+        "attention",
+        norms.softmax_kernel,
+        lambda tier: product((_activations(tier),), (False, True)),
+    ),
     Family(
         "attention",
         norms.layer_norm_kernel,
