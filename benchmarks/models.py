@@ -29,6 +29,7 @@ import fastq
 from benchmarks import networks
 from benchmarks.measure import interleave, machine, read_csv, use_threads, write_csv
 from benchmarks.model_peers import PEERS, Peer, Subject
+from fastq.graph import Sizes
 from fastq.kernels import isa, peak
 from fastq.layerwise import ratio
 from fastq.nn.network import Stage
@@ -163,9 +164,9 @@ def check(subject: Subject, got: Any) -> None:
     model = subject.quantized
     bound = model._bound()
 
-    def compute(stage: Stage, inputs: list[Any], batch: int) -> list[Any]:
+    def compute(stage: Stage, inputs: list[Any], sizes: Sizes) -> list[Any]:
         if stage.program < 0:
-            return [model.evaluate(stage, inputs, batch)]
+            return [model.evaluate(stage, inputs, sizes)]
         program = bound[stage.program]
         arrays = model.arrays(program, stage, inputs)
         results = program(*arrays)

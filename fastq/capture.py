@@ -2,15 +2,16 @@
 
 A capture is of one example and has its sizes in it. To know which of them belong to the network and
 which to the example, the network is captured again with another batch size and, for images and
-sequences, another extent: what is the same in both is the network's, a size that follows the
-batch becomes a `Batch`, and a graph that differs in anything else holds for that extent only.
+sequences, another extent: what is the same in both is the network's, a number that follows the
+example's sizes becomes a `Size`, and a graph that differs in anything else holds for that extent
+only. What is computed of parameters alone becomes a constant, where it is the same in both.
 """
 
 from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -19,8 +20,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fastq.graph import POINTWISE_NAMESPACE, Batch, Graph, Node, Ref, normalization
-from fastq.masks import LOWEST, is_mask, operand, operator_of
+from fastq.graph import (
+    POINTWISE_NAMESPACE,
+    Graph,
+    Node,
+    Ref,
+    Size,
+    Sizes,
+    normalization,
+    sizes_of,
+)
+from fastq.masks import LOWEST, is_low, is_mask, operand, operator_of
 from fastq.trace import quiet, twin
 
 _aten = torch.ops.aten
@@ -90,9 +100,12 @@ def capture(
                     if not how:
                         raise
                     continue
-                graph = _read(model, first)
                 try:
-                    _generalize(graph, _read(model, second))
+                    graph = _general(
+                        model,
+                        (first, _sizes(leaves, BATCHES[0], ())),
+                        (second, _sizes(leaves, BATCHES[1], how)),
+                    )
                 except CannotCapture:  # another network for each size: it holds for this one
                     if not how:
                         raise
@@ -110,22 +123,27 @@ def capture(
 
 
 # A size that is in one capture 8/5 of what it is in the other follows the batch: no image or
-# sequence that is longer by one of the numbers in `_stretches` is.
+# sequence that is longer or shorter by one of the numbers in `_stretches` is.
 BATCHES = (5, 8)
-Stretch = tuple[tuple[int, tuple[int, ...], int], ...]
+Stretch = tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
 
 
 def _stretches(leaves: Sequence[Any]) -> list[tuple[Stretch, ...]]:
-    """Ways to make examples larger: (number of axes, the axes that grow, by how much).
+    """Ways to change examples: (number of axes, the axes that grow, by how much). Each axis by
+    another number, so that it is known which one a size follows.
 
     By an odd number first: a network that pads to even sizes is another one then, and its graph
-    holds for one size only. Many networks take multiples of 32 alone, which comes second.
+    holds for one size only. Many networks take multiples of 32 alone, which comes second. Some
+    take no longer sequences than the example: shorter ones come last.
     """
     dims = {x.dim() for x in leaves if isinstance(x, Tensor)}
+    steps = [((65, 67), (7, 9, 11)), ((64, 96), (8, 12, 16))]
+    if dims & {2, 3}:
+        steps.append(((65, 67), (-7, -9, -11)))
     return [
         tuple(
             ((2, (1,), tokens), (3, (axis,), tokens), (4, (2, 3), pixels), (5, (2, 3, 4), tokens))
-            for pixels, tokens in ((65, 7), (64, 8))
+            for pixels, tokens in steps
         )
         for axis in ((2, 1) if 3 in dims else (2,))  # (B, C, L), then (B, L, C)
     ]
@@ -140,9 +158,16 @@ def _resized(x: Any, batch: int, stretch: Stretch) -> Any:
     for dim, axes, more in stretch:
         if dim != x.dim() or (dim == 2 and x.is_floating_point()):
             continue
-        for axis in axes:
-            x = torch.cat([x, x.narrow(axis, 0, 1).expand(*_grown(x.shape, axis, more))], axis)
+        for axis, count in zip(axes, more, strict=False):
+            if count < 0:
+                x = x.narrow(axis, 0, max(x.shape[axis] + count, 2))
+            else:
+                x = torch.cat([x, x.narrow(axis, 0, 1).expand(*_grown(x.shape, axis, count))], axis)
     return x.clone()
+
+
+def _sizes(leaves: Sequence[Any], batch: int, stretch: Stretch) -> Sizes:
+    return sizes_of([_resized(x, batch, stretch) for x in leaves])
 
 
 def _grown(shape: Sequence[int], axis: int, more: int) -> list[int]:
@@ -159,19 +184,53 @@ def _export(
         return torch.export.export(twin(model), example[0], example[1], strict=False)
 
 
-def _read(model: nn.Module, program: Any) -> Graph:
+Folded = dict[str, Tensor]  # operator's name -> its value, of parameters alone
+
+
+def _read(model: nn.Module, program: Any, live: Collection[str] = ()) -> tuple[Graph, Folded]:
+    """The graph, and what was folded in it: all but the operators in `live`."""
+    reader = _Reader(model, program, live)
     try:
-        return _Reader(model, program).graph()
+        return reader.graph(), reader.folded
     except _Aliased:  # a second pass of torch's turns changes of memory into new values
         with quiet(), torch.no_grad():
-            return _Reader(model, program.run_decompositions({})).graph()
+            reader = _Reader(model, program.run_decompositions({}), live)
+            return reader.graph(), reader.folded
 
 
-def _generalize(first: Graph, second: Graph) -> None:
-    """Turns what differs with the batch into Batch, in `first`.
+def _general(model: nn.Module, first: tuple[Any, Sizes], second: tuple[Any, Sizes]) -> Graph:
+    """The graph of two captures, each with the sizes of its example."""
+    (one, folded), (two, folded_too) = _read(model, first[0]), _read(model, second[0])
+    live = {
+        name
+        for name, value in folded.items()
+        if name in folded_too and not _equal(value, folded_too[name])
+    }
+    if live:  # as many positions as the sequence has tokens
+        (one, _), (two, _) = _read(model, first[0], live), _read(model, second[0], live)
+    _generalize(one, two, first[1], second[1])
+    return one
+
+
+def _generalize(first: Graph, second: Graph, sizes: Sizes, sizes_too: Sizes) -> None:
+    """Turns what differs with the sizes of the example into Size, in `first`.
 
     Raises CannotCapture for other differences.
     """
+
+    def joined(name: str, one: Any, two: Any) -> Any:
+        if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
+            return {key: joined(name, one[key], two[key]) for key in one}
+        if isinstance(one, list | tuple) and type(one) is type(two) and len(one) == len(two):
+            return type(one)(joined(name, a, b) for a, b in zip(one, two, strict=True))
+        if type(one) is type(two) and (one == two or one is two):
+            return one
+        if type(one) is int and type(two) is int:
+            size = _followed(one, two, sizes, sizes_too)
+            if size is not None:
+                return size
+        raise CannotCapture(f"{name}: {one} and {two} for two sizes of the input")
+
     if len(first.nodes) != len(second.nodes):
         raise CannotCapture("the graph depends on the size of the input")
     pairs = dict(zip(first.nodes, second.nodes, strict=True))
@@ -183,9 +242,13 @@ def _generalize(first: Graph, second: Graph) -> None:
             groups = (node.attrs["groups"] for node in (one, two))
             one.attrs["groups"] = _joined_groups(one.name, *groups)
         else:
-            one.attrs = _joined(one.name, one.attrs, two.attrs)
-            if one.op != "aten" and _has_batch(one.attrs):
-                raise CannotCapture(f"{one.name}: {one.op} depends on the batch size")
+            one.attrs = joined(one.name, one.attrs, two.attrs)
+            if one.op == "slice" and _has_size(one.attrs):  # as many as the example has
+                args = (Ref(0), *(one.attrs[key] for key in ("dim", "start", "end", "step")))
+                one.op = "aten"
+                one.attrs = {"target": "aten.slice.Tensor", "args": args, "kwargs": {}}
+            if one.op != "aten" and _has_size(one.attrs):
+                raise CannotCapture(f"{one.name}: {one.op} depends on the size of the input")
         for key, tensor in one.tensors.items():
             if not _equal(tensor, two.tensors[key]):
                 raise CannotCapture(f"{one.name}: {key} depends on the size of the input")
@@ -206,45 +269,41 @@ def _joined_groups(name: str, one: Any, two: Any) -> Any:
     return tuple(groups)
 
 
-def _joined(name: str, one: Any, two: Any) -> Any:
-    if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
-        return {key: _joined(name, one[key], two[key]) for key in one}
-    if isinstance(one, list | tuple) and type(one) is type(two) and len(one) == len(two):
-        return type(one)(_joined(name, a, b) for a, b in zip(one, two, strict=True))
-    if type(one) is type(two) and (one == two or one is two):
-        return one
-    small, large = BATCHES
-    if type(one) is int and type(two) is int and one * large == two * small and one % small == 0:
-        return Batch(one // small)
-    raise CannotCapture(f"{name}: {one} and {two} for two sizes of the input")
+def _followed(one: int, two: int, sizes: Sizes, sizes_too: Sizes) -> Size | None:
+    """What is `one` for an example of the first sizes and `two` for the second; or None."""
+    pairs = enumerate(zip(sizes, sizes_too, strict=True))
+    grown = [(axis, a, b) for axis, (a, b) in pairs if a != b]
+    for axis, a, b in grown:
+        if one * b == two * a and one % a == 0:
+            return Size(axis, one // a)
+    for axis, a, b in grown[1:]:  # but for the batch
+        factor, rest = divmod(two - one, b - a)
+        if rest == 0 and factor > 0:
+            return Size(axis, factor, one - factor * a)
+    return None
 
 
-def _is_low(value: Any) -> bool:
-    """Whether a number, or a tensor of one, is one that masks put in the place of scores."""
-    if isinstance(value, Tensor):
-        value = value.item() if value.numel() == 1 else 0.0
-    return isinstance(value, int | float) and value <= LOWEST
-
-
-def _has_batch(value: Any) -> bool:
+def _has_size(value: Any) -> bool:
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple):
-        return any(map(_has_batch, value))
-    return isinstance(value, Batch)
+        return any(map(_has_size, value))
+    return isinstance(value, Size)
 
 
 def _equal(one: Tensor, two: Tensor) -> bool:
-    if one is two or one.data_ptr() == two.data_ptr():
-        return True
-    return one.shape == two.shape and torch.equal(one.nan_to_num(), two.nan_to_num())
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    same = one.data_ptr() == two.data_ptr() and one.stride() == two.stride()
+    return same or torch.equal(one.nan_to_num(), two.nan_to_num())
 
 
 class _Reader:
     """One exported program into a Graph."""
 
-    def __init__(self, model: nn.Module, program: Any) -> None:
-        self.model, self.program = model, program
+    def __init__(self, model: nn.Module, program: Any, live: Collection[str] = ()) -> None:
+        self.model, self.program, self.live = model, program, live
+        self.folded: Folded = {}
         self.values: dict[fx.Node, Any] = {}
         self.nodes: list[Node] = []
         self.names: set[str] = set()
@@ -328,9 +387,13 @@ class _Reader:
         plain = name.rstrip("_") if in_place else name
         given = {key: self.look_up(value) for key, value in arguments.items()}
         leaves = pytree.tree_leaves(list(given.values()))
-        if not any(isinstance(v, Node) for v in leaves) and self.folds(target, leaves):
+        alone = not any(isinstance(v, Node) for v in leaves) and node.name not in self.live
+        if alone and self.folds(target, leaves):
             with torch.no_grad():
-                return target(*map(self.look_up, node.args), **self.look_up(dict(node.kwargs)))
+                value = target(*map(self.look_up, node.args), **self.look_up(dict(node.kwargs)))
+            if isinstance(value, Tensor):
+                self.folded[node.name] = value
+            return value
         result: Any = None
         if target.namespace in ("aten", POINTWISE_NAMESPACE) and node.meta.get("val") is not None:
             result = self.convert(node, plain, target, given)
@@ -673,9 +736,7 @@ class _Reader:
             masks.append(found[1])
         return self.softmax(node, node, x, dim, masks)
 
-    def softmax(
-        self, node: fx.Node, name: Any, x: Node, dim: int, masks: Sequence[Node]
-    ) -> Node:
+    def softmax(self, node: fx.Node, name: Any, x: Node, dim: int, masks: Sequence[Node]) -> Node:
         """softmax(x) of what all masks take; each is 1.0 and 0.0, and broadcasts to x."""
         taken = list(masks[:1])
         for mask in masks[1:]:
@@ -708,7 +769,7 @@ class _Reader:
             if operator_of(x) == "masked_fill":
                 a, b, c = b, c, a
             for scores, low, hides in ((c, b, True), (b, c, False)):  # where(a, b, c)
-                if isinstance(scores, Node) and scores.shape == x.shape and _is_low(low):
+                if isinstance(scores, Node) and scores.shape == x.shape and is_low(low, self.flags):
                     mask = self.mask(node, a, x.shape, hides)
                     return None if mask is None else (scores, mask)
         return None

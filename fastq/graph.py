@@ -27,10 +27,27 @@ class Ref:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """A size that is `factor` times the batch size: shape[0] of the network's first input."""
+class Size:
+    """A number that follows the example: `factor` times a size of it, and `more`.
 
-    factor: int
+    axis  of the network's first input that has it; 0 is the batch.
+    """
+
+    axis: int
+    factor: int = 1
+    more: int = 0
+
+
+Sizes = tuple[int, ...]  # of an example: of each axis, in the first input that has it
+
+
+def sizes_of(arguments: Iterable[Any]) -> Sizes:
+    """The sizes that `Size` counts from, of the leaves of a network's arguments."""
+    sizes: list[int] = []
+    for x in arguments:
+        if isinstance(x, Tensor):
+            sizes += x.shape[len(sizes) :]
+    return tuple(sizes) or (1,)
 
 
 @dataclass(eq=False)
@@ -116,7 +133,7 @@ class Graph:
         unclamped  unclamped(node, value) sees each operation's value before its clamp.
         """
         given = tensors_of(arguments)
-        batch = next((len(x) for x in given if x.dim()), 1)
+        sizes = sizes_of(given)
         last = {value: node for node in self.nodes for value in node.inputs}
         kept = self.output_nodes()
         values: Values = {}
@@ -126,7 +143,7 @@ class Graph:
             else:
                 own = (tensors or {}).get(node)
                 stand_in = node if own is None else replace(node, tensors=own)
-                value = evaluate(stand_in, [values[v] for v in node.inputs], batch, unclamped)
+                value = evaluate(stand_in, [values[v] for v in node.inputs], sizes, unclamped)
             if watch is not None:
                 changed = watch(node, value)
                 value = value if changed is None else changed
@@ -162,15 +179,18 @@ def pixels_together(x: Any) -> Any:
 def evaluate(
     node: Node,
     inputs: list[Any],
-    batch: int = 1,
+    sizes: Sizes = (1,),
     unclamped: Callable[[Node, Tensor], None] | None = None,
 ) -> Any:
-    """The value of a node, in float; unclamped(node, value) sees it before its clamp."""
+    """The value of a node, in float; unclamped(node, value) sees it before its clamp.
+
+    sizes  of the example that goes through the network.
+    """
     if node.op == "constant":
         return node.tensors["value"]
     if node.op == "aten":  # some, as view, ask for the order that the network's own values have
         plain = [x.contiguous() if isinstance(x, Tensor) else x for x in inputs]
-        fill = _filler(plain, node.tensors, batch)
+        fill = _filler(plain, node.tensors, sizes)
         return _target(node.attrs["target"])(
             *map(fill, node.attrs["args"]), **{k: fill(v) for k, v in node.attrs["kwargs"].items()}
         )
@@ -197,12 +217,14 @@ def normalization(eps: float, origin: Mapping[str, Tensor]) -> tuple[Tensor, Ten
     return factor, shift
 
 
-def _filler(inputs: list[Any], tensors: dict[str, Tensor], batch: int) -> Callable[[Any], Any]:
+def _filler(inputs: list[Any], tensors: dict[str, Tensor], sizes: Sizes) -> Callable[[Any], Any]:
     def fill(value: Any) -> Any:
         if isinstance(value, Ref):
             return inputs[value.index]
-        if isinstance(value, Batch):
-            return value.factor * batch
+        if isinstance(value, Size):
+            if value.axis >= len(sizes):
+                raise ValueError(f"a size that follows axis {value.axis} of inputs of {sizes}")
+            return value.factor * sizes[value.axis] + value.more
         if isinstance(value, str) and value.startswith("%"):
             return tensors[value[1:]]
         if isinstance(value, list | tuple):
@@ -243,7 +265,7 @@ def pointwise(calls: list[Any], x: Tensor) -> Tensor:
     """A chain of (target, args, kwargs): Ref(0) is x, Ref(i) the result of call i."""
     values = [x]
     for target, args, kwargs in calls:
-        fill = _filler(values, {}, 1)
+        fill = _filler(values, {}, (1,))
         values.append(_target(target)(*map(fill, args), **{k: fill(v) for k, v in kwargs.items()}))
     return values[-1]
 

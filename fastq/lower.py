@@ -109,10 +109,10 @@ def find_regions(
         for node in graph.nodes:
             if not reasons[node]:
                 members.setdefault(depth[node], []).append(node)
-        idle = [nodes for nodes in members.values() if not any(n.op in PRODUCTS for n in nodes)]
+        idle = [n for nodes in members.values() for n in _without_product(nodes)]
         if not idle:
             break
-        for node in (n for nodes in idle for n in nodes):
+        for node in idle:
             reasons[node] = "no product near it to share integers with"
     users, kept = graph.users(), graph.output_nodes()
     regions = []
@@ -123,6 +123,18 @@ def find_regions(
         outputs = [n for n in nodes if n in kept or any(u not in inside for u in users[n])]
         regions.append(Region(nodes, list(inputs), outputs))
     return regions, {node: reason for node, reason in reasons.items() if reason}
+
+
+def _without_product(nodes: Sequence[Node]) -> list[Node]:
+    """Those that no way through these nodes leads to a product."""
+    inside = set(nodes)
+    near = {node for node in nodes if node.op in PRODUCTS}
+    while True:
+        more = {v for node in near for v in node.inputs if v in inside}
+        more |= {node for node in nodes if any(v in near for v in node.inputs)}
+        if more <= near:
+            return [node for node in nodes if node not in near]
+        near |= more
 
 
 def _depths(graph: Graph, reasons: Mapping[Node, str]) -> dict[Node, int]:

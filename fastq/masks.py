@@ -84,6 +84,9 @@ def _possible(value: Any, flags: Collection[Node]) -> frozenset[float] | None:
         parts = args[1:] if name == "where" else args[::2]
         sets = [possible_values(v, flags) for v in parts]
         return None if None in sets else frozenset().union(*sets)  # type: ignore[arg-type]
+    if name in ("triu", "tril"):
+        found = possible_values(args[0], flags)
+        return None if found is None else found | {0.0}
     plain = all(v.numel() == 1 for v in value.tensors.values())
     return _combined(value, inputs) if name in _ELEMENTWISE and plain else None
 
@@ -106,3 +109,9 @@ def is_mask(value: Any, flags: Collection[Node]) -> bool:
     """Whether what is added to scores, a node or a tensor, does nothing but leave some out."""
     found = possible_values(value, flags)
     return found is not None and all(v == 0 or v <= LOWEST for v in found)
+
+
+def is_low(value: Any, flags: Collection[Node]) -> bool:
+    """Whether what is put in the place of scores leaves them out."""
+    found = possible_values(value, flags)
+    return found is not None and all(v <= LOWEST for v in found)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from fastq.batches import arguments_of
+from fastq.graph import Sizes
 from fastq.kernels import executor, isa, peak
 from fastq.kernels.assembly import kernel_at, name_of
 from fastq.kernels.call import address_of
@@ -202,9 +203,9 @@ def profile(model: QuantizedModel, x: Any, *, passes: int = 20) -> Profile:
     args, kwargs = arguments_of(x)
     steps: list[StepProfile] = []
 
-    def watch(stage: Stage, inputs: list[Any], bound: BoundProgram | None, batch: int) -> None:
+    def watch(stage: Stage, inputs: list[Any], bound: BoundProgram | None, sizes: Sizes) -> None:
         if bound is None:
-            steps.append(_float_step(model, stage, inputs, batch, passes))
+            steps.append(_float_step(model, stage, inputs, sizes, passes))
         else:
             steps.extend(_integer_steps(bound, inputs, passes))
 
@@ -226,7 +227,7 @@ def memory(model: QuantizedModel, x: Any) -> Memory:
     """The bytes that model(x) takes; x as in `profile`."""
     arenas = [0]
 
-    def watch(stage: Stage, inputs: list[Any], bound: BoundProgram | None, batch: int) -> None:
+    def watch(stage: Stage, inputs: list[Any], bound: BoundProgram | None, sizes: Sizes) -> None:
         if bound is not None:
             key, plan = bound.take(*inputs)
             arenas.append(plan.call.scratch_bytes)
@@ -242,7 +243,7 @@ def memory(model: QuantizedModel, x: Any) -> Memory:
     )
 
 
-Watch = Callable[[Stage, list[Any], BoundProgram | None, int], None]
+Watch = Callable[[Stage, list[Any], BoundProgram | None, Sizes], None]
 
 
 def _walk(model: QuantizedModel, x: Any, watch: Watch) -> int:
@@ -254,15 +255,15 @@ def _walk(model: QuantizedModel, x: Any, watch: Watch) -> int:
     bound = model._bound()
     values: dict[int, Any] = {}
 
-    def compute(stage: Stage, inputs: list[Any], batch: int) -> list[Any]:
+    def compute(stage: Stage, inputs: list[Any], sizes: Sizes) -> list[Any]:
         if stage.program < 0:
-            watch(stage, inputs, None, batch)
-            results = [model.evaluate(stage, inputs, batch)]
+            watch(stage, inputs, None, sizes)
+            results = [model.evaluate(stage, inputs, sizes)]
         else:
             program = bound[stage.program]
             arrays = model.arrays(program, stage, inputs)
             results = [torch.from_numpy(y) for y in program(*arrays)]
-            watch(stage, arrays, program, batch)
+            watch(stage, arrays, program, sizes)
         values.update((id(value), value) for value in (*inputs, *results))
         return results
 
@@ -276,9 +277,9 @@ def _tensor_bytes(values: Iterable[Any]) -> int:
 
 
 def _float_step(
-    model: QuantizedModel, stage: Stage, inputs: list[Any], batch: int, passes: int
+    model: QuantizedModel, stage: Stage, inputs: list[Any], sizes: Sizes, passes: int
 ) -> StepProfile:
-    (time,) = medians([lambda: model.evaluate(stage, inputs, batch)], passes)
+    (time,) = medians([lambda: model.evaluate(stage, inputs, sizes)], passes)
     return StepProfile(
         name=stage.outputs[0],
         layer=stage.layer,
@@ -286,7 +287,7 @@ def _float_step(
         kernels=(KernelTime("torch", time),),
         macs=0,
         read=_tensor_bytes(inputs),
-        written=_tensor_bytes([model.evaluate(stage, inputs, batch)]),
+        written=_tensor_bytes([model.evaluate(stage, inputs, sizes)]),
         why=stage.why,
     )
 

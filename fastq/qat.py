@@ -33,7 +33,7 @@ from fastq import ops
 from fastq.batches import Batches
 from fastq.capture import capture
 from fastq.fuse import fold, fuse
-from fastq.graph import Node, evaluate, normalization
+from fastq.graph import Node, Sizes, evaluate, normalization, sizes_of
 from fastq.lower import MOVES, Region, inputs_first, lowered, outputs_first, weight_of
 from fastq.network import Config, build, calibrate, call_of, choose, forward_names, summarize
 from fastq.nn.network import QuantizedModel, as_input, check_constant, leaves_of
@@ -203,8 +203,7 @@ class QATModel(nn.Module):
                 values[wanted] = leaf
             else:
                 check_constant(self, i, leaf, wanted)
-        batch = next((len(x) for x in leaves if isinstance(x, Tensor) and x.dim()), 1)
-        one = _Pass(self, values, batch)
+        one = _Pass(self, values, sizes_of(leaves))
         for node in captured.graph:
             if node.op != "input":
                 values[node] = one.value(node)
@@ -335,9 +334,9 @@ def _folded(node: Node, given: Mapping[str, Tensor], *affine: Tensor) -> dict[st
 class _Pass:
     """One forward: the integers of each value, and beside them what has the gradient."""
 
-    def __init__(self, model: QATModel, values: dict[Node, Any], batch: int) -> None:
+    def __init__(self, model: QATModel, values: dict[Node, Any], sizes: Sizes) -> None:
         self.model, self.prepared = model, model._prepared
-        self.values, self.batch = values, batch
+        self.values, self.sizes = values, sizes
         # for a gradient or for statistics; otherwise the integers are enough
         self.follows = torch.is_grad_enabled() or model.training
         self.given = model._tensors()
@@ -358,7 +357,7 @@ class _Pass:
         if run is None:
             stand_in = replace(node, tensors=self.tensors[node])
             with torch.autocast("cpu", enabled=False):  # as the integer network computes it
-                return evaluate(stand_in, [self.values[v] for v in node.inputs], self.batch)
+                return evaluate(stand_in, [self.values[v] for v in node.inputs], self.sizes)
         for v in node.inputs:
             if v not in run.values:  # it comes from without
                 run.take(v, self.values[v])
@@ -384,7 +383,7 @@ class _Pass:
                 tensors = self.renormalized(node, inputs[0])
             if node in self.prepared.chosen:
                 tensors = {**tensors, "weight": self.weight_on_grid(node, tensors["weight"])}
-        return evaluate(replace(node, tensors=tensors), inputs, self.batch)
+        return evaluate(replace(node, tensors=tensors), inputs, self.sizes)
 
     def renormalized(self, node: Node, x: Tensor) -> dict[str, Tensor]:
         """The deployed tensors with the gradient of this batch's mean and variance; these are

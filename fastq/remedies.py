@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from fastq.graph import Graph, Node, Values, evaluate, pixels_together, tensors_of
+from fastq.graph import Graph, Node, Values, evaluate, pixels_together, sizes_of, tensors_of
 from fastq.lower import FIXED, weight_of
 from fastq.prepare import WEIGHTED, Prepared, fake_quantize, grid_ends
 from fastq.processes import ALONE, Processes
@@ -409,7 +409,7 @@ def walk(
     last = {value: node for node in graph for value in node.inputs}
     reals: list[Values] = [{} for _ in batches] if floats else []
     grids: list[Values] = [{} for _ in batches]
-    sizes = [_size(arguments) for arguments in batches]
+    sizes = [sizes_of(arguments) for arguments in batches]
     for node in graph:
         if node.op == "input":
             place = graph.inputs.index(node)

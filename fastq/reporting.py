@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from fastq import ops
 from fastq.batches import Batches
-from fastq.graph import Graph, Node, evaluate
+from fastq.graph import Graph, Node, Sizes, evaluate
 from fastq.kernels import isa
 from fastq.layerwise import ratio
 from fastq.lower import MOVES, lowered, weight_of
@@ -453,9 +453,9 @@ class _Comparison:
         made: dict[str, _Made] = {}
         bound = self.quantized._bound()
 
-        def compute(stage: Stage, inputs: list[Any], batch: int) -> list[Any]:
+        def compute(stage: Stage, inputs: list[Any], sizes: Sizes) -> list[Any]:
             if stage.program < 0:
-                value = self.quantized.evaluate(stage, inputs, batch)
+                value = self.quantized.evaluate(stage, inputs, sizes)
                 if isinstance(value, Tensor):
                     made[stage.outputs[0]] = _Made(value.numpy(), tuple(range(value.dim())), None)
                 return [value]

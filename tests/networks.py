@@ -82,6 +82,16 @@ def sequences(features: int) -> Make:
     return lambda batch, size: (torch.randn(batch, size, features),)
 
 
+def padded(features: int) -> Make:
+    """Sequences of different lengths, and where they are padding."""
+
+    def make(batch: int, size: int) -> tuple[Tensor, ...]:
+        lengths = torch.randint(1, size + 1, (batch, 1))
+        return torch.randn(batch, size, features), torch.arange(size) >= lengths
+
+    return make
+
+
 def signals(channels: int) -> Make:
     return lambda batch, size: (torch.randn(batch, channels, size),)
 
@@ -248,6 +258,55 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
         weights = (q @ k.transpose(-2, -1) * (c // self.heads) ** -0.5).softmax(-1)
         return self.out((weights @ v).transpose(1, 2).reshape(b, n, c))
+
+
+class Masked(nn.Module):
+    """Attention whose scores `mask` changes, given what is padding and room for a buffer."""
+
+    def __init__(self, c: int, heads: int, mask: Callable[..., Tensor], most: int = 64) -> None:
+        super().__init__()
+        self.heads, self.mask = heads, mask
+        self.qkv, self.out = nn.Linear(c, 3 * c), nn.Linear(c, c)
+        self.register_buffer("lower", torch.ones(most, most).tril())
+        self.register_buffer("bias", torch.randn(heads, most, most))
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-2, -1) * (c // self.heads) ** -0.5
+        weights = self.mask(self, scores, padding[:, None, None]).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).reshape(b, n, c))
+
+
+def lower(net: Masked, scores: Tensor) -> Tensor:
+    n = scores.shape[-1]
+    return net.lower[:n, :n]  # type: ignore[index]
+
+
+# the ways in which networks leave keys out
+MASKS: dict[str, Callable[..., Tensor]] = {
+    "masked_fill": lambda net, s, padding: s.masked_fill(padding, -torch.inf),
+    "where": lambda net, s, padding: torch.where(padding, torch.finfo(s.dtype).min, s),
+    "where not": lambda net, s, padding: torch.where(~padding, s, torch.tensor(-1e9)),
+    "a buffer": lambda net, s, padding: s.masked_fill(lower(net, s) == 0, -torch.inf),
+    "added": lambda net, s, padding: s + padding.float() * -1e9,
+    "added, as in BERT": lambda net, s, padding: s + (1.0 - (~padding).to(s.dtype)) * -10000.0,
+    "added zeros": lambda net, s, padding: (
+        s + torch.zeros_like(padding, dtype=s.dtype).masked_fill(padding, -torch.inf)
+    ),
+    "both": lambda net, s, padding: s.masked_fill(lower(net, s) == 0, -torch.inf).masked_fill(
+        padding, -torch.inf
+    ),
+    "a sum of masks": lambda net, s, padding: s + (lower(net, s) - 1) * 1e9 + padding * -1e9,
+    "a bias, and a mask": lambda net, s, padding: (
+        s + net.bias[:, : s.shape[-1], : s.shape[-1]]
+    ).masked_fill(padding, -torch.inf),
+}
+
+
+def attention_of(net: Call, x: Tensor, **mask: object) -> Tensor:
+    q, k, v = net.a(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)  # type: ignore[operator]
+    return F.scaled_dot_product_attention(q, k, v, **mask)  # type: ignore[arg-type]
 
 
 class Tokens(nn.Module):
@@ -744,6 +803,48 @@ CASES: dict[str, Case] = {
             a=lambda: nn.Linear(8, 24),
         ),
         sequences(8),
+    ),
+    "causal": Case(
+        call(lambda net, x: attention_of(net, x, is_causal=True), a=lambda: nn.Linear(8, 24)),
+        sequences(8),
+    ),
+    "bool mask": Case(
+        call(
+            lambda net, x, padding: attention_of(net, x, attn_mask=~padding[:, None, None]),
+            a=lambda: nn.Linear(8, 24),
+        ),
+        padded(8),
+    ),
+    "constant mask": Case(
+        call(
+            lambda net, x: attention_of(
+                net, x, attn_mask=nn.Transformer.generate_square_subsequent_mask(13)
+            ),
+            a=lambda: nn.Linear(8, 24),
+        ),
+        sequences(8),
+        extents=(13,),
+    ),
+    "nn.MultiheadAttention, masked": Case(
+        call(
+            lambda net, x, padding: net.a(x, x, x, padding, need_weights=False)[0],
+            a=lambda: nn.MultiheadAttention(8, 2, batch_first=True),
+        ),
+        padded(8),
+        extents=(13,),
+    ),
+    **{
+        f"mask: {name}": Case(lambda mask=mask: Masked(8, 2, mask), padded(8))
+        for name, mask in MASKS.items()
+    },
+    "positions": Case(
+        call(
+            lambda net, x: net.b(F.relu(net.a(x + net.p.weight[: x.shape[1]]))),
+            p=lambda: nn.Embedding(40, 6),
+            a=lambda: nn.Linear(6, 7),
+            b=lambda: nn.Linear(7, 4),
+        ),
+        sequences(6),
     ),
     "transformer layer": Case(
         lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), sequences(8), extents=(13,)

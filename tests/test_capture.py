@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from fastq.capture import CannotCapture, Captured, capture
-from fastq.graph import Batch, Node, evaluate
+from fastq.graph import Node, Size, evaluate, sizes_of
 
 
 def run(captured: Captured, *args: Any, **kwargs: Any) -> Any:
@@ -27,12 +27,12 @@ def run(captured: Captured, *args: Any, **kwargs: Any) -> Any:
             values[wanted] = leaf
         else:
             assert wanted == leaf
-    batch = next(len(x) for x in leaves if isinstance(x, Tensor) and x.dim())
+    sizes = sizes_of(leaves)
     for node in captured.graph:
         if node.op == "constant":
             values[node] = node.tensors["value"]
         elif node not in values:
-            values[node] = evaluate(node, [values[v] for v in node.inputs], batch)
+            values[node] = evaluate(node, [values[v] for v in node.inputs], sizes)
     outputs = [values[v] if isinstance(v, Node) else v for v in captured.graph.outputs]
     return pytree.tree_unflatten(outputs, captured.out_spec)
 
@@ -100,7 +100,6 @@ EXTENTS: dict[str, Callable[[Call, Tensor], Any]] = {
     "a size in the values": lambda net, x: net.a(x) / x.shape[2],
     "a branch": lambda net, x: net.a(x) if x.shape[2] < 50 else F.relu(net.a(x)),
     "a loop": lambda net, x: sum(net.a(x)[:, :, i] for i in range(x.shape[2])),
-    "positions": lambda net, x: net.a(x) + torch.arange(x.shape[3]),
     "rows of features": lambda net, x: F.linear(net.a(x).flatten(1), torch.ones(2, 4 * 8 * 7)),
 }
 
@@ -110,6 +109,30 @@ def test_a_graph_that_depends_on_the_extent_holds_for_it(name: str) -> None:
     assert not check(call(EXTENTS[name], **A)(), image()).any_extent
 
 
+FOLLOWING: dict[str, Callable[[Call, Tensor], Any]] = {
+    "positions": lambda net, x: net.a(x) + torch.arange(x.shape[3]),
+    "rows": lambda net, x: net.a(x) * torch.arange(x.shape[2])[:, None],
+    "one more": lambda net, x: (
+        net.a(x),
+        torch.ones(x.shape[2] + 1),
+        torch.ones(2 * x.shape[3] - 1),
+    ),
+    "a part": lambda net, x: net.a(x) + torch.linspace(0, 1, 99)[: x.shape[3]],
+    "a part of a parameter": lambda net, x: net.a(x) + net.a.weight.flatten()[: x.shape[2], None],
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWING)
+def test_numbers_that_follow_the_extent(name: str) -> None:
+    model = call(FOLLOWING[name], **A)()
+    captured = check(model, image())
+    assert captured.any_extent
+    for size in ((8, 8), (11, 20), (21, 12)):
+        larger = torch.randn(3, 3, *size)
+        with torch.no_grad():
+            same(model(larger), run(captured, larger))
+
+
 def test_sizes_that_follow_the_batch() -> None:
     def forward(net: Call, x: Tensor) -> Any:
         y = net.a(x)
@@ -117,7 +140,7 @@ def test_sizes_that_follow_the_batch() -> None:
 
     captured = check(call(forward, **A)(), image())
     held = [v for node in captured.graph for v in pytree.tree_leaves(node.attrs)]
-    assert Batch(1) in held
+    assert Size(0) in held
 
 
 def test_a_parameter_for_each_of_the_batch() -> None:

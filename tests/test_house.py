@@ -34,6 +34,7 @@ ORDER = [
     "graph",
     "custom",
     "nn",
+    "masks",
     "capture",
     "fuse",
     "lower",

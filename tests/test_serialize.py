@@ -273,7 +273,7 @@ HOSTILE_HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "deep within": (lambda h: '{"x":' + "[" * 980 + "]" * 980 + "}", "not JSON|another format"),
     "a list": (lambda h: "[]", "another format"),
     "format": (lambda h: h.update(format="other"), "another format"),
-    "newer": (lambda h: h.update(version=3), "version 3, this fastq reads 2"),
+    "newer": (lambda h: h.update(version=4), "version 4, this fastq reads 3"),
     "no version": (lambda h: [h.pop("version")], "version None"),
     "version text": (lambda h: h.update(version="1"), "version '1'"),
     "no layers": (lambda h: h.pop("layers"), "layers is None, wanted dict"),
@@ -451,7 +451,7 @@ def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 ODD: list[Any] = [
     None, True, -1, 0, 1, 2**31, 2**62, 2**70, 0.5, -1.5, 1e300, float("nan"), "", "x", "q0", [],
     [1], [[1, 1], [1, 1]], {}, {"array": "x"}, {"float": "inf"}, {"dict": {}}, {"Requant": {}},
-    {"ref": 9}, {"batch": 2**62},
+    {"ref": 9}, {"size": [0, 2**62, 0]}, {"size": [9, 1, 0]}, {"size": [0]},
 ]  # fmt: skip
 
 

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastq.encode import decode_program, encode_program
-from fastq.graph import OPERATIONS, Batch, Node, Ref, check_target, evaluate
+from fastq.graph import (
+    OPERATIONS,
+    Node,
+    Ref,
+    Size,
+    Sizes,
+    check_target,
+    evaluate,
+    sizes_of,
+)
 from fastq.nn.layer import accept, as_array, stay
 from fastq.plan import BoundProgram
 from fastq.program import Program
@@ -130,9 +139,9 @@ class QuantizedModel(nn.Module):
         """What the float network returned for these arguments, in int8's precision."""
         bound = self._bound()
 
-        def compute(stage: Stage, inputs: list[Any], batch: int) -> list[Any]:
+        def compute(stage: Stage, inputs: list[Any], sizes: Sizes) -> list[Any]:
             if stage.program < 0:
-                return [self.evaluate(stage, inputs, batch)]
+                return [self.evaluate(stage, inputs, sizes)]
             program = bound[stage.program]
             return [torch.from_numpy(y) for y in program(*self.arrays(program, stage, inputs))]
 
@@ -140,11 +149,11 @@ class QuantizedModel(nn.Module):
 
     def walk(
         self,
-        compute: Callable[[Stage, list[Any], int], list[Any]],
+        compute: Callable[[Stage, list[Any], Sizes], list[Any]],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        """The result for these arguments; compute(stage, inputs, batch) gives a stage's values."""
+        """The result for these arguments; compute(stage, inputs, sizes) gives a stage's values."""
         layout = self.layout
         leaves: Sequence[Any] = args
         plain = self._single and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
@@ -158,9 +167,9 @@ class QuantizedModel(nn.Module):
                 values[name] = leaf
             else:
                 check_constant(self, i, leaf, layout.constants[str(i)])
-        batch = next((len(x) for x in leaves if isinstance(x, Tensor) and x.dim()), 1)
+        sizes = sizes_of(leaves)
         for stage in layout.stages:
-            results = compute(stage, [values[name] for name in stage.inputs], batch)
+            results = compute(stage, [values[name] for name in stage.inputs], sizes)
             values.update(zip(stage.outputs, results, strict=True))
         outputs = [values[out] if isinstance(out, str) else out[1] for out in layout.outputs]
         return outputs[0] if self._single else pytree.tree_unflatten(outputs, self.out_spec)
@@ -172,14 +181,14 @@ class QuantizedModel(nn.Module):
             for name, x, extent in zip(stage.inputs, inputs, bound.program.extents, strict=True)
         ]
 
-    def evaluate(self, stage: Stage, inputs: list[Any], batch: int) -> Any:
+    def evaluate(self, stage: Stage, inputs: list[Any], sizes: Sizes) -> Any:
         """The value of a float operator."""
         name = stage.outputs[0]
         module = self._modules.get(name)
         tensors: dict[str, Tensor] = {} if module is None else dict(module._buffers)  # type: ignore[arg-type]
         node = Node(name, stage.op, attrs=dict(stage.attrs), tensors=tensors)
         try:
-            return evaluate(node, inputs, batch)
+            return evaluate(node, inputs, sizes)
         except RuntimeError as error:
             error.add_note(
                 f"in the float operator {name}; other sizes than the calibration data's can be "
@@ -425,8 +434,8 @@ def encode_value(value: Any) -> Any:
         return {"dict": {str(k): encode_value(v) for k, v in value.items()}}
     if isinstance(value, Ref):
         return {"ref": value.index}
-    if isinstance(value, Batch):
-        return {"batch": value.factor}
+    if isinstance(value, Size):
+        return {"size": [value.axis, value.factor, value.more]}
     for kind, names in NAMED.items():
         for name, known in names.items():
             if type(value) is type(known) and value == known:
@@ -451,8 +460,8 @@ def decode_value(given: Any) -> Any:
             return {k: decode_value(v) for k, v in content.items()}
         case "ref" if type(content) is int and content >= 0:
             return Ref(content)
-        case "batch" if type(content) is int:
-            return Batch(content)
+        case "size" if all(type(n) is int for n in content) and content[0] >= 0:
+            return Size(*content)
         case _ if content in NAMED.get(kind, {}):
             return NAMED[kind][content]
     raise ValueError(f"{given!r:.80} is no value of an operator")
