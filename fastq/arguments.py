@@ -120,7 +120,7 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     "mul": {"multiplier": MULTIPLIER, **TWO},
     "affine": {"multiplier": VECTOR, "shift": VECTOR, "x_zero_point": STEP, **REQUANTIZED},
     "table": {"values": _array(np.uint8, 1, 2)},
-    "softmax": {"scale": SCALE},
+    "softmax": {"scale": SCALE, "uniform": FLAG},
     "layer_norm": {"multiplier": VECTOR, "shift": VECTOR, "epsilon": EPSILON, **REQUANTIZED},
     "max_pool2d": {**POOL, "dilation": PAIR},
     "avg_pool2d": {**POOL, "count_include_pad": FLAG,

@@ -13,7 +13,7 @@ import copy
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from fastq.graph import (
     normalization,
     sizes_of,
 )
-from fastq.masks import LOWEST, is_low, is_mask, operand, operator_of
+from fastq.masks import LOWEST, is_low, is_mask, operand, operator_of, possible_values
 from fastq.trace import quiet, twin
 
 _aten = torch.ops.aten
@@ -91,29 +91,33 @@ def capture(
     kwargs = dict(kwargs or {})
     leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
     try:
-        first = _export(model, leaves, spec, BATCHES[0], ())
-        for ways in (*_stretches(leaves), ((),)):
-            for how in ways:
+        exported = {(): _export(model, leaves, spec, BATCHES[0], ())}
+        for ways in (*_stretches(leaves), (SAME,)):
+            for way in ways:
+                before, after = way
                 try:
-                    second = _export(model, leaves, spec, BATCHES[1], how)
+                    if before not in exported:
+                        exported[before] = _export(model, leaves, spec, BATCHES[0], before)
+                    second = _export(model, leaves, spec, BATCHES[1], after)
                 except Exception:  # it does not take this size
-                    if not how:
+                    if way == SAME:
                         raise
                     continue
+                first = exported[before]
                 try:
                     graph = _general(
                         model,
-                        (first, _sizes(leaves, BATCHES[0], ())),
-                        (second, _sizes(leaves, BATCHES[1], how)),
+                        (first, _sizes(leaves, BATCHES[0], before)),
+                        (second, _sizes(leaves, BATCHES[1], after)),
                     )
                 except CannotCapture:  # another network for each size: it holds for this one
-                    if not how:
+                    if way == SAME:
                         raise
                     break
                 graph.remove_unused()
                 nodes = iter(graph.inputs)
                 arguments = tuple(next(nodes) if isinstance(x, Tensor) else x for x in leaves)
-                return Captured(graph, arguments, spec, first.call_spec.out_spec, bool(how))
+                return Captured(graph, arguments, spec, first.call_spec.out_spec, way != SAME)
     except CannotCapture:
         raise
     except Exception as error:  # torch.export raises whatever its innards or the model raised
@@ -125,28 +129,33 @@ def capture(
 # A size that is in one capture 8/5 of what it is in the other follows the batch: no image or
 # sequence that is longer or shorter by one of the numbers in `_stretches` is.
 BATCHES = (5, 8)
+# (number of axes, the axes that grow, by how much)
 Stretch = tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
+SAME: tuple[Stretch, Stretch] = ((), ())  # only the batch differs
 
 
-def _stretches(leaves: Sequence[Any]) -> list[tuple[Stretch, ...]]:
-    """Ways to change examples: (number of axes, the axes that grow, by how much). Each axis by
-    another number, so that it is known which one a size follows.
+def _stretches(leaves: Sequence[Any]) -> list[list[tuple[Stretch, Stretch]]]:
+    """Ways to change the examples of both captures. Each axis grows by another number, so that it
+    is known which one a size follows.
 
     By an odd number first: a network that pads to even sizes is another one then, and its graph
     holds for one size only. Many networks take multiples of 32 alone, which comes second. Some
     take no longer sequences than the example: shorter ones come last.
     """
     dims = {x.dim() for x in leaves if isinstance(x, Tensor)}
-    steps = [((65, 67), (7, 9, 11)), ((64, 96), (8, 12, 16))]
-    if dims & {2, 3}:
-        steps.append(((65, 67), (-7, -9, -11)))
-    return [
-        tuple(
-            ((2, (1,), tokens), (3, (axis,), tokens), (4, (2, 3), pixels), (5, (2, 3, 4), tokens))
-            for pixels, tokens in steps
-        )
-        for axis in ((2, 1) if 3 in dims else (2,))  # (B, C, L), then (B, L, C)
-    ]
+
+    def stretch(axis: int, pixels: tuple[int, ...], tokens: tuple[int, ...]) -> Stretch:
+        return ((2, (1,), tokens), (3, (axis,), tokens), (4, (2, 3), pixels),
+                (5, (2, 3, 4), tokens))  # fmt: skip
+
+    ways = []
+    for axis in (2, 1) if 3 in dims else (2,):  # (B, C, L), then (B, L, C)
+        longer = stretch(axis, (65, 67), (7, 9, 11)), stretch(axis, (64, 96), (8, 12, 16))
+        ways.append([((), one) for one in longer])
+        if dims & {2, 3}:
+            shorter = stretch(axis, (1, 2), (-1, -2, -3)), stretch(axis, (65, 67), (-8, -10, -12))
+            ways[-1].append(shorter)
+    return ways
 
 
 def _resized(x: Any, batch: int, stretch: Stretch) -> Any:
@@ -599,7 +608,24 @@ class _Reader:
         if bias is not None and not isinstance(bias, Tensor):
             return None
         tensors = {"weight": weight, **({} if bias is None else {"bias": bias})}
-        return self.add(node, "linear", [x], tensors=tensors)
+        return self.linear(node, x, tensors)
+
+    def linear(self, node: fx.Node, x: Node, tensors: dict[str, Tensor]) -> Node:
+        """A linear layer of features; of rows that were joined before, as what they were."""
+        rows = x.attrs["groups"] if x.op == "reshape" else ()
+        if len(rows) != 2 or len(rows[0][0]) < 2 or rows[0][1] != (None,):
+            return self.add(node, "linear", [x], tensors=tensors)
+        (source,), (leading, _) = x.inputs, rows[0]
+        shape = (*(source.shape[axis] for axis in leading), x.shape[1])
+        if source.shape != shape:  # the features were joined as well
+            groups = (*map(_axis, leading), rows[1])
+            source = self.add(f"{x.name}_features", "reshape", [source], shape=shape,
+                              attrs={"groups": groups})  # fmt: skip
+        shape = (*shape[:-1], len(tensors["weight"]))
+        made = self.add(node, "linear", [source], tensors=tensors, shape=shape)
+        groups = ((leading, (None,)), _axis(len(leading)))
+        return self.add(f"{node.name}_rows", "reshape", [made], attrs={"groups": groups},
+                        shape=(prod(shape[:-1]), shape[-1]))  # fmt: skip
 
     def read_addmm(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         bias, x, weight = a["self"], a["mat1"], a["mat2"]
@@ -607,7 +633,7 @@ class _Reader:
             return None
         if not isinstance(weight, Tensor) or not isinstance(bias, Tensor) or bias.dim() != 1:
             return None
-        return self.add(node, "linear", [x], tensors={"weight": weight.t(), "bias": bias})
+        return self.linear(node, x, {"weight": weight.t(), "bias": bias})
 
     def read_batch_norm(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x, mean, variance = a["input"], a["running_mean"], a["running_var"]
@@ -730,25 +756,30 @@ class _Reader:
         x = a["self"]
         if not isinstance(x, Node) or not x.shape:
             return None
-        dim, masks = a["dim"] % len(x.shape), []
+        dim, masks, uniform = a["dim"] % len(x.shape), [], True
         while dim == len(x.shape) - 1 and (found := self.without_mask(node, x)) is not None:
             x = found[0]
             masks.append(found[1])
-        return self.softmax(node, node, x, dim, masks)
+            uniform &= found[2]
+        return self.softmax(node, node, x, dim, masks, uniform)
 
-    def softmax(self, node: fx.Node, name: Any, x: Node, dim: int, masks: Sequence[Node]) -> Node:
-        """softmax(x) of what all masks take; each is 1.0 and 0.0, and broadcasts to x."""
+    def softmax(
+        self, node: fx.Node, name: Any, x: Node, dim: int, masks: Sequence[Node], uniform: bool
+    ) -> Node:
+        """softmax(x) of what all masks take; each is 1.0 and 0.0, and broadcasts to x. Where they
+        take nothing all weights are the same, or 0."""
         taken = list(masks[:1])
         for mask in masks[1:]:
             shape = tuple(map(max, taken[0].shape, mask.shape))
             taken = [self.add(f"{node.name}_mask", "aten", [*taken, mask], shape=shape, attrs={
                 "target": "aten.mul.Tensor", "args": (Ref(0), Ref(1)), "kwargs": {}})]  # fmt: skip
-        made = self.add(name, "softmax", [x, *taken], attrs={"dim": dim}, shape=x.shape)
+        attrs = {"dim": dim, "uniform": bool(taken) and uniform}
+        made = self.add(name, "softmax", [x, *taken], attrs=attrs, shape=x.shape)
         made.layer, made.kind = self.where(node)
         return made
 
-    def without_mask(self, node: fx.Node, x: Node) -> tuple[Node, Node] | None:
-        """(scores, mask) if x is scores of which a mask leaves some out."""
+    def without_mask(self, node: fx.Node, x: Node) -> tuple[Node, Node, bool] | None:
+        """(scores, mask, whether what it leaves out is finite) if x is scores and a mask."""
         if x.op == "add" and x.attrs.get("alpha", 1) == 1:
             for scores, added in (x.inputs, x.inputs[::-1]):
                 if scores.op == "constant" or scores.shape != x.shape:
@@ -756,14 +787,15 @@ class _Reader:
                 constant = added.tensors["value"] if added.op == "constant" else None
                 if is_mask(added, self.flags):
                     mask = self.mask(node, added if constant is None else constant, x.shape)
-                    return None if mask is None else (scores, mask)
+                    return None if mask is None else (scores, mask, self.finite(added))
                 if constant is not None and bool((constant <= LOWEST).any()):
                     hidden = constant <= LOWEST  # a bias as well
                     mask = self.mask(node, ~hidden, x.shape)
                     if mask is None:
                         return None
                     bias = self.constant(f"{added.name}_bias", constant.masked_fill(hidden, 0.0))
-                    return self.add(f"{x.name}_bias", "add", [scores, bias], shape=x.shape), mask
+                    biased = self.add(f"{x.name}_bias", "add", [scores, bias], shape=x.shape)
+                    return biased, mask, bool(constant.isfinite().all())
         if x.op == "aten" and operator_of(x) in ("masked_fill", "where"):
             a, b, c = (operand(x, value) for value in x.attrs["args"])
             if operator_of(x) == "masked_fill":
@@ -771,8 +803,11 @@ class _Reader:
             for scores, low, hides in ((c, b, True), (b, c, False)):  # where(a, b, c)
                 if isinstance(scores, Node) and scores.shape == x.shape and is_low(low, self.flags):
                     mask = self.mask(node, a, x.shape, hides)
-                    return None if mask is None else (scores, mask)
+                    return None if mask is None else (scores, mask, self.finite(low))
         return None
+
+    def finite(self, value: Any) -> bool:
+        return -inf not in (possible_values(value, self.flags) or ())
 
     def mask(
         self, node: fx.Node, value: Any, shape: tuple[int, ...], hides: bool = False
@@ -813,7 +848,7 @@ class _Reader:
     def read_matmul(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x, y = a["self"], a.get("other", a.get("mat2"))
         if isinstance(x, Node) and isinstance(y, Tensor) and y.dim() == 2:
-            return self.add(node, "linear", [x], tensors={"weight": y.t()})
+            return self.linear(node, x, {"weight": y.t()})
         if not isinstance(x, Node) or not isinstance(y, Node):
             return None
         if len(x.shape) != len(y.shape) or x.shape[:-2] != y.shape[:-2]:
@@ -829,7 +864,7 @@ class _Reader:
         if a.get("dropout_p") or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
             return None
         rank, shape = len(k.shape), (*q.shape[:-1], k.shape[-2])
-        masks = []
+        masks, uniform = [], False
         if a.get("is_causal"):
             masks = [self.causal(node, shape)]
         elif (mask := a.get("attn_mask")) is not None:
@@ -837,7 +872,7 @@ class _Reader:
             found = self.mask(node, mask, shape) if flag or is_mask(mask, self.flags) else None
             if found is None:
                 return None
-            masks = [found]
+            masks, uniform = [found], not flag and self.finite(mask)
         dims = (*range(rank - 2), rank - 1, rank - 2)
         turned = self.add(f"{node.name}_key", "permute", [k], attrs={"dims": dims},
                           shape=tuple(k.shape[d] for d in dims))  # fmt: skip
@@ -845,7 +880,7 @@ class _Reader:
         scores = self.add(f"{node.name}_scores", "matmul", [q, turned], shape=shape,
                           attrs={"factor": float(scale)})  # fmt: skip
         scores.layer, scores.kind = self.where(node)
-        weights = self.softmax(node, f"{node.name}_weights", scores, rank - 1, masks)
+        weights = self.softmax(node, f"{node.name}_weights", scores, rank - 1, masks, uniform)
         return self.add(node, "matmul", [weights, v])
 
     def causal(self, node: fx.Node, shape: tuple[int, ...]) -> Node:
@@ -1055,6 +1090,8 @@ class _Reader:
     read__unsafe_view = read_reshape
 
     def reshape(self, node: fx.Node, x: Node, shape: Sequence[int]) -> Node | None:
+        if x.op == "reshape" and x.inputs[0].shape == tuple(shape):
+            return x.inputs[0]  # there and back
         groups = reshape_groups(x.shape, [int(n) for n in shape])
         if groups is None:
             return None

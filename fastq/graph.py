@@ -316,12 +316,12 @@ def _grid(node: Node, x: Tensor) -> Tensor:
 
 
 def _softmax(node: Node, x: Tensor, *masks: Tensor) -> Tensor:
-    """Of what the mask is not 0 for; all 0 where it is 0 for all."""
+    """Of what the mask is not 0 for; all the same, or all 0, where it is 0 for all."""
     if not masks:
         return torch.softmax(x, node.attrs["dim"])
     (mask,) = masks
-    taken = x.masked_fill(mask == 0, torch.finfo(x.dtype).min)
-    return torch.softmax(taken, node.attrs["dim"]) * (mask != 0)
+    y = torch.softmax(x.masked_fill(mask == 0, torch.finfo(x.dtype).min), node.attrs["dim"])
+    return y if node.attrs["uniform"] else y * (mask != 0)
 
 
 def _prelu(node: Node, x: Tensor) -> Tensor:

@@ -561,7 +561,8 @@ class _Lowering:
         name = self.features_last(x, node, node.attrs["dim"])
         axes = self.axes[name]
         names = [name, *(self.in_order(mask, axes, node) for mask in masks)]
-        return self.emit("softmax", node.name, names, axes, node, scale=self.scale(x))
+        return self.emit("softmax", node.name, names, axes, node, scale=self.scale(x),
+                         uniform=node.attrs["uniform"])  # fmt: skip
 
     def lower_layer_norm(self, node: Node) -> str:
         (x,) = node.inputs

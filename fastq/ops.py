@@ -966,14 +966,16 @@ def softmax(
     scale: float,
     mask: NDArray[np.uint8] | NDArray[np.bool_] | None = None,
     *,
+    uniform: bool = False,
     out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
     """softmax of scale * x over the last axis; the result has scale 1 / 255 and zero_point 0.
 
-    x      uint8, any shape (..., N), N > 0; its zero point cancels.
-    scale  finite, > 0, float32.
-    mask   uint8 or bool, its last axis N, the others broadcast to x's: where it is 0, x does not
-           take part and the result is 0; also all of a line, if its mask is 0 everywhere.
+    x        uint8, any shape (..., N), N > 0; its zero point cancels.
+    scale    finite, > 0, float32.
+    mask     uint8 or bool, its last axis N, the others broadcast to x's: where it is 0, x does not
+             take part and the result is 0.
+    uniform  whether a line whose mask is 0 everywhere has equal weights, and not none.
 
     The sum of the exponentials is exact, see reference.softmax. Raises TypeError and ValueError for
     other dtypes, shapes or values.
@@ -987,7 +989,7 @@ def softmax(
         return _run(norms.softmax_row, [x, result], float(steps))
     seen = _mask(mask, x)
     _output("softmax", result, x.shape, _UINT8, seen)
-    return _run(norms.masked_softmax_row, [x, seen, result], float(steps))
+    return _run(norms.masked_softmax_row, [x, seen, result], float(steps), bool(uniform))
 
 
 def _mask(mask: Any, x: NDArray[np.uint8]) -> NDArray[np.uint8]:

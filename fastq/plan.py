@@ -711,7 +711,7 @@ class _Planner:
     def row_softmax(self, i: int, step: Step) -> None:
         x, *masks = (self.input(i, name) for name in step.inputs)
         mask = masks[0] if masks else None
-        softmax_row(self.call, x, self.stored(step.name), step.arguments["scale"], mask=mask)
+        softmax_row(self.call, x, self.stored(step.name), **step.arguments, mask=mask)
 
     def row_layer_norm(self, i: int, step: Step) -> None:
         x, out = self.input(i, step.inputs[0]), self.stored(step.name)

@@ -233,7 +233,8 @@ def _grid(module: Any, step: Step, x: Array) -> Array:
 
 
 def _softmax(module: Any, step: Step, x: Array, *mask: Array) -> Array:
-    return module.softmax(x, step.arguments["scale"], *mask)  # type: ignore[no-any-return]
+    a = step.arguments
+    return module.softmax(x, a["scale"], *mask, uniform=a["uniform"])  # type: ignore[no-any-return]
 
 
 def _adaptive_pool(module: Any, step: Step, x: Array) -> Array:

@@ -480,6 +480,7 @@ def softmax(
     scale: float,
     mask: NDArray[np.uint8] | None = None,
     *,
+    uniform: bool = False,
     out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
     """softmax of scale * x over the last axis; the result has scale 1 / 255 and zero_point 0.
@@ -487,14 +488,20 @@ def softmax(
     e = exp_table(scale)[max(x) - x], y = rint(float32(e) * (255 / float32(sum(e)))), the sum
     exact. 1 / 255, unlike 1 / 256, holds a probability of 1 exactly.
 
-    mask  broadcasts to x; where it is 0, x does not take part and y is 0: attention's mask.
+    mask     broadcasts to x; where it is 0, x does not take part and y is 0: attention's mask.
+    uniform  what is left of a line whose mask is 0 everywhere: equal weights, as of scores that
+             were all replaced by the same number, or else none.
     """
     if x.size == 0:
         return _into(out, x.copy())
     taken = np.broadcast_to(True if mask is None else mask != 0, x.shape)
     peak = np.where(taken, x, 0).max(axis=-1, keepdims=True)
     e = np.where(taken, exp_table(scale)[peak - np.minimum(x, peak)], 0)
-    total = np.maximum(e.sum(axis=-1, keepdims=True, dtype=np.int64), 1)  # 0: all are masked
+    total = e.sum(axis=-1, keepdims=True, dtype=np.int64)
+    if uniform:
+        e = np.where(total == 0, 1, e)
+        total = np.where(total == 0, x.shape[-1], total)
+    total = np.maximum(total, 1)
     return _into(out, _to_uint8(e.astype(F32) * (F32(255) / total.astype(F32)), 0))
 
 

@@ -42,12 +42,13 @@ def test_masked_softmax(kind: str, threads: int, rng: Any, shape: tuple[int, ...
         mask = rng.choice(np.uint8([0, 0, 1, 255]), (*sizes, shape[-1]))
         mask.reshape(-1, shape[-1])[::3] = 0
         for x in inputs(rng, shape):
-            want = reference.softmax(x, 0.1, mask)
-            assert_array_equal(ops.softmax(x, 0.1, mask), want)
-            assert_array_equal(ops.softmax(x, 0.1, mask != 0), want)
-            for in_place in (False, True):
-                check_row(kind, want, [x, mask], lambda call, x, m, out: norms.softmax_row(
-                    call, x, out, 0.1, mask=m), in_place)  # fmt: skip
+            for uniform in (False, True):
+                want = reference.softmax(x, 0.1, mask, uniform=uniform)
+                assert_array_equal(ops.softmax(x, 0.1, mask, uniform=uniform), want)
+                assert_array_equal(ops.softmax(x, 0.1, mask != 0, uniform=uniform), want)
+                for in_place in (False, True):
+                    check_row(kind, want, [x, mask], lambda call, x, m, out, u=uniform: (
+                        norms.softmax_row(call, x, out, 0.1, u, mask=m)), in_place)  # fmt: skip
 
 
 def test_a_mask_leaves_elements_out(rng: Any) -> None:
@@ -58,6 +59,7 @@ def test_a_mask_leaves_elements_out(rng: Any) -> None:
         assert not y[~taken].any()
     assert_array_equal(reference.softmax(x, 0.05, np.ones(40, bool)), reference.softmax(x, 0.05))
     assert not reference.softmax(x, 0.05, np.zeros(40, bool)).any()
+    assert (reference.softmax(x, 0.05, np.zeros(40, bool), uniform=True) == 6).all()  # 255 / 40
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

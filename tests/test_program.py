@@ -89,7 +89,10 @@ EXAMPLES: dict[str, list[tuple[tuple[Shape, ...], dict[str, Any]]]] = {
         ((IMAGE,), {"values": np.arange(256, dtype=np.uint8)[::-1]}),
         ((IMAGE,), {"values": np.arange(768).reshape(3, 256).astype(np.uint8)}),
     ],
-    "softmax": [((IMAGE,), {"scale": 0.05})],
+    "softmax": [
+        ((IMAGE,), {"scale": 0.05, "uniform": False}),
+        ((IMAGE, (1, 1, 1, IMAGE[-1])), {"scale": 0.05, "uniform": True}),
+    ],
     "layer_norm": [((IMAGE,), {"multiplier": f32(9, 8, 7), "shift": f32(1, 2, 3),
                                "epsilon": 1e-3, **TO})],
     "max_pool2d": [((IMAGE,), {**POOL, "dilation": (2, 1)})],
@@ -237,26 +240,27 @@ def test_an_odd_argument_is_refused_or_computed(op: str, i: int) -> None:
     assert refused > 25 * len(arguments)
 
 
+SOFTMAX = {"scale": 1.0, "uniform": False}
 REFUSED: dict[str, tuple[Any, str]] = {
     "no operation": (lambda: step("relu", ("q0",)), "y is a 'relu', which is no operation"),
-    "no such value": (lambda: step("softmax", ("z",), scale=1.0), "z, which is unknown"),
-    "a float value": (lambda: step("softmax", ("x0",), scale=1.0), "x0, which is float32"),
+    "no such value": (lambda: step("softmax", ("z",), **SOFTMAX), "z, which is unknown"),
+    "a float value": (lambda: step("softmax", ("x0",), **SOFTMAX), "x0, which is float32"),
     "an integer value": (
         lambda: step("quantize", ("q0",), scale=1.0, zero_point=0, axes=(0,)),
         "q0, which is uint8; wanted a float32",
     ),
-    "itself": (lambda: step("softmax", ("y",), scale=1.0), "y, which is unknown"),
+    "itself": (lambda: step("softmax", ("y",), **SOFTMAX), "y, which is unknown"),
     "a later one": (
-        lambda: program((2,), real("out", "y"), Step("softmax", "y", ("q0",), {"scale": 1.0}),
+        lambda: program((2,), real("out", "y"), Step("softmax", "y", ("q0",), SOFTMAX),
                         outputs={"out": 2}),
         "out takes y, which is unknown; wanted a uint8 value that a step before it makes",
     ),
     "one name twice": (
-        lambda: program((2,), Step("softmax", "q0", ("q0",), {"scale": 1.0}), outputs={}),
+        lambda: program((2,), Step("softmax", "q0", ("q0",), SOFTMAX), outputs={}),
         "two values are called q0",
     ),
     "the name of an input": (
-        lambda: program((2,), Step("softmax", "x0", ("q0",), {"scale": 1.0}), outputs={}),
+        lambda: program((2,), Step("softmax", "x0", ("q0",), SOFTMAX), outputs={}),
         "two values are called x0",
     ),
     "an output of bytes": (lambda: program((2,), outputs={"q0": 2}), r"\['q0'\]; wanted each"),
@@ -360,8 +364,8 @@ SIZES: dict[str, tuple[Shape, str, dict[str, Any], str]] = {
     "other features": (
         (2, 4), "linear", {"weight": LinearWeight(i8(3, 5)), "epilogue": EPILOGUE,
                            "x_zero_point": 0}, r"wanted \(\.\.\., 5\)"),
-    "no features": ((2, 0), "softmax", {"scale": 0.1}, "0 < N"),
-    "too many features": ((1, 2**19 + 1), "softmax", {"scale": 0.1}, "0 < N"),
+    "no features": ((2, 0), "softmax", {"scale": 0.1, "uniform": False}, "0 < N"),
+    "too many features": ((1, 2**19 + 1), "softmax", {"scale": 0.1, "uniform": False}, "0 < N"),
     "tables of other channels": (
         (2, 4), "table", {"values": np.zeros((3, 256), np.uint8)}, r"values \(3, 256\); wanted"),
     "factors of other channels": (
@@ -560,7 +564,7 @@ class Random:
                 shape = self.one((256,), (c, 256))
                 return {"values": self.rng.integers(0, 256, shape).astype(np.uint8)}
             case "softmax":
-                return {"scale": self.factor() / 10}
+                return {"scale": self.factor() / 10, "uniform": self.flag()}
             case "layer_norm":
                 return {"multiplier": 30 * self.vector(c), "shift": self.vector(c),
                         "epsilon": 0.01, **self.to()}  # fmt: skip

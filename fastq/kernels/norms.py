@@ -1,7 +1,7 @@
 """softmax and layer norm over the last axis, in integers up to one float32 factor a line.
 
     softmax      e = TABLE[peak - x], int32, or 0 where MASK is 0; total = sum(e), int64
-                 out = requantized(float32(e) * (255 / float32(total)))
+                 out = requantized(float32(e) * (255 / float32(total))); EMPTY if total is 0
     layer_norm   total = sum(x), squares = sum(x * x); d = N * x - total
                  r = float32(1 / sqrt(float64(N * squares - total**2) + EPSILON))
                  out = requantized(((float32(d) * r) * Y) + Z)
@@ -13,7 +13,8 @@ lines.py, each of them whole.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -46,8 +47,8 @@ from fastq.qparams import MAX_FEATURES, exp_table
 
 OUT, X = LINES_FIELDS, LINES_FIELDS + OPERAND_FIELDS
 MASK = X + OPERAND_FIELDS
-(TABLE, Y, Z, EPSILON, CLAMP, ZERO_POINT, FIELDS) = range(
-    MASK + OPERAND_FIELDS, MASK + OPERAND_FIELDS + 7
+(TABLE, Y, Z, EPSILON, CLAMP, ZERO_POINT, EMPTY, FIELDS) = range(
+    MASK + OPERAND_FIELDS, MASK + OPERAND_FIELDS + 8
 )
 LINE_BLOCK = 4 * 1024  # elements of a task, roughly
 CHUNK = 1024  # elements of a softmax whose exponentials are held
@@ -187,7 +188,12 @@ def softmax_kernel(kind: str, masked: bool) -> Any:
                     total += value
                 for n in range(CHUNK, count):
                     total += _exponential(config[1], table, q, mask, peak, n)
-                factors[2] = divide(255.0, float32(max(total, 1)))  # 0: all are masked
+                if config[1] and total == 0:
+                    values = pointer(out, config[0])
+                    for n in range(count):
+                        values[n] = args[EMPTY]
+                    continue
+                factors[2] = divide(255.0, float32(total))
                 for first in range(0, count, CHUNK):
                     size = min(CHUNK, count - first)
                     if first:
@@ -229,19 +235,30 @@ def layer_norm_kernel(kind: str, bounded: bool) -> Any:
 
 
 def softmax_row(
-    call: Call, x: View, out: View, scale: float, label: str = "", *, mask: View | None = None
+    call: Call,
+    x: View,
+    out: View,
+    scale: float,
+    uniform: bool = False,
+    label: str = "",
+    *,
+    mask: View | None = None,
 ) -> None:
     """Appends reference.softmax; the mask, of x's kind, broadcasts to x. out may be x."""
     places: dict[int, Place] = {TABLE: exp_table(scale)}
+    count = x.shape[-1]
+    empty = int(np.rint(np.float32(255) / np.float32(count))) if uniform and count else 0
     kernel = softmax_kernel(x.kind, mask is not None)
     masks = [] if mask is None else [mask]
     _line_row(call, kernel, x, out, places, (0, 0, 255), SOFTMAX_NANOSECONDS,
-              label or f"softmax_{x.kind}", masks)  # fmt: skip
+              label or f"softmax_{x.kind}", masks, {EMPTY: empty})  # fmt: skip
 
 
-def masked_softmax_row(call: Call, x: View, mask: View, out: View, scale: float) -> None:
+def masked_softmax_row(
+    call: Call, x: View, mask: View, out: View, scale: float, uniform: bool
+) -> None:
     """`softmax_row`, with its views in the order of `ops`."""
-    softmax_row(call, x, out, scale, mask=mask)
+    softmax_row(call, x, out, scale, uniform, mask=mask)
 
 
 def layer_norm_row(
@@ -285,6 +302,7 @@ def _line_row(
     nanoseconds: float,
     label: str,
     masks: Sequence[View] = (),
+    more: Mapping[int, int] = MappingProxyType({}),
 ) -> None:
     """Appends a kernel that takes whole lines; clamp is (zero_point, qmin, qmax)."""
     views = [out, x, *(broadcast(mask, x.shape) for mask in masks)]
@@ -293,7 +311,7 @@ def _line_row(
     if size == 0:
         return
     zero_point, qmin, qmax = clamp
-    values = share_lines(shape)[1] | {COLUMNS: shape[3]}
+    values = share_lines(shape)[1] | {COLUMNS: shape[3], **more}
     values[ROWS] = min(max(LINE_BLOCK // shape[3], 1), shape[2])
     for operand, view, along in zip((OUT, X, MASK), views, steps, strict=False):
         places[operand] = view.place
