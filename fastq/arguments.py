@@ -115,12 +115,14 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     "constant": {"value": _array(np.uint8, 0, 1, 2, 3, 4)},
     "conv2d": {"weight": _kind(Conv2dWeight), "epilogue": EPILOGUE, "x_zero_point": STEP},
     "linear": {"weight": _kind(LinearWeight), "epilogue": EPILOGUE, "x_zero_point": STEP},
-    "matmul": {"multiplier": MULTIPLIER, "a_zero_point": STEP, "transpose_b": FLAG, **REQUANTIZED},
+    "matmul": {"multiplier": MULTIPLIER, "a_zero_point": STEP, "transpose_b": FLAG, "mean": FLAG,
+               **REQUANTIZED},
     "add": {"a_multiplier": FACTOR, "b_multiplier": FACTOR, **TWO},
     "mul": {"multiplier": MULTIPLIER, **TWO},
     "affine": {"multiplier": VECTOR, "shift": VECTOR, "x_zero_point": STEP, **REQUANTIZED},
     "table": {"values": _array(np.uint8, 1, 2)},
     "softmax": {"scale": SCALE, "uniform": FLAG},
+    "softmax_weights": {"scale": SCALE, "uniform": FLAG},
     "layer_norm": {"multiplier": VECTOR, "shift": VECTOR, "epsilon": EPSILON, **REQUANTIZED},
     "max_pool2d": {**POOL, "dilation": PAIR},
     "avg_pool2d": {**POOL, "count_include_pad": FLAG,
@@ -140,7 +142,7 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
 }  # fmt: skip
 OPERANDS = {"constant": 0, "matmul": 2, "add": 2, "mul": 2}  # 1 for all others
 ADDING = ("conv2d", "linear")  # take a second one where their epilogue adds it
-MASKED = "softmax"  # takes a second one, its mask, or not
+MASKED = ("softmax", "softmax_weights")  # take a second one, their mask, or not
 
 
 def check_arguments(step: Any) -> None:
@@ -149,7 +151,7 @@ def check_arguments(step: Any) -> None:
     epilogue = step.arguments.get("epilogue")
     if step.op in ADDING and getattr(epilogue, "add_multiplier", None) is not None:
         wanted = 2
-    if step.op == MASKED and count == 2:
+    if step.op in MASKED and count == 2:
         wanted = 2
     if count != wanted if step.op != "concat" else count == 0:
         raise ValueError(f"{step.name}: {step.op} of {count} inputs; wanted {wanted}")
@@ -164,6 +166,8 @@ def check_arguments(step: Any) -> None:
             )
     if given.get("qmin", 0) > given.get("qmax", 255):
         raise ValueError(f"{step.name}: qmin={given['qmin']} over qmax={given['qmax']}")
+    if given.get("mean") and given["a_zero_point"]:
+        raise ValueError(f"{step.name}: a mean with a_zero_point={given['a_zero_point']}; wanted 0")
     _check_epilogue(step, epilogue)
     if "padding" in given and "kernel_size" in given:
         sides = zip(given["padding"], given["kernel_size"], strict=True)
@@ -212,6 +216,6 @@ def check_channels(step: Any, x: tuple[int, ...]) -> None:
             raise ValueError(f"{step.op}: {name} {value.shape}; wanted one of {wanted}")
 
 
-LINES = ("softmax", "layer_norm")
+LINES = (*MASKED, "layer_norm")
 IMAGES = ("conv2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d",
           "upsample_nearest2d", "upsample_bilinear2d", "dilate")  # fmt: skip

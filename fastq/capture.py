@@ -91,7 +91,7 @@ def capture(
     kwargs = dict(kwargs or {})
     leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
     try:
-        exported = {(): _export(model, leaves, spec, BATCHES[0], ())}
+        exported: dict[Stretch, Any] = {(): _export(model, leaves, spec, BATCHES[0], ())}
         for ways in (*_stretches(leaves), (SAME,)):
             for way in ways:
                 before, after = way
@@ -148,7 +148,7 @@ def _stretches(leaves: Sequence[Any]) -> list[list[tuple[Stretch, Stretch]]]:
         return ((2, (1,), tokens), (3, (axis,), tokens), (4, (2, 3), pixels),
                 (5, (2, 3, 4), tokens))  # fmt: skip
 
-    ways = []
+    ways: list[list[tuple[Stretch, Stretch]]] = []
     for axis in (2, 1) if 3 in dims else (2,):  # (B, C, L), then (B, L, C)
         longer = stretch(axis, (65, 67), (7, 9, 11)), stretch(axis, (64, 96), (8, 12, 16))
         ways.append([((), one) for one in longer])
@@ -612,7 +612,7 @@ class _Reader:
 
     def linear(self, node: fx.Node, x: Node, tensors: dict[str, Tensor]) -> Node:
         """A linear layer of features; of rows that were joined before, as what they were."""
-        rows = x.attrs["groups"] if x.op == "reshape" else ()
+        rows: Any = x.attrs["groups"] if x.op == "reshape" else ()
         if len(rows) != 2 or len(rows[0][0]) < 2 or rows[0][1] != (None,):
             return self.add(node, "linear", [x], tensors=tensors)
         (source,), (leading, _) = x.inputs, rows[0]

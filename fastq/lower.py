@@ -9,7 +9,7 @@ the products.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -149,6 +149,26 @@ def _depths(graph: Graph, reasons: Mapping[Node, str]) -> dict[Node, int]:
     return depth
 
 
+def bare_weights(regions: Sequence[Region]) -> set[Node]:
+    """The softmaxes that only give weights: all who take them are products, which divide by their
+    sum. A line's largest weight has 255 steps then, even where many keys share the attention."""
+    found = set()
+    for region in regions:
+        ends = set(region.outputs)
+        for node in region.nodes:
+            users = [n for n in region.nodes if node in n.inputs]
+            only = all(n.op == "matmul" and node not in n.inputs[1:] for n in users)
+            last = node.op == "softmax" and node.attrs["dim"] == len(node.shape) - 1
+            if last and users and only and node not in ends:
+                found.add(node)
+    return found
+
+
+def normalized(weights: Any) -> Any:
+    """What bare weights stand for, float32: each line divided by its sum."""
+    return weights / np.maximum(weights.sum(-1, keepdims=True, dtype=np.float32), np.float32(1))
+
+
 class Ranges:
     """Which values of the regions share one quantization, and which have a fixed one."""
 
@@ -245,13 +265,15 @@ def lower(
 class Lowered:
     """A program, and where to find the values of the graph in it.
 
-    names  node -> its value: uint8, or float32 for a product that gives float32 itself.
-    axes   value -> the torch axis of each of its axes.
+    names    node -> its value: uint8, or float32 for a product that gives float32 itself.
+    axes     value -> the torch axis of each of its axes.
+    weights  the softmaxes of which the value is weights: divided by the sum of a line.
     """
 
     program: Program
     names: Mapping[Node, str]
     axes: Mapping[str, tuple[int, ...]]
+    weights: Collection[Node]
 
 
 def lowered(
@@ -263,7 +285,8 @@ def lowered(
 ) -> Lowered:
     """`lower`, for who follows the values."""
     lowering = _Lowering(region, qparams, weights, any_extent, biases)
-    return Lowered(lowering.program(), lowering.names, lowering.axes)
+    program = lowering.program()
+    return Lowered(program, lowering.names, lowering.axes, lowering.weights_only)
 
 
 class _Lowering:
@@ -280,6 +303,7 @@ class _Lowering:
         self.steps: list[Step] = []
         self.axes: dict[str, tuple[int, ...]] = {}  # value -> the torch axis of each of its axes
         self.names: dict[Node, str] = {}
+        self.weights_only = bare_weights([region])
         self.users = {
             n: [u for u in region.nodes for v in u.inputs if v is n] for n in region.nodes
         }
@@ -480,14 +504,15 @@ class _Lowering:
         # what was transposed is read as it lies
         transposed = self.axes[self.names[b]][-1] == rank - 2
         arguments: dict[str, Any] = {"transpose_b": transposed}
-        factor = node.attrs.get("factor", 1.0)
+        factor = node.attrs.get("factor", 1.0) * self.scale(b) / self.scale(node)
+        mean = a in self.weights_only
         inputs = [
             self.in_order(a, plain, node),
             self.in_order(b, turned if transposed else plain, node),
         ]
         return self.emit(
             "matmul", node.name, inputs, plain, node,
-            multiplier=self.scale(a) * self.scale(b) * factor / self.scale(node),
+            multiplier=factor * (1.0 if mean else self.scale(a)), mean=mean,
             a_zero_point=self.zero_point(a), **arguments, **self.requantized(node),
         )  # fmt: skip
 
@@ -561,7 +586,8 @@ class _Lowering:
         name = self.features_last(x, node, node.attrs["dim"])
         axes = self.axes[name]
         names = [name, *(self.in_order(mask, axes, node) for mask in masks)]
-        return self.emit("softmax", node.name, names, axes, node, scale=self.scale(x),
+        op = "softmax_weights" if node in self.weights_only else "softmax"
+        return self.emit(op, node.name, names, axes, node, scale=self.scale(x),
                          uniform=node.attrs["uniform"])  # fmt: skip
 
     def lower_layer_norm(self, node: Node) -> str:

@@ -75,6 +75,7 @@ __all__ = [
     "requantize",
     "set_num_threads",
     "softmax",
+    "softmax_weights",
     "table",
     "upsample_bilinear2d",
     "upsample_nearest2d",
@@ -980,32 +981,57 @@ def softmax(
     The sum of the exponentials is exact, see reference.softmax. Raises TypeError and ValueError for
     other dtypes, shapes or values.
     """
-    x = _lines("softmax", x)
-    steps = check_scale("softmax: scale", scale)
+    return _softmax("softmax", norms.softmax_row, norms.masked_softmax_row,
+                    x, scale, mask, uniform, out)  # fmt: skip
+
+
+def softmax_weights(
+    x: NDArray[np.uint8],
+    scale: float,
+    mask: NDArray[np.uint8] | NDArray[np.bool_] | None = None,
+    *,
+    uniform: bool = False,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """softmax of scale * x over the last axis, without the division by the sum of each line: the
+    largest of a line is 255, see reference.softmax_weights. matmul(..., mean=True) divides.
+
+    A line whose mask is 0 everywhere is 0, or with `uniform` 255 everywhere. Other arguments and
+    errors as in `softmax`.
+    """
+    return _softmax("softmax_weights", norms.softmax_weights_row, norms.masked_softmax_weights_row,
+                    x, scale, mask, uniform, out)  # fmt: skip
+
+
+def _softmax(
+    name: str, row: Any, masked_row: Any, x: Any, scale: Any, mask: Any, uniform: bool, out: Any
+) -> NDArray[np.uint8]:
+    x = _lines(name, x)
+    steps = check_scale(f"{name}: scale", scale)
     if steps.ndim:
-        raise ValueError(f"softmax: scale {steps.shape}; wanted one number")
-    result = _output("softmax", out, x.shape, _UINT8, x)
+        raise ValueError(f"{name}: scale {steps.shape}; wanted one number")
+    result = _output(name, out, x.shape, _UINT8, x)
     if mask is None:
-        return _run(norms.softmax_row, [x, result], float(steps))
-    seen = _mask(mask, x)
-    _output("softmax", result, x.shape, _UINT8, seen)
-    return _run(norms.masked_softmax_row, [x, seen, result], float(steps), bool(uniform))
+        return _run(row, [x, result], float(steps))
+    seen = _mask(name, mask, x)
+    _output(name, result, x.shape, _UINT8, seen)
+    return _run(masked_row, [x, seen, result], float(steps), bool(uniform))
 
 
-def _mask(mask: Any, x: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _mask(name: str, mask: Any, x: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A softmax's mask as uint8, of x's number of axes."""
     if not isinstance(mask, np.ndarray) or mask.dtype not in (np.bool_, np.uint8):
         given = f"{mask.dtype} array" if isinstance(mask, np.ndarray) else type(mask).__name__
-        raise TypeError(f"softmax: mask is a {given}; wanted a bool or uint8 array")
+        raise TypeError(f"{name}: mask is a {given}; wanted a bool or uint8 array")
     missing = x.ndim - mask.ndim
     sizes = zip(mask.shape, x.shape[max(missing, 0) :], strict=False)
     if missing < 0 or mask.shape[-1:] != x.shape[-1:] or any(m not in (1, n) for m, n in sizes):
         raise ValueError(
-            f"softmax: mask {mask.shape} for x {x.shape}; wanted (..., {x.shape[-1]}), the other "
+            f"{name}: mask {mask.shape} for x {x.shape}; wanted (..., {x.shape[-1]}), the other "
             "axes as x's or 1"
         )
     same = mask.astype(np.uint8, copy=False).reshape((1,) * missing + mask.shape)
-    return _bytes("softmax: mask", same)
+    return _bytes(f"{name}: mask", same)
 
 
 def layer_norm(
@@ -1054,6 +1080,7 @@ def matmul(
     *,
     a_zero_point: int = 0,
     transpose_b: bool = False,
+    mean: bool = False,
     zero_point: int = 0,
     qmin: int = 0,
     qmax: int = 255,
@@ -1066,6 +1093,9 @@ def matmul(
     a     uint8 (..., M, K).
     b     uint8 (..., K, N), or (..., N, K) with transpose_b; quantized symmetrically: its zero
           point is 128. The leading axes of a and b broadcast. K up to MAX_K.
+
+    mean  divides by the sum of a's row: a mean of b's rows with the weights a, whose zero point is
+          0; a row of zeros gives 0. multiplier is then b_scale / y_scale.
 
     multiplier is a_scale * b_scale / y_scale. Other arguments and errors as in `add`.
     """
@@ -1085,6 +1115,8 @@ def matmul(
         ) from None
     factor = _factor("matmul: multiplier", multiplier)
     zero = _byte("matmul: a_zero_point", a_zero_point)
+    if mean and zero:
+        raise ValueError(f"matmul: a_zero_point={zero} with mean=True; weights have zero point 0")
     clamp = _clamp("matmul", zero_point, qmin, qmax)
     shape = (*leading, left.shape[-2], right.shape[-2 if transpose_b else -1])
     if out is not None:
@@ -1099,7 +1131,7 @@ def matmul(
             for x in (left, right)
         )
         target = result.reshape(-1, *shape[-2:])
-    parameters = factor, zero, bool(transpose_b), *clamp
+    parameters = factor, zero, bool(transpose_b), bool(mean), *clamp
     _run(products.matmul_array_row, [left, right, target], isa.current(), *parameters)
     return result
 

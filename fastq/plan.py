@@ -37,7 +37,7 @@ from fastq.kernels.layers import stage_image
 from fastq.kernels.layout import border_row, copy_row, dequantize_row, permuted, quantize_row
 from fastq.kernels.lines import broadcast
 from fastq.kernels.matmul import matmul_row
-from fastq.kernels.norms import layer_norm_row, softmax_row
+from fastq.kernels.norms import layer_norm_row, softmax_row, softmax_weights_row
 from fastq.kernels.pointwise import add_row, affine_row, fill_row, mul_row, table_row
 from fastq.kernels.products import ACTIVATIONS, PackedLinear
 from fastq.kernels.simd import emitter
@@ -57,8 +57,8 @@ Frame = tuple[int, int, int, int]  # top, bottom, left, right
 NO_FRAME: Frame = (0, 0, 0, 0)
 VIEWS = ("reshape", "permute", "slice")
 JOINED = {  # how many axes kernels take, and how many of them do not join: see `collapse`
-    "linear": (2, 1), "matmul": (4, 2), "softmax": (4, 1), "layer_norm": (4, 1),
-    "add": (4, 0), "mul": (4, 0), "affine": (4, 1), "table": (4, 1),
+    "linear": (2, 1), "matmul": (4, 2), "softmax": (4, 1), "softmax_weights": (4, 1),
+    "layer_norm": (4, 1), "add": (4, 0), "mul": (4, 0), "affine": (4, 1), "table": (4, 1),
 }  # fmt: skip
 MAX_PHASES = 2**12  # each has rows and packed weights of its own; FCN-32s has 2**10
 
@@ -711,7 +711,10 @@ class _Planner:
     def row_softmax(self, i: int, step: Step) -> None:
         x, *masks = (self.input(i, name) for name in step.inputs)
         mask = masks[0] if masks else None
-        softmax_row(self.call, x, self.stored(step.name), **step.arguments, mask=mask)
+        row = {"softmax": softmax_row, "softmax_weights": softmax_weights_row}[step.op]
+        row(self.call, x, self.stored(step.name), **step.arguments, mask=mask)
+
+    row_softmax_weights = row_softmax
 
     def row_layer_norm(self, i: int, step: Step) -> None:
         x, out = self.input(i, step.inputs[0]), self.stored(step.name)

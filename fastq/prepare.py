@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from fastq.capture import Captured, capture
 from fastq.fuse import fuse
 from fastq.graph import Graph, Node
-from fastq.lower import Ranges, Region, find_regions, inputs_first, lower, weight_of
+from fastq.lower import (
+    Ranges,
+    Region,
+    bare_weights,
+    find_regions,
+    inputs_first,
+    lower,
+    weight_of,
+)
 from fastq.observer import Observer, make_observer
 from fastq.processes import Processes
 from fastq.program import Program
@@ -225,8 +233,8 @@ class Prepared:
             return self.graph.run(arguments, on_grid, twins)
 
     def quantized_values(self) -> set[Node]:
-        """The nodes whose values become uint8: all that regions take and make, but for products
-        that end a region in float."""
+        """The nodes whose values lie on a grid of uint8: all that regions take and make, but for
+        products that end a region in float, and weights, whose grid is another for each line."""
         values = {
             node for region in self.regions for node in (*region.quantized_inputs, *region.nodes)
         }
@@ -237,7 +245,7 @@ class Prepared:
             for node in region.outputs
             if node.op in WEIGHTED and len(node.inputs) == 1
         }
-        return values - (ends - taken)
+        return values - (ends - taken) - bare_weights(self.regions)
 
     def simulated_tensors(self, node: Node) -> dict[str, Tensor]:
         """The tensors of a layer with its weight on its grid."""

@@ -234,7 +234,8 @@ def _grid(module: Any, step: Step, x: Array) -> Array:
 
 def _softmax(module: Any, step: Step, x: Array, *mask: Array) -> Array:
     a = step.arguments
-    return module.softmax(x, a["scale"], *mask, uniform=a["uniform"])  # type: ignore[no-any-return]
+    function = getattr(module, step.op)
+    return function(x, a["scale"], *mask, uniform=a["uniform"])  # type: ignore[no-any-return]
 
 
 def _adaptive_pool(module: Any, step: Step, x: Array) -> Array:
@@ -357,7 +358,7 @@ def _upsampled(step: Step, x: Shape) -> Shape:
 def _masked(step: Step, x: Shape, *mask: Shape) -> Shape:
     for m in mask:
         if len(m) != len(x) or m[-1] != x[-1] or np.broadcast_shapes(x, m) != x:
-            raise ValueError(f"softmax: mask {m} of {x}; wanted the other axes as x's or 1")
+            raise ValueError(f"{step.op}: mask {m} of {x}; wanted the other axes as x's or 1")
     return x
 
 
@@ -447,6 +448,7 @@ OPERATIONS: dict[str, Operation] = {
     "affine": Operation(_plain, _same),
     "table": Operation(_plain, _same),
     "softmax": Operation(_softmax, _masked),
+    "softmax_weights": Operation(_softmax, _masked),
     "layer_norm": Operation(_plain, _same),
     "max_pool2d": Operation(_plain, _pooled),
     "avg_pool2d": Operation(_plain, _pooled),

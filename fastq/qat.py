@@ -34,7 +34,15 @@ from fastq.batches import Batches
 from fastq.capture import capture
 from fastq.fuse import fold, fuse
 from fastq.graph import Node, Sizes, evaluate, normalization, sizes_of
-from fastq.lower import MOVES, Region, inputs_first, lowered, outputs_first, weight_of
+from fastq.lower import (
+    MOVES,
+    Region,
+    inputs_first,
+    lowered,
+    normalized,
+    outputs_first,
+    weight_of,
+)
 from fastq.network import Config, build, calibrate, call_of, choose, forward_names, summarize
 from fastq.nn.network import QuantizedModel, as_input, check_constant, leaves_of
 from fastq.prepare import Prepared, Weight, prepare_graph, symmetric
@@ -496,7 +504,10 @@ class _Run:
         """The value of a node, its axes as torch has them: scale * (q - zero_point)."""
         name = self.lowered.names[node]
         axes = self.lowered.axes[name]
-        steps = torch.from_numpy(self.array(name))
+        array = self.array(name)
+        if node in self.lowered.weights:
+            array = normalized(array)
+        steps = torch.from_numpy(array)
         steps = steps.permute([axes.index(d) for d in range(len(axes))])
         if steps.dtype == torch.float32:
             return steps

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
+UInt8 = NDArray[np.uint8]
 
 QUANTIZED_DTYPES = tuple(np.dtype(t) for t in (np.uint8, np.int8, np.int32))
 FLT_MIN = float(np.finfo(np.float32).tiny)  # smallest normal float32, the floor of every scale
@@ -247,6 +248,12 @@ def exp_table(scale: float) -> Int32:
     """exp(-scale * d) for d = 0..255 as int32, 1.0 being 2**23: what `softmax` sums, exactly."""
     steps = np.exp(-np.float64(np.float32(scale)) * np.arange(256))
     return np.rint(steps * 2.0**23).astype(np.int32)
+
+
+def weight_table(scale: float) -> UInt8:
+    """255 * exp(-scale * d) for d = 0..255, rounded: what `softmax_weights` gives."""
+    steps = np.exp(-np.float64(np.float32(scale)) * np.arange(256))
+    return np.rint(steps * 255).astype(np.uint8)
 
 
 @dataclass(frozen=True, eq=False)

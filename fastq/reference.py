@@ -23,6 +23,7 @@ from fastq.qparams import (
     Requant,
     exp_table,
     quantized_dtype,
+    weight_table,
 )
 from fastq.weights import Conv2dWeight, LinearWeight
 
@@ -505,6 +506,30 @@ def softmax(
     return _into(out, _to_uint8(e.astype(F32) * (F32(255) / total.astype(F32)), 0))
 
 
+def softmax_weights(
+    x: NDArray[np.uint8],
+    scale: float,
+    mask: NDArray[np.uint8] | None = None,
+    *,
+    uniform: bool = False,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """softmax of scale * x over the last axis, without the division by the sum of each line.
+
+    y = weight_table(scale)[max(x) - x]: the largest of a line is 255, however many share its sum.
+    mask as for `softmax`; a line whose mask is 0 everywhere is 0, or with `uniform` 255 everywhere.
+    `matmul` with `mean` is a mean with these weights.
+    """
+    if x.size == 0:
+        return _into(out, x.copy())
+    taken = np.broadcast_to(True if mask is None else mask != 0, x.shape)
+    peak = np.where(taken, x, 0).max(axis=-1, keepdims=True)
+    y = np.where(taken, weight_table(scale)[peak - np.minimum(x, peak)], 0)
+    if uniform:
+        y = np.where(taken.any(axis=-1, keepdims=True), y, 255)
+    return _into(out, y.astype(np.uint8))
+
+
 def layer_norm(
     x: NDArray[np.uint8],
     multiplier: ArrayLike,
@@ -539,6 +564,7 @@ def matmul(
     *,
     a_zero_point: int = 0,
     transpose_b: bool = False,
+    mean: bool = False,
     zero_point: int = 0,
     qmin: int = 0,
     qmax: int = 255,
@@ -548,10 +574,18 @@ def matmul(
 
     a (..., M, K) uint8; b (..., K, N), or (..., N, K) with transpose_b, uint8 with zero_point 128:
     symmetric. Leading axes broadcast. multiplier is a_scale * b_scale / y_scale.
+
+    mean  divides by the sum of a's row, which has zero point 0: a mean of b's rows with a's as
+          weights. The factor is multiplier * (1 / float32(sum)), in float32, and multiplier
+          b_scale / y_scale. A row of zeros gives 0.
     """
     right = _steps(b.swapaxes(-1, -2) if transpose_b else b, 128).astype(np.float64)
     acc = _steps(a, a_zero_point).astype(np.float64) @ right  # exact
-    return _into(out, _to_uint8(acc.astype(F32) * F32(multiplier), zero_point, qmin, qmax))
+    factor: Any = F32(multiplier)
+    if mean:
+        total = np.maximum(a.sum(axis=-1, keepdims=True, dtype=np.int64), 1)
+        factor = F32(1) / total.astype(F32) * factor
+    return _into(out, _to_uint8(acc.astype(F32) * factor, zero_point, qmin, qmax))
 
 
 def _steps(x: NDArray[np.uint8], zero_point: int) -> NDArray[np.float32]:

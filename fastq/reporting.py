@@ -27,7 +27,7 @@ from fastq.batches import Batches
 from fastq.graph import Graph, Node, Sizes, evaluate
 from fastq.kernels import isa
 from fastq.layerwise import ratio
-from fastq.lower import MOVES, lowered, weight_of
+from fastq.lower import MOVES, lowered, normalized, weight_of
 from fastq.network import call_of, prepare_model
 from fastq.nn.network import QuantizedModel, Stage
 from fastq.observer import HistogramObserver
@@ -463,7 +463,7 @@ class _Comparison:
             arrays = self.quantized.arrays(bound[stage.program], stage, inputs)
             values = program.values(*arrays, module=ops)
             for node, name in low.names.items():
-                array = values[name]
+                array = normalized(values[name]) if node in low.weights else values[name]
                 qparams = self.recipe.qparams(node) if array.dtype == np.uint8 else None
                 made[node.name] = _Made(array, low.axes[name], qparams)
             return [

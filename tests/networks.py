@@ -793,7 +793,6 @@ CASES: dict[str, Case] = {
     "nn.MultiheadAttention": Case(
         call(self_attention, attention=lambda: nn.MultiheadAttention(8, 2, batch_first=True)),
         sequences(8),
-        extents=(13,),
     ),
     "scaled_dot_product": Case(
         call(
@@ -831,7 +830,6 @@ CASES: dict[str, Case] = {
             a=lambda: nn.MultiheadAttention(8, 2, batch_first=True),
         ),
         padded(8),
-        extents=(13,),
     ),
     **{
         f"mask: {name}": Case(lambda mask=mask: Masked(8, 2, mask), padded(8))
@@ -847,14 +845,13 @@ CASES: dict[str, Case] = {
         sequences(6),
     ),
     "transformer layer": Case(
-        lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), sequences(8), extents=(13,)
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), sequences(8)
     ),
     "transformer layer, norm first": Case(
         lambda: nn.TransformerEncoderLayer(
             8, 2, 16, activation="gelu", batch_first=True, norm_first=True
         ),
         sequences(8),
-        extents=(13,),
     ),
     "vision transformer": Case(Tokens, squares(3), extents=(16, 24)),
     # in place, shared, folded

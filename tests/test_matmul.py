@@ -50,17 +50,33 @@ def test_matmul(isa: str, threads: int, rng: Any, case: str, transpose_b: bool) 
 
 
 @pytest.mark.parametrize("transpose_b", [False, True], ids=["kn", "nk"])
+@pytest.mark.parametrize("case", SHAPES)
+def test_means(isa: str, threads: int, rng: Any, case: str, transpose_b: bool) -> None:
+    """Each row divided by its weights' sum; some rows have none."""
+    a, b = operands(rng, case, transpose_b)
+    a[..., ::3, :] = 0
+    rule = {"transpose_b": transpose_b, "mean": True, **RULE, "a_zero_point": 0}
+    for multiplier in (0.01, 1.0, 3.7):
+        want = reference.matmul(a, b, multiplier, **rule)
+        assert_array_equal(ops.matmul(a, b, multiplier, **rule), want)
+
+
+@pytest.mark.parametrize("transpose_b", [False, True], ids=["kn", "nk"])
+@pytest.mark.parametrize("mean", [False, True], ids=["", "mean"])
 @pytest.mark.parametrize("case", ["attention", "wide", "k_5"])
-def test_rows_of_the_kind_of_the_tier(isa: str, rng: Any, case: str, transpose_b: bool) -> None:
+def test_rows_of_the_kind_of_the_tier(
+    isa: str, rng: Any, case: str, transpose_b: bool, mean: bool
+) -> None:
     """Heads side by side in wider rows, whose leading axes do not join; a canary around out."""
     a, b = operands(rng, case, transpose_b)
-    want = reference.matmul(a, b, 0.002, transpose_b=transpose_b, **RULE)
+    rule = {**RULE, "a_zero_point": 0 if mean else 77, "transpose_b": transpose_b, "mean": mean}
+    want = reference.matmul(a, b, 0.002, **rule)
     kind = ACTIVATIONS[emitter(isa).a_bytes]
     whole, out = spread(np.zeros_like(want), kind)
     arrays = [spread(a, kind)[1], spread(b, kind)[1], out]
     call = Call(3)
     views = [View(At(i), x.shape, x.strides, kind) for i, x in enumerate(arrays)]
-    matmul.matmul_row(call, *views, 0.002, isa, 77, transpose_b, 120, 3, 250)
+    matmul.matmul_row(call, *views, 0.002, isa, **rule)
     call.run(*map(address_of, arrays))
     assert_array_equal(out, want)
     out[...] = CANARY

@@ -51,6 +51,35 @@ def test_masked_softmax(kind: str, threads: int, rng: Any, shape: tuple[int, ...
                         norms.softmax_row(call, x, out, 0.1, u, mask=m)), in_place)  # fmt: skip
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_softmax_weights(kind: str, threads: int, rng: Any, shape: tuple[int, ...]) -> None:
+    mask = rng.choice(np.uint8([0, 1, 255]), shape)
+    mask.reshape(-1, shape[-1])[::3] = 0
+    for x in inputs(rng, shape):
+        for scale in (1e-30, 0.004, 0.1, 9.0):
+            for given in ((), (mask,), (mask[..., :1, :],) if len(shape) > 1 else (mask != 0,)):
+                for uniform in (False, True):
+                    want = reference.softmax_weights(x, scale, *given, uniform=uniform)
+                    got = ops.softmax_weights(x, scale, *given, uniform=uniform)
+                    assert_array_equal(got, want)
+        for in_place in (False, True):
+            check_row(kind, reference.softmax_weights(x, 0.1), [x], lambda call, x, out: (
+                norms.softmax_weights_row(call, x, out, 0.1)), in_place)  # fmt: skip
+            want = reference.softmax_weights(x, 0.1, mask, uniform=True)
+            check_row(kind, want, [x, mask], lambda call, x, m, out: (
+                norms.softmax_weights_row(call, x, out, 0.1, True, mask=m)), in_place)  # fmt: skip
+
+
+def test_weights_divided_by_their_sum_are_the_softmax(rng: Any) -> None:
+    """More exactly so than on a grid of 1 / 255, where there are many."""
+    x = u8(rng, 20, 700) // 4
+    weights = reference.softmax_weights(x, 0.02).astype(np.float64)
+    exact = np.exp(0.02 * x) / np.exp(0.02 * x).sum(-1, keepdims=True)
+    error = np.abs(weights / weights.sum(-1, keepdims=True) - exact).max()
+    assert error < exact.max() / 255
+    assert error < np.abs(reference.softmax(x, 0.02) / 255 - exact).max() / 4
+
+
 def test_a_mask_leaves_elements_out(rng: Any) -> None:
     x, mask = u8(rng, 6, 40), rng.random((6, 40)) < 0.5
     got = reference.softmax(x, 0.05, mask)

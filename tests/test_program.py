@@ -76,8 +76,11 @@ EXAMPLES: dict[str, list[tuple[tuple[Shape, ...], dict[str, Any]]]] = {
     ],
     "matmul": [
         (((2, 3, 4, 5), (2, 3, 5, 6)), {"multiplier": 0.01, "a_zero_point": 7,
-                                        "transpose_b": False, **TO}),
-        (((3, 4, 5), (6, 5)), {"multiplier": 0.01, "a_zero_point": 7, "transpose_b": True, **TO}),
+                                        "transpose_b": False, "mean": False, **TO}),
+        (((3, 4, 5), (6, 5)), {"multiplier": 0.01, "a_zero_point": 7, "transpose_b": True,
+                               "mean": False, **TO}),
+        (((3, 4, 5), (5, 6)), {"multiplier": 1.5, "a_zero_point": 0, "transpose_b": False,
+                               "mean": True, **TO}),
     ],
     "add": [(((2, 3, 1), (4,)), {"a_multiplier": 0.5, "b_multiplier": -0.25, "a_zero_point": 3,
                                  "b_zero_point": 4, **TO})],
@@ -90,6 +93,10 @@ EXAMPLES: dict[str, list[tuple[tuple[Shape, ...], dict[str, Any]]]] = {
         ((IMAGE,), {"values": np.arange(768).reshape(3, 256).astype(np.uint8)}),
     ],
     "softmax": [
+        ((IMAGE,), {"scale": 0.05, "uniform": False}),
+        ((IMAGE, (1, 1, 1, IMAGE[-1])), {"scale": 0.05, "uniform": True}),
+    ],
+    "softmax_weights": [
         ((IMAGE,), {"scale": 0.05, "uniform": False}),
         ((IMAGE, (1, 1, 1, IMAGE[-1])), {"scale": 0.05, "uniform": True}),
     ],
@@ -549,7 +556,7 @@ class Random:
                 return {"weight": weight, "epilogue": epilogue, "x_zero_point": self.byte()}
             case "matmul":
                 return {"multiplier": self.factor() / 500, "a_zero_point": self.byte(),
-                        "transpose_b": self.flag(), **self.to()}  # fmt: skip
+                        "transpose_b": self.flag(), "mean": False, **self.to()}  # fmt: skip
             case "add":
                 return {"a_multiplier": self.factor(), "b_multiplier": -self.factor(),
                         "a_zero_point": self.byte(), "b_zero_point": self.byte(),
@@ -563,7 +570,7 @@ class Random:
             case "table":
                 shape = self.one((256,), (c, 256))
                 return {"values": self.rng.integers(0, 256, shape).astype(np.uint8)}
-            case "softmax":
+            case "softmax" | "softmax_weights":
                 return {"scale": self.factor() / 10, "uniform": self.flag()}
             case "layer_norm":
                 return {"multiplier": 30 * self.vector(c), "shift": self.vector(c),

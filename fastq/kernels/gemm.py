@@ -195,13 +195,16 @@ def emit_tiles(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: A
         return b.sext(load(b, i32, offsets, b.mul(step, i64(4))), i64)
 
     columns = [b.mul(index, i64(4 * tile.nr)) for index in here]
-    end = Epilogue(b, simd, kind, tile.nr // simd.lanes, columns, field, bool(added))
+    end = Epilogue(b, simd, kind, tile.nr // simd.lanes, columns, field, added)
     depthwise = tile.kind == "depthwise"
     first_channel = b.mul(panel, i64(tile.nr * tile.a_bytes)) if depthwise else i64(0)
     a_rows = operand(f.A, 0, first_channel)
     out_rows = operand(f.OUT, 1, b.mul(first_column, i64(out_bytes)))
-    add_rows = operand(f.ADD, 2, b.mul(first_column, i64(out_bytes))) if added else None
-    first_row = b.mul(image, field(f.M))
+    adds = added == "add"
+    add_rows = operand(f.ADD, 2, b.mul(first_column, i64(out_bytes))) if adds else None
+    # of a factor for each row, groups have their own
+    place = b.add(b.mul(image, field(f.GROUPS)), group) if added == "rows" else image
+    first_row = b.mul(place, field(f.M))
     valid = b.sub(field(f.N), first_column)
     edge = b.icmp_signed("<", valid, i64(width))
     with b.goto_entry_block():
@@ -349,8 +352,8 @@ def task_place(args, task, width):  # type: ignore[no-untyped-def]
 def gemm_kernel(tile: Tile, epilogue: str, rows: str) -> Any:
     """The compiled kernel of a tile.
 
-    epilogue "s32", "f32", "u8", "s16" (uint8 values), "u8+add" or "s16+add"; rows "affine" or
-    "table".
+    epilogue "s32", "f32", "u8", "s16" (uint8 values), or these two with "+add", or "+rows": a
+    factor for each row; rows "affine" or "table".
     """
     config = (*astuple(tile), epilogue, rows, sources_digest())
     width = tile.nr * tile.panels

@@ -23,6 +23,7 @@ from fastq.kernels.call import ITEM_BYTES, Call, Place, View, collapse
 from fastq.kernels.layout import copy_row
 from fastq.kernels.lines import ELEMENT, broadcast, emit_converted, emit_interleaved, emit_loop
 from fastq.kernels.native import native
+from fastq.kernels.norms import inverse_sums_row
 from fastq.kernels.pack import step_starts
 from fastq.kernels.pointwise import fill_row
 from fastq.kernels.products import ACTIVATIONS, block_rows
@@ -194,6 +195,7 @@ def matmul_row(
     isa: str,
     a_zero_point: int = 0,
     transpose_b: bool = False,
+    mean: bool = False,
     zero_point: int = 0,
     qmin: int = 0,
     qmax: int = 255,
@@ -253,10 +255,16 @@ def matmul_row(
         block.CLAMP: np.array([qmin - zero_point, qmax - zero_point], np.float32),
         block.OUT_ZERO_POINT: np.array([zero_point], np.int32),
     }
+    if mean:
+        sums = call.dense((outer, groups, m), "f32")
+        wide_a = View(a.place, (outer, groups, m, k), (*a_steps[:3], a.item), a.kind)
+        inverse_sums_row(call, wide_a, sums, f"{label}_sums")
     for i in range(outer):
+        if mean:
+            places[block.ROW_SCALE] = sums.place + i * sums.strides[0]
         shared = bias + i * groups * panels * nr * 4
         call.row(
-            gemm.gemm_kernel(tile, out.kind, "affine"),
+            gemm.gemm_kernel(tile, out.kind + "+rows" * mean, "affine"),
             block.FIELDS,
             tasks * -(-m // mc),
             {
@@ -270,6 +278,7 @@ def matmul_row(
                 block.M: m,
                 block.MC: mc,
                 block.N: n,
+                block.ROW_STEP: 1,
             },
             {
                 block.A: _moved(a, i * a_steps[0]),

@@ -152,7 +152,7 @@ def emit_bands(b: Any, tile: Tile, epilogue: str, args: Any, place: Any) -> None
     at = b.add(b.mul(group, count), panel)
     weights = address(b, field(f.B, ptr), b.mul(at, field(f.B_PANEL)))
     columns = b.mul(at, i64(4 * nr))
-    end = Epilogue(b, simd, kind, nr // simd.lanes, [columns], field, bool(added))
+    end = Epilogue(b, simd, kind, nr // simd.lanes, [columns], field, added)
     bias = None if kind in ("s32", "f32") else address(b, field(f.BIAS, ptr), columns)
     steps, offsets = field(f.STEPS), field(f.OFFSETS, ptr)
     step_bytes = b.udiv(field(f.B_PANEL), steps)

@@ -2,6 +2,8 @@
 
     softmax      e = TABLE[peak - x], int32, or 0 where MASK is 0; total = sum(e), int64
                  out = requantized(float32(e) * (255 / float32(total))); EMPTY if total is 0
+    weights      out = TABLE[peak - x], uint8, or 0 where MASK is 0; EMPTY if it is 0 everywhere
+    inverse sum  out = 1 / float32(max(sum(x), 1)), one float32 for a line
     layer_norm   total = sum(x), squares = sum(x * x); d = N * x - total
                  r = float32(1 / sqrt(float64(N * squares - total**2) + EPSILON))
                  out = requantized(((float32(d) * r) * Y) + Z)
@@ -43,7 +45,7 @@ from fastq.kernels.pointwise import line_config, pointwise_line
 from fastq.kernels.scalar import divide, pointer, stack_bytes
 from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import const, i32, i64, load, ptr, shuffle, vec
-from fastq.qparams import MAX_FEATURES, exp_table
+from fastq.qparams import MAX_FEATURES, exp_table, weight_table
 
 OUT, X = LINES_FIELDS, LINES_FIELDS + OPERAND_FIELDS
 MASK = X + OPERAND_FIELDS
@@ -54,7 +56,7 @@ LINE_BLOCK = 4 * 1024  # elements of a task, roughly
 CHUNK = 1024  # elements of a softmax whose exponentials are held
 CHUNK_BYTES = 4 * CHUNK
 LANES = 16
-SOFTMAX_NANOSECONDS, NORM_NANOSECONDS = 0.8, 0.3  # an element
+SOFTMAX_NANOSECONDS, WEIGHTS_NANOSECONDS, NORM_NANOSECONDS = 0.8, 0.1, 0.3  # an element
 
 
 def _reduced(b: Any, value: Any, combine: Any) -> Any:
@@ -206,6 +208,56 @@ def softmax_kernel(kind: str, masked: bool) -> Any:
 
 
 @functools.cache
+def weights_kernel(kind: str, masked: bool) -> Any:
+    """kind "u8" or "s16", of x, out and, if there is one, the mask."""
+    config = (kind, int(masked), sources_digest())
+    looked_up = line_config("table", (kind, kind), (ITEM_BYTES[kind],) * 2)
+
+    @native
+    def kernel(args, begin, end):  # type: ignore[no-untyped-def]
+        count, floats, ints = args[COLUMNS], stack_bytes(16), args[ZERO_POINT]
+        for task in range(begin, end):
+            i, j, row, last, _, _ = task_lines(args, task)
+            for line in range(row, last):
+                x = line_address(args, X, i, j, line)
+                out = line_address(args, OUT, i, j, line)
+                hidden = line_address(args, MASK, i, j, line)
+                peak = _peak(config[0], config[1], x, hidden, count)
+                # TABLE runs up to 255 for the largest and stays there
+                table = args[TABLE] + 255 - peak
+                pointwise_line(looked_up, out, x, 0, 0, count, floats, ints, table)
+                if config[1]:
+                    y, mask, some = pointer(out, config[0]), pointer(hidden, config[0]), 0
+                    for n in range(count):
+                        taken = mask[n] != 0
+                        y[n] = y[n] if taken else 0
+                        some |= taken
+                    if not some:
+                        for n in range(count):
+                            y[n] = args[EMPTY]
+
+    return kernel
+
+
+@functools.cache
+def inverse_sums_kernel(kind: str) -> Any:
+    """kind "u8" or "s16", of x. A line of out is one float32."""
+    config = (kind, sources_digest())
+
+    @native
+    def kernel(args, begin, end):  # type: ignore[no-untyped-def]
+        for task in range(begin, end):
+            i, j, row, last, _, _ = task_lines(args, task)
+            for line in range(row, last):
+                x = line_address(args, X, i, j, line)
+                total, _ = _sums(config[0], x, args[COLUMNS])
+                out = pointer(line_address(args, OUT, i, j, line), "f32")
+                out[0] = divide(1.0, float32(max(total, 1)))
+
+    return kernel
+
+
+@functools.cache
 def layer_norm_kernel(kind: str, bounded: bool) -> Any:
     """kind "u8" or "s16", of x and out."""
     config = (kind, sources_digest())
@@ -254,11 +306,43 @@ def softmax_row(
               label or f"softmax_{x.kind}", masks, {EMPTY: empty})  # fmt: skip
 
 
+def softmax_weights_row(
+    call: Call,
+    x: View,
+    out: View,
+    scale: float,
+    uniform: bool = False,
+    label: str = "",
+    *,
+    mask: View | None = None,
+) -> None:
+    """Appends reference.softmax_weights; mask and out as for `softmax_row`."""
+    rising = weight_table(scale)[::-1]
+    places: dict[int, Place] = {TABLE: np.append(rising, np.full(255, 255, np.uint8))}
+    kernel = weights_kernel(x.kind, mask is not None)
+    masks = [] if mask is None else [mask]
+    _line_row(call, kernel, x, out, places, (0, 0, 255), WEIGHTS_NANOSECONDS,
+              label or f"softmax_weights_{x.kind}", masks, {EMPTY: 255 * uniform})  # fmt: skip
+
+
+def inverse_sums_row(call: Call, x: View, out: View, label: str = "") -> None:
+    """Appends out = 1 / float32(max(sum, 1)) of each line of x; out is float32, of the others."""
+    per_line = View(out.place, (*out.shape, x.shape[-1]), (*out.strides, 0), out.kind)
+    _line_row(call, inverse_sums_kernel(x.kind), x, per_line, {}, (0, 0, 0), WEIGHTS_NANOSECONDS,
+              label or f"inverse_sums_{x.kind}")  # fmt: skip
+
+
 def masked_softmax_row(
     call: Call, x: View, mask: View, out: View, scale: float, uniform: bool
 ) -> None:
     """`softmax_row`, with its views in the order of `ops`."""
     softmax_row(call, x, out, scale, uniform, mask=mask)
+
+
+def masked_softmax_weights_row(
+    call: Call, x: View, mask: View, out: View, scale: float, uniform: bool
+) -> None:
+    softmax_weights_row(call, x, out, scale, uniform, mask=mask)
 
 
 def layer_norm_row(

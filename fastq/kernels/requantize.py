@@ -6,6 +6,8 @@
     s16   the same, stored as int16
     r     float32(add - add_zero_point) * add_scale, where something of the output's shape is added
 
+u8 and s16 may have a factor for each row: row_scale * scale instead of scale.
+
 For u8, bias already holds -x_zero_point * col_sum, and accumulators begin at it. (lo, hi) =
 (qmin, qmax) - out_zero_point: clamping between integers before rounding equals clamping after it,
 and keeps the conversion in range. No operation may be contracted or reordered: the bits are part of
@@ -52,12 +54,14 @@ class Epilogue:
     kind     "s32", "f32", "u8" or "s16".
     columns  byte offsets into the per-column arrays, one for each panel of `vectors` vectors.
     field    field(index, type) reads the argument block.
+    more     "add", "rows" (a factor for each), or "".
     start    what the accumulators of a row begin at, [vector].
     """
 
     def __init__(
-        self, b: Any, simd: Any, kind: str, vectors: int, columns: list[Any], field: Any, adds: bool
+        self, b: Any, simd: Any, kind: str, vectors: int, columns: list[Any], field: Any, more: str
     ) -> None:
+        adds, self.by_row = more == "add", more == "rows"
         self.b, self.simd, self.kind, self.field = b, simd, kind, field
         self.ints, self.floats = simd.acc, vec(f32, simd.lanes)
         self.together = simd.together(vectors * simd.lanes)
@@ -95,6 +99,10 @@ class Epilogue:
         panels = [address(self.b, base, offset) for offset in self.columns]
         return [load(self.b, kind, p, size * j) for p in panels for j in range(self.vectors)]
 
+    def _per_row(self, index: int, kind: Any, row: Any) -> Any:
+        offset = self.b.mul(self.b.mul(row, self.field(block.ROW_STEP)), i64(4))
+        return splat(self.b, load(self.b, kind, self.field(index, ptr), offset), self.simd.lanes)
+
     def _scalar(self, index: int, kind: Any, element: int = 0) -> Any:
         value = load(self.b, kind, self.field(index, ptr), 4 * element)
         return splat(self.b, value, self.simd.lanes)
@@ -115,17 +123,21 @@ class Epilogue:
         self.valid = valid
         for i, (acc_row, target) in enumerate(zip(accs, targets, strict=True)):
             if self.kind in ("u8", "s16"):
-                self._store_rounded(acc_row, target, add_rows[i] if add_rows else None)
+                self._store_rounded(acc_row, target, rows[i], add_rows[i] if add_rows else None)
             else:
                 self._store_wide(acc_row, target, rows[i])
 
-    def _store_rounded(self, accs: list[Any], target: Any, add: Any) -> None:
+    def _store_rounded(self, accs: list[Any], target: Any, row: Any, add: Any) -> None:
         b, simd, together = self.b, self.simd, self.together
+        scales = self.scale
+        if self.by_row:
+            factor = self._per_row(block.ROW_SCALE, f32, row)
+            scales = [b.fmul(factor, scale) for scale in scales]
         item = i8 if self.kind == "u8" else i16
         stored = vec(item, together * simd.lanes)
         for j in range(0, len(accs), together):
             offset = j * simd.lanes * item.width // 8
-            pairs = zip(accs[j : j + together], self.scale[j : j + together], strict=True)
+            pairs = zip(accs[j : j + together], scales[j : j + together], strict=True)
             group = [b.fmul(b.sitofp(acc, self.floats), scale) for acc, scale in pairs]
             if add is not None:
                 r = self._added(load(b, stored, add, offset))
@@ -167,15 +179,10 @@ class Epilogue:
 
     def _store_wide(self, accs: list[Any], target: Any, row: Any) -> None:
         b, simd = self.b, self.simd
-        offset = b.mul(b.mul(row, self.field(block.ROW_STEP)), i64(4))
-
-        def per_row(index: int, kind: Any) -> Any:
-            return splat(b, load(b, kind, self.field(index, ptr), offset), simd.lanes)
-
-        zero_point = per_row(block.ROW_ZERO_POINT, i32)
+        zero_point = self._per_row(block.ROW_ZERO_POINT, i32, row)
         values = [b.sub(a, b.mul(zero_point, s)) for a, s in zip(accs, self.col_sums, strict=True)]
         if self.kind == "f32":
-            row_scale = per_row(block.ROW_SCALE, f32)
+            row_scale = self._per_row(block.ROW_SCALE, f32, row)
             for j, value in enumerate(values):
                 real = b.fmul(b.sitofp(value, self.floats), b.fmul(row_scale, self.scale[j]))
                 values[j] = clamp(b, b.fadd(real, self.bias[j]), self.lo, self.hi)

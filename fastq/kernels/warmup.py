@@ -148,6 +148,17 @@ FAMILIES = (
     ),
     Family(
         "attention",
+        norms.weights_kernel,
+        lambda tier: product((_activations(tier),), (False, True)),
+    ),
+    Family("attention", norms.inverse_sums_kernel, lambda tier: [(_activations(tier),)]),
+    Family(
+        "attention",
+        gemm.gemm_kernel,
+        lambda tier: product(tiles_of(tier), (f"{_activations(tier)}+rows",), ("affine",)),
+    ),
+    Family(
+        "attention",
         norms.layer_norm_kernel,
         lambda tier: product((_activations(tier),), (False, True)),
     ),

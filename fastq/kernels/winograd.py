@@ -374,7 +374,7 @@ def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any
 
     def columns(v: Any) -> None:
         here = [b.mul(b.add(column, v), i64(4))]
-        end = Epilogue(b, simd, kind, width // simd.lanes, here, field, bool(added))
+        end = Epilogue(b, simd, kind, width // simd.lanes, here, field, added)
         found = [outputs(b.add(v, i64(first))) for first in range(0, width, simd.lanes)]
         at = b.mul(v, i64(out_bytes))
 
