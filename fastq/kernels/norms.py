@@ -44,7 +44,7 @@ from fastq.kernels.native import native
 from fastq.kernels.pointwise import line_config, pointwise_line
 from fastq.kernels.scalar import divide, pointer, stack_bytes
 from fastq.kernels.signature import sources_digest
-from fastq.kernels.simd import const, i32, i64, load, ptr, shuffle, vec
+from fastq.kernels.simd import address, const, i32, i64, load, ptr, shuffle, store, vec
 from fastq.qparams import MAX_FEATURES, exp_table, weight_table
 
 OUT, X = LINES_FIELDS, LINES_FIELDS + OPERAND_FIELDS
@@ -102,6 +102,37 @@ def _peak(typingctx: Any, kind: Any, masked: Any, x: Any, mask: Any, count: Any)
         return b.zext(b.extract_element(held, i32(0)), i64)
 
     return types.int64(kind, masked, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _hide(typingctx: Any, kind: Any, y: Any, mask: Any, count: Any) -> Any:
+    """Writes 0 over those of `count` values at y whose mask is 0; not 0 if some were left."""
+    element = ELEMENT[kind.literal_value]
+    item = i64(ITEM_BYTES[kind.literal_value])
+
+    def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
+        y, mask, count = b.inttoptr(values[1], ptr), b.inttoptr(values[2], ptr), values[3]
+
+        def step(width: int) -> Any:
+            kind = vec(element, width)
+
+            def body(i: Any, some: Any) -> list[Any]:
+                place, offset = address(b, y, b.mul(i, item)), b.mul(i, item)
+                taken = load(b, kind, mask, offset)
+                hidden = b.icmp_unsigned("==", taken, const(kind, 0))
+                store(b, b.select(hidden, const(kind, 0), load(b, kind, place)), place)
+                return [b.or_(some, taken)]
+
+            return body
+
+        i, (held,) = emit_loop(b, i64(0), count, 32, [const(vec(element, 32), 0)], step(32))
+        some = b.insert_element(
+            ir.Constant(vec(element, 1), ir.Undefined), _reduced(b, held, b.or_), i32(0)
+        )
+        _, (some,) = emit_loop(b, i, count, 1, [some], step(1))
+        return b.zext(b.extract_element(some, i32(0)), i64)
+
+    return types.int64(kind, types.int64, types.int64, types.int64), codegen
 
 
 @njit
@@ -226,15 +257,10 @@ def weights_kernel(kind: str, masked: bool) -> Any:
                 # TABLE runs up to 255 for the largest and stays there
                 table = args[TABLE] + 255 - peak
                 pointwise_line(looked_up, out, x, 0, 0, count, floats, ints, table)
-                if config[1]:
-                    y, mask, some = pointer(out, config[0]), pointer(hidden, config[0]), 0
+                if config[1] and _hide(config[0], out, hidden, count) == 0:
+                    y = pointer(out, config[0])
                     for n in range(count):
-                        taken = mask[n] != 0
-                        y[n] = y[n] if taken else 0
-                        some |= taken
-                    if not some:
-                        for n in range(count):
-                            y[n] = args[EMPTY]
+                        y[n] = args[EMPTY]
 
     return kernel
 
