@@ -318,6 +318,7 @@ class _Reader:
         self.names: set[str] = set()
         self.flags: set[Node] = set()  # whose values are bool
         self.masks: dict[Any, Node] = {}  # what masks attention -> 1.0 and 0.0 instead
+        self.biases: set[Node] = set()  # that masks were taken out of
         self.place = {node: i for i, node in enumerate(program.graph.nodes)}
 
     def graph(self) -> Graph:
@@ -756,19 +757,19 @@ class _Reader:
         x = a["self"]
         if not isinstance(x, Node) or not x.shape:
             return None
-        dim, masks, uniform = a["dim"] % len(x.shape), [], True
+        return self.softmax(node, node, x, a["dim"] % len(x.shape))
+
+    def softmax(
+        self, node: fx.Node, name: Any, x: Node, dim: int, masks: Sequence[Node] = ()
+    ) -> Node:
+        """softmax(x) of what all masks take: these, each 1.0 and 0.0, and those that x has in it.
+        Where they take nothing the weights are 0, or where these are finite the same."""
+        masks, uniform = list(masks), not masks
         while dim == len(x.shape) - 1 and (found := self.without_mask(node, x)) is not None:
             x = found[0]
             masks.append(found[1])
             uniform &= found[2]
-        return self.softmax(node, node, x, dim, masks, uniform)
-
-    def softmax(
-        self, node: fx.Node, name: Any, x: Node, dim: int, masks: Sequence[Node], uniform: bool
-    ) -> Node:
-        """softmax(x) of what all masks take; each is 1.0 and 0.0, and broadcasts to x. Where they
-        take nothing all weights are the same, or 0."""
-        taken = list(masks[:1])
+        taken = masks[:1]
         for mask in masks[1:]:
             shape = tuple(map(max, taken[0].shape, mask.shape))
             taken = [self.add(f"{node.name}_mask", "aten", [*taken, mask], shape=shape, attrs={
@@ -788,6 +789,16 @@ class _Reader:
                 if is_mask(added, self.flags):
                     mask = self.mask(node, added if constant is None else constant, x.shape)
                     return None if mask is None else (scores, mask, self.finite(added))
+                if constant is None and self.may_mask(added):
+                    mask = self.mask(node, added, x.shape)
+                    if mask is None:
+                        return None
+                    bias = self.without_lowest(added)
+                    return (
+                        self.add(f"{x.name}_bias", "add", [scores, bias], shape=x.shape),
+                        mask,
+                        True,
+                    )
                 if constant is not None and bool((constant <= LOWEST).any()):
                     hidden = constant <= LOWEST  # a bias as well
                     mask = self.mask(node, ~hidden, x.shape)
@@ -805,6 +816,22 @@ class _Reader:
                     mask = self.mask(node, a, x.shape, hides)
                     return None if mask is None else (scores, mask, self.finite(low))
         return None
+
+    def may_mask(self, added: Node) -> bool:
+        """Whether what is added to scores comes from without, and may hold masks, or biases."""
+        while added.op == "reshape":
+            (added,) = added.inputs
+        return added.op in ("input", "aten") and added not in self.biases
+
+    def without_lowest(self, added: Node) -> Node:
+        """What is added to scores, with 0 where it is a mask."""
+        hidden = self.add(f"{added.name}_hidden", "aten", [added], shape=added.shape, attrs={
+            "target": "aten.le.Scalar", "args": (Ref(0), LOWEST), "kwargs": {}})  # fmt: skip
+        bias = self.add(f"{added.name}_bias", "aten", [added, hidden], shape=added.shape, attrs={
+            "target": "aten.masked_fill.Scalar", "args": (Ref(0), Ref(1), 0.0),
+            "kwargs": {}})  # fmt: skip
+        self.biases.add(bias)
+        return bias
 
     def finite(self, value: Any) -> bool:
         return -inf not in (possible_values(value, self.flags) or ())
@@ -864,15 +891,18 @@ class _Reader:
         if a.get("dropout_p") or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
             return None
         rank, shape = len(k.shape), (*q.shape[:-1], k.shape[-2])
-        masks, uniform = [], False
+        mask, masks = a.get("attn_mask"), []
         if a.get("is_causal"):
             masks = [self.causal(node, shape)]
-        elif (mask := a.get("attn_mask")) is not None:
-            flag = mask.dtype is torch.bool if isinstance(mask, Tensor) else mask in self.flags
-            found = self.mask(node, mask, shape) if flag or is_mask(mask, self.flags) else None
-            if found is None:
+        if mask is not None:
+            size = (1,) * (rank - len(mask.shape)) + tuple(mask.shape)
+            if any(m not in (1, n) for m, n in zip(size, shape, strict=True)):
                 return None
-            masks, uniform = [found], not flag and self.finite(mask)
+            if mask.dtype is torch.bool if isinstance(mask, Tensor) else mask in self.flags:
+                found = self.mask(node, mask, shape)
+                if found is None:
+                    return None
+                masks.append(found)
         dims = (*range(rank - 2), rank - 1, rank - 2)
         turned = self.add(f"{node.name}_key", "permute", [k], attrs={"dims": dims},
                           shape=tuple(k.shape[d] for d in dims))  # fmt: skip
@@ -880,7 +910,15 @@ class _Reader:
         scores = self.add(f"{node.name}_scores", "matmul", [q, turned], shape=shape,
                           attrs={"factor": float(scale)})  # fmt: skip
         scores.layer, scores.kind = self.where(node)
-        weights = self.softmax(node, f"{node.name}_weights", scores, rank - 1, masks, uniform)
+        if mask is not None and not masks:
+            if isinstance(mask, Tensor):
+                mask = self.constant(f"{node.name}_added", mask.reshape(size))
+            elif tuple(mask.shape) != size:
+                groups = reshape_groups(mask.shape, size)
+                mask = self.add(f"{node.name}_added", "reshape", [mask], shape=size,
+                                attrs={"groups": groups})  # fmt: skip
+            scores = self.add(f"{node.name}_masked", "add", [scores, mask], shape=shape)
+        weights = self.softmax(node, f"{node.name}_weights", scores, rank - 1, masks)
         return self.add(node, "matmul", [weights, v])
 
     def causal(self, node: fx.Node, shape: tuple[int, ...]) -> Node:

@@ -824,6 +824,16 @@ CASES: dict[str, Case] = {
         sequences(8),
         extents=(13,),
     ),
+    "mask given as numbers": Case(
+        call(lambda net, x, bias: attention_of(net, x, attn_mask=bias), a=lambda: nn.Linear(8, 24)),
+        lambda batch, size: (
+            torch.randn(batch, size, 8),
+            torch.randn(batch, 1, size, size).masked_fill(
+                torch.rand(batch, 1, size, size) < 0.3, -torch.inf
+            ),
+        ),
+        extents=(13,),
+    ),
     "nn.MultiheadAttention, masked": Case(
         call(
             lambda net, x, padding: net.a(x, x, x, padding, need_weights=False)[0],

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import Call, call, conv
+from networks import MASKS, Call, Masked, attention_of, call, conv
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -131,6 +131,39 @@ def test_numbers_that_follow_the_extent(name: str) -> None:
         larger = torch.randn(3, 3, *size)
         with torch.no_grad():
             same(model(larger), run(captured, larger))
+
+
+@pytest.mark.parametrize("name", ["where", "where not", "added zeros", "both"])
+def test_a_mask_that_leaves_nothing(name: str) -> None:
+    """Of finite numbers the weights are equal; of infinities torch gives NaN, and this 0."""
+    model, x = Masked(8, 2, MASKS[name]), torch.randn(3, 6, 8)
+    padding = torch.zeros(3, 6, dtype=torch.bool)
+    padding[1], padding[2, 4:] = True, True
+    captured = capture(model.eval(), (x, padding))
+    with torch.no_grad():
+        wanted, found = model(x, padding), run(captured, x, padding)
+    same(wanted[::2], found[::2])
+    if name.startswith("where"):
+        same(wanted[1], found[1])
+    else:
+        assert wanted[1].isnan().any()
+        same(found[1, 0], model.out.bias.detach())
+
+
+def test_what_is_no_mask_is_added() -> None:
+    """A float tensor that may hold anything, and a constant of finite numbers."""
+    attend = call(
+        lambda net, x, bias: attention_of(net, x, attn_mask=bias), a=lambda: nn.Linear(8, 24)
+    )
+    bias = torch.randn(2, 1, 6, 6)
+    bias[:, :, 2:, 4] = -torch.inf
+    captured = check(attend(), torch.randn(2, 6, 8), bias)
+    (softmax,) = (node for node in captured.graph if node.op == "softmax")
+    assert len(softmax.inputs) == 2 and softmax.inputs[0].op == "add"  # it may be both
+    model = Masked(8, 2, lambda net, s, padding: s + net.bias[:, :6, :6])
+    captured = check(model, torch.randn(2, 6, 8), torch.zeros(2, 6, dtype=torch.bool))
+    (softmax,) = (node for node in captured.graph if node.op == "softmax")
+    assert len(softmax.inputs) == 1 and softmax.inputs[0].op == "add"
 
 
 def test_sizes_that_follow_the_batch() -> None:
