@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fastq.batches import Batches
-from fastq.capture import CannotCapture
 from fastq.graph import Node, evaluate
 from fastq.network import Config, calibrate, call_of, prepare_model
 from fastq.prepare import Prepared, fake_quantize
+from fastq.read import CannotCapture
 from fastq.remedies import Remedies
 from fastq.swap import Selector
 from fastq.trace import Forward

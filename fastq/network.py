@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastq.batches import Batches, arguments_of
-from fastq.capture import CannotCapture, capture
+from fastq.capture import capture
 from fastq.fuse import fuse
 from fastq.graph import Node
 from fastq.lower import Region
@@ -19,6 +19,7 @@ from fastq.nn.network import QuantizedModel, Stage, assemble
 from fastq.prepare import Prepared, prepare_graph
 from fastq.processes import ALONE, Processes
 from fastq.qconfig import QConfig
+from fastq.read import CannotCapture
 from fastq.recipe import write_recipe
 from fastq.remedies import Remedies
 from fastq.remedies import calibrate as apply_remedies

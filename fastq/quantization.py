@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from fastq.batches import Batches
-from fastq.capture import CannotCapture
 from fastq.ladder import climb
 from fastq.network import Config, calibrate, call_of, finish, prepare_model
 from fastq.processes import Processes
+from fastq.read import CannotCapture
 from fastq.remedies import DEFAULT, Remedies, remedy_names
 from fastq.swap import Selector, quantize_layers, summary
 from fastq.trace import Forward

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from fastq.capture import CannotCapture, Captured, capture
+from fastq.capture import Captured, capture
 from fastq.graph import Node, Size, evaluate, sizes_of
+from fastq.read import CannotCapture
 
 
 def run(captured: Captured, *args: Any, **kwargs: Any) -> Any:

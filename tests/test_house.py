@@ -35,6 +35,7 @@ ORDER = [
     "custom",
     "nn",
     "masks",
+    "read",
     "capture",
     "fuse",
     "lower",

@@ -1,0 +1,1063 @@
+"""One exported program into a `Graph`: aten operators into ours.
+
+Each operator that has a name here has a method of the reader, `read_` and its name; one that has
+none, or arguments that ours does not take, stays an "aten" node. What is computed of parameters
+alone is folded into a constant, and the masks of attention become an operand of its softmax.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Sequence
+from math import inf, prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fastq.graph import POINTWISE_NAMESPACE, Graph, Node, Ref, normalization
+from fastq.masks import LOWEST, is_low, is_mask, operand, operator_of, possible_values
+
+_aten = torch.ops.aten
+
+_POINTWISE = frozenset([
+    "relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "hardswish", "hardsigmoid",
+    "silu", "gelu", "sigmoid", "tanh", "elu", "leaky_relu", "mish", "softplus", "selu", "celu",
+    "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "abs", "neg", "square", "pow", "reciprocal",
+    "sin", "cos", "erf", "threshold", "hardshrink", "softshrink", "tanhshrink", "log_sigmoid",
+    "softsign", "rsub", "sign", "floor", "ceil", "round", "trunc", "add", "sub", "mul", "div",
+])  # fmt: skip
+_SAME = frozenset([
+    "dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach",
+    "lift_fresh_copy", "identity",
+])  # fmt: skip
+_TAKE_BOOL = ("scaled_dot_product_attention",)
+_GROWING = ("expand", "expand_as", "repeat", "tile", "broadcast_to")  # with the batch, perhaps
+
+
+class CannotCapture(Exception):
+    """Why there is no graph of a model."""
+
+
+class Aliased(CannotCapture):
+    """A tensor is changed in place that is read by another name later."""
+
+
+Folded = dict[str, Tensor]  # operator's name -> its value, of parameters alone
+
+
+class Reader:
+    """One exported program into a Graph."""
+
+    def __init__(self, model: nn.Module, program: Any, live: Collection[str] = ()) -> None:
+        self.model, self.program, self.live = model, program, live
+        self.folded: Folded = {}
+        self.values: dict[fx.Node, Any] = {}
+        self.nodes: list[Node] = []
+        self.names: set[str] = set()
+        self.flags: set[Node] = set()  # whose values are bool
+        self.masks: dict[Any, Node] = {}  # what masks attention -> 1.0 and 0.0 instead
+        self.biases: set[Node] = set()  # that masks were taken out of
+        self.place = {node: i for i, node in enumerate(program.graph.nodes)}
+
+    def graph(self) -> Graph:
+        signature = self.program.graph_signature
+        tensors = {**dict(self.model.named_parameters(remove_duplicate=False)),
+                   **dict(self.model.named_buffers(remove_duplicate=False))}  # fmt: skip
+        given = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        constants = signature.inputs_to_lifted_tensor_constants
+        inputs = []
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                if node.name in given:
+                    self.values[node] = tensors[given[node.name]].detach()
+                elif node.name in constants:
+                    self.values[node] = self.program.constants[constants[node.name]]
+                elif not isinstance(node.meta.get("val"), Tensor):
+                    self.values[node] = node.meta.get("val")  # a number or None: a constant
+                else:
+                    value = self.add(node, "input")
+                    self.values[node] = value
+                    inputs.append(value)
+            elif node.op == "output":
+                flat = node.args[0]
+                outputs = [self.values[v] if isinstance(v, fx.Node) else v for v in flat]
+            elif node.op == "call_function":
+                self.values[node] = self.call(node)
+            else:
+                raise CannotCapture(f"{node.name}: {node.op}")
+        if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+            raise CannotCapture("the model changes its buffers or its inputs when it is called")
+        outputs = [
+            self.constant(f"output_{i}", v) if isinstance(v, Tensor) else v
+            for i, v in enumerate(outputs)
+        ]
+        return Graph(self.nodes, inputs, outputs)
+
+    def add(self, node: fx.Node | str, op: str, inputs: Sequence[Node] = (), **parts: Any) -> Node:
+        name = node if isinstance(node, str) else node.name
+        while name in self.names:
+            name += "_"
+        self.names.add(name)
+        new = Node(name, op, list(inputs), parts.get("attrs") or {}, parts.get("tensors") or {})
+        if isinstance(node, fx.Node):
+            stack = list((node.meta.get("nn_module_stack") or {}).values())
+            if stack:
+                path, kind = stack[-1]
+                new.layer = path
+                new.kind = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+            value = node.meta.get("val")
+            new.shape = tuple(map(int, value.shape)) if isinstance(value, Tensor) else ()
+            if isinstance(value, Tensor) and value.dtype is torch.bool:
+                self.flags.add(new)
+        if parts.get("shape") is not None:
+            new.shape = parts["shape"]
+        self.nodes.append(new)
+        return new
+
+    def constant(self, name: str, value: Tensor) -> Node:
+        return self.add(name, "constant", tensors={"value": value}, shape=tuple(value.shape))
+
+    def call(self, node: fx.Node) -> Any:
+        target: Any = node.target
+        if not isinstance(target, torch._ops.OpOverload):
+            if target is operator.getitem:
+                source, index = (self.look_up(value) for value in node.args)
+                if isinstance(source, list | tuple):
+                    return source[index]
+                return self.add(node, "aten", [source], attrs={
+                    "target": "getitem", "args": (Ref(0), index), "kwargs": {}})  # fmt: skip
+            raise CannotCapture(f"{node.name}: {target}")
+        arguments = _arguments(node, target)
+        name = target._schema.name.split("::")[1]
+        if name.startswith("_assert"):
+            return None
+        in_place = name.endswith("_") and not name.startswith("_")
+        plain = name.rstrip("_") if in_place else name
+        given = {key: self.look_up(value) for key, value in arguments.items()}
+        leaves = pytree.tree_leaves(list(given.values()))
+        alone = not any(isinstance(v, Node) for v in leaves) and node.name not in self.live
+        if alone and self.folds(target, leaves):
+            with torch.no_grad():
+                value = target(*map(self.look_up, node.args), **self.look_up(dict(node.kwargs)))
+            if isinstance(value, Tensor):
+                self.folded[node.name] = value
+            return value
+        result: Any = None
+        if target.namespace in ("aten", POINTWISE_NAMESPACE) and node.meta.get("val") is not None:
+            result = self.convert(node, plain, target, given)
+        if result is None:
+            if in_place:
+                target = self.functional(target, plain)
+            result = self.other(node, target, arguments)
+        if in_place:
+            self.overwrite(node, result)
+        return result
+
+    def folds(self, target: Any, leaves: list[Any]) -> bool:
+        """Whether an operator of parameters and buffers is computed here and now."""
+        name = target._schema.name.split("::")[1]
+        fixed = not target._schema.is_mutable and name not in _GROWING
+        random = torch.Tag.nondeterministic_seeded in target.tags
+        return fixed and not random and any(isinstance(v, Tensor) for v in leaves)
+
+    def functional(self, target: Any, plain: str) -> Any:
+        """The operator that returns what this one writes."""
+        packet = getattr(getattr(torch.ops, target.namespace), plain, None)
+        if packet is None or target._overloadname not in packet.overloads():
+            raise CannotCapture(f"{target} changes its input")
+        return getattr(packet, target._overloadname)
+
+    def overwrite(self, node: fx.Node, result: Node) -> None:
+        """Who reads the changed value later shall get the new one."""
+        changed: Any = node.args[0]
+        old, memory, now = self.values[changed], _memory(changed), self.place[node]
+        for other in self.values:
+            if _memory(other) != memory:
+                continue
+            if other.op == "placeholder":
+                kind = "an input" if isinstance(self.values[other], Node) else "a parameter"
+                raise CannotCapture(f"{node.name} changes {kind}")
+            if self.values[other] is old:
+                self.values[other] = result
+            elif other is not node and any(self.place[user] > now for user in other.users):
+                raise Aliased(f"{node.name} changes what {other.name} reads")
+
+    def look_up(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return self.values[value]
+        if isinstance(value, list | tuple):
+            return [self.look_up(v) for v in value]
+        if isinstance(value, dict):
+            return {key: self.look_up(v) for key, v in value.items()}
+        return value
+
+    def other(self, node: fx.Node, target: Any, arguments: dict[str, Any]) -> Node:
+        """Any operator that stays float."""
+        inputs: list[Node] = []
+        tensors: dict[str, Tensor] = {}
+
+        def hold(value: Any) -> Any:
+            if isinstance(value, list | tuple):
+                return [hold(v) for v in value]
+            if isinstance(value, Node):
+                if value not in inputs:
+                    inputs.append(value)
+                return Ref(inputs.index(value))
+            if isinstance(value, Tensor):
+                tensors[f"t{len(tensors)}"] = value
+                return f"%t{len(tensors) - 1}"
+            return value
+
+        schema = {a.name: a for a in target._schema.arguments}
+        args, kwargs = [], {}
+        for key, value in arguments.items():
+            held = hold(self.look_up(value))
+            if schema[key].kwarg_only:
+                kwargs[key] = held
+            else:
+                args.append(held)
+        name = f"{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
+        attrs = {"target": name, "args": tuple(args), "kwargs": kwargs}
+        return self.add(node, "aten", inputs, attrs=attrs, tensors=tensors)
+
+    # ------------------------------------------------------------------ one operator each
+
+    def convert(self, node: fx.Node, name: str, target: Any, a: dict[str, Any]) -> Any:
+        """The value of an operator that has a name here, or None."""
+        values = [v.meta.get("val") for v in (node, *node.all_input_nodes)]
+        leaves = [v for v in pytree.tree_leaves(values) if isinstance(v, Tensor)]
+        allowed = (torch.float32, *[torch.bool] * (name in _TAKE_BOOL))
+        if not name.startswith("adaptive_max_pool") and any(v.dtype not in allowed for v in leaves):
+            return None
+        x = a.get("self", a.get("input", a.get("query")))
+        if name in _SAME and isinstance(x, Node) and _off(a):
+            return x
+        if target.namespace == POINTWISE_NAMESPACE:
+            return self.pointwise(node, target, a)
+        read = getattr(self, f"read_{name}", None)
+        if read is not None:
+            result = read(node, a)
+            if result is not None:
+                return result
+        if name in _POINTWISE:
+            return self.pointwise(node, target, a)
+        return None
+
+    def pointwise(self, node: fx.Node, target: Any, a: dict[str, Any]) -> Node | None:
+        """An operator of one tensor and numbers."""
+        nodes = [v for v in a.values() if isinstance(v, Node)]
+        tensors = [v for v in a.values() if isinstance(v, Tensor)]
+        if len(nodes) != 1 or any(v.numel() != 1 for v in tensors):
+            return None
+        if nodes[0].shape != tuple(node.meta["val"].shape):
+            return None
+        if target._schema.is_mutable:
+            target = self.functional(target, target._schema.name.split("::")[1].rstrip("_"))
+        schema = {arg.name: arg for arg in target._schema.arguments}
+        args, kwargs = [], {}
+        for key, value in a.items():
+            if isinstance(value, Tensor):
+                value = value.item()
+                if target._overloadname == "Tensor":
+                    value = torch.tensor(value)
+            held = Ref(0) if isinstance(value, Node) else value
+            if key in schema and schema[key].kwarg_only:
+                kwargs[key] = held
+            elif key in schema:
+                args.append(held)
+        name = f"{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
+        if any(isinstance(v, Tensor) for v in args):
+            args = [v.item() if isinstance(v, Tensor) else v for v in args]
+            name = name.rpartition(".")[0] + ".Tensor"
+        return self.add(node, "pointwise", nodes, attrs={"calls": [(name, tuple(args), kwargs)]})
+
+    def read_conv2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x, weight, bias = a["input"], a["weight"], a.get("bias")
+        if not isinstance(x, Node) or not isinstance(weight, Tensor) or len(x.shape) != 4:
+            return None
+        if bias is not None and not isinstance(bias, Tensor):
+            return None
+        stride, dilation = _two(a["stride"]), _two(a["dilation"])
+        padding = a["padding"]
+        if isinstance(padding, str):
+            ahead = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+            sides = [(0, 0) if padding == "valid" else (n // 2, n - n // 2) for n in ahead]
+        else:
+            sides = [(p, p) for p in _two(padding)]
+        attrs = {"stride": stride, "padding": tuple(sides), "dilation": dilation}
+        attrs["groups"] = a["groups"]
+        tensors = {"weight": weight, **({} if bias is None else {"bias": bias})}
+        return self.add(node, "conv2d", [x], attrs=attrs, tensors=tensors)
+
+    def read_conv1d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x, weight, bias = a["input"], a["weight"], a.get("bias")
+        if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None):
+            return None
+        if isinstance(a["padding"], str):
+            total = _one(a["dilation"]) * (weight.shape[2] - 1)
+            sides = (0, 0) if a["padding"] == "valid" else (total // 2, total - total // 2)
+        else:
+            sides = (_one(a["padding"]),) * 2
+        attrs = {"stride": (1, _one(a["stride"])), "padding": ((0, 0), sides),
+                 "dilation": (1, _one(a["dilation"])), "groups": a["groups"]}  # fmt: skip
+        tensors = {"weight": weight.unsqueeze(2), **({} if bias is None else {"bias": bias})}
+        return self.line(node, "conv2d", x, attrs, tensors)
+
+    def line(
+        self, node: fx.Node, op: str, x: Any, attrs: dict[str, Any],
+        tensors: dict[str, Tensor] | None = None,
+    ) -> Node | None:  # fmt: skip
+        """An operation on a sequence (B, C, L), as on an image one line high."""
+        if not isinstance(x, Node) or len(x.shape) != 3:
+            return None
+        b, c, length = x.shape
+        image = self.add(f"{node.name}_line", "reshape", [x], shape=(b, c, 1, length),
+                         attrs={"groups": (_axis(0), ((1,), (None, 1)), _axis(2))})  # fmt: skip
+        out = tuple(map(int, pytree.tree_leaves(node.meta["val"])[0].shape))
+        y = self.add(node, op, [image], attrs=attrs, tensors=tensors,
+                     shape=(out[0], out[1], 1, out[2]))  # fmt: skip
+        return self.add(f"{node.name}_sequence", "reshape", [y], shape=out,
+                        attrs={"groups": (_axis(0), ((1, 2), (None,)), _axis(3))})  # fmt: skip
+
+    def read_conv_transpose2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x, weight, bias = a["input"], a["weight"], a.get("bias")
+        if not isinstance(x, Node) or not isinstance(weight, Tensor) or len(x.shape) != 4:
+            return None
+        if not isinstance(bias, Tensor | None):
+            return None
+        attrs = {key: _two(a[key]) for key in ("stride", "padding", "output_padding", "dilation")}
+        tensors = {"weight": weight, **({} if bias is None else {"bias": bias})}
+        return self.add(node, "conv_transpose2d", [x], attrs={**attrs, "groups": a["groups"]},
+                        tensors=tensors)  # fmt: skip
+
+    def read_conv_transpose1d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        weight, bias = a["weight"], a.get("bias")
+        if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None):
+            return None
+        along = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
+        attrs: dict[str, Any] = {key: (none, _one(a[key])) for key, none in along.items()}
+        tensors = {"weight": weight.unsqueeze(2), **({} if bias is None else {"bias": bias})}
+        return self.line(node, "conv_transpose2d", a["input"],
+                         {**attrs, "groups": a["groups"]}, tensors)  # fmt: skip
+
+    def read_linear(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x, weight, bias = a["input"], a["weight"], a.get("bias")
+        if not isinstance(x, Node) or not isinstance(weight, Tensor) or weight.dim() != 2:
+            return None
+        if bias is not None and not isinstance(bias, Tensor):
+            return None
+        tensors = {"weight": weight, **({} if bias is None else {"bias": bias})}
+        return self.linear(node, x, tensors)
+
+    def linear(self, node: fx.Node, x: Node, tensors: dict[str, Tensor]) -> Node:
+        """A linear layer of features; of rows that were joined before, as what they were."""
+        rows: Any = x.attrs["groups"] if x.op == "reshape" else ()
+        if len(rows) != 2 or len(rows[0][0]) < 2 or rows[0][1] != (None,):
+            return self.add(node, "linear", [x], tensors=tensors)
+        (source,), (leading, _) = x.inputs, rows[0]
+        shape = (*(source.shape[axis] for axis in leading), x.shape[1])
+        if source.shape != shape:  # the features were joined as well
+            groups = (*map(_axis, leading), rows[1])
+            source = self.add(f"{x.name}_features", "reshape", [source], shape=shape,
+                              attrs={"groups": groups})  # fmt: skip
+        shape = (*shape[:-1], len(tensors["weight"]))
+        made = self.add(node, "linear", [source], tensors=tensors, shape=shape)
+        groups = ((leading, (None,)), _axis(len(leading)))
+        return self.add(f"{node.name}_rows", "reshape", [made], attrs={"groups": groups},
+                        shape=(prod(shape[:-1]), shape[-1]))  # fmt: skip
+
+    def read_addmm(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        bias, x, weight = a["self"], a["mat1"], a["mat2"]
+        if a.get("beta", 1) != 1 or a.get("alpha", 1) != 1 or not isinstance(x, Node):
+            return None
+        if not isinstance(weight, Tensor) or not isinstance(bias, Tensor) or bias.dim() != 1:
+            return None
+        return self.linear(node, x, {"weight": weight.t(), "bias": bias})
+
+    def read_batch_norm(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x, mean, variance = a["input"], a["running_mean"], a["running_var"]
+        if a["training"] or not isinstance(x, Node) or not isinstance(mean, Tensor):
+            return None
+        if not isinstance(variance, Tensor):
+            return None
+        origin = {"running_mean": mean, "running_var": variance}
+        origin |= {f"norm_{k}": a[k] for k in ("weight", "bias") if isinstance(a.get(k), Tensor)}
+        eps, momentum = float(a["eps"]), float(a["momentum"])
+        factor, shift = normalization(eps, origin)
+        if not bool(factor.isfinite().all() and shift.isfinite().all()):
+            return None
+        y = self.add(node, "affine", [x], tensors={"factor": factor, "shift": shift},
+                     attrs={"norm": {"eps": eps, "momentum": momentum}})  # fmt: skip
+        y.origin = origin
+        return y
+
+    def read__native_batch_norm_legit_no_training(
+        self, node: fx.Node, a: dict[str, Any]
+    ) -> list[Any] | None:
+        """What a batch norm is called where changes of memory became values."""
+        y = self.read_batch_norm(node, {**a, "training": False})
+        return None if y is None else [y]
+
+    def read_layer_norm(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a["input"]
+        if not isinstance(x, Node) or len(a["normalized_shape"]) != 1:
+            return None
+        tensors = {k: a[k] for k in ("weight", "bias") if isinstance(a.get(k), Tensor)}
+        return self.add(node, "layer_norm", [x], attrs={"eps": float(a["eps"])}, tensors=tensors)
+
+    def read_add(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.binary(node, "add", a, float(a.get("alpha") or 1))
+
+    def read_sub(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.binary(node, "add", a, -float(a.get("alpha") or 1))
+
+    def read_mul(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.binary(node, "mul", a)
+
+    def read_div(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        other = a["other"]
+        if a.get("rounding_mode") is None and isinstance(other, Tensor) and other.numel() > 1:
+            return self.binary(node, "mul", {**a, "other": 1 / other})
+        return None
+
+    def binary(self, node: fx.Node, op: str, a: dict[str, Any], alpha: float = 1.0) -> Node | None:
+        """Of two activations, or of one and a constant tensor."""
+        x, y = a["self"], a["other"]
+        if not (isinstance(x, Node | Tensor) and isinstance(y, Node | Tensor)):
+            return None
+        if any(v.numel() == 1 or v.dtype != torch.float32 for v in (x, y) if isinstance(v, Tensor)):
+            return None
+        rank = max(len(x.shape), len(y.shape))
+        sides = []
+        for i, value in enumerate((x, y)):
+            shape = (1,) * (rank - len(value.shape)) + tuple(value.shape)
+            if isinstance(value, Tensor):
+                sides.append(self.constant(f"{node.name}_constant", value.reshape(shape)))
+            elif len(value.shape) == rank:
+                sides.append(value)
+            else:
+                groups = reshape_groups(value.shape, shape)
+                sides.append(self.add(f"{node.name}_{i}", "reshape", [value], shape=shape,
+                                      attrs={"groups": groups}))  # fmt: skip
+        if op == "mul":
+            for value, constant in (sides, sides[::-1]):
+                if constant.op == "constant" and len(value.shape) == rank > 1:
+                    scaled = self.scaled(node, value, constant.tensors["value"])
+                    if scaled is not None:
+                        self.nodes.remove(constant)
+                        return scaled
+        attrs = {"alpha": alpha} if alpha != 1 else {}
+        return self.add(node, op, sides, attrs=attrs)
+
+    def scaled(self, node: fx.Node, x: Node, factor: Tensor) -> Node | None:
+        """A product with one factor for each channel."""
+        if factor.numel() != factor.shape[1] or factor.shape[1] != x.shape[1]:
+            return None
+        factor = factor.detach().double().reshape(-1)
+        tensors = {"factor": factor, "shift": torch.zeros_like(factor)}
+        return self.add(node, "affine", [x], tensors=tensors)
+
+    def read_relu(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.clamped(node, a["self"], 0.0, None)
+
+    def read_relu6(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.clamped(node, a["self"], 0.0, 6.0)
+
+    def read_hardtanh(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.clamped(node, a["self"], a["min_val"], a["max_val"])
+
+    def read_clamp(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.clamped(node, a["self"], a.get("min"), a.get("max"))
+
+    def read_clamp_min(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.clamped(node, a["self"], a["min"], None)
+
+    def read_clamp_max(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.clamped(node, a["self"], None, a["max"])
+
+    def clamped(self, node: fx.Node, x: Any, lo: Any, hi: Any) -> Node | None:
+        """A pointwise function that is a clamp: the product before it can do it."""
+        if not isinstance(x, Node) or not all(isinstance(v, int | float | None) for v in (lo, hi)):
+            return None
+        bounds = (
+            -float("inf") if lo is None else float(lo),
+            float("inf") if hi is None else float(hi),
+        )
+        call: Any = ("aten.clamp.default", (Ref(0), lo, hi), {})
+        return self.add(node, "pointwise", [x], attrs={"calls": [call], "clamp_only": bounds})
+
+    def read_prelu(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        if not isinstance(a["self"], Node) or not isinstance(a["weight"], Tensor):
+            return None
+        return self.add(node, "prelu", [a["self"]], tensors={"weight": a["weight"]})
+
+    def read_softmax(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a["self"]
+        if not isinstance(x, Node) or not x.shape:
+            return None
+        return self.softmax(node, node, x, a["dim"] % len(x.shape))
+
+    def softmax(
+        self, node: fx.Node, name: Any, x: Node, dim: int, masks: Sequence[Node] = ()
+    ) -> Node:
+        """softmax(x) of what all masks take: these, each 1.0 and 0.0, and those that x has in it.
+        Where they take nothing the weights are 0, or where these are finite the same."""
+        masks, uniform = list(masks), not masks
+        while dim == len(x.shape) - 1 and (found := self.without_mask(node, x)) is not None:
+            x = found[0]
+            masks.append(found[1])
+            uniform &= found[2]
+        taken = masks[:1]
+        for mask in masks[1:]:
+            shape = tuple(map(max, taken[0].shape, mask.shape))
+            taken = [self.add(f"{node.name}_mask", "aten", [*taken, mask], shape=shape, attrs={
+                "target": "aten.mul.Tensor", "args": (Ref(0), Ref(1)), "kwargs": {}})]  # fmt: skip
+        attrs = {"dim": dim, "uniform": bool(taken) and uniform}
+        made = self.add(name, "softmax", [x, *taken], attrs=attrs, shape=x.shape)
+        made.layer, made.kind = self.where(node)
+        return made
+
+    def without_mask(self, node: fx.Node, x: Node) -> tuple[Node, Node, bool] | None:
+        """(scores, mask, whether what it leaves out is finite) if x is scores and a mask."""
+        if x.op == "add" and x.attrs.get("alpha", 1) == 1:
+            for scores, added in (x.inputs, x.inputs[::-1]):
+                if scores.op == "constant" or scores.shape != x.shape:
+                    continue
+                constant = added.tensors["value"] if added.op == "constant" else None
+                if is_mask(added, self.flags):
+                    mask = self.mask(node, added if constant is None else constant, x.shape)
+                    return None if mask is None else (scores, mask, self.finite(added))
+                if constant is None and self.may_mask(added):
+                    mask = self.mask(node, added, x.shape)
+                    if mask is None:
+                        return None
+                    bias = self.without_lowest(added)
+                    return (
+                        self.add(f"{x.name}_bias", "add", [scores, bias], shape=x.shape),
+                        mask,
+                        True,
+                    )
+                if constant is not None and bool((constant <= LOWEST).any()):
+                    hidden = constant <= LOWEST  # a bias as well
+                    mask = self.mask(node, ~hidden, x.shape)
+                    if mask is None:
+                        return None
+                    bias = self.constant(f"{added.name}_bias", constant.masked_fill(hidden, 0.0))
+                    biased = self.add(f"{x.name}_bias", "add", [scores, bias], shape=x.shape)
+                    return biased, mask, bool(constant.isfinite().all())
+        if x.op == "aten" and operator_of(x) in ("masked_fill", "where"):
+            a, b, c = (operand(x, value) for value in x.attrs["args"])
+            if operator_of(x) == "masked_fill":
+                a, b, c = b, c, a
+            for scores, low, hides in ((c, b, True), (b, c, False)):  # where(a, b, c)
+                if isinstance(scores, Node) and scores.shape == x.shape and is_low(low, self.flags):
+                    mask = self.mask(node, a, x.shape, hides)
+                    return None if mask is None else (scores, mask, self.finite(low))
+        return None
+
+    def may_mask(self, added: Node) -> bool:
+        """Whether what is added to scores comes from without, and may hold masks, or biases."""
+        while added.op == "reshape":
+            (added,) = added.inputs
+        return added.op in ("input", "aten") and added not in self.biases
+
+    def without_lowest(self, added: Node) -> Node:
+        """What is added to scores, with 0 where it is a mask."""
+        hidden = self.add(f"{added.name}_hidden", "aten", [added], shape=added.shape, attrs={
+            "target": "aten.le.Scalar", "args": (Ref(0), LOWEST), "kwargs": {}})  # fmt: skip
+        bias = self.add(f"{added.name}_bias", "aten", [added, hidden], shape=added.shape, attrs={
+            "target": "aten.masked_fill.Scalar", "args": (Ref(0), Ref(1), 0.0),
+            "kwargs": {}})  # fmt: skip
+        self.biases.add(bias)
+        return bias
+
+    def finite(self, value: Any) -> bool:
+        return -inf not in (possible_values(value, self.flags) or ())
+
+    def mask(
+        self, node: fx.Node, value: Any, shape: tuple[int, ...], hides: bool = False
+    ) -> Node | None:
+        """A mask of scores of this shape as 1.0 and 0.0; `hides`: a bool one says what is left out.
+        None for what is no mask."""
+        rank, size = len(shape), tuple(value.shape)
+        size = (1,) * (rank - len(size)) + size
+        if len(size) != rank or size[-1] != shape[-1]:
+            return None
+        if any(m not in (1, n) for m, n in zip(size, shape, strict=True)):
+            return None
+        key = (value, rank, hides)
+        if key in self.masks:
+            return self.masks[key]
+        name = f"{value.name if isinstance(value, Node) else node.name}_mask"
+        if isinstance(value, Tensor):
+            if value.dtype is not torch.bool:
+                value = value > LOWEST
+            made = self.constant(name, (value ^ hides).float().reshape(size))
+        else:
+            targets: list[tuple[str, tuple[Any, ...]]] = [("aten.to.dtype", (torch.float32,))]
+            if value not in self.flags:
+                targets.insert(0, ("aten.gt.Scalar", (LOWEST,)))
+            if hides:
+                targets.insert(0, ("aten.logical_not.default", ()))
+            made = value
+            for target, args in targets:
+                made = self.add(name, "aten", [made], shape=tuple(value.shape), attrs={
+                    "target": target, "args": (Ref(0), *args), "kwargs": {}})  # fmt: skip
+            if made.shape != size:
+                groups = reshape_groups(made.shape, size)
+                made = self.add(f"{name}_{rank}", "reshape", [made], shape=size,
+                                attrs={"groups": groups})  # fmt: skip
+        self.masks[key] = made
+        return made
+
+    def read_matmul(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x, y = a["self"], a.get("other", a.get("mat2"))
+        if isinstance(x, Node) and isinstance(y, Tensor) and y.dim() == 2:
+            return self.linear(node, x, {"weight": y.t()})
+        if not isinstance(x, Node) or not isinstance(y, Node):
+            return None
+        if len(x.shape) != len(y.shape) or x.shape[:-2] != y.shape[:-2]:
+            return None
+        return self.add(node, "matmul", [x, y])
+
+    read_bmm = read_matmul
+
+    def read_scaled_dot_product_attention(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        q, k, v = a["query"], a["key"], a["value"]
+        if not all(isinstance(n, Node) for n in (q, k, v)) or a.get("enable_gqa"):
+            return None
+        if a.get("dropout_p") or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
+            return None
+        rank, shape = len(k.shape), (*q.shape[:-1], k.shape[-2])
+        mask, masks = a.get("attn_mask"), []
+        if a.get("is_causal"):
+            masks = [self.causal(node, shape)]
+        if mask is not None:
+            size = (1,) * (rank - len(mask.shape)) + tuple(mask.shape)
+            if any(m not in (1, n) for m, n in zip(size, shape, strict=True)):
+                return None
+            if mask.dtype is torch.bool if isinstance(mask, Tensor) else mask in self.flags:
+                found = self.mask(node, mask, shape)
+                if found is None:
+                    return None
+                masks.append(found)
+        dims = (*range(rank - 2), rank - 1, rank - 2)
+        turned = self.add(f"{node.name}_key", "permute", [k], attrs={"dims": dims},
+                          shape=tuple(k.shape[d] for d in dims))  # fmt: skip
+        scale = a.get("scale") or q.shape[-1] ** -0.5
+        scores = self.add(f"{node.name}_scores", "matmul", [q, turned], shape=shape,
+                          attrs={"factor": float(scale)})  # fmt: skip
+        scores.layer, scores.kind = self.where(node)
+        if mask is not None and not masks:
+            if isinstance(mask, Tensor):
+                mask = self.constant(f"{node.name}_added", mask.reshape(size))
+            elif tuple(mask.shape) != size:
+                groups = reshape_groups(mask.shape, size)
+                mask = self.add(f"{node.name}_added", "reshape", [mask], shape=size,
+                                attrs={"groups": groups})  # fmt: skip
+            scores = self.add(f"{node.name}_masked", "add", [scores, mask], shape=shape)
+        weights = self.softmax(node, f"{node.name}_weights", scores, rank - 1, masks)
+        return self.add(node, "matmul", [weights, v])
+
+    def causal(self, node: fx.Node, shape: tuple[int, ...]) -> Node:
+        """A mask that leaves out the keys behind each query."""
+        size = (*(1 for _ in shape[:-2]), *shape[-2:])
+        made = self.add(f"{node.name}_ones", "aten", shape=size, attrs={
+            "target": "aten.ones.default", "args": (size,), "kwargs": {}})  # fmt: skip
+        return self.add(f"{node.name}_causal", "aten", [made], shape=size, attrs={
+            "target": "aten.tril.default", "args": (Ref(0), 0), "kwargs": {}})  # fmt: skip
+
+    def where(self, node: fx.Node) -> tuple[str, str]:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        if not stack:
+            return "", ""
+        path, kind = stack[-1]
+        return path, (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+
+    def read_max_pool2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        if not isinstance(a["self"], Node) or len(a["self"].shape) != 4:
+            return None
+        pool = {key: _two(a[key]) for key in ("kernel_size", "padding", "dilation")}
+        pool["stride"] = _two(a["stride"]) if a.get("stride") else pool["kernel_size"]
+        return self.add(node, "max_pool2d", [a["self"]],
+                        attrs={"pool": {**pool, "ceil_mode": bool(a["ceil_mode"])}})  # fmt: skip
+
+    def read_avg_pool2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        if not isinstance(a["self"], Node) or len(a["self"].shape) != 4:
+            return None
+        pool: dict[str, Any] = {key: _two(a[key]) for key in ("kernel_size", "padding")}
+        pool["stride"] = _two(a["stride"]) if a.get("stride") else pool["kernel_size"]
+        for key in ("ceil_mode", "count_include_pad", "divisor_override"):
+            pool[key] = a[key]
+        return self.add(node, "avg_pool2d", [a["self"]], attrs={"pool": pool})
+
+    def read_max_pool1d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.line(node, "max_pool2d", a["self"], {"pool": {
+            **_pool1d(a), "dilation": (1, _one(a["dilation"])), "ceil_mode": bool(a["ceil_mode"])
+        }})  # fmt: skip
+
+    def read_avg_pool1d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        flags = {key: bool(a[key]) for key in ("ceil_mode", "count_include_pad")}
+        return self.line(node, "avg_pool2d", a["self"], {"pool": {
+            **_pool1d(a), **flags, "divisor_override": None
+        }})  # fmt: skip
+
+    def read_adaptive_avg_pool1d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.line(node, "adaptive_avg_pool2d", a["self"], _adaptive1d(a))
+
+    def read_adaptive_max_pool1d(self, node: fx.Node, a: dict[str, Any]) -> Any:
+        if _takes_indices(node):
+            return None
+        y = self.line(node, "adaptive_max_pool2d", a["self"], _adaptive1d(a))
+        return None if y is None else [y, None]
+
+    def read_adaptive_avg_pool2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.adaptive(node, "adaptive_avg_pool2d", a)
+
+    def adaptive(self, node: fx.Node, op: str, a: dict[str, Any]) -> Node | None:
+        x = a["self"]
+        if not isinstance(x, Node) or len(x.shape) != 4:
+            return None
+        # F.adaptive_avg_pool2d(x, (None, 1)) comes with the input's size
+        size = tuple(
+            None if n == m else n for n, m in zip(a["output_size"], x.shape[2:], strict=True)
+        )
+        shape = pytree.tree_leaves(node.meta["val"])[0].shape
+        return self.add(node, op, [x], attrs={"output_size": size}, shape=tuple(map(int, shape)))
+
+    def read_adaptive_max_pool2d(self, node: fx.Node, a: dict[str, Any]) -> Any:
+        """It returns indices as well; a list, of which getitem takes the first."""
+        x = a["self"]
+        if not isinstance(x, Node) or len(x.shape) != 4:
+            return None
+        if _takes_indices(node):
+            return None
+        y = self.adaptive(node, "adaptive_max_pool2d", a)
+        return None if y is None else [y, None]
+
+    def read_mean(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        """Over height, width or both of an image: pooling. Over a sequence: the same."""
+        x = a["self"]
+        if not isinstance(x, Node) or a.get("dim") is None:
+            return None
+        if len(x.shape) == 3 and [d % 3 for d in a["dim"]] == [1] and not a.get("keepdim"):
+            return self.mean_of_sequence(node, x)
+        if len(x.shape) != 4:
+            return None
+        dims = {d % 4 for d in a["dim"]}
+        if not dims or not dims <= {2, 3}:
+            return None
+        size = tuple(1 if d in dims else None for d in (2, 3))
+        shape = tuple(1 if d in dims else n for d, n in enumerate(x.shape))
+        y = self.add(f"{node.name}_pool", "adaptive_avg_pool2d", [x],
+                     attrs={"output_size": size}, shape=shape)  # fmt: skip
+        y.layer, y.kind = self.where(node)
+        if a.get("keepdim"):
+            return y
+        return self.reshape(node, y, [n for d, n in enumerate(x.shape) if d not in dims])
+
+    def mean_of_sequence(self, node: fx.Node, x: Node) -> Node:
+        """(B, L, C) as an image of L x 1 pixels."""
+        b, length, c = x.shape
+        turned = self.add(f"{node.name}_turned", "permute", [x], attrs={"dims": (0, 2, 1)},
+                          shape=(b, c, length))  # fmt: skip
+        image = self.add(f"{node.name}_image", "reshape", [turned], shape=(b, c, length, 1),
+                         attrs={"groups": (_axis(0), _axis(1), ((2,), (None, 1)))})  # fmt: skip
+        y = self.add(f"{node.name}_pool", "adaptive_avg_pool2d", [image],
+                     attrs={"output_size": (1, 1)}, shape=(b, c, 1, 1))  # fmt: skip
+        y.layer, y.kind = self.where(node)
+        groups = (_axis(0), ((1, 2, 3), (None,)))
+        return self.add(node, "reshape", [y], attrs={"groups": groups})
+
+    def read_upsample_nearest2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a.get("input", a.get("self"))
+        if not isinstance(x, Node):
+            return None
+        return self.add(node, "upsample_nearest2d", [x], attrs={"size": _size(node, a)})
+
+    def read_upsample_bilinear2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a.get("input", a.get("self"))
+        if not isinstance(x, Node):
+            return None
+        attrs = {"size": _size(node, a), "align_corners": a["align_corners"]}
+        return self.add(node, "upsample_bilinear2d", [x], attrs=attrs)
+
+    def read_upsample_nearest1d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x, size = a.get("input", a.get("self")), _size(node, a)
+        # by another factor torch rounds places of sequences otherwise than those of images
+        if "scale_factor" in size and not size["scale_factor"][1].is_integer():
+            return None
+        return self.line(node, "upsample_nearest2d", x, {"size": size})
+
+    def read_upsample_linear1d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a.get("input", a.get("self"))
+        attrs = {"size": _size(node, a), "align_corners": a["align_corners"]}
+        return self.line(node, "upsample_bilinear2d", x, attrs)
+
+    def read_cat(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        parts = a["tensors"]
+        if not all(isinstance(v, Node) and len(v.shape) == len(parts[0].shape) for v in parts):
+            return None
+        dim = (a.get("dim") or 0) % len(parts[0].shape)
+        return parts[0] if len(parts) == 1 else self.add(node, "concat", parts, attrs={"dim": dim})
+
+    def read_chunk(self, node: fx.Node, a: dict[str, Any]) -> Any:
+        return self.parts(node, a["self"], a.get("dim") or 0)
+
+    read_split = read_split_with_sizes = read_chunk
+
+    def parts(self, node: fx.Node, x: Any, dim: int) -> Any:
+        """split and chunk are slices, as long as the sizes are those of the example."""
+        if not isinstance(x, Node):
+            return None
+        dim %= len(x.shape)
+        found, start = [], 0
+        for i, value in enumerate(node.meta["val"]):
+            end = start + int(value.shape[dim])
+            found.append(self.part(f"{node.name}_{i}", x, dim, start, end))
+            start = end
+        return found
+
+    def part(self, name: str, x: Node, dim: int, start: int, end: int | None) -> Node:
+        shape = list(x.shape)
+        shape[dim] = len(range(*slice(start, end).indices(shape[dim])))
+        attrs = {"dim": dim, "start": start, "end": end, "step": 1}
+        return self.add(name, "slice", [x], shape=tuple(shape), attrs=attrs)
+
+    def read_unbind(self, node: fx.Node, a: dict[str, Any]) -> list[Any] | None:
+        x = a["self"]
+        if not isinstance(x, Node):
+            return None
+        dim = (a.get("dim") or 0) % len(x.shape)
+        shape = x.shape[:dim] + x.shape[dim + 1 :]
+        attrs = {"groups": _without(dim, len(x.shape))}
+        found = []
+        for i in range(x.shape[dim]):
+            part = self.part(f"{node.name}_{i}_part", x, dim, i, i + 1)
+            found.append(self.add(f"{node.name}_{i}", "reshape", [part], shape=shape, attrs=attrs))
+        return found
+
+    def read_slice(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a["self"]
+        if not isinstance(x, Node):
+            return None
+        dim = (a.get("dim") or 0) % len(x.shape)
+        start, end, step = a.get("start") or 0, a.get("end"), a.get("step") or 1
+        if end is not None and (end >= 2**31 or end == x.shape[dim]):
+            end = None
+        if (start, end, step) == (0, None, 1):
+            return x
+        attrs = {"dim": dim, "start": start, "end": end, "step": step}
+        return self.add(node, "slice", [x], attrs=attrs)
+
+    def read_select(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a["self"]
+        if not isinstance(x, Node):
+            return None
+        dim, index = a["dim"] % len(x.shape), a["index"]
+        y = self.part(f"{node.name}_slice", x, dim, index, None if index == -1 else index + 1)
+        return self.add(node, "reshape", [y], attrs={"groups": _without(dim, len(x.shape))})
+
+    def read_reshape(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a["self"]
+        return self.reshape(node, x, node.meta["val"].shape) if isinstance(x, Node) else None
+
+    read_view = read_flatten = read_unflatten = read_squeeze = read_unsqueeze = read_reshape
+    read__unsafe_view = read_reshape
+
+    def reshape(self, node: fx.Node, x: Node, shape: Sequence[int]) -> Node | None:
+        if x.op == "reshape" and x.inputs[0].shape == tuple(shape):
+            return x.inputs[0]  # there and back
+        groups = reshape_groups(x.shape, [int(n) for n in shape])
+        if groups is None:
+            return None
+        if all(len(axes) == 1 and len(sizes) == 1 for axes, sizes in groups):
+            return x
+        return self.add(node, "reshape", [x], attrs={"groups": groups})
+
+    def read_permute(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a["self"]
+        return self.permute(node, x, a["dims"]) if isinstance(x, Node) else None
+
+    def read_transpose(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a["self"]
+        if not isinstance(x, Node):
+            return None
+        dims = list(range(len(x.shape)))
+        i, j = a["dim0"] % len(dims), a["dim1"] % len(dims)
+        dims[i], dims[j] = dims[j], dims[i]
+        return self.permute(node, x, dims)
+
+    def read_t(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a["self"]
+        if not isinstance(x, Node) or len(x.shape) != 2:
+            return None
+        return self.permute(node, x, (1, 0))
+
+    def read_mT(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.read_transpose(node, {**a, "dim0": -2, "dim1": -1})
+
+    def permute(self, node: fx.Node, x: Node, dims: Sequence[int]) -> Node:
+        dims = tuple(d % len(dims) for d in dims)
+        if dims == tuple(range(len(dims))):
+            return x
+        return self.add(node, "permute", [x], attrs={"dims": dims})
+
+    def read_channel_shuffle(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        groups = a["groups"]
+        return self.rearranged(node, a, (groups, None), (0, 2, 1, 3, 4), ((1, 2),))
+
+    def read_pixel_shuffle(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        r = a["upscale_factor"]
+        return self.rearranged(node, a, (None, r, r), (0, 1, 4, 2, 5, 3), ((2, 3), (4, 5)))
+
+    def rearranged(
+        self, node: fx.Node, a: dict[str, Any], parts: tuple[int | None, ...],
+        dims: tuple[int, ...], joined: tuple[tuple[int, ...], ...],
+    ) -> Node | None:  # fmt: skip
+        """Channels of an image split into parts, permuted, and axes joined again."""
+        x = a["self"]
+        if not isinstance(x, Node) or len(x.shape) != 4:
+            return None
+        b, c, h, w = x.shape
+        known = prod(n for n in parts if n is not None)
+        shape = (b, *(c // known if n is None else n for n in parts), h, w)
+        attrs = {"groups": (_axis(0), ((1,), parts), _axis(2), _axis(3))}
+        split = self.add(f"{node.name}_split", "reshape", [x], shape=shape, attrs=attrs)
+        turned = self.add(f"{node.name}_turned", "permute", [split], attrs={"dims": dims},
+                          shape=tuple(shape[d] for d in dims))  # fmt: skip
+        alone = {d: (d,) for d in range(len(dims))} | {axes[0]: axes for axes in joined}
+        inner = {axes[1] for axes in joined}
+        groups = tuple((axes, (None,)) for d, axes in sorted(alone.items()) if d not in inner)
+        return self.add(node, "reshape", [turned], attrs={"groups": groups})
+
+    def read_pad(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a["self"]
+        if not isinstance(x, Node) or a.get("value"):
+            return None
+        if not a["pad"]:
+            return x
+        mode = a.get("mode", "constant")
+        return self.add(node, "pad", [x], attrs={"pad": tuple(a["pad"]), "mode": mode})
+
+    def read_reflection_pad2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.read_pad(node, {"self": a["self"], "pad": a["padding"], "mode": "reflect"})
+
+    read_reflection_pad1d = read_reflection_pad2d
+
+    def read_replication_pad2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.read_pad(node, {"self": a["self"], "pad": a["padding"], "mode": "replicate"})
+
+    read_replication_pad1d = read_replication_pad2d
+
+    def read_constant_pad_nd(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.read_pad(node, a)
+
+
+def _memory(node: fx.Node) -> int:
+    """Of two values that lie in the same memory it is the same."""
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else 0
+
+
+def _arguments(node: fx.Node, target: Any) -> dict[str, Any]:
+    """All arguments by their names in the operator's schema."""
+    given: dict[str, Any] = {}
+    for i, argument in enumerate(target._schema.arguments):
+        if i < len(node.args):
+            given[argument.name] = node.args[i]
+        elif argument.name in node.kwargs:
+            given[argument.name] = node.kwargs[argument.name]
+        elif argument.has_default_value():
+            given[argument.name] = argument.default_value
+    return given
+
+
+def _off(a: dict[str, Any]) -> bool:
+    return not a.get("train", a.get("training", False))
+
+
+def _two(value: Any) -> tuple[int, int]:
+    both = [value, value] if isinstance(value, int) else list(value)
+    return (both[0], both[-1])
+
+
+def _axis(d: int) -> Any:
+    """The group of a reshape that leaves an axis alone."""
+    return (d,), (None,)
+
+
+def _without(dim: int, rank: int) -> Any:
+    """The groups of a reshape that drops an axis of size 1."""
+    return tuple(((d,), ()) if d == dim else _axis(d) for d in range(rank))
+
+
+def _one(value: Any) -> int:
+    return value if isinstance(value, int) else int(value[0])
+
+
+def _takes_indices(node: fx.Node) -> bool:
+    """Whether somebody wants to know where a pooling found what it returns."""
+    return any(user.users and user.args[1] != 0 for user in node.users)
+
+
+def _pool1d(a: dict[str, Any]) -> dict[str, Any]:
+    """Kernel, stride and padding of a pooling along lines, as of images."""
+    kernel = _one(a["kernel_size"])
+    stride = _one(a["stride"]) if a.get("stride") else kernel
+    return {"kernel_size": (1, kernel), "stride": (1, stride), "padding": (0, _one(a["padding"]))}
+
+
+def _adaptive1d(a: dict[str, Any]) -> dict[str, Any]:
+    """The size of an adaptive pooling along lines; None is the input's own."""
+    size = _one(a["output_size"])
+    own = isinstance(a["self"], Node) and a["self"].shape[-1:] == (size,)
+    return {"output_size": (None, None if own else size)}
+
+
+def _size(node: fx.Node, a: dict[str, Any]) -> dict[str, Any]:
+    """Of an image, or a line: the scale where one is given, for that holds for any size."""
+    factors = a.get("scale_factors")
+    if factors is None and a.get("scales_h") is not None:
+        factors = [a["scales_h"], a["scales_w"]]
+    if factors is None and a.get("scales") is not None:
+        factors = [a["scales"]]
+    if factors:
+        return {"scale_factor": (1.0, *map(float, factors))[-2:]}
+    return {"size": (1, *map(int, node.meta["val"].shape[2:]))[-2:]}
+
+
+def reshape_groups(old: Sequence[int], new: Sequence[int]) -> Any:
+    """A reshape as groups: (axes that are joined, the sizes they become); None if there is none.
+
+    A size is None, "what is left", where it is the only one of its group.
+    """
+    groups: list[tuple[tuple[int, ...], tuple[int | None, ...]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        axes, sizes = [], []
+        have = want = 1
+        if i < len(old):
+            axes, have, i = [i], old[i], i + 1
+        if j < len(new):
+            sizes, want, j = [new[j]], new[j], j + 1
+        while have != want:
+            if have < want and i < len(old):
+                axes.append(i)
+                have, i = have * old[i], i + 1
+            elif want < have and j < len(new):
+                sizes.append(new[j])
+                want, j = want * new[j], j + 1
+            else:
+                return None
+        # ones that follow belong to this group, unless both sides have one
+        while i < len(old) and old[i] == 1 and not (j < len(new) and new[j] == 1):
+            axes.append(i)
+            i += 1
+        while j < len(new) and new[j] == 1 and not (i < len(old) and old[i] == 1):
+            sizes.append(1)
+            j += 1
+        groups.append((tuple(axes), tuple(sizes)))
+    return tuple((axes, (None,) if len(sizes) == 1 and axes else sizes) for axes, sizes in groups)
