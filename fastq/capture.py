@@ -60,6 +60,9 @@ def capture(
         for ways in (*_stretches(leaves), (SAME,)):
             for way in ways:
                 before, after = way
+                sizes = _sizes(leaves, BATCHES[0], before), _sizes(leaves, BATCHES[1], after)
+                if before and sizes[0][1:] == sizes[1][1:]:  # too short to be shortened
+                    continue
                 try:
                     if before not in exported:
                         exported[before] = _export(model, leaves, spec, BATCHES[0], before)
@@ -70,11 +73,7 @@ def capture(
                     continue
                 first = exported[before]
                 try:
-                    graph = _general(
-                        model,
-                        (first, _sizes(leaves, BATCHES[0], before)),
-                        (second, _sizes(leaves, BATCHES[1], after)),
-                    )
+                    graph = _general(model, (first, sizes[0]), (second, sizes[1]))
                 except CannotCapture:  # another network for each size: it holds for this one
                     if way == SAME:
                         raise
@@ -91,8 +90,8 @@ def capture(
     raise AssertionError("the last way returns or raises")
 
 
-# A size that is in one capture 8/5 of what it is in the other follows the batch: no image or
-# sequence that is longer or shorter by one of the numbers in `_stretches` is.
+# A size that is in one capture 8/5 of what it is in the other follows the batch: 3/5 of a size are
+# none of the numbers in `_stretches`, which 3 does not divide.
 BATCHES = (5, 8)
 # (number of axes, the axes that grow, by how much)
 Stretch = tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
@@ -115,10 +114,10 @@ def _stretches(leaves: Sequence[Any]) -> list[list[tuple[Stretch, Stretch]]]:
 
     ways: list[list[tuple[Stretch, Stretch]]] = []
     for axis in (2, 1) if 3 in dims else (2,):  # (B, C, L), then (B, L, C)
-        longer = stretch(axis, (65, 67), (7, 9, 11)), stretch(axis, (64, 96), (8, 12, 16))
+        longer = stretch(axis, (65, 67), (7, 11, 13)), stretch(axis, (64, 128), (8, 16, 20))
         ways.append([((), one) for one in longer])
         if dims & {2, 3}:
-            shorter = stretch(axis, (1, 2), (-1, -2, -3)), stretch(axis, (65, 67), (-8, -10, -12))
+            shorter = stretch(axis, (1, 2), (-1, -2, -4)), stretch(axis, (65, 67), (-8, -10, -14))
             ways[-1].append(shorter)
     return ways
 
@@ -141,7 +140,12 @@ def _resized(x: Any, batch: int, stretch: Stretch) -> Any:
 
 
 def _sizes(leaves: Sequence[Any], batch: int, stretch: Stretch) -> Sizes:
-    return sizes_of([_resized(x, batch, stretch) for x in leaves])
+    """`sizes_of` an example; 0, which nothing follows, where its inputs have different ones."""
+    inputs = [x for x in (_resized(x, batch, stretch) for x in leaves) if isinstance(x, Tensor)]
+    return tuple(
+        size if axis == 0 or all(x.shape[axis] == size for x in inputs if x.dim() > axis) else 0
+        for axis, size in enumerate(sizes_of(inputs))
+    )
 
 
 def _grown(shape: Sequence[int], axis: int, more: int) -> list[int]:
@@ -249,7 +253,7 @@ def _followed(one: int, two: int, sizes: Sizes, sizes_too: Sizes) -> Size | None
             return Size(axis, one // a)
     for axis, a, b in grown[1:]:  # but for the batch
         factor, rest = divmod(two - one, b - a)
-        if rest == 0 and factor > 0:
+        if rest == 0 and factor in (1, 2):  # more would be found for squares as well
             return Size(axis, factor, one - factor * a)
     return None
 

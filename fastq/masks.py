@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastq.graph import Node, Ref, evaluate
 
-LOWEST = -1e4  # added to a score, this or less leaves nothing of its weight
+LOWEST = -100.0  # added to a score, this or less leaves nothing of its weight
 MOST = 8  # values that are followed
 
 # aten operators whose value has the values of their first operand, and no others
@@ -45,17 +45,28 @@ def operand(node: Node, value: Any) -> Any:
     return value
 
 
-def possible_values(value: Any, flags: Collection[Node]) -> frozenset[float] | None:
+Values = frozenset[float] | None
+
+
+def possible_values(
+    value: Any, flags: Collection[Node], known: dict[Node, Values] | None = None
+) -> Values:
     """The values that elements of a number, a tensor or a node's value may have; None if these are
     not known, or more than a few.
 
-    flags  the nodes whose values are bool.
+    flags  the nodes whose values are bool.    known  what was found of nodes already.
     """
-    found = _possible(value, flags)
-    return found if found is not None and len(found) <= MOST else None
+    known = {} if known is None else known
+    if isinstance(value, Node) and value in known:
+        return known[value]
+    found = _possible(value, flags, known)
+    found = found if found is not None and len(found) <= MOST else None
+    if isinstance(value, Node):
+        known[value] = found
+    return found
 
 
-def _possible(value: Any, flags: Collection[Node]) -> frozenset[float] | None:
+def _possible(value: Any, flags: Collection[Node], known: dict[Node, Values]) -> Values:
     if isinstance(value, bool | int | float):
         return frozenset([float(value)])
     if isinstance(value, Tensor):
@@ -64,40 +75,40 @@ def _possible(value: Any, flags: Collection[Node]) -> frozenset[float] | None:
         return None
     if value in flags:
         return frozenset([0.0, 1.0])
-    inputs = [possible_values(v, flags) for v in value.inputs]
     if value.op == "constant":
         return _few(value.tensors["value"])
     if value.op in ("reshape", "permute", "slice"):
-        return inputs[0]
+        return possible_values(value.inputs[0], flags, known)
     if value.op in ("add", "mul", "pointwise"):
-        return _combined(value, inputs)
+        return _combined(value, flags, known)
     if value.op != "aten":
         return None
     name, args = operator_of(value), [operand(value, v) for v in value.attrs["args"]]
     if name in _FILLS:
         return frozenset([_FILLS[name]])
     if name in _MOVES:
-        return possible_values(args[0], flags)
+        return possible_values(args[0], flags, known)
     if name in ("full", "full_like", "new_full", "scalar_tensor"):
-        return possible_values(args[0 if name == "scalar_tensor" else -1], flags)
+        return possible_values(args[0 if name == "scalar_tensor" else -1], flags, known)
     if name in ("where", "masked_fill") and len(args) == 3:
         parts = args[1:] if name == "where" else args[::2]
-        sets = [possible_values(v, flags) for v in parts]
+        sets = [possible_values(v, flags, known) for v in parts]
         return None if None in sets else frozenset().union(*sets)  # type: ignore[arg-type]
     if name in ("triu", "tril"):
-        found = possible_values(args[0], flags)
+        found = possible_values(args[0], flags, known)
         return None if found is None else found | {0.0}
     plain = all(v.numel() == 1 for v in value.tensors.values())
-    return _combined(value, inputs) if name in _ELEMENTWISE and plain else None
+    return _combined(value, flags, known) if name in _ELEMENTWISE and plain else None
 
 
-def _few(tensor: Tensor) -> frozenset[float] | None:
+def _few(tensor: Tensor) -> Values:
     found = tensor.unique() if tensor.numel() else tensor
     return frozenset(map(float, found.tolist())) if found.numel() <= MOST else None
 
 
-def _combined(node: Node, inputs: list[frozenset[float] | None]) -> frozenset[float] | None:
+def _combined(node: Node, flags: Collection[Node], known: dict[Node, Values]) -> Values:
     """What an operator of each element makes of all combinations of its operands."""
+    inputs = [possible_values(v, flags, known) for v in node.inputs]
     if not inputs or any(values is None for values in inputs):
         return None
     columns = zip(*itertools.product(*(sorted(v) for v in inputs if v is not None)), strict=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fastq.graph import POINTWISE_NAMESPACE, Graph, Node, Ref, normalization
+from fastq.graph import POINTWISE_NAMESPACE, PRODUCTS, Graph, Node, Ref, normalization
 from fastq.masks import LOWEST, is_low, is_mask, operand, operator_of, possible_values
 
 _aten = torch.ops.aten
@@ -59,6 +59,7 @@ class Reader:
         self.flags: set[Node] = set()  # whose values are bool
         self.masks: dict[Any, Node] = {}  # what masks attention -> 1.0 and 0.0 instead
         self.biases: set[Node] = set()  # that masks were taken out of
+        self.computed: set[Node] = set()  # what products made, or was made of that
         self.place = {node: i for i, node in enumerate(program.graph.nodes)}
 
     def graph(self) -> Graph:
@@ -107,12 +108,13 @@ class Reader:
                 path, kind = stack[-1]
                 new.layer = path
                 new.kind = (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
-            value = node.meta.get("val")
-            new.shape = tuple(map(int, value.shape)) if isinstance(value, Tensor) else ()
+            value, new.shape = node.meta.get("val"), _shape(node)
             if isinstance(value, Tensor) and value.dtype is torch.bool:
                 self.flags.add(new)
         if parts.get("shape") is not None:
             new.shape = parts["shape"]
+        if op in PRODUCTS or any(v in self.computed for v in new.inputs):
+            self.computed.add(new)
         self.nodes.append(new)
         return new
 
@@ -354,19 +356,20 @@ class Reader:
     def linear(self, node: fx.Node, x: Node, tensors: dict[str, Tensor]) -> Node:
         """A linear layer of features; of rows that were joined before, as what they were."""
         rows: Any = x.attrs["groups"] if x.op == "reshape" else ()
-        if len(rows) != 2 or len(rows[0][0]) < 2 or rows[0][1] != (None,):
+        joined = len(x.shape) == 2 and len(rows) == 2 and len(rows[0][0]) > 1
+        shape = tuple(x.inputs[0].shape[axis] for axis in rows[0][0]) if joined else ()
+        made = (*shape, len(tensors["weight"]))
+        if not joined or any(_shape(user) != made for user in node.users):  # rows are taken on
             return self.add(node, "linear", [x], tensors=tensors)
-        (source,), (leading, _) = x.inputs, rows[0]
-        shape = (*(source.shape[axis] for axis in leading), x.shape[1])
+        (source,), (leading, _), shape = x.inputs, rows[0], (*shape, x.shape[1])
         if source.shape != shape:  # the features were joined as well
             groups = (*map(_axis, leading), rows[1])
             source = self.add(f"{x.name}_features", "reshape", [source], shape=shape,
                               attrs={"groups": groups})  # fmt: skip
-        shape = (*shape[:-1], len(tensors["weight"]))
-        made = self.add(node, "linear", [source], tensors=tensors, shape=shape)
+        y = self.add(node, "linear", [source], tensors=tensors, shape=made)
         groups = ((leading, (None,)), _axis(len(leading)))
-        return self.add(f"{node.name}_rows", "reshape", [made], attrs={"groups": groups},
-                        shape=(prod(shape[:-1]), shape[-1]))  # fmt: skip
+        return self.add(f"{node.name}_rows", "reshape", [y], attrs={"groups": groups},
+                        shape=(prod(made[:-1]), made[-1]))  # fmt: skip
 
     def read_addmm(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         bias, x, weight = a["self"], a["mat1"], a["mat2"]
@@ -503,7 +506,8 @@ class Reader:
         self, node: fx.Node, name: Any, x: Node, dim: int, masks: Sequence[Node] = ()
     ) -> Node:
         """softmax(x) of what all masks take: these, each 1.0 and 0.0, and those that x has in it.
-        Where they take nothing the weights are 0, or where these are finite the same."""
+        Where they take nothing the weights are 0, or the same where the masks are finite: the
+        least float32, which most networks have there, takes all of a score."""
         masks, uniform = list(masks), not masks
         while dim == len(x.shape) - 1 and (found := self.without_mask(node, x)) is not None:
             x = found[0]
@@ -533,12 +537,8 @@ class Reader:
                     mask = self.mask(node, added, x.shape)
                     if mask is None:
                         return None
-                    bias = self.without_lowest(added)
-                    return (
-                        self.add(f"{x.name}_bias", "add", [scores, bias], shape=x.shape),
-                        mask,
-                        True,
-                    )
+                    rest = [scores, self.without_lowest(added)]
+                    return self.add(f"{x.name}_bias", "add", rest, shape=x.shape), mask, True
                 if constant is not None and bool((constant <= LOWEST).any()):
                     hidden = constant <= LOWEST  # a bias as well
                     mask = self.mask(node, ~hidden, x.shape)
@@ -551,6 +551,8 @@ class Reader:
             a, b, c = (operand(x, value) for value in x.attrs["args"])
             if operator_of(x) == "masked_fill":
                 a, b, c = b, c, a
+            if a.dtype is not torch.bool if isinstance(a, Tensor) else a not in self.flags:
+                return None
             for scores, low, hides in ((c, b, True), (b, c, False)):  # where(a, b, c)
                 if isinstance(scores, Node) and scores.shape == x.shape and is_low(low, self.flags):
                     mask = self.mask(node, a, x.shape, hides)
@@ -558,10 +560,8 @@ class Reader:
         return None
 
     def may_mask(self, added: Node) -> bool:
-        """Whether what is added to scores comes from without, and may hold masks, or biases."""
-        while added.op == "reshape":
-            (added,) = added.inputs
-        return added.op in ("input", "aten") and added not in self.biases
+        """Whether what is added to scores was not computed by products: it may hold masks."""
+        return added not in self.computed and added not in self.biases
 
     def without_lowest(self, added: Node) -> Node:
         """What is added to scores, with 0 where it is a mask."""
@@ -583,7 +583,7 @@ class Reader:
         None for what is no mask."""
         rank, size = len(shape), tuple(value.shape)
         size = (1,) * (rank - len(size)) + size
-        if len(size) != rank or size[-1] != shape[-1]:
+        if len(size) != rank or size[-1] != shape[-1] or rank > 4:
             return None
         if any(m not in (1, n) for m, n in zip(size, shape, strict=True)):
             return None
@@ -637,6 +637,8 @@ class Reader:
         if mask is not None:
             size = (1,) * (rank - len(mask.shape)) + tuple(mask.shape)
             if any(m not in (1, n) for m, n in zip(size, shape, strict=True)):
+                return None
+            if size[-1] != shape[-1]:  # of queries alone
                 return None
             if mask.dtype is torch.bool if isinstance(mask, Tensor) else mask in self.flags:
                 found = self.mask(node, mask, shape)
@@ -954,6 +956,12 @@ class Reader:
 
     def read_constant_pad_nd(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         return self.read_pad(node, a)
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    """Of a node's value, in the example that was traced; () if that is no tensor."""
+    value = node.meta.get("val")
+    return tuple(map(int, value.shape)) if isinstance(value, Tensor) else ()
 
 
 def _memory(node: fx.Node) -> int:

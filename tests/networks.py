@@ -291,6 +291,7 @@ MASKS: dict[str, Callable[..., Tensor]] = {
     "a buffer": lambda net, s, padding: s.masked_fill(lower(net, s) == 0, -torch.inf),
     "added": lambda net, s, padding: s + padding.float() * -1e9,
     "added, as in BERT": lambda net, s, padding: s + (1.0 - (~padding).to(s.dtype)) * -10000.0,
+    "added, of integers": lambda net, s, padding: s + (1.0 - (~padding).long().float()) * -1e4,
     "added zeros": lambda net, s, padding: (
         s + torch.zeros_like(padding, dtype=s.dtype).masked_fill(padding, -torch.inf)
     ),

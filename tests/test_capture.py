@@ -167,6 +167,88 @@ def test_what_is_no_mask_is_added() -> None:
     assert len(softmax.inputs) == 1 and softmax.inputs[0].op == "add"
 
 
+class Squares(nn.Module):
+    """A number of positions that is no size, nor near one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        b, n, _ = x.shape
+        return self.a(x), torch.arange(n * n) + torch.arange(b * n).sum()
+
+
+@pytest.mark.parametrize("length", [10, 14, 77])
+def test_a_product_of_sizes_follows_none(length: int) -> None:
+    assert not check(Squares(), torch.randn(2, length, 4), batches=(1, 6)).any_extent
+
+
+def test_inputs_of_two_lengths() -> None:
+    def forward(net: Call, x: Tensor, y: Tensor) -> Tensor:
+        return net.a(y) + torch.arange(y.shape[1])[:, None] + net.a(x).mean(1, keepdim=True)
+
+    model = call(forward, a=lambda: nn.Linear(4, 3))()
+    assert not check(model, torch.randn(2, 10, 4), torch.randn(2, 6, 4)).any_extent
+
+
+def test_a_sequence_that_is_too_short_to_be_shortened() -> None:
+    model = call(
+        lambda net, x: net.a(x + net.p.weight[: x.shape[1]]),
+        a=lambda: nn.Linear(4, 3),
+        p=lambda: nn.Embedding(3, 4),
+    )()
+    assert not check(model, torch.randn(2, 3, 4)).any_extent
+
+
+ROWS: dict[str, Callable[[Call, Tensor], Tensor]] = {
+    "joined, and parted": lambda net, h: net.a(h.reshape(-1, 16)).reshape(*h.shape[:2], 8),
+    "joined": lambda net, h: F.relu(net.a(h.flatten(0, 1))),
+    "of parts": lambda net, h: net.a(h.unsqueeze(2).reshape(-1, 1, 16)),
+    "of ones": lambda net, h: net.b(h.reshape(-1, 16, 1)),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_linear_layers_of_rows(name: str) -> None:
+    model = call(ROWS[name], a=lambda: nn.Linear(16, 8), b=lambda: nn.Linear(1, 1))
+    captured = check(model(), torch.randn(2, 10, 16))
+    if name == "joined, and parted":
+        assert captured.any_extent and ops(captured) == ["linear"]
+
+
+def test_a_mask_of_many_layers_is_found_in_time() -> None:
+    """Each way through a network of residual layers leads to the scores: there are thousands."""
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(
+                Masked(8, 2, lambda net, s, p: s + torch.zeros_like(s).masked_fill(p, -torch.inf))
+                for _ in range(9)
+            )
+
+        def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = x + layer(F.gelu(x) + torch.where(x > 0, x, -x), padding)
+            return x
+
+    padding = torch.arange(6) >= torch.tensor([[6], [3]])
+    captured = check(Deep(), torch.randn(2, 6, 8), padding)
+    masked = [node for node in captured.graph if node.op == "softmax" and len(node.inputs) == 2]
+    assert len(masked) == 9
+
+
+def test_a_mask_of_five_axes_stays_float() -> None:
+    def forward(net: Call, x: Tensor, mask: Tensor) -> Tensor:
+        scores = x @ x.mT
+        return scores.masked_fill(mask[:, :, None], -torch.inf).softmax(-1) @ x
+
+    mask = torch.rand(2, 3, 5, 5) < 0.3
+    mask[..., 0] = False
+    check(call(forward)(), torch.randn(2, 3, 2, 5, 4), mask)
+
+
 def test_sizes_that_follow_the_batch() -> None:
     def forward(net: Call, x: Tensor) -> Any:
         y = net.a(x)
