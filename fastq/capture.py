@@ -133,7 +133,8 @@ def _resized(x: Any, batch: int, stretch: Stretch) -> Any:
             continue
         for axis, count in zip(axes, more, strict=False):
             if count < 0:
-                x = x.narrow(axis, 0, max(x.shape[axis] + count, 2))
+                size = x.shape[axis]
+                x = x.narrow(axis, 0, max(size + count, min(size, 2)))
             else:
                 x = torch.cat([x, x.narrow(axis, 0, 1).expand(*_grown(x.shape, axis, count))], axis)
     return x.clone()

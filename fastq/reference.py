@@ -495,9 +495,7 @@ def softmax(
     """
     if x.size == 0:
         return _into(out, x.copy())
-    taken = np.broadcast_to(True if mask is None else mask != 0, x.shape)
-    peak = np.where(taken, x, 0).max(axis=-1, keepdims=True)
-    e = np.where(taken, exp_table(scale)[peak - np.minimum(x, peak)], 0)
+    _, e = _below_peak(x, mask, exp_table(scale))
     total = e.sum(axis=-1, keepdims=True, dtype=np.int64)
     if uniform:
         e = np.where(total == 0, 1, e)
@@ -522,12 +520,17 @@ def softmax_weights(
     """
     if x.size == 0:
         return _into(out, x.copy())
-    taken = np.broadcast_to(True if mask is None else mask != 0, x.shape)
-    peak = np.where(taken, x, 0).max(axis=-1, keepdims=True)
-    y = np.where(taken, weight_table(scale)[peak - np.minimum(x, peak)], 0)
+    taken, y = _below_peak(x, mask, weight_table(scale))
     if uniform:
         y = np.where(taken.any(axis=-1, keepdims=True), y, 255)
     return _into(out, y.astype(np.uint8))
+
+
+def _below_peak(x: NDArray[np.uint8], mask: Any, table: Any) -> tuple[Any, Any]:
+    """Where a mask takes x, and there table[the largest taken of the line - x], elsewhere 0."""
+    taken = np.broadcast_to(True if mask is None else mask != 0, x.shape)
+    peak = np.where(taken, x, 0).max(axis=-1, keepdims=True)
+    return taken, np.where(taken, table[peak - np.minimum(x, peak)], 0)
 
 
 def layer_norm(

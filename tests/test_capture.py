@@ -192,13 +192,24 @@ def test_inputs_of_two_lengths() -> None:
     assert not check(model, torch.randn(2, 10, 4), torch.randn(2, 6, 4)).any_extent
 
 
-def test_a_sequence_that_is_too_short_to_be_shortened() -> None:
+@pytest.mark.parametrize("length", [2, 3])
+def test_a_sequence_that_is_too_short_to_be_shortened(length: int) -> None:
     model = call(
         lambda net, x: net.a(x + net.p.weight[: x.shape[1]]),
         a=lambda: nn.Linear(4, 3),
-        p=lambda: nn.Embedding(3, 4),
+        p=lambda: nn.Embedding(length, 4),
     )()
-    assert not check(model, torch.randn(2, 3, 4)).any_extent
+    assert not check(model, torch.randn(2, length, 4)).any_extent
+
+
+def test_a_sequence_of_one_that_may_not_grow() -> None:
+    def forward(net: Call, x: Tensor) -> Tensor:
+        if x.shape[1] > 1:
+            raise ValueError("one token at a time")
+        return net.a(x)
+
+    model = call(forward, a=lambda: nn.Linear(4, 3))()
+    assert not check(model, torch.randn(2, 1, 4)).any_extent
 
 
 ROWS: dict[str, Callable[[Call, Tensor], Tensor]] = {

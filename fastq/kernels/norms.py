@@ -15,8 +15,6 @@ lines.py, each of them whole.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -327,9 +325,8 @@ def softmax_row(
     count = x.shape[-1]
     empty = int(np.rint(np.float32(255) / np.float32(count))) if uniform and count else 0
     kernel = softmax_kernel(x.kind, mask is not None)
-    masks = [] if mask is None else [mask]
     _line_row(call, kernel, x, out, places, (0, 0, 255), SOFTMAX_NANOSECONDS,
-              label or f"softmax_{x.kind}", masks, {EMPTY: empty})  # fmt: skip
+              label or f"softmax_{x.kind}", mask, empty)  # fmt: skip
 
 
 def softmax_weights_row(
@@ -346,9 +343,8 @@ def softmax_weights_row(
     rising = weight_table(scale)[::-1]
     places: dict[int, Place] = {TABLE: np.append(rising, np.full(255, 255, np.uint8))}
     kernel = weights_kernel(x.kind, mask is not None)
-    masks = [] if mask is None else [mask]
     _line_row(call, kernel, x, out, places, (0, 0, 255), WEIGHTS_NANOSECONDS,
-              label or f"softmax_weights_{x.kind}", masks, {EMPTY: 255 * uniform})  # fmt: skip
+              label or f"softmax_weights_{x.kind}", mask, 255 * uniform)  # fmt: skip
 
 
 def inverse_sums_row(call: Call, x: View, out: View, label: str = "") -> None:
@@ -411,17 +407,18 @@ def _line_row(
     clamp: tuple[int, int, int],
     nanoseconds: float,
     label: str,
-    masks: Sequence[View] = (),
-    more: Mapping[int, int] = MappingProxyType({}),
+    mask: View | None = None,
+    empty: int = 0,
 ) -> None:
-    """Appends a kernel that takes whole lines; clamp is (zero_point, qmin, qmax)."""
-    views = [out, x, *(broadcast(mask, x.shape) for mask in masks)]
+    """Appends a kernel that takes whole lines; clamp is (zero_point, qmin, qmax), and `empty` what
+    a line gets whose mask is 0 everywhere."""
+    views = [out, x, *([] if mask is None else [broadcast(mask, x.shape)])]
     shape, steps = collapse(views, 4, keep=1)
     size = int(np.prod(shape))
     if size == 0:
         return
     zero_point, qmin, qmax = clamp
-    values = share_lines(shape)[1] | {COLUMNS: shape[3], **more}
+    values = share_lines(shape)[1] | {COLUMNS: shape[3], EMPTY: empty}
     values[ROWS] = min(max(LINE_BLOCK // shape[3], 1), shape[2])
     for operand, view, along in zip((OUT, X, MASK), views, steps, strict=False):
         places[operand] = view.place
