@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastq.qparams import FLT_MAX, MAX_FEATURES, Dequant, Requant
+from fastq.qparams import FLT_MAX, MAX_FEATURES, Dequant, Requant, clamp_of
 from fastq.weights import LARGEST, Conv2dWeight, LinearWeight
 
 
@@ -94,11 +94,13 @@ SIZE = Check(f"{COUNT.wanted}, or (axes, divisor)", _is_size)
 PAIR = _each(_whole(1, LARGEST), 2)
 SPAN = _each(_whole(0, LARGEST), 2)
 FLAG = _kind(bool)
+DTYPE = Check("'uint8' or 'int16'", lambda v: isinstance(v, str) and v in ("uint8", "int16"))
 SCALE = _real(float(np.finfo(np.float32).smallest_subnormal), FLT_MAX)  # a divisor in float32
 FACTOR = _real(-LARGEST_FACTOR, LARGEST_FACTOR)
 EPSILON = _real(1e-70, FLT_MAX)  # its root's inverse stays finite in float32
 MULTIPLIER = _real(float(np.finfo(np.float64).smallest_subnormal), LARGEST_FACTOR)
 REQUANTIZED = {"zero_point": STEP, "qmin": STEP, "qmax": STEP}
+END = _whole(-(2**15), 2**15 - 1)  # of a clamp; within the dtype, see `clamp_of`
 POOL = {"kernel_size": PAIR, "stride": PAIR, "padding": SPAN, "ceil_mode": FLAG}
 AVERAGE = {"multiplier": MULTIPLIER, "x_zero_point": STEP, **REQUANTIZED}
 TWO = {"a_zero_point": STEP, "b_zero_point": STEP, **REQUANTIZED}
@@ -109,7 +111,7 @@ EPILOGUE = _kind(Requant, Dequant)
 
 # operation -> its arguments, all of them
 ARGUMENTS: dict[str, dict[str, Check]] = {
-    "quantize": {"scale": SCALE, "zero_point": STEP, "axes": ORDER},
+    "quantize": {"scale": SCALE, "zero_point": STEP, "axes": ORDER, "dtype": DTYPE},
     "grid": {"factor": FACTORS, "shift": VECTORS, "padding": _each(SPAN, 2), "axes": ORDER},
     "dequantize": {"scale": SCALE, "zero_point": STEP},
     "constant": {"value": _array(np.uint8, 0, 1, 2, 3, 4)},
@@ -117,7 +119,8 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     "linear": {"weight": _kind(LinearWeight), "epilogue": EPILOGUE, "x_zero_point": STEP},
     "matmul": {"multiplier": MULTIPLIER, "a_zero_point": STEP, "transpose_b": FLAG, "mean": FLAG,
                **REQUANTIZED},
-    "add": {"a_multiplier": FACTOR, "b_multiplier": FACTOR, **TWO},
+    "add": {"a_multiplier": FACTOR, "b_multiplier": FACTOR, **TWO, "qmin": END, "qmax": END,
+            "dtype": DTYPE},
     "mul": {"multiplier": MULTIPLIER, **TWO},
     "affine": {"multiplier": VECTOR, "shift": VECTOR, "x_zero_point": STEP, **REQUANTIZED},
     "table": {"values": _array(np.uint8, 1, 2)},
@@ -164,8 +167,9 @@ def check_arguments(step: Any) -> None:
             raise ValueError(
                 f"{step.name}: {step.op} with {name}={given[name]!r:.80}; wanted {check.wanted}"
             )
-    if given.get("qmin", 0) > given.get("qmax", 255):
-        raise ValueError(f"{step.name}: qmin={given['qmin']} over qmax={given['qmax']}")
+    if "qmin" in given or "dtype" in given:
+        dtype = np.dtype(given.get("dtype", "uint8"))
+        clamp_of(step.name, dtype, given.get("qmin"), given.get("qmax"), given["zero_point"])
     if given.get("mean") and given["a_zero_point"]:
         raise ValueError(f"{step.name}: a mean with a_zero_point={given['a_zero_point']}; wanted 0")
     _check_epilogue(step, epilogue)

@@ -27,7 +27,7 @@ from fastq.weights import Conv2dWeight, LinearWeight
 
 CLASSES: dict[str, Any] = {c.__name__: c for c in (Requant, Dequant, LinearWeight, Conv2dWeight)}
 DERIVED = ("panels",)  # fields that are a cache
-VERSION = 3  # of the files
+VERSION = 4  # of the files
 Parts = dict[str, tuple[str, list[int], Any]]  # a tensor's name -> dtype as torch's, shape, bytes
 DTYPES = (np.uint8, np.int8, np.int32, np.float32)
 
@@ -41,6 +41,8 @@ def encode(value: Any, keep: Callable[[str, Any], str], name: str = "") -> Any:
     if isinstance(value, float | np.floating):
         number = float(value)
         return number if math.isfinite(number) else {"float": str(number)}
+    if isinstance(value, np.dtype):
+        return value.name
     if isinstance(value, np.ndarray):
         return {"array": keep(name, value)}
     if isinstance(value, tuple | list):

@@ -19,8 +19,16 @@ import torch
 from torch import Tensor
 
 from fastq.graph import PRODUCTS, Graph, Node, pointwise
-from fastq.program import Program, Step
-from fastq.qparams import MAX_K, Dequant, QParams, Requant, quantize_weight
+from fastq.program import WIDE, Program, Step
+from fastq.qparams import (
+    MAX_K,
+    MAX_WIDE_FEATURES,
+    Dequant,
+    QParams,
+    Requant,
+    limits,
+    quantize_weight,
+)
 from fastq.weights import Conv2dWeight, LinearWeight
 
 Weights = Callable[[Node], tuple[Any, Any]]  # a node's (int8 data, float32 scale per output)
@@ -37,6 +45,8 @@ FIXED = {
     "grid": QParams(np.array(1 / 256, np.float32)),
 }
 MASK = QParams(np.array(1.0, np.float32))  # of what softmax takes as its mask: 1.0 and 0.0
+SUFFIX = {np.dtype(np.uint8): "u8", np.dtype(np.int16): "s16"}  # of names
+SUMS = ("add", "linear", "conv2d")  # make values that may be int16
 
 
 def why_float(node: Node) -> str:
@@ -170,7 +180,10 @@ def normalized(weights: Any) -> Any:
 
 
 class Ranges:
-    """Which values of the regions share one quantization, and which have a fixed one."""
+    """Which values of the regions share one quantization, and which have a fixed one.
+
+    symmetric, wide  nodes that stand for a range: with zero_point 128, and of int16.
+    """
 
     def __init__(self, regions: Sequence[Region]) -> None:
         self.parent: dict[Node, Node] = {}
@@ -198,6 +211,29 @@ class Ranges:
                     self.symmetric.add(self.find(node.inputs[1]))
         for node, qparams in list(self.fixed.items()):
             self.fixed[self.find(node)] = qparams
+        self.wide = self._wide(regions)
+
+    def _wide(self, regions: Sequence[Region]) -> set[Node]:
+        """What layer norms take, and what is added to that or made of it by adding: sums, or values
+        from outside, that nobody takes who cannot read int16."""
+        nodes = [node for region in regions for node in region.nodes]
+        sums = [node for node in nodes if node.op in SUMS and len(node.inputs) == 2]
+        found, before = {self.find(n.inputs[0]) for n in nodes if n.op == "layer_norm"}, 0
+        while len(found) > before:
+            before = len(found)
+            for node in sums:
+                around = {self.find(node)} | {self.find(v) for v in node.inputs if v in sums}
+                if around & found:
+                    found |= around
+        for node in nodes:
+            if node.op == "layer_norm" and node.shape[-1] > MAX_WIDE_FEATURES:
+                found.discard(self.find(node.inputs[0]))
+            for i, value in enumerate(node.inputs):
+                if i not in WIDE.get(node.op, ()) and node.op != "grid":
+                    found.discard(self.find(value))
+            if node not in self.moved and node.op not in SUMS:
+                found.discard(self.find(node))
+        return found - self.fixed.keys()
 
     def find(self, node: Node) -> Node:
         while self.parent[node] is not node:
@@ -257,7 +293,7 @@ def lower(
     any_extent: bool = True,
     biases: Biases = default_bias,
 ) -> Program:
-    """The program of a region. qparams(node) is the uint8 quantization of a value."""
+    """The program of a region. qparams(node) is the quantization of a value, uint8 or int16."""
     return lowered(region, qparams, weights, any_extent, biases).program
 
 
@@ -265,7 +301,7 @@ def lower(
 class Lowered:
     """A program, and where to find the values of the graph in it.
 
-    names    node -> its value: uint8, or float32 for a product that gives float32 itself.
+    names    node -> its value: uint8 or int16, or float32 for a product that gives float32 itself.
     axes     value -> the torch axis of each of its axes.
     weights  the softmaxes of which the value is weights: divided by the sum of a line.
     """
@@ -317,8 +353,8 @@ class _Lowering:
             axes = NHWC if len(node.shape) == 4 else tuple(range(len(node.shape)))
             q = self.qparams(node)
             self.names[node] = self.emit(
-                "quantize", f"{node.name}_u8", [node.name], axes, node,
-                scale=float(q.scale), zero_point=int(q.zero_point), axes=axes,
+                "quantize", f"{node.name}_{SUFFIX[q.dtype]}", [node.name], axes, node,
+                scale=float(q.scale), zero_point=int(q.zero_point), axes=axes, dtype=q.dtype.name,
             )  # fmt: skip
         for node in region.nodes:
             if node.op == "constant":
@@ -407,8 +443,12 @@ class _Lowering:
         lo, hi = node.attrs.get("clamp", (-math.inf, math.inf))
         scale, zero_point = self.scale(node), self.zero_point(node)
 
+        least, most = limits(self.qparams(node).dtype)
+
         def step(value: float) -> int:
-            return int(np.clip(np.rint(np.clip(value / scale, -1e9, 1e9)) + zero_point, 0, 255))
+            return int(
+                np.clip(np.rint(np.clip(value / scale, -1e9, 1e9)) + zero_point, least, most)
+            )
 
         return {"qmin": step(lo), "qmax": step(hi)}
 
@@ -435,7 +475,7 @@ class _Lowering:
             return data, Dequant(scale, np.array(x_scale, np.float32), real, fmin, fmax)
         step = np.float64(x_scale) * scale.astype(np.float64)
         y_scale = self.scale(node)
-        limits = self.requantized(node)
+        clamp = self.requantized(node)
         add: dict[str, Any] = {}
         if len(node.inputs) == 2:
             add["add_multiplier"] = self.scale(node.inputs[1]) / y_scale
@@ -445,7 +485,9 @@ class _Lowering:
             # |sum of products| < 2**30 for most layers: the bias takes the other half
             wanted = np.clip(wanted, -(2**30), 2**30).astype(np.int32)
         multiplier = np.maximum((step / y_scale).astype(np.float32), np.finfo(np.float32).tiny)
-        return data, Requant(multiplier, bias=wanted, **limits, **add)
+        return data, Requant(
+            multiplier, bias=wanted, **clamp, **add, dtype=self.qparams(node).dtype
+        )
 
     def lower_grid(self, node: Node) -> str:
         (x,), (left, right, top, bottom) = node.inputs, node.attrs["pad"]
@@ -525,7 +567,7 @@ class _Lowering:
             node, a_multiplier=self.scale(a) / scale,
             b_multiplier=self.scale(b) * node.attrs.get("alpha", 1.0) / scale,
             a_zero_point=self.zero_point(a), b_zero_point=self.zero_point(b),
-            **self.requantized(node),
+            **self.requantized(node), dtype=self.qparams(node).dtype.name,
         )  # fmt: skip
 
     def lower_mul(self, node: Node) -> str:

@@ -41,14 +41,17 @@ from fastq.qparams import (
     HISTOGRAM_KEYS,
     MAX_FEATURES,
     MAX_K,
+    MAX_WIDE_FEATURES,
     Dequant,
     Epilogue,
     QParams,
     Requant,
     check_scale,
     check_zero_point,
+    clamp_of,
     limits,
     quantized_dtype,
+    value_dtype,
 )
 from fastq.weights import Conv2dWeight, LinearWeight
 
@@ -81,11 +84,14 @@ __all__ = [
     "upsample_nearest2d",
 ]
 
-_UINT8, _INT8, _INT32, _FLOAT32 = map(np.dtype, ("uint8", "int8", "int32", "float32"))
+_UINT8, _INT8, _INT16, _INT32, _FLOAT32 = map(
+    np.dtype, ("uint8", "int8", "int16", "int32", "float32")
+)
 _KIND = {
     _FLOAT32: "f32",
     _UINT8: "u8",
     _INT8: "s8",
+    _INT16: "w16",
     _INT32: "s32",
 }
 _BOUND_LAYERS = 8  # that a weight keeps: pairs of epilogue and input parameters
@@ -101,7 +107,7 @@ def quantize(
     dtype: DTypeLike | None = None,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """float32 -> uint8 / int8 / int32, rounding half to even, saturating.
+    """float32 -> uint8 / int8 / int16 / int32, rounding half to even, saturating.
 
     quantize(x, scale=s, zero_point=z)  clip(rint(x / s) + z); dtype uint8 unless given.
     quantize(x, factor)                 the textbook form clip(rint(x * factor)); dtype int8
@@ -192,7 +198,7 @@ def dequantize(
     axis: int | None = None,
     out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """uint8 / int8 / int32 -> float32: float32(q - zero_point) * scale.
+    """uint8 / int8 / int16 / int32 -> float32: float32(q - zero_point) * scale.
 
     q may be a NumPy array or a torch tensor on the CPU; scale and zero_point as in `quantize`.
     Raises TypeError and ValueError for other dtypes, shapes or values.
@@ -219,7 +225,7 @@ def requantize(
     qmax: int | None = None,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """int32 -> uint8 / int8 / int32.
+    """int32 -> uint8 / int8 / int16 / int32.
 
     y = clip(rint(float32(acc) * multiplier) + zero_point, qmin, qmax), ties to even.
 
@@ -506,16 +512,17 @@ def linear(
     epilogue: Epilogue = None,
     *,
     x_zero_point: ArrayLike = 0,
-    add: NDArray[np.uint8] | None = None,
+    add: NDArray[Any] | None = None,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
     """acc[m, n] = sum_k (x[m, k] - x_zero_point[m]) * weight[n, k], exact, then the epilogue.
 
     x             uint8 (M, K), any strides.
     weight        LinearWeight (N, K); its panels are packed at the first call.
-    epilogue      None: int32. Requant: uint8. Dequant: float32. Re-use the object between calls.
+    epilogue      None: int32. Requant: its dtype. Dequant: float32. Re-use the object between
+                  calls.
     x_zero_point  0 to 255: a scalar, or (M,) where the epilogue is not a Requant.
-    add           uint8 (M, N), summed in by a Requant that has an add_multiplier.
+    add           uint8 or int16 (M, N), summed in by a Requant that has an add_multiplier.
     out           written and returned if given: (M, N) of the epilogue's dtype, C-contiguous.
 
     Raises TypeError and ValueError for other dtypes, shapes or values.
@@ -549,7 +556,7 @@ def linear(
     layer = _bound(BoundLinear, weight, epilogue, "u8", None, zeros)
     lines = x.strides[1] == 1
     x = x if lines else np.ascontiguousarray(x)
-    layer(m, x.strides[0], address_of(x), address_of(result), zeros, at)
+    layer(m, x.strides[0], address_of(x), address_of(result), zeros, *at)
     if key is not None and lines:
         call = layer.key(m, x.strides[0], address_of(x), zeros)
         _remember(weight, key, layer, call, x, result)
@@ -563,7 +570,7 @@ def conv2d(
     epilogue: Epilogue = None,
     *,
     x_zero_point: int = 0,
-    add: NDArray[np.uint8] | None = None,
+    add: NDArray[Any] | None = None,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
     """2-D cross-correlation of x (B, H, W, C) uint8, exact in int32, then the epilogue.
@@ -573,9 +580,10 @@ def conv2d(
 
     x             uint8 NHWC, any strides.
     weight        Conv2dWeight (N, C/groups, KH, KW) with its stride, padding, dilation, groups.
-    epilogue      None: int32. Requant: uint8. Dequant (one x_scale): float32.
+    epilogue      None: int32. Requant: its dtype. Dequant (one x_scale): float32.
     x_zero_point  0 to 255; padding has this value, which stands for real 0.
-    add           uint8 of the output's shape, summed in by a Requant that has an add_multiplier.
+    add           uint8 or int16 of the output's shape, summed in by a Requant that has an
+                  add_multiplier.
     out           written and returned if given: (B, OH, OW, N), C-contiguous.
 
     Raises TypeError and ValueError for other dtypes, shapes or values.
@@ -596,7 +604,7 @@ def conv2d(
     added, at = _added("conv2d", epilogue, add, result)
     if result.size:
         layer = _bound(BoundConv2d, weight, epilogue, "u8", None, zero_point)
-        layer(x, result, zero_point, at)
+        layer(x, result, zero_point, *at)
         if key is not None:
             _remember(weight, key, layer, layer.key(x, zero_point), x, result)
     del added  # held until here
@@ -712,36 +720,41 @@ _calls: dict[str, Calls] = defaultdict(Calls)
 
 
 def add(
-    a: NDArray[np.uint8],
-    b: NDArray[np.uint8],
+    a: NDArray[Any],
+    b: NDArray[Any],
     a_multiplier: float,
     b_multiplier: float,
     *,
     a_zero_point: int = 0,
     b_zero_point: int = 0,
     zero_point: int = 0,
-    qmin: int = 0,
-    qmax: int = 255,
-    out: NDArray[np.uint8] | None = None,
-) -> NDArray[np.uint8]:
+    qmin: int | None = None,
+    qmax: int | None = None,
+    dtype: DTypeLike = np.uint8,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
     """y = clip(rint((a - za) * a_multiplier + (b - zb) * b_multiplier) + zero_point, qmin, qmax).
 
-    a, b          uint8, of shapes that broadcast as NumPy's.
+    a, b          uint8 or int16, of shapes that broadcast as NumPy's.
     multipliers   a_scale / y_scale and b_scale / y_scale, each product rounded to float32; a
                   negative one subtracts. Finite, magnitude up to 2**96.
-    zero points   0 to 255; the clamp 0 <= qmin <= qmax <= 255.
-    out           written and returned if given: uint8 of the broadcast shape, C-contiguous.
+    zero points   0 to 255; of an int16 result 0.
+    qmin, qmax    the clamp, within the range of dtype, which is the default.
+    dtype         uint8, or int16, which is symmetric.
+    out           written and returned if given: dtype of the broadcast shape, C-contiguous.
 
     Raises TypeError and ValueError for other dtypes, shapes or values.
     """
-    left, right = _bytes("add: a", a), _bytes("add: b", b)
+    left, right = _values("add: a", a), _values("add: b", b)
+    kind = value_dtype("add", dtype)
     multipliers = (
         _factor("add: a_multiplier", a_multiplier),
         _factor("add: b_multiplier", b_multiplier),
     )
     zeros = _byte("add: a_zero_point", a_zero_point), _byte("add: b_zero_point", b_zero_point)
-    clamp = _clamp("add", zero_point, qmin, qmax)
-    result = _broadcast_output("add", left, right, out)
+    zero = _byte("add: zero_point", zero_point)
+    clamp = zero, *clamp_of("add", kind, qmin, qmax, zero)
+    result = _broadcast_output("add", left, right, out, kind)
     return _run(pointwise.add_row, [left, right, result], multipliers, zeros, *clamp)
 
 
@@ -1035,7 +1048,7 @@ def _mask(name: str, mask: Any, x: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def layer_norm(
-    x: NDArray[np.uint8],
+    x: NDArray[Any],
     multiplier: ArrayLike,
     shift: ArrayLike,
     epsilon: float,
@@ -1047,14 +1060,16 @@ def layer_norm(
 ) -> NDArray[np.uint8]:
     """y = clip(rint((x - mean) / sqrt(var + epsilon) * multiplier + shift) + zero_point, ...).
 
-    Mean and variance, exact, over the last axis of x uint8 (..., N), 0 < N <= 2**19; x's zero point
-    cancels. With torch's eps, weight and bias: epsilon = eps / x_scale**2 > 0, multiplier =
-    weight / y_scale and shift = bias / y_scale, scalars or (N,) as in `affine`. The order of the
-    float operations is that of reference.layer_norm. Errors as in `affine`.
+    Mean and variance, exact, over the last axis of x (..., N), uint8 with 0 < N <= 2**19 or int16
+    with N <= 2**14; x's zero point cancels. With torch's eps, weight and bias: epsilon =
+    eps / x_scale**2 > 0, multiplier = weight / y_scale and shift = bias / y_scale, scalars or (N,)
+    as in `affine`. The order of the float operations is that of reference.layer_norm. Errors as in
+    `affine`.
     """
-    x = _lines("layer_norm", x)
-    if x.shape[-1] > MAX_FEATURES:
-        raise ValueError(f"layer_norm: x {x.shape}; exact up to {MAX_FEATURES} features")
+    x = _lines("layer_norm", x, _values)
+    most = MAX_FEATURES if x.dtype == _UINT8 else MAX_WIDE_FEATURES
+    if x.shape[-1] > most:
+        raise ValueError(f"layer_norm: x {x.shape} {x.dtype}; exact up to {most} features")
     columns = [
         _factors(f"layer_norm: {name}", values, x)
         for name, values in (("multiplier", multiplier), ("shift", shift))
@@ -1142,7 +1157,7 @@ def _run(row: Callable[..., None], arrays: list[NDArray[Any]], *parameters: Any)
     if result.size:
         if result.ndim > 4:  # then their axes must join
             arrays = [*map(np.ascontiguousarray, np.broadcast_arrays(*arrays[:-1])), result]
-        layouts = tuple((a.shape, a.strides) for a in arrays)
+        layouts = tuple((a.shape, a.strides, _KIND[a.dtype]) for a in arrays)
         key = (row, layouts, parameters, get_num_threads())
         _calls[row.__name__].run(_row_call, key, *map(address_of, arrays))
     return result
@@ -1150,35 +1165,37 @@ def _run(row: Callable[..., None], arrays: list[NDArray[Any]], *parameters: Any)
 
 def _row_call(row: Callable[..., None], layouts: Any, parameters: Any, threads: int) -> Call:
     call = Call(len(layouts))
-    views = [View(At(i), shape, strides, "u8") for i, (shape, strides) in enumerate(layouts)]
+    views = [View(At(i), *layout) for i, layout in enumerate(layouts)]
     row(call, *views, *parameters)
     return call
 
 
 def _added(
     name: str, epilogue: Epilogue, add: Any, out: NDArray[Any]
-) -> tuple[NDArray[np.uint8] | None, int]:
-    """What the epilogue adds, copied to where reading beyond its end is safe, and its address."""
+) -> tuple[NDArray[Any] | None, tuple[int, str]]:
+    """What the epilogue adds, copied to where reading beyond its end is safe; its address and
+    kind."""
     wanted = isinstance(epilogue, Requant) and epilogue.add_multiplier is not None
     if not wanted and add is None:
-        return None, 0
+        return None, (0, "")
     if wanted != (add is not None):
         raise ValueError(
             f"{name}: got {'no add=' if wanted else 'add='}; it goes with a Requant that has an "
             "add_multiplier"
         )
-    if not isinstance(add, np.ndarray) or add.shape != out.shape or add.dtype != np.uint8:
+    fits = isinstance(add, np.ndarray) and add.dtype in (_UINT8, _INT16)
+    if not fits or add.shape != out.shape:
         given = f"{add.shape} {add.dtype}" if isinstance(add, np.ndarray) else type(add).__name__
-        raise ValueError(f"{name}: add is {given}; wanted {out.shape} uint8, as the output")
-    copy = np.empty(add.size + SLACK, np.uint8)
+        raise ValueError(f"{name}: add is {given}; wanted {out.shape}, uint8 or int16")
+    copy = np.empty(add.size + SLACK, add.dtype)
     copy[: add.size] = add.reshape(-1)
-    return copy, address_of(copy)
+    return copy, (address_of(copy), _KIND[add.dtype])
 
 
 def _out_dtype(epilogue: Epilogue) -> np.dtype[Any]:
     if epilogue is None:
         return _INT32
-    return _UINT8 if isinstance(epilogue, Requant) else _FLOAT32
+    return epilogue.dtype if isinstance(epilogue, Requant) else _FLOAT32
 
 
 def _bound(
@@ -1250,9 +1267,19 @@ def _bytes(what: str, x: Any) -> NDArray[np.uint8]:
     return x if not x.ndim or x.shape[-1] == 1 or x.strides[-1] == 1 else np.ascontiguousarray(x)
 
 
-def _lines(name: str, x: Any) -> NDArray[np.uint8]:
+def _values(what: str, x: Any) -> NDArray[Any]:
+    """The same of an array of uint8 or int16."""
+    if type(x) is not np.ndarray or x.dtype != _INT16:
+        if isinstance(x, np.ndarray) and x.dtype != _UINT8:
+            raise TypeError(f"{what} is {x.shape} {x.dtype}; wanted uint8 or int16")
+        return _bytes(what, x)
+    lines = not x.ndim or x.shape[-1] == 1 or x.strides[-1] == x.itemsize
+    return x if lines and x.flags.aligned else np.ascontiguousarray(x)
+
+
+def _lines(name: str, x: Any, taken: Callable[[str, Any], NDArray[Any]] = _bytes) -> NDArray[Any]:
     """x (..., N), N > 0."""
-    x = _bytes(f"{name}: x", x)
+    x = taken(f"{name}: x", x)
     if not x.ndim or not x.shape[-1]:
         raise ValueError(f"{name}: x {x.shape}; wanted (..., N) with N > 0")
     return x
@@ -1363,7 +1390,9 @@ def _clamp(name: str, zero_point: Any, qmin: Any, qmax: Any) -> tuple[int, int, 
     return _byte(f"{name}: zero_point", zero_point), int(qmin), int(qmax)
 
 
-def _broadcast_output(name: str, a: NDArray[Any], b: NDArray[Any], out: Any) -> NDArray[Any]:
+def _broadcast_output(
+    name: str, a: NDArray[Any], b: NDArray[Any], out: Any, dtype: np.dtype[Any] = _UINT8
+) -> NDArray[Any]:
     shape = a.shape
     if b.shape != shape:
         try:
@@ -1371,13 +1400,13 @@ def _broadcast_output(name: str, a: NDArray[Any], b: NDArray[Any], out: Any) -> 
         except ValueError:
             raise ValueError(f"{name}: a {a.shape} and b {b.shape} do not broadcast") from None
     if out is not None:
-        _output(name, out, shape, _UINT8, a)
-    return _output(name, out, shape, _UINT8, b)
+        _output(name, out, shape, dtype, a)
+    return _output(name, out, shape, dtype, b)
 
 
 def _integer(what: str, x: NDArray[Any]) -> np.dtype[Any]:
     if x.dtype not in _KIND or x.dtype == np.float32:
-        raise TypeError(f"{what} {x.shape} {x.dtype}; wanted uint8, int8 or int32")
+        raise TypeError(f"{what} {x.shape} {x.dtype}; wanted uint8, int8, int16 or int32")
     return x.dtype
 
 

@@ -1,7 +1,7 @@
 """A program on this machine: where its values lie, and the rows of kernels that compute them.
 
-Every uint8 value lies in a storage, a piece of one arena. A storage may be wider than a value: it
-has the frame of zero points that convolutions read beyond an image, and values that are
+Every uint8 or int16 value lies in a storage, a piece of one arena. A storage may be wider than a
+value: it has the frame of zero points that convolutions read beyond an image, and values that are
 concatenated lie in it side by side, written there by the steps that make them. Reshapes, slices
 and permutes are views where strides can say so. Storages that are not needed at the same time
 share memory.
@@ -251,8 +251,11 @@ class _Planner:
         packed: dict[Any, Any],
     ) -> None:
         self.program, self.isa, self.packed = program, isa, packed
-        self.kind = ACTIVATIONS[emitter(isa).a_bytes]
-        self.item = ITEM_BYTES[self.kind]
+        self.narrow = ACTIVATIONS[emitter(isa).a_bytes]  # the kind of what is not wide
+        self.kinds = {
+            name: {"uint8": self.narrow, "int16": "w16", "float32": "f32"}[dtype]
+            for name, dtype in program.dtypes.items()
+        }
         self.steps, self.shapes = program.steps, program.shapes(*shapes)
         self.makers = {step.name: step for step in self.steps}
         self.users: dict[str, list[int]] = {name: [] for name in self.shapes}
@@ -304,7 +307,7 @@ class _Planner:
         self.fill_frames(i, step)
         for (at, name), (storage, mold) in self.copies.items():
             if at == i:
-                copy_row(self.call, self.stored(name), storage.view(mold, self.kind))
+                copy_row(self.call, self.stored(name), storage.view(mold, self.kinds[name]))
         if step.name not in self.apart:
             getattr(self, f"row_{step.op}")(i, step)
 
@@ -411,15 +414,16 @@ class _Planner:
         return all(self.makers[name].op != "linear" for name in parts)
 
     def storage(
-        self, shape: tuple[int, ...], frame: Frame, border: int, first: int, last: int
+        self, name: str, shape: tuple[int, ...], frame: Frame, border: int, first: int, last: int
     ) -> Storage:
-        whole = shape
+        """A storage for what is of the kind of a value."""
+        whole, item = shape, ITEM_BYTES[self.kinds[name]]
         if frame != NO_FRAME:
             b, h, w, c = shape
             whole = (b, h + frame[0] + frame[1], w + frame[2] + frame[3], c)
-        stand_in: Array = np.zeros(1, [None, np.uint8, np.int16][self.item])
-        mold = as_strided(stand_in, whole, dense_strides(whole, self.item))
-        made = Storage(shape, self.item, frame, border, first, last, mold)
+        stand_in: Array = np.zeros(1, [None, np.uint8, np.int16][item])
+        mold = as_strided(stand_in, whole, dense_strides(whole, item))
+        made = Storage(shape, item, frame, border, first, last, mold)
         self.storages.append(made)
         return made
 
@@ -455,7 +459,7 @@ class _Planner:
             self.values[name] = storage, mold[..., start : start + self.shapes[name][-1]]
         else:
             frame = self.frames.get(name, NO_FRAME)
-            storage = self.storage(self.shapes[name], frame, self.zero_point(name), i, i)
+            storage = self.storage(name, self.shapes[name], frame, self.zero_point(name), i, i)
             self.values[name] = storage, storage.mold
         return self.values[name]
 
@@ -497,7 +501,8 @@ class _Planner:
                 continue
             storage, mold = self.values[name]
             strides = mold.strides
-            fits = mold.shape[-1:] in ((), (1,)) or strides[-1] == self.item or step.op == "concat"
+            fits = mold.shape[-1:] in ((), (1,)) or strides[-1] == storage.item
+            fits |= step.op == "concat"
             frame = NO_FRAME
             if step.op == "conv2d" and k == 0:
                 _, frame = self.source(step)
@@ -507,13 +512,13 @@ class _Planner:
                 enough = all(map(int.__le__, frame, storage.frame)) and shared
                 zeros = storage.border == step.arguments["x_zero_point"]
                 fits &= frame == NO_FRAME or (enough and zeros)
-                dense = strides[2] == mold.shape[3] * self.item
+                dense = strides[2] == mold.shape[3] * storage.item
                 fits &= dense or not any(p.needs_dense_pixels for p in self.layers(step))
             elif not joined:
-                fits = strides == dense_strides(mold.shape, self.item)
+                fits = strides == dense_strides(mold.shape, storage.item)
             if not fits:
                 border = int(step.arguments.get("x_zero_point", 0))
-                copy = self.storage(mold.shape, frame, border, i, i)
+                copy = self.storage(name, mold.shape, frame, border, i, i)
                 self.copies[i, name] = copy, copy.mold
 
     def joins(self, step: Step) -> bool:
@@ -522,8 +527,9 @@ class _Planner:
             return True
         rank, keep = JOINED[step.op]
         leading = self.shapes[step.name][: len(self.shapes[step.name]) - keep]
-        molds = [self.values[v][1] for v in (step.name, *step.inputs) if v in self.values]
-        views = [View(At(0), mold.shape, mold.strides, self.kind) for mold in molds]
+        molds = [(self.values[v][1], self.kinds[v]) for v in (step.name, *step.inputs)
+                 if v in self.values]  # fmt: skip
+        views = [View(At(0), mold.shape, mold.strides, kind) for mold, kind in molds]
         try:
             collapse([broadcast(v, leading + v.shape[len(v.shape) - keep :]) for v in views],
                      rank, keep)  # fmt: skip
@@ -534,8 +540,8 @@ class _Planner:
     def lay_out(self) -> int:
         """Gives each storage its place: the largest first, where no other is at the same time."""
         taken: list[tuple[int, int, Storage]] = []
-        for storage in sorted(self.storages, key=lambda s: -prod(s.whole.shape)):
-            size = -(-prod(storage.whole.shape) * self.item // 64) * 64
+        for storage in sorted(self.storages, key=lambda s: -prod(s.whole.shape) * s.item):
+            size = -(-prod(storage.whole.shape) * storage.item // 64) * 64
             offset = 0
             for begin, end, other in sorted(taken, key=lambda t: t[0]):
                 apart = other.last < storage.first or storage.last < other.first
@@ -556,7 +562,7 @@ class _Planner:
                 continue
             if step.op == "quantize" and self.is_staged(step):
                 continue  # writes its frame as well
-            whole = storage.view(storage.whole, self.kind)
+            whole = storage.view(storage.whole, self.narrow)
             border_row(self.call, whole, *storage.frame, storage.border)
 
     # ------------------------------------------------------------------ rows
@@ -566,13 +572,13 @@ class _Planner:
         if name in self.floats:
             return self.floats[name]
         storage, mold = self.values[name]
-        return storage.view(mold, self.kind)
+        return storage.view(mold, self.kinds[name])
 
     def input(self, i: int, name: str) -> View:
         """The view that step i reads: of the value, or of its copy."""
         if (i, name) in self.copies:
             storage, mold = self.copies[i, name]
-            return storage.view(mold, self.kind)
+            return storage.view(mold, self.kinds[name])
         return self.stored(name)
 
     def layer(self, step: Step) -> Any:
@@ -650,7 +656,8 @@ class _Planner:
         """Whether an input is quantized as an image, with its frame, into a storage of its own."""
         storage, mold = self.values[step.name]
         zeros = storage.frame == NO_FRAME or storage.border == step.arguments["zero_point"]
-        return mold.ndim == 4 and mold.shape == storage.shape and zeros
+        narrow = self.kinds[step.name] != "w16"
+        return narrow and mold.ndim == 4 and mold.shape == storage.shape and zeros
 
     def row_quantize(self, i: int, step: Step) -> None:
         a = step.arguments
@@ -659,7 +666,7 @@ class _Planner:
             storage, _ = self.values[step.name]
             scale = np.array([a["scale"]], np.float32)
             zero_point = np.array([a["zero_point"]], np.int32)
-            whole = storage.view(storage.whole, self.kind)
+            whole = storage.view(storage.whole, self.narrow)
             stage_image(self.call, x, whole, storage.frame[::2], scale, zero_point)
         else:
             quantize_row(self.call, x, self.stored(step.name), a["scale"], a["zero_point"])
@@ -668,7 +675,7 @@ class _Planner:
         a = step.arguments
         x, out = as_image(permuted(self.floats[step.inputs[0]], a["axes"])), self.stored(step.name)
         whole = as_image(out)
-        made = whole if whole.dense else self.call.dense(whole.shape, self.kind)
+        made = whole if whole.dense else self.call.dense(whole.shape, self.narrow)
         (top, _), (left, _) = a["padding"]
         stage_image(self.call, x, made, (top, left), a["factor"], a["shift"], grid=True)
         if made is not whole:
@@ -738,12 +745,12 @@ class _Planner:
         source, target = self.values[step.inputs[0]], self.values[step.name]
         if source[0] is target[0]:
             return
-        seen = self.seen(step, source[1])
-        out = target[0].view(target[1], self.kind)
+        seen, kind = self.seen(step, source[1]), self.kinds[step.name]
+        out = target[0].view(target[1], kind)
         if seen is None:  # a reshape: through the input's shape
             dense = np.reshape(target[1], self.shapes[step.inputs[0]], copy=False)
-            out, seen = target[0].view(dense, self.kind), source[1]
-        copy_row(self.call, source[0].view(seen, self.kind), out)
+            out, seen = target[0].view(dense, kind), source[1]
+        copy_row(self.call, source[0].view(seen, kind), out)
 
     row_reshape = row_permute = row_slice
 
@@ -755,7 +762,7 @@ class _Planner:
             end = start + self.shapes[name][axis]
             index = [slice(None)] * mold.ndim
             index[axis] = slice(start, end)
-            target = storage.view(mold[tuple(index)], self.kind)
+            target = storage.view(mold[tuple(index)], self.narrow)
             source = self.input(i, name)
             if source.place != target.place:
                 copy_row(self.call, source, target)
@@ -767,24 +774,24 @@ class _Planner:
         ends = [(a, n - b) for n, (a, b) in zip(mold.shape, widths, strict=True)]  # of the input
         inside = tuple(slice(*pair) for pair in ends)
         if mode == "constant":
-            fill_row(self.call, storage.view(mold, self.kind), step.arguments["value"])
-        target = storage.view(mold[inside], self.kind)
+            fill_row(self.call, storage.view(mold, self.narrow), step.arguments["value"])
+        target = storage.view(mold[inside], self.narrow)
         copy_row(self.call, self.input(i, step.inputs[0]), target)
         if mode == "constant":
             return
         for axis in range(mold.ndim):  # the axes before it are whole by now
             here = mold[(slice(None),) * (axis + 1) + inside[axis + 1 :]]
             for pair in _borders(np.moveaxis(here, axis, 0), *ends[axis], mode):
-                border, source = (storage.view(part, self.kind) for part in pair)
+                border, source = (storage.view(part, self.narrow) for part in pair)
                 copy_row(self.call, source, border)
 
     def row_dilate(self, i: int, step: Step) -> None:
         a = step.arguments
         storage, mold = self.values[step.name]
         x = self.input(i, step.inputs[0])
-        fill_row(self.call, storage.view(mold, self.kind), a["value"])
+        fill_row(self.call, storage.view(mold, self.narrow), a["value"])
         (top, _), (left, _) = a["padding"]
         sh, sw = a["stride"]
         h, w = (x.shape[1] - 1) * sh + 1, (x.shape[2] - 1) * sw + 1
-        target = storage.view(mold[:, top : top + h : sh, left : left + w : sw], self.kind)
+        target = storage.view(mold[:, top : top + h : sh, left : left + w : sw], self.narrow)
         copy_row(self.call, x, target)

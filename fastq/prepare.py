@@ -29,10 +29,12 @@ from fastq.observer import Observer, make_observer
 from fastq.processes import Processes
 from fastq.program import Program
 from fastq.qconfig import QConfig
-from fastq.qparams import QParams, quantize_weight
+from fastq.qparams import QParams, limits, quantize_weight
 
 WEIGHTED = ("conv2d", "linear", "conv_transpose2d")
 DEFAULT = QConfig()
+# of the ranges of int16, whose steps are enough for outliers that calibration did not see
+HEADROOM = 2.0
 Weight = tuple[Any, Any]  # (int8 data, float32 scale per output)
 
 
@@ -117,7 +119,9 @@ class Prepared:
             stands = watched.get(node)
             if stands is not None:
                 if stands not in self.observers:
-                    self.observers[stands] = make_observer(self.config(node).observer)
+                    # int16 has steps for all of a range
+                    spec = "minmax" if stands in self.ranges.wide else self.config(node).observer
+                    self.observers[stands] = make_observer(spec)
                 self.observers[stands].update(value.detach().numpy())
 
         with torch.no_grad():
@@ -147,7 +151,8 @@ class Prepared:
         self._qparams.clear()
 
     def qparams(self, node: Node) -> QParams:
-        """The uint8 quantization of a value; ValueError when nothing finite was seen of it."""
+        """The quantization of a value, uint8 or int16; ValueError when nothing finite was seen of
+        it."""
         stands = self.ranges.find(node)
         if stands in self.ranges.fixed:
             return self.ranges.fixed[stands]
@@ -159,6 +164,8 @@ class Prepared:
             found = observer.qparams()
             if stands in self.ranges.symmetric:
                 found = symmetric(found)
+            if stands in self.ranges.wide:
+                found = wide(found)
             self._qparams[stands] = found
         return found
 
@@ -233,7 +240,7 @@ class Prepared:
             return self.graph.run(arguments, on_grid, twins)
 
     def quantized_values(self) -> set[Node]:
-        """The nodes whose values lie on a grid of uint8: all that regions take and make, but for
+        """The nodes whose values lie on a grid: all that regions take and make, but for
         products that end a region in float, and weights, whose grid is another for each line."""
         values = {
             node for region in self.regions for node in (*region.quantized_inputs, *region.nodes)
@@ -257,9 +264,15 @@ class Prepared:
 
 
 def grid_ends(qparams: QParams) -> tuple[float, float]:
-    """The smallest and the largest number of a per-tensor uint8 quantization."""
-    scale, zero_point = float(qparams.scale), int(qparams.zero_point)
-    return -zero_point * scale, (255 - zero_point) * scale
+    """The smallest and the largest number of a per-tensor quantization."""
+    scale, (low, high) = float(qparams.scale), grid_steps(qparams)
+    return low * scale, high * scale
+
+
+def grid_steps(qparams: QParams) -> tuple[int, int]:
+    """The same in steps of its scale."""
+    (least, most), zero_point = limits(qparams.dtype), int(qparams.zero_point)
+    return least - zero_point, most - zero_point
 
 
 def symmetric(qparams: QParams) -> QParams:
@@ -268,10 +281,17 @@ def symmetric(qparams: QParams) -> QParams:
     return QParams(np.array(peak / 127, np.float32), np.array(128, np.int32))
 
 
+def wide(qparams: QParams) -> QParams:
+    """The range of qparams, HEADROOM times as wide, in int16."""
+    peak = max(map(abs, grid_ends(qparams)))
+    scale = np.array(HEADROOM * peak / limits(np.dtype(np.int16))[1], np.float32)
+    return QParams(scale, dtype=np.dtype(np.int16))
+
+
 def fake_quantize(x: Tensor, qparams: QParams, *, out: Tensor | None = None) -> Tensor:
     """x on the grid of qparams, in float32; in the memory of `out`, which x may be."""
-    scale, zero_point = float(qparams.scale), int(qparams.zero_point)
-    return torch.div(x, scale, out=out).round_().clamp_(-zero_point, 255 - zero_point).mul_(scale)
+    scale = float(qparams.scale)
+    return torch.div(x, scale, out=out).round_().clamp_(*grid_steps(qparams)).mul_(scale)
 
 
 def prepare(

@@ -309,10 +309,9 @@ def _integer_steps(bound: BoundProgram, arrays: list[Any], passes: int) -> list[
         kernels[step].append(KernelTime(names[address], max(time - nothing, LEAST)))
     bound.give(key, plan)
     shapes = program.shapes(*(x.shape for x in arrays))
-    floats = {*program.inputs, *(name for name, _ in program.outputs)}
-    item = emitter(isa.current()).a_bytes  # of a value in the arena
-    items = {name: FLOAT_BYTES if name in floats else item for name in shapes}
-    sizes = {name: prod(shape) * items[name] for name, shape in shapes.items()}
+    narrow = emitter(isa.current()).a_bytes  # of a uint8 in the arena
+    items = {"float32": FLOAT_BYTES, "int16": 2, "uint8": narrow}
+    sizes = {name: prod(shape) * items[program.dtypes[name]] for name, shape in shapes.items()}
     apart = {step.name: step.inputs[0] for step in program.steps if step.op == "dilate"}
     moved = {program.steps[i].name for i, runs in kernels.items() if runs}
     for name, source in apart.items():

@@ -4,10 +4,14 @@ A step is a function of `reference` with its arguments: the specification in Num
 kernels run the same steps, and give the same bits. Values are NumPy arrays, images NHWC. A
 program needs no torch.
 
-    quantize    float32 -> uint8, the way in            (one for each input that is used)
-    grid        the same, padded and with a grid for each channel
+    quantize    float32 -> uint8 or int16, the way in   (one for each input that is used)
+    grid        float32 -> uint8, padded and with a grid for each channel
     ...         uint8 -> uint8
-    dequantize  uint8 -> float32, the way out; conv2d and linear may end in float32 themselves
+    dequantize  back to float32, the way out; conv2d and linear may end in float32 themselves
+
+Sums that layer norms take are int16: their values differ by orders of magnitude, and what a network
+adds to layer by layer would lose a little each time. quantize, add, conv2d and linear make int16;
+WIDE says who takes it.
 """
 
 from __future__ import annotations
@@ -23,11 +27,14 @@ from numpy.typing import NDArray
 
 from fastq import reference
 from fastq.arguments import MAX_AXES, PADDING_MODES, check_arguments, check_channels
-from fastq.qparams import MAX_K, Dequant
+from fastq.qparams import MAX_K, MAX_WIDE_FEATURES, Dequant, Requant
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
 WAYS_IN = ("quantize", "grid")
+# operation -> which of its inputs may be int16
+WIDE = {"dequantize": (0,), "layer_norm": (0,), "add": (0, 1), "conv2d": (1,), "linear": (1,),
+        "reshape": (0,), "permute": (0,), "slice": (0,)}  # fmt: skip
 MAX_VALUES = 2**44  # of one array: addresses stay within int64
 MAX_TAPS = 2**24  # of all windows along an axis: pooling lists them
 
@@ -67,7 +74,8 @@ def _short(value: Any) -> str:
     if isinstance(data, np.ndarray):
         return f"s8{list(data.shape)}"
     if hasattr(value, "multiplier"):
-        return f"u8(zero_point={value.zero_point}, {value.qmin}..{value.qmax})"
+        kind = "u8" if value.dtype == np.uint8 else "s16"
+        return f"{kind}(zero_point={value.zero_point}, {value.qmin}..{value.qmax})"
     if hasattr(value, "fmin"):
         return "f32"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -94,35 +102,38 @@ class Program:
              are all float32 values of the steps, in any order.
     extents  the inputs' shapes that it was made for, where other ones may not be given: sizes
              that are None may differ. One tuple for each input.
+    dtypes   of each value: "float32", "uint8" or "int16".
     """
 
     inputs: tuple[str, ...]
     steps: tuple[Step, ...]
     outputs: tuple[tuple[str, tuple[int, ...]], ...]
     extents: tuple[tuple[int | None, ...], ...]
+    dtypes: Mapping[str, str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("inputs", "steps", "outputs", "extents"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        kinds = dict.fromkeys(self.inputs, "float32")
+        dtypes = dict.fromkeys(self.inputs, "float32")
         for step in self.steps:
             if step.op not in OPERATIONS:
                 raise ValueError(f"Program: {step.name} is a {step.op!r}, which is no operation")
-            if step.name in kinds:
+            if step.name in dtypes:
                 raise ValueError(f"Program: two values are called {step.name}")
-            wanted = "float32" if step.op in WAYS_IN else "uint8"
-            for name in step.inputs:
-                if kinds.get(name) != wanted:
-                    found = kinds.get(name, "unknown")
+            for i, name in enumerate(step.inputs):
+                wanted = ["float32"] if step.op in WAYS_IN else ["uint8"]
+                wanted += ["int16"] * (i in WIDE.get(step.op, ()))
+                if dtypes.get(name) not in wanted:
+                    found = dtypes.get(name, "unknown")
                     raise ValueError(
-                        f"Program: {step.name} takes {name}, which is {found}; wanted a {wanted} "
-                        "value that a step before it makes"
+                        f"Program: {step.name} takes {name}, which is {found}; wanted a "
+                        f"{' or '.join(wanted)} value that a step before it makes"
                     )
             check_arguments(step)
-            ends = step.op == "dequantize" or isinstance(step.arguments.get("epilogue"), Dequant)
-            kinds[step.name] = "float32" if ends else "uint8"
+            dtypes[step.name] = _dtype(step, *(dtypes[name] for name in step.inputs))
+        object.__setattr__(self, "dtypes", MappingProxyType(dtypes))
         names = [name for name, _ in self.outputs]
-        floats = {n for n, kind in kinds.items() if kind == "float32"} - set(self.inputs)
+        floats = {n for n, dtype in dtypes.items() if dtype == "float32"} - set(self.inputs)
         if len(set(names)) != len(names) or set(names) != floats:
             raise ValueError(
                 f"Program: outputs {names}; wanted each float32 value of a step once: "
@@ -135,6 +146,9 @@ class Program:
         ):
             raise ValueError(f"Program: extents {self.extents} for inputs {self.inputs}")
 
+    def __reduce__(self) -> Any:  # of a MappingProxyType there is no copy and no pickle
+        return Program, (self.inputs, self.steps, self.outputs, self.extents)
+
     def shapes(self, *inputs: Shape) -> dict[str, Shape]:
         """The shape of every value; ValueError for inputs that do not fit."""
         self.check(inputs)
@@ -144,6 +158,8 @@ class Program:
             try:
                 shapes[step.name] = tuple(map(int, shape(step, *(shapes[i] for i in step.inputs))))
                 check_channels(step, shapes[step.inputs[0]] if step.inputs else ())
+                if step.op == "layer_norm" and self.dtypes[step.inputs[0]] == "int16":
+                    _check_wide(shapes[step.inputs[0]])
                 _check_size(shapes[step.name])
             except (ValueError, IndexError) as error:
                 raise ValueError(
@@ -190,6 +206,24 @@ class Program:
         return "\n".join([*lines, f"  return {', '.join(name for name, _ in self.outputs)}"])
 
 
+def _dtype(step: Step, *inputs: str) -> str:
+    """The dtype of a step's value, by those of its inputs."""
+    epilogue = step.arguments.get("epilogue")
+    if step.op == "dequantize" or isinstance(epilogue, Dequant):
+        return "float32"
+    if isinstance(epilogue, Requant):
+        return epilogue.dtype.name
+    if step.op in ("reshape", "permute", "slice"):
+        return inputs[0]
+    return str(step.arguments.get("dtype", "uint8"))
+
+
+def _check_wide(shape: Shape) -> None:
+    """ValueError for a layer norm of more int16 features than its sums are exact for."""
+    if shape and shape[-1] > MAX_WIDE_FEATURES:
+        raise ValueError(f"layer_norm of int16 {shape}; wanted up to {MAX_WIDE_FEATURES} features")
+
+
 def _check_size(shape: Shape) -> None:
     """ValueError for an array that cannot be, even where one of its axes is empty."""
     if len(shape) > MAX_AXES or prod(max(n, 1) for n in shape) > MAX_VALUES:
@@ -220,7 +254,8 @@ def _product(module: Any, step: Step, x: Array, *add: Array) -> Array:
 def _quantize(module: Any, step: Step, x: Array) -> Array:
     a = step.arguments
     x = x.transpose(a["axes"]).copy()
-    return module.quantize(x, scale=a["scale"], zero_point=a["zero_point"])  # type: ignore[no-any-return]
+    parameters = {name: a[name] for name in ("scale", "zero_point", "dtype")}
+    return module.quantize(x, **parameters)  # type: ignore[no-any-return]
 
 
 def _grid(module: Any, step: Step, x: Array) -> Array:

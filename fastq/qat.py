@@ -45,7 +45,16 @@ from fastq.lower import (
 )
 from fastq.network import Config, build, calibrate, call_of, choose, forward_names, summarize
 from fastq.nn.network import QuantizedModel, as_input, check_constant, leaves_of
-from fastq.prepare import Prepared, Weight, prepare_graph, symmetric
+from fastq.prepare import (
+    HEADROOM,
+    Prepared,
+    Weight,
+    grid_ends,
+    grid_steps,
+    prepare_graph,
+    symmetric,
+    wide,
+)
 from fastq.processes import Processes
 from fastq.program import OPERATIONS
 from fastq.qconfig import QConfig
@@ -180,7 +189,7 @@ class QATModel(nn.Module):
         self.fastq = nn.ModuleDict()
         for stands in prepared.stand_ins():
             centered = stands in prepared.ranges.symmetric
-            self.fastq[f"{stands.name}_u8"] = _Range(prepared.qparams(stands), centered, learned)
+            self.fastq[self._value(stands)] = _Range(prepared.qparams(stands), centered, learned)
         for node in prepared.layers():
             if learned or node in prepared.chosen:
                 self.fastq[f"{node.name}_s8"] = _Steps(_first_steps(prepared, node), learned)
@@ -262,8 +271,11 @@ class QATModel(nn.Module):
 
     def _range(self, node: Node) -> _Range | None:
         """The range of a value; None if it is fixed."""
-        name = f"{self._prepared.ranges.find(node).name}_u8"
-        return getattr(self.fastq, name, None)
+        return getattr(self.fastq, self._value(self._prepared.ranges.find(node)), None)
+
+    def _value(self, stands: Node) -> str:
+        """The name of a range."""
+        return f"{stands.name}_{'s16' if stands in self._prepared.ranges.wide else 'u8'}"
 
     def _steps(self, node: Node) -> Tensor | None:
         """The scale of a layer's weight if it is state, not a function of the weight."""
@@ -446,11 +458,10 @@ class _Pass:
         qparams, moving = self.prepared.qparams(node), self.model._range(node)
         # what is moved is on the grid already: its scale is learned where it was made
         learned = None if moving is None or node.op in MOVES else moving.scale
-        low = -int(qparams.zero_point)
         if moving is not None and self.moves_ranges and node in self.watched:
             self.seen.setdefault(moving, []).append(torch.stack(value.detach().aminmax()))
         return _on_grid(
-            value, learned, partial(run.real, node), float(qparams.scale), low, low + 255,
+            value, learned, partial(run.real, node), float(qparams.scale), *grid_steps(qparams),
             value[:1].numel(),
         )  # fmt: skip
 
@@ -569,17 +580,19 @@ class _Range(nn.Module):
     def __init__(self, qparams: QParams, centered: bool, learned: bool) -> None:
         super().__init__()
         scale, zero_point = float(qparams.scale), int(qparams.zero_point)
-        self.centered = centered
+        self.centered, self.wide = centered, qparams.dtype == np.int16
         if learned:
             self.scale = nn.Parameter(torch.tensor(scale))
         else:
             self.register_buffer("scale", torch.tensor(scale))
         self.register_buffer("zero_point", torch.tensor(zero_point, dtype=torch.int32))
-        self.register_buffer("ends", torch.tensor([-zero_point, 255 - zero_point]) * scale)
+        ends = torch.tensor(grid_ends(qparams))
+        self.register_buffer("ends", ends / HEADROOM if self.wide else ends)
 
     def qparams(self) -> QParams:
         scale = self.scale.detach().clamp(min=NARROWEST)
-        return QParams(scale.numpy(), self.zero_point.numpy())
+        dtype = np.dtype(np.int16 if self.wide else np.uint8)
+        return QParams(scale.numpy(), self.zero_point.numpy(), dtype)
 
     def follow(self, ends: Tensor) -> None:
         """Take a batch into account: (n, 2), the ends of each of its values."""
@@ -587,7 +600,7 @@ class _Range(nn.Module):
         if bool(ends.isfinite().all()):
             self.ends.lerp_(ends, AVERAGING)
             found = choose_qparams(*self.ends.numpy())
-            found = symmetric(found) if self.centered else found
+            found = symmetric(found) if self.centered else wide(found) if self.wide else found
             self.scale.fill_(float(found.scale))
             self.zero_point.fill_(int(found.zero_point))
 

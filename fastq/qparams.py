@@ -2,7 +2,8 @@
 
     real = scale * (q - zero_point)
 
-Activations are uint8 and affine; weights are int8, symmetric, one scale per output channel.
+Activations are uint8 and affine; weights are int8, symmetric, one scale per output channel. Sums
+that layer norms take are int16, symmetric.
 This room is plain NumPy; every other room imports it.
 """
 
@@ -19,7 +20,7 @@ Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 UInt8 = NDArray[np.uint8]
 
-QUANTIZED_DTYPES = tuple(np.dtype(t) for t in (np.uint8, np.int8, np.int32))
+QUANTIZED_DTYPES = tuple(np.dtype(t) for t in (np.uint8, np.int8, np.int16, np.int32))
 FLT_MIN = float(np.finfo(np.float32).tiny)  # smallest normal float32, the floor of every scale
 FLT_MAX = float(np.finfo(np.float32).max)
 
@@ -29,13 +30,14 @@ HISTOGRAM_KEYS = 1 << 16  # bins of a histogram: one for each upper half of a fl
 MAX_K = (2**31 - 1) // (255 * 128)
 # the squares of 16 values at a time stay in int32
 MAX_FEATURES = 2**19  # of a layer norm
+MAX_WIDE_FEATURES = 2**14  # of one of int16: N * x - sum(x) stays in int32
 
 
 def quantized_dtype(dtype: DTypeLike) -> np.dtype[Any]:
-    """The dtype as a NumPy dtype; ValueError unless it is uint8, int8 or int32."""
+    """The dtype as a NumPy dtype; ValueError unless it is uint8, int8, int16 or int32."""
     result = np.dtype(dtype)
     if result not in QUANTIZED_DTYPES:
-        raise ValueError(f"dtype: got {result}, wanted uint8, int8 or int32")
+        raise ValueError(f"dtype: got {result}, wanted uint8, int8, int16 or int32")
     return result
 
 
@@ -44,6 +46,33 @@ def limits(dtype: np.dtype[Any]) -> tuple[int, int]:
     """The smallest and the largest integer of a dtype; np.iinfo takes its time."""
     info = np.iinfo(dtype)
     return int(info.min), int(info.max)
+
+
+def value_dtype(name: str, dtype: DTypeLike) -> np.dtype[Any]:
+    """The dtype of a value between operations; ValueError unless it is uint8 or int16."""
+    result = np.dtype(dtype)
+    if result not in (np.uint8, np.int16):
+        raise ValueError(f"{name}: dtype {result}; wanted uint8 or int16")
+    return result
+
+
+def clamp_of(
+    name: str, dtype: np.dtype[Any], qmin: int | None, qmax: int | None, zero_point: int
+) -> tuple[int, int]:
+    """qmin and qmax of a value between operations, which are the ends of its dtype if None.
+
+    ValueError unless they are within it and in order, and int16 has zero_point 0: then nothing but
+    the clamp can take a sum beyond int16.
+    """
+    least, most = limits(dtype)
+    low, high = least if qmin is None else int(qmin), most if qmax is None else int(qmax)
+    if not least <= low <= high <= most:
+        raise ValueError(
+            f"{name}: qmin={low}, qmax={high}; wanted {least} <= qmin <= qmax <= {most}"
+        )
+    if dtype == np.int16 and zero_point:
+        raise ValueError(f"{name}: zero_point={zero_point} of int16; wanted 0: it is symmetric")
+    return low, high
 
 
 def check_scale(name: str, scale: ArrayLike) -> Float32:
@@ -95,7 +124,7 @@ class QParams:
 
     scale       float32, a scalar (per tensor) or shape (n,) along `axis`; finite, > 0.
     zero_point  int32, same shape as scale, within the range of dtype.
-    dtype       uint8, int8 or int32.
+    dtype       uint8, int8, int16 or int32.
     axis        the axis that scale and zero_point run along, or None for per tensor.
     """
 
@@ -163,7 +192,7 @@ def choose_qparams(
         scale = _safe_scale(np.maximum(-lo, hi), info.max)
         return QParams(scale, np.zeros(scale.shape, np.int32), dtype, axis)
     if dtype.itemsize > 1:
-        raise ValueError("choose_qparams: affine int32 is not supported; use symmetric=True")
+        raise ValueError(f"choose_qparams: affine {dtype} is not supported; use symmetric=True")
     with np.errstate(over="ignore"):
         scale = _safe_scale(hi - lo, info.max - info.min)
     zero_point = np.clip(np.rint(np.float32(info.min) - lo / scale), info.min, info.max)
@@ -262,24 +291,27 @@ class Requant:
 
     y = clip(rint(float32(acc + bias) * multiplier) + zero_point, qmin, qmax), ties to even.
 
-    With an add_multiplier, `add`, a uint8 array of the output's shape, is summed in before
+    With an add_multiplier, `add`, a uint8 or int16 array of the output's shape, is summed in before
     rounding: ... * multiplier + float32(add - add_zero_point) * add_multiplier ...
 
     multiplier  float32, scalar or (N,): x_scale * weight_scale / y_scale; finite, > 0.
-    zero_point  int of the output, within [0, 255].
+    zero_point  int of the output, within [0, 255]; 0 for int16.
     bias        int32 (N,) or None: rint(bias / (x_scale * weight_scale)).
-    qmin, qmax  the clamp, 0 <= qmin <= qmax <= 255. ReLU is qmin = zero_point.
+    qmin, qmax  the clamp, within the range of dtype, which is the default. ReLU is
+                qmin = zero_point.
     add_multiplier  a float in float32, finite: add_scale / y_scale; or None: nothing is added.
     add_zero_point  int of what is added, within [0, 255].
+    dtype       of the output: uint8, or int16, which is symmetric.
     """
 
     multiplier: Float32
     zero_point: int = 0
     bias: Int32 | None = None
-    qmin: int = 0
-    qmax: int = 255
+    qmin: int = None  # type: ignore[assignment]  # the constructor makes it an int
+    qmax: int = None  # type: ignore[assignment]
     add_multiplier: float | None = None
     add_zero_point: int = 0
+    dtype: np.dtype[Any] = np.dtype(np.uint8)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multiplier", check_scale("Requant: multiplier", self.multiplier))
@@ -297,15 +329,14 @@ class Requant:
                     f"Requant: add_multiplier={self.add_multiplier!r}; wanted a finite float32"
                 )
             object.__setattr__(self, "add_multiplier", factor)
+        dtype = value_dtype("Requant", self.dtype)
+        object.__setattr__(self, "dtype", dtype)
         for name in ("qmin", "qmax"):
-            value = getattr(self, name)
-            if not isinstance(value, int | np.integer):
-                raise TypeError(f"Requant: {name}={value!r}; wanted an int")
-            object.__setattr__(self, name, int(value))
-        if not 0 <= self.qmin <= self.qmax <= 255:
-            raise ValueError(
-                f"Requant: qmin={self.qmin}, qmax={self.qmax}; wanted 0 <= qmin <= qmax <= 255"
-            )
+            if not isinstance(getattr(self, name), int | np.integer | None):
+                raise TypeError(f"Requant: {name}={getattr(self, name)!r}; wanted an int")
+        qmin, qmax = clamp_of("Requant", dtype, self.qmin, self.qmax, self.zero_point)
+        object.__setattr__(self, "qmin", qmin)
+        object.__setattr__(self, "qmax", qmax)
 
 
 @dataclass(frozen=True, eq=False)

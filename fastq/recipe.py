@@ -121,8 +121,10 @@ class _Reader:
         bits = {self.nodes[name]: QConfig(weight_bits=n) for name, n in recipe["bits"].items()}
         prepared = Prepared(captured, regions, {}, Ranges(regions), bits)
         for name, (scale, zero_point) in recipe["values"].items():
-            qparams = QParams(np.array(scale, np.float32), np.array(zero_point, np.int32))
-            prepared.set_qparams(self.nodes[name], qparams)
+            node = self.nodes[name]
+            dtype = np.dtype(np.int16 if node in prepared.ranges.wide else np.uint8)
+            qparams = QParams(np.array(scale, np.float32), np.array(zero_point, np.int32), dtype)
+            prepared.set_qparams(node, qparams)
         steps = {step.name: step for program in network.programs for step in program.steps}
         for node in prepared.layers():
             data = steps[node.name].arguments["weight"].data

@@ -2,10 +2,11 @@
 
     real = scale * (q - zero_point)
 
-Weights are int8, symmetric, per output channel; activations uint8, affine. Sums are exact in
-int32. requantize = clip(rint(float32(acc) * multiplier) + zero_point, qmin, qmax); `rint` rounds
-ties to even; every float operation is a float32 operation. The kernels give the same bits, on
-every instruction set and for every number of threads: `ops` has the same functions, fast.
+Weights are int8, symmetric, per output channel; activations uint8, affine, and what layer norms
+take may be int16, symmetric. Sums are exact in int32. requantize =
+clip(rint(float32(acc) * multiplier) + zero_point, qmin, qmax); `rint` rounds ties to even; every
+float operation is a float32 operation. The kernels give the same bits, on every instruction set and
+for every number of threads: `ops` has the same functions, fast.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fastq.qparams import (
     Epilogue,
     QParams,
     Requant,
+    clamp_of,
     exp_table,
     quantized_dtype,
     weight_table,
@@ -50,7 +52,7 @@ def quantize(
     dtype: DTypeLike | None = None,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """float32 -> uint8 / int8 / int32: clip(rint(x / scale) + zero_point), or rint(x * factor).
+    """float32 -> an integer dtype: clip(rint(x / scale) + zero_point), or rint(x * factor).
 
     NaN becomes zero_point (real 0); infinities saturate. Source: ONNX QuantizeLinear.
     """
@@ -94,7 +96,7 @@ def dequantize(
     axis: int | None = None,
     out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """uint8 / int8 / int32 -> float32: float32(q - zero_point) * scale (ONNX DequantizeLinear)."""
+    """An integer dtype -> float32: float32(q - zero_point) * scale (ONNX DequantizeLinear)."""
     steps = q.astype(np.int64) - _along(zero_point, q.ndim, axis).astype(np.int64)
     with np.errstate(over="ignore"):
         return _into(out, steps.astype(F32) * _along(np.asarray(scale, F32), q.ndim, axis))
@@ -111,7 +113,7 @@ def requantize(
     qmax: int | None = None,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """int32 -> uint8 / int8: clip(rint(float32(acc) * multiplier) + zero_point, qmin, qmax)."""
+    """int32 -> another dtype: clip(rint(float32(acc) * multiplier) + zero_point, qmin, qmax)."""
     info = np.iinfo(quantized_dtype(dtype))
     with np.errstate(over="ignore"):
         steps = np.rint(acc.astype(F32) * _along(np.asarray(multiplier, F32), acc.ndim, axis))
@@ -163,13 +165,13 @@ def linear(
     epilogue: Epilogue = None,
     *,
     x_zero_point: ArrayLike = 0,
-    add: NDArray[np.uint8] | None = None,
+    add: NDArray[Any] | None = None,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
     """acc[m, n] = sum_k (x[m, k] - x_zero_point[m]) * weight[n, k], then the epilogue.
 
-    x (M, K) uint8; weight (N, K) int8; result (M, N): int32 without an epilogue, uint8 with a
-    Requant, float32 with a Dequant. `add`, uint8 (M, N), is for a Requant with an add_multiplier.
+    x (M, K) uint8; weight (N, K) int8; result (M, N): int32 without an epilogue, a Requant's dtype,
+    float32 with a Dequant. `add`, uint8 or int16 (M, N), is for a Requant with an add_multiplier.
     """
     steps = x.astype(np.float64) - np.reshape(x_zero_point, (-1, 1))
     acc = steps @ weight.data.T.astype(np.float64)  # exact: |acc| < 2**31 < 2**53
@@ -252,24 +254,27 @@ def conv2d_float(
 
 
 def add(
-    a: NDArray[np.uint8],
-    b: NDArray[np.uint8],
+    a: NDArray[Any],
+    b: NDArray[Any],
     a_multiplier: float,
     b_multiplier: float,
     *,
     a_zero_point: int = 0,
     b_zero_point: int = 0,
     zero_point: int = 0,
-    qmin: int = 0,
-    qmax: int = 255,
-    out: NDArray[np.uint8] | None = None,
-) -> NDArray[np.uint8]:
+    qmin: int | None = None,
+    qmax: int | None = None,
+    dtype: DTypeLike = np.uint8,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
     """y = requantize of (a - a_zero_point) * a_multiplier + (b - b_zero_point) * b_multiplier.
 
-    a and b uint8 of shapes that broadcast; a_multiplier is a_scale / y_scale, negative to subtract.
+    a and b uint8 or int16, of shapes that broadcast; a_multiplier is a_scale / y_scale, negative to
+    subtract. dtype uint8, or int16 with zero_point 0; the clamp is its range by default.
     """
     y = _steps(a, a_zero_point) * F32(a_multiplier) + _steps(b, b_zero_point) * F32(b_multiplier)
-    return _into(out, _to_uint8(y, zero_point, qmin, qmax))
+    low, high = clamp_of("add", np.dtype(dtype), qmin, qmax, zero_point)
+    return _into(out, _rounded(y, zero_point, low, high).astype(dtype))
 
 
 def mul(
@@ -534,7 +539,7 @@ def _below_peak(x: NDArray[np.uint8], mask: Any, table: Any) -> tuple[Any, Any]:
 
 
 def layer_norm(
-    x: NDArray[np.uint8],
+    x: NDArray[Any],
     multiplier: ArrayLike,
     shift: ArrayLike,
     epsilon: float,
@@ -546,9 +551,9 @@ def layer_norm(
 ) -> NDArray[np.uint8]:
     """y = requantize of (x - mean) / sqrt(var + epsilon) * multiplier + shift, over the last axis.
 
-    In steps of x (its zero point cancels): epsilon = eps / x_scale**2, multiplier = weight /
-    y_scale, shift = bias / y_scale. With N elements, their sum and their squares' sum, exact:
-    d = N * x - sum, r = float32(1 / sqrt(N * squares - sum**2 + N**2 * epsilon)) in float64,
+    In steps of x, uint8 or int16 (its zero point cancels): epsilon = eps / x_scale**2, multiplier =
+    weight / y_scale, shift = bias / y_scale. With N elements, their sum and their squares' sum,
+    exact: d = N * x - sum, r = float32(1 / sqrt(N * squares - sum**2 + N**2 * epsilon)) in float64,
     y = ((float32(d) * r) * multiplier) + shift.
     """
     n = x.shape[-1]
@@ -591,7 +596,7 @@ def matmul(
     return _into(out, _to_uint8(acc.astype(F32) * factor, zero_point, qmin, qmax))
 
 
-def _steps(x: NDArray[np.uint8], zero_point: int) -> NDArray[np.float32]:
+def _steps(x: NDArray[Any], zero_point: int) -> NDArray[np.float32]:
     """x - zero_point, exact in float32."""
     return (x.astype(np.int32) - zero_point).astype(F32)
 
@@ -644,7 +649,7 @@ def _with_x_scale(epilogue: Dequant, x_scale: Any) -> Dequant:
 
 
 def _finish(
-    acc: NDArray[np.int32], epilogue: Epilogue, add: NDArray[np.uint8] | None = None
+    acc: NDArray[np.int32], epilogue: Epilogue, add: NDArray[Any] | None = None
 ) -> NDArray[Any]:
     """acc (..., N) int32 through the epilogue; an x_scale (M,) runs along the rows (M, N)."""
     if epilogue is None:
@@ -657,7 +662,8 @@ def _finish(
         if add is not None:
             steps = add.astype(np.int32) - epilogue.add_zero_point
             y = y + steps.astype(F32) * F32(epilogue.add_multiplier)
-        return _to_uint8(y, epilogue.zero_point, epilogue.qmin, epilogue.qmax)
+        q = _rounded(y, epilogue.zero_point, epilogue.qmin, epilogue.qmax)
+        return q.astype(epilogue.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         scale = _along(epilogue.x_scale, acc.ndim, 0) * epilogue.scale
         y = acc.astype(F32) * scale
@@ -669,8 +675,12 @@ def _finish(
 def _to_uint8(
     y: NDArray[np.float32], zero_point: int, qmin: int = 0, qmax: int = 255
 ) -> NDArray[np.uint8]:
+    return _rounded(y, zero_point, qmin, qmax).astype(np.uint8)
+
+
+def _rounded(y: NDArray[np.float32], zero_point: int, qmin: int, qmax: int) -> NDArray[np.float64]:
     """clip(rint(y) + zero_point, qmin, qmax): the last step of every requantization."""
-    return np.clip(np.rint(y).astype(np.float64) + zero_point, qmin, qmax).astype(np.uint8)
+    return np.clip(np.rint(y).astype(np.float64) + zero_point, qmin, qmax)
 
 
 def _into(out: NDArray[Any] | None, result: NDArray[Any]) -> NDArray[Any]:

@@ -464,7 +464,7 @@ class _Comparison:
             values = program.values(*arrays, module=ops)
             for node, name in low.names.items():
                 array = normalized(values[name]) if node in low.weights else values[name]
-                qparams = self.recipe.qparams(node) if array.dtype == np.uint8 else None
+                qparams = self.recipe.qparams(node) if array.dtype != np.float32 else None
                 made[node.name] = _Made(array, low.axes[name], qparams)
             return [
                 torch.from_numpy(values[name].transpose(axes)) for name, axes in program.outputs

@@ -549,7 +549,7 @@ BAD_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
     "scale_shape": (lambda: ops.quantize(XF, scale=[1.0, 1.0]), ValueError, "without axis="),
     "scale_axis": (lambda: ops.quantize(XF, scale=[1.0, 1.0], axis=0), ValueError, r"\(3,\)"),
     "axis": (lambda: ops.quantize(XF, scale=1.0, axis=2), ValueError, "axis=2"),
-    "quantize_dtype": (lambda: ops.quantize(XF, 1.0, dtype="int16"), ValueError, "wanted uint8"),
+    "quantize_dtype": (lambda: ops.quantize(XF, 1.0, dtype="uint16"), ValueError, "wanted uint8"),
     "quantize_ints": (lambda: ops.quantize(X, 1.0), TypeError, "wanted float32"),
     "zero_point_range": (
         lambda: ops.quantize(XF, scale=1.0, zero_point=200, dtype="int8"),

@@ -14,15 +14,17 @@ import pytest
 from fastq.arguments import ARGUMENTS, PADDING_MODES
 from fastq.plan import BoundProgram
 from fastq.program import OPERATIONS, WAYS_IN, Program, Step
+from fastq.program import WIDE as TAKE_WIDE
 from fastq.qparams import Dequant, Requant
 from fastq.weights import Conv2dWeight, LinearWeight
 
 Shape = tuple[int, ...]
 
 
-def quantized(name: str, source: str, rank: int) -> Step:
-    axes = tuple(range(rank))
-    return Step("quantize", name, (source,), {"scale": 0.1, "zero_point": 7, "axes": axes})
+def quantized(name: str, source: str, rank: int, dtype: str = "uint8") -> Step:
+    scale, zero_point = (0.1, 7) if dtype == "uint8" else (0.001, 0)
+    arguments = {"scale": scale, "zero_point": zero_point, "axes": tuple(range(rank))}
+    return Step("quantize", name, (source,), {**arguments, "dtype": dtype})
 
 
 def real(name: str, source: str) -> Step:
@@ -51,10 +53,14 @@ POOL = {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), "ceil_mode":
 EPILOGUE = Requant(f32(0.01, 0.02, 0.005), 3, np.array([5, -70, 3], np.int32))
 ADDING = dataclasses.replace(EPILOGUE, add_multiplier=0.7, add_zero_point=9)
 IMAGE = (2, 6, 5, 3)
+WIDE = np.dtype(np.int16)
 
 # operation -> examples: the shapes of its uint8 inputs, and its arguments
 EXAMPLES: dict[str, list[tuple[tuple[Shape, ...], dict[str, Any]]]] = {
-    "quantize": [((IMAGE,), {"scale": 0.1, "zero_point": 7, "axes": (0, 2, 3, 1)})],
+    "quantize": [
+        ((IMAGE,), {"scale": 0.1, "zero_point": 7, "axes": (0, 2, 3, 1), "dtype": "uint8"}),
+        ((IMAGE,), {"scale": 0.001, "zero_point": 0, "axes": (0, 2, 3, 1), "dtype": "int16"}),
+    ],
     "grid": [
         (((2, 3, 6, 5),), {"factor": f32(9, 30, 2e9), "shift": f32(127.5, 0.25, -3),
                            "padding": ((1, 0), (0, 2)), "axes": (0, 2, 3, 1)}),
@@ -73,6 +79,8 @@ EXAMPLES: dict[str, list[tuple[tuple[Shape, ...], dict[str, Any]]]] = {
         ((IMAGE,), {"weight": LinearWeight(i8(3, 3)), "epilogue": EPILOGUE, "x_zero_point": 0}),
         (((4, 9), (4, 3)), {"weight": LinearWeight(i8(3, 9)), "epilogue": ADDING,
                             "x_zero_point": 255}),
+        ((IMAGE,), {"weight": LinearWeight(i8(3, 3)), "epilogue": Requant(f32(2)[0], dtype=WIDE),
+                    "x_zero_point": 0}),
     ],
     "matmul": [
         (((2, 3, 4, 5), (2, 3, 5, 6)), {"multiplier": 0.01, "a_zero_point": 7,
@@ -82,8 +90,13 @@ EXAMPLES: dict[str, list[tuple[tuple[Shape, ...], dict[str, Any]]]] = {
         (((3, 4, 5), (5, 6)), {"multiplier": 1.5, "a_zero_point": 0, "transpose_b": False,
                                "mean": True, **TO}),
     ],
-    "add": [(((2, 3, 1), (4,)), {"a_multiplier": 0.5, "b_multiplier": -0.25, "a_zero_point": 3,
-                                 "b_zero_point": 4, **TO})],
+    "add": [
+        (((2, 3, 1), (4,)), {"a_multiplier": 0.5, "b_multiplier": -0.25, "a_zero_point": 3,
+                             "b_zero_point": 4, **TO, "dtype": "uint8"}),
+        (((2, 3, 1), (4,)), {"a_multiplier": 150.0, "b_multiplier": -90.0, "a_zero_point": 3,
+                             "b_zero_point": 4, "zero_point": 0, "qmin": -9000, "qmax": 32767,
+                             "dtype": "int16"}),
+    ],
     "mul": [(((2, 3, 4), (1, 4)), {"multiplier": 0.01, "a_zero_point": 3, "b_zero_point": 4,
                                    **TO})],
     "affine": [((IMAGE,), {"multiplier": f32(1, -2, 0.5), "shift": f32(1, 2, 3),
@@ -170,7 +183,8 @@ def test_shapes_are_those_of_the_values(op: str, i: int) -> None:
     values = made.values(*inputs_of(shapes))
     assert made.shapes(*shapes) == {name: value.shape for name, value in values.items()}
     for value in values.values():
-        assert value.dtype in (np.uint8, np.float32)
+        assert value.dtype in (np.uint8, np.int16, np.float32)
+    assert made.dtypes == {name: value.dtype for name, value in values.items()}
     check(made, *inputs_of(shapes))
 
 
@@ -253,14 +267,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no such value": (lambda: step("softmax", ("z",), **SOFTMAX), "z, which is unknown"),
     "a float value": (lambda: step("softmax", ("x0",), **SOFTMAX), "x0, which is float32"),
     "an integer value": (
-        lambda: step("quantize", ("q0",), scale=1.0, zero_point=0, axes=(0,)),
+        lambda: step("quantize", ("q0",), scale=1.0, zero_point=0, axes=(0,), dtype="uint8"),
         "q0, which is uint8; wanted a float32",
     ),
     "itself": (lambda: step("softmax", ("y",), **SOFTMAX), "y, which is unknown"),
     "a later one": (
         lambda: program((2,), real("out", "y"), Step("softmax", "y", ("q0",), SOFTMAX),
                         outputs={"out": 2}),
-        "out takes y, which is unknown; wanted a uint8 value that a step before it makes",
+        "out takes y, which is unknown; wanted a uint8 or int16 value that a step before it makes",
     ),
     "one name twice": (
         lambda: program((2,), Step("softmax", "q0", ("q0",), SOFTMAX), outputs={}),
@@ -299,12 +313,31 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "qmin over qmax": (
         lambda: step("mul", ("q0", "q0"), multiplier=0.1, a_zero_point=0, b_zero_point=0,
                      zero_point=0, qmin=9, qmax=8),
-        "qmin=9 over qmax=8",
+        "y: qmin=9, qmax=8; wanted 0 <= qmin <= qmax <= 255",
     ),
     "an operand that the epilogue adds": (
         lambda: step("linear", ("q0",), weight=LinearWeight(i8(3, 3)), epilogue=ADDING,
                      x_zero_point=0),
         "linear of 1 inputs; wanted 2",
+    ),
+    "a softmax of int16": (
+        lambda: program((2,), quantized("w", "x0", 2, "int16"),
+                        Step("softmax", "y", ("w",), SOFTMAX), outputs={}),
+        "y takes w, which is int16; wanted a uint8 value",
+    ),
+    "a product of int16": (
+        lambda: program((2,), quantized("w", "x0", 2, "int16"),
+                        Step("linear", "y", ("w",), EXAMPLES["linear"][0][1]), outputs={}),
+        "y takes w, which is int16; wanted a uint8 value",
+    ),
+    "int16 that is not symmetric": (
+        lambda: step("quantize", ("x0",), scale=1.0, zero_point=3, axes=(0, 1, 2, 3),
+                     dtype="int16"),
+        "zero_point=3 of int16; wanted 0",
+    ),
+    "a sum beyond its dtype": (
+        lambda: step("add", ("q0", "q0"), **{**EXAMPLES["add"][1][1], "dtype": "uint8"}),
+        "qmin=-9000, qmax=32767; wanted 0 <=",
     ),
 }  # fmt: skip
 
@@ -373,6 +406,9 @@ SIZES: dict[str, tuple[Shape, str, dict[str, Any], str]] = {
                            "x_zero_point": 0}, r"wanted \(\.\.\., 5\)"),
     "no features": ((2, 0), "softmax", {"scale": 0.1, "uniform": False}, "0 < N"),
     "too many features": ((1, 2**19 + 1), "softmax", {"scale": 0.1, "uniform": False}, "0 < N"),
+    "too many features of int16": (
+        (1, 2**14 + 1), "layer_norm",
+        {"multiplier": f32(1)[0], "shift": f32(1)[0], "epsilon": 1e-3, **TO}, "up to 16384"),
     "tables of other channels": (
         (2, 4), "table", {"values": np.zeros((3, 256), np.uint8)}, r"values \(3, 256\); wanted"),
     "factors of other channels": (
@@ -385,6 +421,9 @@ SIZES: dict[str, tuple[Shape, str, dict[str, Any], str]] = {
 def test_shapes_that_do_not_fit_are_refused(name: str) -> None:
     shape, op, arguments, message = SIZES[name]
     made = of(op, (shape,), arguments)
+    if name.endswith("of int16"):
+        first = quantized("q0", "x0", len(shape), "int16")
+        made = dataclasses.replace(made, steps=(first, *made.steps[1:]))
     with pytest.raises(ValueError, match=message):
         made.shapes(shape)
     with pytest.raises(ValueError, match=message):
@@ -472,7 +511,7 @@ def test_a_program_can_be_read() -> None:
     )
     assert shown.splitlines() == [
         "program(x0)",
-        "  q0 = quantize(x0, scale=0.1, zero_point=7, axes=(0, 1, 2, 3))",
+        "  q0 = quantize(x0, scale=0.1, zero_point=7, axes=(0, 1, 2, 3), dtype=uint8)",
         "  c = conv2d(q0, weight=s8[2, 3, 1, 1], epilogue=u8(zero_point=0, 0..255), "
         "x_zero_point=7)",
         "  t = table(c, values=uint8[256])",
@@ -491,7 +530,7 @@ class Random:
         self.rng = np.random.default_rng(seed)
         self.inputs: dict[str, Shape] = {}
         self.steps: list[Step] = []
-        self.shapes: dict[str, Shape] = {}  # of the uint8 values
+        self.shapes: dict[str, Shape] = {}  # of the integer values
         self.outputs: list[tuple[str, Shape]] = []
 
     def one(self, *choices: Any) -> Any:
@@ -507,17 +546,20 @@ class Random:
         qmin = self.one(0, 0, 100)
         return {"zero_point": self.byte(), "qmin": qmin, "qmax": self.one(255, 255, qmin)}
 
+    def to_wide(self) -> dict[str, Any]:
+        return {"zero_point": 0, "qmin": self.one(-32768, -9), "qmax": self.one(32767, 300)}
+
     def factor(self) -> float:
         return float(self.rng.uniform(0.01, 1.5))
 
     def requant(self, n: int, k: int, adds: bool) -> Requant:
         multiplier = self.rng.uniform(0.2, 1, self.one((), (n,))) / (50 * max(k, 1) ** 0.5)
         bias = self.one(None, self.rng.integers(-500, 500, n).astype(np.int32))
-        to = self.to()
+        wide = self.flag(0.3)
+        to, times = (self.to_wide(), 200) if wide else (self.to(), 1)
         return Requant(
-            multiplier.astype(np.float32) if np.ndim(multiplier) else np.float32(multiplier),
-            to["zero_point"], bias, to["qmin"], to["qmax"], self.factor() if adds else None,
-            self.byte(),
+            np.asarray(times * multiplier, np.float32), to["zero_point"], bias, to["qmin"],
+            to["qmax"], self.factor() if adds else None, self.byte(), WIDE if wide else np.uint8,
         )  # fmt: skip
 
     def weight(self, *shape: int) -> np.ndarray:
@@ -558,9 +600,11 @@ class Random:
                 return {"multiplier": self.factor() / 500, "a_zero_point": self.byte(),
                         "transpose_b": self.flag(), "mean": False, **self.to()}  # fmt: skip
             case "add":
-                return {"a_multiplier": self.factor(), "b_multiplier": -self.factor(),
+                wide = self.flag(0.3)
+                to, times = (self.to_wide(), 200) if wide else (self.to(), 1)
+                return {"a_multiplier": times * self.factor(), "b_multiplier": -self.factor(),
                         "a_zero_point": self.byte(), "b_zero_point": self.byte(),
-                        **self.to()}  # fmt: skip
+                        **to, "dtype": "int16" if wide else "uint8"}  # fmt: skip
             case "mul":
                 return {"multiplier": self.factor() / 100, "a_zero_point": self.byte(),
                         "b_zero_point": self.byte(), **self.to()}  # fmt: skip
@@ -680,7 +724,9 @@ class Random:
             if rank in (2, 4) and self.flag(0.3):
                 self.grid(i, shape, axes)
                 continue
-            arguments = {"scale": 0.05, "zero_point": self.byte(), "axes": axes}
+            arguments = {"scale": 0.05, "zero_point": self.byte(), "axes": axes, "dtype": "uint8"}
+            if self.flag(0.2):
+                arguments |= {"scale": 0.001, "zero_point": 0, "dtype": "int16"}
             self.steps.append(Step("quantize", f"q{i}", (f"x{i}",), arguments))
             self.shapes[f"q{i}"] = shape
         if self.flag(0.3):
@@ -700,7 +746,8 @@ class Random:
         for i, name in enumerate(dict.fromkeys([names[-1], self.one(*names), self.one(*names)])):
             shape, out = self.shapes[name], f"y{i}"
             zero_point = self.byte()
-            if shape and self.flag(0.3):
+            narrow = self.program().dtypes[name] == "uint8"
+            if shape and narrow and self.flag(0.3):
                 n = self.one(1, 5, 20)
                 scale = self.rng.uniform(0.01, 1, n).astype(np.float32)
                 epilogue = Dequant(scale, f32(0.1)[0], scale[::-1], self.one(-np.inf, 0.0))
@@ -745,5 +792,10 @@ def test_random_programs_give_the_bits_of_the_reference(first: int) -> None:
 
 
 def test_random_programs_have_all_operations() -> None:
-    used = {step.op for seed in range(160) for step in random_program(seed)[0].steps}
-    assert used == OPERATIONS.keys()
+    programs = [random_program(seed)[0] for seed in range(160)]
+    assert {step.op for made in programs for step in made.steps} == OPERATIONS.keys()
+    wide = {
+        (step.op, made.dtypes[name]) for made in programs for step in made.steps
+        for name in (step.name, *step.inputs)
+    }  # fmt: skip
+    assert {op for op, dtype in wide if dtype == "int16"} == {"quantize", *TAKE_WIDE}

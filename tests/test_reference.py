@@ -42,7 +42,7 @@ def test_choose_qparams_by_hand() -> None:
         {"scale": np.ones(3, np.float32)},
         {"scale": np.float32(1), "zero_point": np.int32(256)},
         {"scale": np.ones((2, 2), np.float32), "axis": 0},
-        {"scale": np.float32(1), "dtype": np.dtype(np.int16)},
+        {"scale": np.float32(1), "dtype": np.dtype(np.uint16)},
     ],
 )
 def test_bad_qparams_are_refused(bad: dict[str, Any]) -> None:

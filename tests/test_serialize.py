@@ -273,7 +273,7 @@ HOSTILE_HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "deep within": (lambda h: '{"x":' + "[" * 980 + "]" * 980 + "}", "not JSON|another format"),
     "a list": (lambda h: "[]", "another format"),
     "format": (lambda h: h.update(format="other"), "another format"),
-    "newer": (lambda h: h.update(version=4), "version 4, this fastq reads 3"),
+    "newer": (lambda h: h.update(version=5), "version 5, this fastq reads 4"),
     "no version": (lambda h: [h.pop("version")], "version None"),
     "version text": (lambda h: h.update(version="1"), "version '1'"),
     "no layers": (lambda h: h.pop("layers"), "layers is None, wanted dict"),

@@ -22,7 +22,8 @@ from fastq.kernels.pack import aligned_empty
 
 MAX_SHAPES = 16  # input shapes whose calls are kept
 SLACK = 256  # bytes beyond the workspace that a kernel's vector loads may touch
-ITEM_BYTES = {"u8": 1, "s8": 1, "s16": 2, "s32": 4, "f32": 4}
+# "s16" has uint8 values, as some tiers hold them; "w16", wide values, has all of int16
+ITEM_BYTES = {"u8": 1, "s8": 1, "s16": 2, "w16": 2, "s32": 4, "f32": 4}
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ Place = NDArray[Any] | At
 
 @dataclass(frozen=True)
 class View:
-    """A strided operand. kind is a key of ITEM_BYTES, "s16" has uint8 values; strides in bytes."""
+    """A strided operand. kind is a key of ITEM_BYTES; strides in bytes."""
 
     place: Place
     shape: tuple[int, ...]

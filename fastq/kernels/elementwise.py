@@ -5,7 +5,7 @@ scale's bits and A_ZERO_POINT the integer, elsewhere they hold addresses), one p
 after `A_PARAMS` rows ("row"), or one per column ("column").
 
 A task is one block of `A_BLOCK` columns of one row. Dequantizing reads, and quantizing writes,
-uint8, int8 or int32.
+uint8, int8, int16 ("w16") or int32.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from numba.extending import intrinsic
 from fastq.kernels.call import ITEM_BYTES
 from fastq.kernels.lines import (
     ELEMENT,
+    LARGE,
+    WIDE_LARGE,
     emit_aligned_line,
     emit_divisor,
     emit_limited,
@@ -87,8 +89,9 @@ def elementwise_line(
     def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
         x, out, count, step, zero_point, lo, hi = values[1:]
         x, out = (b.inttoptr(place, ptr) for place in (x, out))
-        divisor = emit_divisor(b, step) if operation == "divide" else ()
-        signed = "s8" in (source, target)
+        divisor = emit_divisor(b, step, target) if operation == "divide" else ()
+        signed = source in ("s8", "w16")
+        most = WIDE_LARGE if target == "w16" else LARGE
         if target == "s8":  # uint8 with the upper half of the range turned round
             zero_point = b.add(zero_point, i32(128))
 
@@ -114,8 +117,9 @@ def elementwise_line(
                 value = emit_quotient(b, value, divisor)
             else:
                 value = b.sitofp(value, floats_of) if source == "s32" else value
-                value = emit_limited(b, b.fmul(value, splat(b, step, width)))
-            q = emit_rounded(b, value, lo, hi, zero_point, ELEMENT[target], bounded=True)
+                product = b.fmul(value, splat(b, step, width))
+                value = emit_limited(b, product, const(product.type, most))
+            q = emit_rounded(b, value, lo, hi, zero_point, target, bounded=True)
             if target == "s8":
                 q = b.xor(q, const(q.type, -128))
             put(q, i, ITEM_BYTES[target], aligned)

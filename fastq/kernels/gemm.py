@@ -11,7 +11,7 @@ im2col. A linear layer is one whose offsets are 0, 4, 8, ...
     b     int8 panels of NR columns and STEPS steps, B_PANEL bytes each, see pack.py
     out   row m starts at OUT + i*OUT_IMAGE + g*OUT_GROUP + m*OUT_ROW or ROW_TABLE[m, 1]: int32,
           float32, uint8, or uint8 values as int16.
-    add   of the output's shape and kind, for an epilogue that ends in "+add": row m starts at
+    add   of the output's shape, for an epilogue that ends in "+" and its kind: row m starts at
           ADD + i*ADD_IMAGE + g*ADD_GROUP + m*ADD_ROW or ROW_TABLE[m, 2]. Whole vectors are read.
 
           NR columns               a K-step of 4 is one row of the panel
@@ -200,8 +200,9 @@ def emit_tiles(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: A
     first_channel = b.mul(panel, i64(tile.nr * tile.a_bytes)) if depthwise else i64(0)
     a_rows = operand(f.A, 0, first_channel)
     out_rows = operand(f.OUT, 1, b.mul(first_column, i64(out_bytes)))
-    adds = added == "add"
-    add_rows = operand(f.ADD, 2, b.mul(first_column, i64(out_bytes))) if adds else None
+    add_rows = None
+    if added in ITEM_BYTES:
+        add_rows = operand(f.ADD, 2, b.mul(first_column, i64(ITEM_BYTES[added])))
     # of a factor for each row, groups have their own
     place = b.add(b.mul(image, field(f.GROUPS)), group) if added == "rows" else image
     first_row = b.mul(place, field(f.M))
@@ -352,8 +353,9 @@ def task_place(args, task, width):  # type: ignore[no-untyped-def]
 def gemm_kernel(tile: Tile, epilogue: str, rows: str) -> Any:
     """The compiled kernel of a tile.
 
-    epilogue "s32", "f32", "u8", "s16" (uint8 values), or these two with "+add", or "+rows": a
-    factor for each row; rows "affine" or "table".
+    epilogue "s32", "f32", "u8", "s16" (uint8 values) or "w16" (int16); these three also with "+u8",
+    "+s16" or "+w16", the kind of what is added, or "+rows": a factor for each row. rows "affine" or
+    "table".
     """
     config = (*astuple(tile), epilogue, rows, sources_digest())
     width = tile.nr * tile.panels

@@ -28,7 +28,7 @@ from fastq.kernels.convolution import pack_conv2d
 from fastq.kernels.products import ACTIVATIONS, ALIGNED, Layer, PackedLinear
 from fastq.kernels.simd import KR, emitter
 from fastq.kernels.tiles import BYTES_PER_NANOSECOND
-from fastq.qparams import Dequant, Epilogue, QParams, Requant
+from fastq.qparams import Dequant, Epilogue, QParams
 from fastq.weights import Conv2dWeight, LinearWeight
 
 RANGE_BLOCK = 32 * 1024  # values per task when a range is searched
@@ -38,13 +38,13 @@ X, OUT, SCALE, ZERO_POINT, ADD = (At(i) for i in range(5))  # the arguments of a
 ARGUMENTS = 5
 
 
-def _output(layer: Layer, *shape: int) -> tuple[View, View | None]:
+def _output(layer: Layer, added: str, *shape: int) -> tuple[View, View | None]:
     """What a layer's call writes, and what its epilogue adds, if anything."""
-    out = View(OUT, shape, dense_strides(shape, ITEM_BYTES[layer.kind]), layer.kind)
-    epilogue = layer.epilogue
-    if isinstance(epilogue, Requant) and epilogue.add_multiplier is not None:
-        return out, View(ADD, out.shape, out.strides, out.kind)
-    return out, None
+
+    def dense(place: At, kind: str) -> View:
+        return View(place, shape, dense_strides(shape, ITEM_BYTES[kind]), kind)
+
+    return dense(OUT, layer.kind), dense(ADD, added) if added else None
 
 
 class BoundLinear:
@@ -70,24 +70,30 @@ class BoundLinear:
         out: int,
         zero_point: NDArray[np.int32] | int = 0,
         add: int = 0,
+        added: str = "",
     ) -> None:
         """x (M, K) with unit stride along K, out and add (M, N), contiguous, at these addresses.
 
-        row_stride in bytes; zero_point, of a "u8" source, one or (M,). Of add, SLACK bytes
-        beyond its end may be read.
+        row_stride in bytes; zero_point, of a "u8" source, one or (M,). `added` is the kind of add,
+        "" without one; SLACK bytes beyond its end may be read.
         """
-        key = self.key(m, row_stride, x, zero_point)
+        key = self.key(m, row_stride, x, zero_point, added)
         if isinstance(zero_point, int):
             self.calls.run(self.call, key, x, out, 0, 0, add)
         else:
             self.call(*key).run(x, out, 0, 0, add)
 
-    def key(self, m: int, row_stride: int, x: int, zero_point: Any) -> tuple[Any, ...]:
+    def key(
+        self, m: int, row_stride: int, x: int, zero_point: Any, added: str = ""
+    ) -> tuple[Any, ...]:
         """What a call depends on: the arguments of `call`."""
         aligned = (x | row_stride) % ALIGNED == 0
-        return m, row_stride, aligned, zero_point, executor.get_num_threads()
+        return m, row_stride, aligned, zero_point, executor.get_num_threads(), added
 
-    def call(self, m: int, row_stride: int, aligned: bool, zero_point: Any, threads: int) -> Call:
+    def call(
+        self, m: int, row_stride: int, aligned: bool, zero_point: Any, threads: int,
+        added: str = "",
+    ) -> Call:  # fmt: skip
         """A call for m rows, of the layer's five arguments."""
         call, layer = Call(ARGUMENTS), self.layer
         epilogue, k = layer.epilogue, layer.k
@@ -124,7 +130,7 @@ class BoundLinear:
                 },
                 m * k * 4 / BYTES_PER_NANOSECOND,
             )
-        out, add = _output(layer, m, layer.n)
+        out, add = _output(layer, added, m, layer.n)
         layer.rows(call, x, out, add, scale=scale, zero_point=zero, per_row=per_row)
         return call
 
@@ -145,20 +151,21 @@ class BoundConv2d:
         self.source, self.x_qparams, self.calls = source, x_qparams, Calls()
 
     def __call__(
-        self, x: NDArray[Any], out: NDArray[Any], zero_point: int = 0, add: int = 0
-    ) -> None:
+        self, x: NDArray[Any], out: NDArray[Any], zero_point: int = 0, add: int = 0,
+        added: str = "",
+    ) -> None:  # fmt: skip
         """x (B, H, W, C) with any strides; out (B, OH, OW, N) contiguous; add as in BoundLinear."""
-        key = self.key(x, zero_point)
+        key = self.key(x, zero_point, added)
         self.calls.run(self.call, key, address_of(x), address_of(out), 0, 0, add)
 
-    def key(self, x: NDArray[Any], zero_point: int) -> tuple[Any, ...]:
+    def key(self, x: NDArray[Any], zero_point: int, added: str = "") -> tuple[Any, ...]:
         """What a call depends on: the arguments of `call`."""
         aligned = address_of(x) % ALIGNED == 0
-        return x.shape, x.strides, aligned, zero_point, executor.get_num_threads()
+        return x.shape, x.strides, aligned, zero_point, executor.get_num_threads(), added
 
     def call(
         self, shape: tuple[int, ...], strides: tuple[int, ...], aligned: bool, zero_point: int,
-        threads: int,
+        threads: int, added: str = "",
     ) -> Call:  # fmt: skip
         """A call for x of this shape and these strides, of the layer's five arguments."""
         batch, h, w, c = shape
@@ -177,7 +184,7 @@ class BoundConv2d:
             place = call.scratch(size)
             stage_image(call, x, View(place, padded, staged, kind), (top, left), scale, zero)
             x = View(place, padded, staged, kind)
-        out, add = _output(layer, batch, *self.weight.output_size(h, w), self.weight.n)
+        out, add = _output(layer, added, batch, *self.weight.output_size(h, w), self.weight.n)
         layer.rows(call, x, out, add, scale=scale, zero_point=zero)
         return call
 

@@ -41,6 +41,7 @@ from fastq.kernels.scalar import pointer
 from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import address, i64, load, ptr, shuffle, store, vec
 from fastq.kernels.tiles import BYTES_PER_NANOSECOND
+from fastq.qparams import limits
 
 # (address, strides of axes 0 to 3, P, Q) of x and out; sizes of axes 1 to 3, P, Q
 X, OUT, SIZES, ROWS, BLOCK, C_FIELDS = 0, 7, 14, 19, 20, 21
@@ -212,7 +213,7 @@ def _by_stride(view: View) -> list[int]:
 def copy_row(call: Call, x: View, out: View, label: str = "") -> None:
     """Appends out = x: the same shape, any strides, up to 6 axes that do not join.
 
-    The kinds may be two of "u8" and "s16", or "f32" twice. x and out must not overlap.
+    The kinds may be two of "u8" and "s16", or the same. x and out must not overlap.
     """
     size = int(np.prod(out.shape))
     if size == 0:
@@ -266,8 +267,10 @@ def widths(size: int) -> tuple[int, ...]:
 def quantize_row(
     call: Call, x: View, out: View, scale: float, zero_point: int, label: str = ""
 ) -> None:
-    """Appends out = reference.quantize(x): float32 of any strides into uint8 values of any."""
-    floats = float_parameters(zero_point, 0, 255, scale)
+    """Appends out = reference.quantize(x): float32 of any strides into uint8 values of any, or
+    int16 where out is wide."""
+    ends = limits(np.dtype(np.int16 if out.kind == "w16" else np.uint8))
+    floats = float_parameters(zero_point, *ends, scale)
     ints = int_parameters(zero_point)
     if _lines_match([out, x]):
         pointwise_row(call, "quantize", [out, x], floats, ints, label, largest=LARGE)
@@ -285,7 +288,7 @@ def quantize_row(
 def dequantize_row(
     call: Call, x: View, out: View, scale: float, zero_point: int, label: str = ""
 ) -> None:
-    """Appends out = reference.dequantize(x): uint8 values of any strides into float32 of any."""
+    """Appends out = reference.dequantize(x): uint8 or int16 of any strides into float32 of any."""
     parameters = np.array([0, 0, scale, 0], np.float32), int_parameters(0, zero_point), label
     if _lines_match([out, x]):
         pointwise_row(call, "dequantize", [out, x], *parameters)

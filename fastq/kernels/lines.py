@@ -42,7 +42,7 @@ from fastq.kernels.simd import (
 OPERAND_FIELDS = 4  # address, and the strides of axes 0, 1, 2
 BLOCK = 8 * 1024  # elements of a task
 LONG = 512  # elements of a line whose beginning and end take little of its time
-ELEMENT = {"u8": i8, "s8": i8, "s16": i16, "s32": i32, "f32": f32}
+ELEMENT = {"u8": i8, "s8": i8, "s16": i16, "w16": i16, "s32": i32, "f32": f32}
 
 
 def broadcast(view: View, shape: tuple[int, ...]) -> View:
@@ -187,23 +187,26 @@ def emit_aligned_line(
     emit_line(b, count, lambda at, width: body(at, width, False), first=i)
 
 
-LARGE = 1024.0  # beyond what is left of a quantized value
+LARGE = 1024.0  # beyond what is left of a uint8 or int8
+WIDE_LARGE = 2.0**17  # the same of an int16
 MAX_BOUNDED = 2.0**30  # a value below it goes to int32, zero point and all
 
 
 def emit_rounded(
-    b: Any, value: Any, lo: Any, hi: Any, zero_point: Any, element: Any, bounded: bool
+    b: Any, value: Any, lo: Any, hi: Any, zero_point: Any, kind: str, bounded: bool
 ) -> Any:
-    """element(rint(clamp(value, lo, hi)) + zero_point), ties to even; only value is a vector.
+    """rint(clamp(value, lo, hi)) + zero_point as a kind, ties to even; only value is a vector.
 
-    The saturating packs of x86 do most of the clamp. `bounded`: |value| <= MAX_BOUNDED is known;
-    else value is clamped before it is an integer.
+    The saturating packs of x86 do most of the clamp of uint8. `bounded`: |value| <= MAX_BOUNDED is
+    known; else, and of wide values, it is clamped before it is an integer.
     """
-    width = value.type.count
+    width, element = value.type.count, ELEMENT[kind]
     ints, shorts = vec(i32, width), vec(i16, width)
-    if not bounded:
+    if not bounded or kind == "w16":
         value = clamp(b, value, splat(b, lo, width), splat(b, hi, width))
     steps = simd.call(b, f"llvm.lrint.v{width}i32.v{width}f32", ints, [value])
+    if kind == "w16":
+        return b.trunc(b.add(steps, splat(b, zero_point, width)), shorts)
     if element == i8 and width == widest() and "avx2" in target_features():
         q = _packed(b, steps, zero_point)
     else:
@@ -239,13 +242,13 @@ def _packed(b: Any, steps: Any, zero_point: Any) -> Any:
     return shuffle(b, packed, packed, [int(i) for i in order])
 
 
-def emit_divisor(b: Any, scale: Any) -> tuple[Any, ...]:
-    """What `emit_quotient` takes for a float32 scale: once for a line.
+def emit_divisor(b: Any, scale: Any, kind: str) -> tuple[Any, ...]:
+    """What `emit_quotient` takes for a float32 scale: once for a line; kind is the integers'.
 
     With fused multiply-add: a power of two that brings the scale away from the ends of float32, the
     scale times that, and the reciprocal of this.
     """
-    if "fma" not in target_features():
+    if "fma" not in target_features() or kind == "w16":
         return (scale,)
     power = b.select(b.fcmp_ordered(">", scale, f32(2.0**60)), f32(2.0**-60), f32(1.0))
     power = b.select(b.fcmp_ordered("<", scale, f32(2.0**-60)), f32(2.0**60), power)
@@ -256,14 +259,14 @@ def emit_divisor(b: Any, scale: Any) -> tuple[Any, ...]:
 def emit_quotient(b: Any, x: Any, divisor: tuple[Any, ...]) -> Any:
     """x / scale of a float32 vector, for rounding: the integer is that of the float32 quotient.
 
-    Clamped to LARGE either way; NaN gives 0. A division would take longer than all the rest. The
-    product with the reciprocal is up to 1.5 ulp off; corrected by its own remainder it is on the
-    right side of every k + 0.5. All mantissas of a scale were tried, for |k| <= 256 and x within
-    2 ulp of (k + 0.5) * scale.
+    Clamped to LARGE or more either way; NaN gives 0. A division would take longer than all the
+    rest. The product with the reciprocal is up to 1.5 ulp off; corrected by its own remainder it is
+    on the right side of every k + 0.5. All mantissas of a scale were tried, for |k| <= 256 and x
+    within 2 ulp of (k + 0.5) * scale.
     """
     parts = [splat(b, part, x.type.count) for part in divisor]
     if len(parts) == 1:
-        return emit_limited(b, b.fdiv(x, parts[0]))
+        return emit_limited(b, b.fdiv(x, parts[0]), const(x.type, WIDE_LARGE))
     power, scaled, reciprocal = parts
     x = emit_limited(b, b.fmul(x, power), b.fmul(scaled, const(x.type, LARGE)))
     quotient = b.fmul(x, reciprocal)

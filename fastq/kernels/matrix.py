@@ -168,7 +168,7 @@ def emit_bands(b: Any, tile: Tile, epilogue: str, args: Any, place: Any) -> None
 
     a, a_row = operand(f.A, 0), field(f.A_ROW)
     out = operand(f.OUT, ITEM_BYTES[kind]), field(f.OUT_ROW)
-    add = (operand(f.ADD, ITEM_BYTES[kind]), field(f.ADD_ROW)) if added else None
+    add = (operand(f.ADD, ITEM_BYTES[added]), field(f.ADD_ROW)) if added else None
     waiting = _Waiting(b, end, tile, band, out, add, valid)
     # Rows are stored after the last product of a K-step, so many that all are done in the time of
     # one block. Wide panels are for short sums, where storing takes longer: after each product.

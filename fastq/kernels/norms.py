@@ -8,8 +8,8 @@
                  r = float32(1 / sqrt(float64(N * squares - total**2) + EPSILON))
                  out = requantized(((float32(d) * r) * Y) + Z)
 
-x and out hold uint8 values as uint8 or int16; out may be x. A task is a block of lines, as in
-lines.py, each of them whole.
+x and out hold uint8 values as uint8 or int16, layer_norm's x may hold any of int16; out may be x,
+if of its kind. A task is a block of lines, as in lines.py, each of them whole.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from fastq.kernels.pointwise import line_config, pointwise_line
 from fastq.kernels.scalar import divide, pointer, stack_bytes
 from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import address, const, i32, i64, load, ptr, shuffle, store, vec
-from fastq.qparams import MAX_FEATURES, exp_table, weight_table
+from fastq.qparams import MAX_FEATURES, MAX_WIDE_FEATURES, exp_table, weight_table
 
 OUT, X = LINES_FIELDS, LINES_FIELDS + OPERAND_FIELDS
 MASK = X + OPERAND_FIELDS
@@ -144,31 +144,42 @@ def _exponential(masked, table, q, mask, peak, n):  # type: ignore[no-untyped-de
 
 @intrinsic(prefer_literal=True)
 def _sums(typingctx: Any, kind: Any, x: Any, count: Any) -> Any:
-    """The sum of `count` values at x, and that of their squares; up to MAX_FEATURES of them."""
-    element = ELEMENT[kind.literal_value]
+    """The sum of `count` values at x, and that of their squares; up to MAX_FEATURES of them, or
+    MAX_WIDE_FEATURES. A square of an int16 is summed in two parts: both sums stay in int32."""
+    element, wide = ELEMENT[kind.literal_value], kind.literal_value == "w16"
     item = i64(ITEM_BYTES[kind.literal_value])
+    parts = 2 if wide else 1
     result = types.UniTuple(types.int64, 2)
 
     def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
         x, count = b.inttoptr(values[1], ptr), values[2]
 
         def step(width: int) -> Any:
-            def add(i: Any, total: Any, squares: Any) -> list[Any]:
+            ints = vec(i32, width)
+
+            def add(i: Any, total: Any, *squares: Any) -> list[Any]:
                 stored = load(b, vec(element, width), x, b.mul(i, item))
-                value = b.zext(stored, vec(i32, width))
-                return [b.add(total, value), b.add(squares, b.mul(value, value))]
+                value = (b.sext if wide else b.zext)(stored, ints)
+                square = [b.mul(value, value)]
+                if wide:
+                    low = b.and_(square[0], const(ints, 2**16 - 1))
+                    square = [low, b.lshr(square[0], const(ints, 16))]
+                return [b.add(total, value), *map(b.add, squares, square)]
 
             return add
 
-        zero = const(vec(i32, LANES), 0)
-        i, sums = emit_loop(b, i64(0), count, LANES, [zero, zero], step(LANES))
-        zero = const(vec(i32, 1), 0)
-        _, rest = emit_loop(b, i, count, 1, [zero, zero], step(1))
+        zeros = [const(vec(i32, LANES), 0)] * (1 + parts)
+        i, sums = emit_loop(b, i64(0), count, LANES, zeros, step(LANES))
+        zeros = [const(vec(i32, 1), 0)] * (1 + parts)
+        _, rest = emit_loop(b, i, count, 1, zeros, step(1))
         totals = []
         for vector, last in zip(sums, rest, strict=True):
-            whole = _reduced(b, b.zext(vector, vec(i64, LANES)), b.add)
-            totals.append(b.add(whole, b.zext(b.extract_element(last, i32(0)), i64)))
-        return context.make_tuple(b, result, totals)
+            whole = _reduced(b, b.sext(vector, vec(i64, LANES)), b.add)
+            totals.append(b.add(whole, b.sext(b.extract_element(last, i32(0)), i64)))
+        total, squares, *high = totals
+        for part in high:
+            squares = b.add(squares, b.shl(part, i64(16)))
+        return context.make_tuple(b, result, [total, squares])
 
     return result(kind, types.int64, types.int64), codegen
 
@@ -282,11 +293,11 @@ def inverse_sums_kernel(kind: str) -> Any:
 
 
 @functools.cache
-def layer_norm_kernel(kind: str, bounded: bool) -> Any:
-    """kind "u8" or "s16", of x and out."""
+def layer_norm_kernel(kind: str, target: str, bounded: bool) -> Any:
+    """kind of x "u8", "s16" or "w16", target of out "u8" or "s16"."""
     config = (kind, sources_digest())
-    item = ITEM_BYTES[kind]
-    kinds, steps = (kind, kind, "f32", "f32"), (item, item, 4, 4)
+    kinds = (target, kind, "f32", "f32")
+    steps = tuple(ITEM_BYTES[k] for k in kinds)
     normalized = line_config("normalize", kinds, steps, bounded)
 
     @native
@@ -379,12 +390,14 @@ def layer_norm_row(
     qmax: int = 255,
     label: str = "",
 ) -> None:
-    """Appends reference.layer_norm; multiplier and shift are scalars or (N,). out may be x."""
+    """Appends reference.layer_norm; multiplier and shift are scalars or (N,). out may be x, if of
+    its kind."""
     n = x.shape[-1]
     if n == 0:
         return
-    if n > MAX_FEATURES:
-        raise ValueError(f"layer_norm: {n} features; exact up to {MAX_FEATURES}")
+    most = MAX_WIDE_FEATURES if x.kind == "w16" else MAX_FEATURES
+    if n > most:
+        raise ValueError(f"layer_norm: {n} features; exact up to {most}")
     columns = [np.array(np.broadcast_to(v, (n,)), np.float32) for v in (multiplier, shift)]
     places: dict[int, Place] = {
         Y: columns[0],
@@ -393,7 +406,7 @@ def layer_norm_row(
     }
     # |d * r| is under the root of N, up to rounding
     largest = 2 * n**0.5 * np.abs(columns[0]).max() + np.abs(columns[1]).max()
-    kernel = layer_norm_kernel(x.kind, bool(largest <= MAX_BOUNDED))
+    kernel = layer_norm_kernel(x.kind, out.kind, bool(largest <= MAX_BOUNDED))
     _line_row(call, kernel, x, out, places, (zero_point, qmin, qmax),
               NORM_NANOSECONDS, label or f"layer_norm_{x.kind}")  # fmt: skip
 

@@ -15,8 +15,8 @@
     requantized(v) = int(rint(clamp(v, lo, hi))) + zp, with (lo, hi) = (qmin, qmax) - zp
 
 Differences are exact in float32; each further operation rounds once, in the order written. "u8" is
-uint8, "s16" holds uint8 values. The parameters are float32 FLOATS = lo, hi, m0, m1 and int32
-INTS = zp, zx, zy. Which element meets which: lines.py.
+uint8, "s16" holds uint8 values, "w16" those of int16. The parameters are float32 FLOATS = lo, hi,
+m0, m1 and int32 INTS = zp, zx, zy. Which element meets which: lines.py.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def emit_pointwise(
         load(b, ELEMENT[kind], place) if step == 0 else None
         for kind, step, place in zip(kinds, steps, places, strict=True)
     ]
-    divisor = emit_divisor(b, factors[0]) if operation == "quantize" else ()
+    divisor = emit_divisor(b, factors[0], kinds[0]) if operation == "quantize" else ()
     rows = load_table(b, lookup, table) if operation == "table" else []
     element = ELEMENT[kinds[0]]
 
@@ -111,7 +111,9 @@ def emit_pointwise(
 
         def whole(n: int) -> Any:
             value = operand(n)
-            return value if value.type.element == i32 else b.zext(value, ints_of)
+            if value.type.element == i32:
+                return value
+            return (b.sext if kinds[n] == "w16" else b.zext)(value, ints_of)
 
         def real(value: Any) -> Any:
             return b.sitofp(value, floats_of)
@@ -149,7 +151,7 @@ def emit_pointwise(
                 own = address(b, places[2], b.mul(i, i64(steps[2])))
                 value = splat(b, load(b, i8, own, entry), 1)
         if operation in REQUANTIZED:
-            value = emit_rounded(b, value, lo, hi, zp, element, bounded)
+            value = emit_rounded(b, value, lo, hi, zp, kinds[0], bounded)
         value = emit_converted(b, value, element)
         store(b, value, places[0], b.mul(i, i64(ITEM_BYTES[kinds[0]])))
 
@@ -327,10 +329,10 @@ def add_row(
     qmax: int = 255,
     label: str = "",
 ) -> None:
-    """Appends reference.add; x and y broadcast to out. out may be x or y."""
+    """Appends reference.add; x and y broadcast to out. out may be x or y, if of its kind."""
     floats = float_parameters(zero_point, qmin, qmax, *multipliers)
     ints = int_parameters(zero_point, *zero_points)
-    largest = 255.0 * sum(abs(m) for m in multipliers)
+    largest = 2.0**16 * sum(abs(m) for m in multipliers)
     pointwise_row(call, "add", [out, x, y], floats, ints, label, largest=largest)
 
 

@@ -26,6 +26,8 @@ from fastq.weights import LinearWeight
 
 # how a tier holds activations, by its a_bytes
 ACTIVATIONS = {1: "u8", 2: "s16"}
+# of a product of its own, by the dtype of its Requant
+KINDS = {np.dtype(np.uint8): "u8", np.dtype(np.int16): "w16"}
 A_BLOCK_BYTES = 128 * 1024  # of activations that a block of MC rows works on, to stay in L2
 TASKS_A_THREAD = 8
 # Matrix tiles load lines of 64 bytes: six times slower where one lies across two of the cache's.
@@ -44,7 +46,9 @@ class Layer:
     ) -> None:
         self.epilogue, self.isa = epilogue, isa
         self.x_zero_point = x_zero_point  # folded into the bias of a Requant
-        self.kind = "f32" if isinstance(epilogue, Dequant) else "u8" if epilogue else "s32"
+        self.kind = "f32" if isinstance(epilogue, Dequant) else "s32"
+        if isinstance(epilogue, Requant):
+            self.kind = KINDS[epilogue.dtype]
         filters = weight.reshape(len(weight), -1)
         self.col_sums = filters.sum(axis=1, dtype=np.int64)
         n = len(weight)
@@ -184,7 +188,7 @@ class Layer:
         }
         kind = out.kind
         if add is not None:
-            kind += "+add"
+            kind += f"+{add.kind}"
             values |= {block.ADD_ROW: add.row, block.ADD_IMAGE: add.image}
             values[block.ADD_GROUP] = add.group
             places[block.ADD] = add.place

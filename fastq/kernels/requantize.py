@@ -4,11 +4,12 @@
     f32   clamp(float32(that) * (row_scale * scale) + bias, lo, hi)
     u8    int32(rint(clamp(float32(acc + bias) * scale [+ r], lo, hi))) + out_zero_point
     s16   the same, stored as int16
+    w16   the same, and beyond uint8: all of int16
     r     float32(add - add_zero_point) * add_scale, where something of the output's shape is added
 
-u8 and s16 may have a factor for each row: row_scale * scale instead of scale.
+These three may have a factor for each row: row_scale * scale instead of scale.
 
-For u8, bias already holds -x_zero_point * col_sum, and accumulators begin at it. (lo, hi) =
+For them, bias already holds -x_zero_point * col_sum, and accumulators begin at it. (lo, hi) =
 (qmin, qmax) - out_zero_point: clamping between integers before rounding equals clamping after it,
 and keeps the conversion in range. No operation may be contracted or reordered: the bits are part of
 the contract.
@@ -25,6 +26,8 @@ from typing import Any
 import numpy as np
 
 from fastq.kernels import block
+from fastq.kernels.call import ITEM_BYTES
+from fastq.kernels.lines import ELEMENT
 from fastq.kernels.simd import (
     address,
     at_most,
@@ -51,17 +54,17 @@ from fastq.kernels.simd import (
 class Epilogue:
     """The epilogue of some columns: what it needs of the argument block is read here, once.
 
-    kind     "s32", "f32", "u8" or "s16".
+    kind     "s32", "f32", "u8", "s16" or "w16".
     columns  byte offsets into the per-column arrays, one for each panel of `vectors` vectors.
     field    field(index, type) reads the argument block.
-    more     "add", "rows" (a factor for each), or "".
+    more     the kind of what is added, "rows" (a factor for each), or "".
     start    what the accumulators of a row begin at, [vector].
     """
 
     def __init__(
         self, b: Any, simd: Any, kind: str, vectors: int, columns: list[Any], field: Any, more: str
     ) -> None:
-        adds, self.by_row = more == "add", more == "rows"
+        self.added, self.by_row = more if more in ITEM_BYTES else "", more == "rows"
         self.b, self.simd, self.kind, self.field = b, simd, kind, field
         self.ints, self.floats = simd.acc, vec(f32, simd.lanes)
         self.together = simd.together(vectors * simd.lanes)
@@ -84,14 +87,15 @@ class Epilogue:
             self.zero_point = splat(b, zero_point, simd.lanes)
         else:
             least = b.add(b.fptosi(lowest, i32), zero_point)
-            packed = i8 if self.together == 4 else i16
-            self.least = splat(b, b.trunc(least, packed), self.together * simd.lanes)
+            packed = i8 if self.together == 4 and kind == "u8" else i16
+            count = (4 if packed is i8 else 2) * simd.lanes
+            self.least = splat(b, b.trunc(least, packed), count)
             self.zero_point = splat(b, b.trunc(zero_point, i16), 2 * simd.lanes)
-        if adds:
+        if self.added:
             self.add_scale = self._scalar(block.ADD_SCALE, f32)
             zero = b.sitofp(load(b, i32, field(block.ADD_ZERO_POINT, ptr)), f32)
-            if self.together > 1:
-                zero = b.fadd(zero, f32(2.0**23))  # which `_added` has in it
+            if self.together > 1:  # what `_added` has in it
+                zero = b.fadd(zero, f32(2.0**23 + (2.0**15 if self.added == "w16" else 0)))
             self.add_zero_point = splat(b, zero, simd.lanes)
 
     def _per_column(self, index: int, kind: Any) -> list[Any]:
@@ -122,7 +126,7 @@ class Epilogue:
         """
         self.valid = valid
         for i, (acc_row, target) in enumerate(zip(accs, targets, strict=True)):
-            if self.kind in ("u8", "s16"):
+            if self.kind in ("u8", "s16", "w16"):
                 self._store_rounded(acc_row, target, rows[i], add_rows[i] if add_rows else None)
             else:
                 self._store_wide(acc_row, target, rows[i])
@@ -133,18 +137,18 @@ class Epilogue:
         if self.by_row:
             factor = self._per_row(block.ROW_SCALE, f32, row)
             scales = [b.fmul(factor, scale) for scale in scales]
-        item = i8 if self.kind == "u8" else i16
-        stored = vec(item, together * simd.lanes)
+        stored = vec(ELEMENT[self.kind], together * simd.lanes)
         for j in range(0, len(accs), together):
-            offset = j * simd.lanes * item.width // 8
+            column = j * simd.lanes
             pairs = zip(accs[j : j + together], scales[j : j + together], strict=True)
             group = [b.fmul(b.sitofp(acc, self.floats), scale) for acc, scale in pairs]
             if add is not None:
-                r = self._added(load(b, stored, add, offset))
+                kind = vec(ELEMENT[self.added], together * simd.lanes)
+                r = self._added(load(b, kind, add, column * ITEM_BYTES[self.added]))
                 group = [b.fadd(value, more) for value, more in zip(group, r, strict=True)]
             q = self._rounded(group)
             q = q if q.type == stored else b.trunc(q, stored)
-            self._put(q, target, offset, j * simd.lanes)
+            self._put(q, target, column * ITEM_BYTES[self.kind], column)
 
     def _rounded(self, group: list[Any]) -> Any:
         """float32 vectors as integers in one; what is too small saturates, and is clamped last."""
@@ -155,24 +159,39 @@ class Epilogue:
         q = [b.add(simd.pack(b, *pair), self.zero_point) for pair in batched(q, 2)]
         if self.together == 2:
             return larger(b, q[0], self.least)
+        if self.kind == "w16":
+            low, high = (larger(b, x, self.least) for x in q)
+            return shuffle(b, low, high, self._halves())
         packed = simd.pack(b, *q)
         return b.select(b.icmp_unsigned(">", packed, self.least), packed, self.least)
+
+    def _halves(self) -> list[int]:
+        """Where each column of a group is in two vectors of int16, packed from two accumulators
+        each: 8 columns of the first, 8 of the second, and so on."""
+        lanes = np.arange(4 * self.simd.lanes).reshape(2, -1, 8)
+        return [int(lane) for lane in lanes.swapaxes(0, 1).reshape(-1)]
 
     def _added(self, r: Any) -> list[Any]:
         """r of the formula, as the accumulators lie: unpacked in the order that packing undoes.
 
-        An integer i < 2^16 below the bits 0x4B00 is the float32 2^23 + i, exactly.
+        An integer i < 2^16 below the bits 0x4B00 is the float32 2^23 + i, exactly; those of int16
+        are made positive for it by 2^15.
         """
-        b = self.b
+        b, wide = self.b, self.added == "w16"
         if self.together == 1:
-            reals = [b.sitofp(b.zext(r, self.ints), self.floats)]
+            reals = [b.sitofp((b.sext if wide else b.zext)(r, self.ints), self.floats)]
         else:
             parts = [r]
-            if self.together == 4:
+            if self.together == 4 and r.type.element is i8:
                 half = vec(i16, r.type.count // 2)
                 parts = [b.bitcast(x, half) for x in unpack(b, r, const(r.type, 0))]
+            elif self.together == 4:
+                order = np.argsort(self._halves()).reshape(2, -1).tolist()
+                parts = [shuffle(b, r, r, lanes) for lanes in order]
             elif r.type.element is i8:
                 parts = [b.zext(r, vec(i16, r.type.count))]
+            if wide:
+                parts = [b.xor(x, const(x.type, -(2**15))) for x in parts]
             exponent = const(parts[0].type, 0x4B00)
             reals = [b.bitcast(x, self.floats) for p in parts for x in unpack(b, p, exponent)]
         return [b.fmul(b.fsub(x, self.add_zero_point), self.add_scale) for x in reals]

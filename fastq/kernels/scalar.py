@@ -21,6 +21,7 @@ KINDS = {
     "s64": types.int64,
     "u32": types.uint32,
     "s16": types.int16,
+    "w16": types.int16,
     "u8": types.uint8,
     "s8": types.int8,
 }

@@ -203,11 +203,11 @@ def _planes(
     def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
         _, x, x_c, width, out, channels, line_channels, scales, zeros = values
         x, out, scales, zeros = (b.inttoptr(place, ptr) for place in (x, out, scales, zeros))
-        element, item = ELEMENT[target], ITEM_BYTES[target]
+        item = ITEM_BYTES[target]
         step = b.mul(line_channels, i64(item))
         divisor, zero_point = (), i32(0)
         if source == "f32":
-            divisor, zero_point = emit_divisor(b, load(b, f32, scales)), load(b, i32, zeros)
+            divisor, zero_point = emit_divisor(b, load(b, f32, scales), target), load(b, i32, zeros)
         lo, hi = (b.sitofp(b.sub(i32(end), zero_point), f32) for end in (0, 255))
 
         def on_grid(x: Any, channel: Any) -> Any:
@@ -223,7 +223,7 @@ def _planes(
             plane = address(b, x, b.mul(channel, x_c))
             value = load(b, vec(f32, count), plane, b.mul(i, i64(4)))
             value = emit_quotient(b, value, divisor) if divisor else on_grid(value, channel)
-            return emit_rounded(b, value, lo, hi, zero_point, element, bounded=True)
+            return emit_rounded(b, value, lo, hi, zero_point, target, bounded=True)
 
         def pixels(i: Any, channel: Any, group: int, count: int) -> None:
             """`count` pixels of `group` channels."""

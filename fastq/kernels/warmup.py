@@ -32,7 +32,7 @@ from fastq.kernels.native import Kernel as Native
 from fastq.kernels.simd import emitter
 from fastq.kernels.tiles import tiles_of
 
-INTEGERS = ("u8", "s8", "s32")
+INTEGERS = ("u8", "s8", "w16", "s32")
 LAYOUTS = ("tensor", "row", "column")
 
 
@@ -52,7 +52,12 @@ def _activations(tier: str) -> str:
 def _epilogues(tier: str) -> tuple[str, ...]:
     """Of a layer of its own, then what is left of a program's."""
     between = _activations(tier)
-    return tuple(dict.fromkeys(("u8", "f32", "s32", between, f"{between}+add", "u8+add")))
+    return tuple(dict.fromkeys(("u8", "f32", "s32", between, f"{between}+{between}", "u8+u8")))
+
+
+def _sums(tier: str) -> tuple[str, ...]:
+    """Epilogues of what layer norms take."""
+    return "w16", f"w16+{_activations(tier)}", "w16+w16"
 
 
 def _pointwise(tier: str) -> Iterable[tuple[Any, ...]]:
@@ -160,7 +165,17 @@ FAMILIES = (
     Family(
         "attention",
         norms.layer_norm_kernel,
-        lambda tier: product((_activations(tier),), (False, True)),
+        lambda tier: product((_activations(tier), "w16"), (_activations(tier),), (False, True)),
+    ),
+    Family(
+        "attention",
+        gemm.gemm_kernel,
+        lambda tier: product(tiles_of(tier), _sums(tier), ("affine",)),
+    ),
+    Family(
+        "attention",
+        matrix.matrix_kernel,
+        lambda tier: product(tiles_of(tier, "matrix"), _sums(tier)),
     ),
     Family(
         "attention",

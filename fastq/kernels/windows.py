@@ -139,7 +139,7 @@ def emit_window(b: Any, config: tuple[Any, ...], field: Any, place: Any, count: 
             taps = b.trunc(b.mul(down_count, across_count), i32)
             steps = b.sub(total, splat(b, b.mul(taps, zx), width))
             value = b.fmul(b.sitofp(steps, floats_of), splat(b, load(b, f32, factors), width))
-        store(b, emit_rounded(b, value, lo, hi, zp, element, bool(bounded)), out, at)
+        store(b, emit_rounded(b, value, lo, hi, zp, kind, bool(bounded)), out, at)
 
     largest = widest() if operation == "bilinear" else WIDTHS[0]
     emit_line(b, count, body, [width for width in WIDTHS if width <= largest])

@@ -162,7 +162,7 @@ def winograd_row(
         **operands,
     }
     if add is not None:
-        kind += "+add"
+        kind += f"+{add.kind}"
         values |= {f.ADD_IMAGE: add.strides[0], ADD_LINE: add.strides[1], ADD_PIXEL: add.strides[2]}
         places[f.ADD] = add.place
     call.row(
@@ -338,10 +338,10 @@ def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any
     inverse, six = const(simd.acc, INVERSE_OF_9), const(simd.acc, 6)
     column = b.mul(panel, i64(tile.nr))
 
-    def pixels(base: int, line: int, otherwise: Any) -> list[list[Any]]:
+    def pixels(base: int, item: int, line: int, otherwise: Any) -> list[list[Any]]:
         """Addresses of the 4 x 4 pixels; `otherwise` of those beyond the image."""
         start = address(b, field(base, ptr), b.mul(image, field(base + 2)))
-        start = address(b, start, b.mul(column, i64(out_bytes)))
+        start = address(b, start, b.mul(column, i64(item)))
         if otherwise is None:
             otherwise = start
         found: list[list[Any]] = []
@@ -356,8 +356,8 @@ def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any
                 found[-1].append(b.select(inside, address(b, start, offset), otherwise))
         return found
 
-    targets = pixels(f.OUT, OUT_LINE, b.inttoptr(beyond, ptr))
-    add_rows = pixels(f.ADD, ADD_LINE, None) if added else None
+    targets = pixels(f.OUT, out_bytes, OUT_LINE, b.inttoptr(beyond, ptr))
+    add_rows = pixels(f.ADD, ITEM_BYTES[added], ADD_LINE, None) if added else None
 
     def outputs(v: Any) -> list[list[Any]]:
         """4 x 4 vectors of the columns from v on."""
@@ -376,18 +376,17 @@ def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any
         here = [b.mul(b.add(column, v), i64(4))]
         end = Epilogue(b, simd, kind, width // simd.lanes, here, field, added)
         found = [outputs(b.add(v, i64(first))) for first in range(0, width, simd.lanes)]
-        at = b.mul(v, i64(out_bytes))
 
-        def moved(row: list[Any]) -> list[Any]:
-            return [address(b, pixel, at) for pixel in row]
+        def moved(row: list[Any], item: int) -> list[Any]:
+            return [address(b, pixel, b.mul(v, i64(item))) for pixel in row]
 
         for k in range(OUT):
             accs = [
                 [b.add(part[k][j], first) for part, first in zip(found, end.start, strict=True)]
                 for j in range(OUT)
             ]
-            adds = moved(add_rows[k]) if add_rows else None
-            end.store(accs, moved(targets[k]), [i64(0)] * OUT, adds)
+            adds = moved(add_rows[k], ITEM_BYTES[added]) if add_rows else None
+            end.store(accs, moved(targets[k], out_bytes), [i64(0)] * OUT, adds)
 
     emit_loop(b, i64(0), i64(tile.nr), width, (), columns)
 
