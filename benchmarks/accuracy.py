@@ -90,10 +90,11 @@ def measure(
         )  # fmt: skip
 
 
-def quantized(model: nn.Module, data: list[Tensor], names: str, config: fastq.QConfig) -> nn.Module:
+def quantized(model: nn.Module, data: list[Any], names: str, config: fastq.QConfig) -> nn.Module:
     """The model in integers; names are remedies with + between them, or "none"."""
-    prepared: Prepared = prepare_model(model, [data[0]], config=config)
-    calibrate(prepared, [[batch] for batch in data], names.split("+") if names != "none" else ())
+    batches = [list(batch) if isinstance(batch, tuple) else [batch] for batch in data]
+    prepared: Prepared = prepare_model(model, batches[0], config=config)
+    calibrate(prepared, batches, names.split("+") if names != "none" else ())
     return finish(prepared, model)
 
 
@@ -227,7 +228,9 @@ def bench(
     for name in networks or tasks:
         task = tasks[name]
         images = isinstance(task.calib(1)[0], Tensor)
-        runs = [ours(task, methods, config)] if images else [ours_dynamic(task)]
+        runs = [ours(task, methods, config)]
+        if not images:
+            runs.append(ours_dynamic(task))
         if with_peers and images:
             runs.append(peers(task))
         for made in runs:
