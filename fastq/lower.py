@@ -73,8 +73,10 @@ def why_float(node: Node) -> str:
         return f"sums {node.inputs[0].shape[-1]} products, and int32 is exact up to {MAX_K}"
     if node.op in ("add", "mul"):
         x, y = (n.shape for n in node.inputs)
-        if len(x) != len(y) or len(x) > 4:
-            return "its operands have different numbers of axes, or more than 4"
+        if len(x) != len(y):
+            return "its operands have different numbers of axes"
+        if len(x) > 4 and broadcast_runs(x, y) > 4:
+            return "its operands are broadcast along axes that do not join to 4"
         if node.op == "mul" and any(n.op == "constant" for n in node.inputs):
             return "multiplies by a constant tensor"
     if node.op == "pad" and (len(node.attrs["pad"]) % 2 or min(node.attrs["pad"]) < 0):
@@ -84,6 +86,12 @@ def why_float(node: Node) -> str:
     if len(node.shape) > 6:
         return f"has {len(node.shape)} axes, wanted at most 6"
     return ""
+
+
+def broadcast_runs(x: Sequence[int], y: Sequence[int]) -> int:
+    """How many axes are left when neighbours that are broadcast alike become one."""
+    kinds = [(a == 1, b == 1) for a, b in zip(x, y, strict=True) if max(a, b) != 1]
+    return sum(a != b for a, b in zip(kinds, [None, *kinds], strict=False))
 
 
 @dataclass(eq=False)
@@ -560,7 +568,7 @@ class _Lowering:
 
     def lower_add(self, node: Node) -> str:
         a, b = node.inputs
-        axes = self.axes[self.names[a if a.op != "constant" else b]]
+        axes = self.axes_of_two(a if a.op != "constant" else b)
         scale = self.scale(node)
         return self.emit(
             "add", node.name, [self.in_order(a, axes, node), self.in_order(b, axes, node)], axes,
@@ -570,12 +578,17 @@ class _Lowering:
             **self.requantized(node), dtype=self.qparams(node).dtype.name,
         )  # fmt: skip
 
+    def axes_of_two(self, node: Node) -> tuple[int, ...]:
+        """The order of the axes of an operation with two operands; of more axes than its kernel
+        takes torch's, for which `why_float` knows that they join."""
+        axes = self.axes[self.names[node]]
+        return axes if len(axes) <= 4 else tuple(range(len(axes)))
+
     def lower_mul(self, node: Node) -> str:
         a, b = node.inputs
-        axes = self.axes[self.names[a]]
         if a.shape != node.shape:  # the operand that is broadcast comes second
             a, b = b, a
-            axes = self.axes[self.names[a]]
+        axes = self.axes_of_two(a)
         return self.emit(
             "mul", node.name, [self.in_order(a, axes, node), self.in_order(b, axes, node)], axes,
             node, multiplier=self.scale(a) * self.scale(b) / self.scale(node),

@@ -34,6 +34,8 @@ _SAME = frozenset([
 ])  # fmt: skip
 _TAKE_BOOL = ("scaled_dot_product_attention",)
 _GROWING = ("expand", "expand_as", "repeat", "tile", "broadcast_to")  # with the batch, perhaps
+# of what it is called on, only the dtype counts
+_FILLED = ("zeros", "ones", "full", "arange", "new_zeros", "new_ones", "new_full")
 
 
 class CannotCapture(Exception):
@@ -118,8 +120,15 @@ class Reader:
         self.nodes.append(new)
         return new
 
-    def constant(self, name: str, value: Tensor) -> Node:
-        return self.add(name, "constant", tensors={"value": value}, shape=tuple(value.shape))
+    def constant(self, name: str, value: Tensor, shape: tuple[int, ...] | None = None) -> Node:
+        """A constant, perhaps in another shape: of more than 4 axes it is a view of one of 3."""
+        shape = tuple(value.shape) if shape is None else shape
+        held = (prod(shape[:-2]), *shape[-2:]) if len(shape) > 4 else shape
+        made = self.add(name, "constant", tensors={"value": value.reshape(held)}, shape=held)
+        if held == shape:
+            return made
+        return self.add(f"{name}_{len(shape)}", "reshape", [made], shape=shape,
+                        attrs={"groups": reshape_groups(held, shape)})  # fmt: skip
 
     def call(self, node: fx.Node) -> Any:
         target: Any = node.target
@@ -138,11 +147,14 @@ class Reader:
         in_place = name.endswith("_") and not name.startswith("_")
         plain = name.rstrip("_") if in_place else name
         given = {key: self.look_up(value) for key, value in arguments.items()}
-        leaves = pytree.tree_leaves(list(given.values()))
+        args, kwargs = self.look_up(list(node.args)), self.look_up(dict(node.kwargs))
+        if name in _FILLED and isinstance(args[0], Node):
+            args[0] = torch.empty(0, dtype=node.all_input_nodes[0].meta["val"].dtype)
+        leaves = pytree.tree_leaves((args, kwargs))
         alone = not any(isinstance(v, Node) for v in leaves) and node.name not in self.live
         if alone and self.folds(target, leaves):
             with torch.no_grad():
-                value = target(*map(self.look_up, node.args), **self.look_up(dict(node.kwargs)))
+                value = target(*args, **kwargs)
             if isinstance(value, Tensor):
                 self.folded[node.name] = value
             return value
@@ -158,11 +170,12 @@ class Reader:
         return result
 
     def folds(self, target: Any, leaves: list[Any]) -> bool:
-        """Whether an operator of parameters and buffers is computed here and now."""
+        """Whether an operator of parameters, buffers and numbers is computed here and now."""
         name = target._schema.name.split("::")[1]
         fixed = not target._schema.is_mutable and name not in _GROWING
         random = torch.Tag.nondeterministic_seeded in target.tags
-        return fixed and not random and any(isinstance(v, Tensor) for v in leaves)
+        known = name in _FILLED or any(isinstance(v, Tensor) for v in leaves)
+        return fixed and not random and known
 
     def functional(self, target: Any, plain: str) -> Any:
         """The operator that returns what this one writes."""
@@ -437,7 +450,7 @@ class Reader:
         for i, value in enumerate((x, y)):
             shape = (1,) * (rank - len(value.shape)) + tuple(value.shape)
             if isinstance(value, Tensor):
-                sides.append(self.constant(f"{node.name}_constant", value.reshape(shape)))
+                sides.append(self.constant(f"{node.name}_constant", value, shape))
             elif len(value.shape) == rank:
                 sides.append(value)
             else:
@@ -500,7 +513,14 @@ class Reader:
         x = a["self"]
         if not isinstance(x, Node) or not x.shape:
             return None
-        return self.softmax(node, node, x, a["dim"] % len(x.shape))
+        dim = a["dim"] % len(x.shape)
+        if dim == len(x.shape) - 1 and x.op == "reshape" and x.shape[-1:] == x.inputs[0].shape[-1:]:
+            # windows of an image apart from the batch, where each has a mask of its own
+            scores = x.inputs[0]
+            if self.without_mask(node, scores) is not None:
+                made = self.softmax(node, f"{node.name}_apart", scores, len(scores.shape) - 1)
+                return self.add(node, "reshape", [made], attrs=x.attrs)
+        return self.softmax(node, node, x, dim)
 
     def softmax(
         self, node: fx.Node, name: Any, x: Node, dim: int, masks: Sequence[Node] = ()
@@ -583,10 +603,12 @@ class Reader:
         None for what is no mask."""
         rank, size = len(shape), tuple(value.shape)
         size = (1,) * (rank - len(size)) + size
-        if len(size) != rank or size[-1] != shape[-1] or rank > 4:
+        if len(size) != rank or size[-1] != shape[-1]:
             return None
         if any(m not in (1, n) for m, n in zip(size, shape, strict=True)):
             return None
+        if rank > 4:
+            return self.mask_of_windows(node, value, shape, hides)
         key = (value, rank, hides)
         if key in self.masks:
             return self.masks[key]
@@ -594,7 +616,7 @@ class Reader:
         if isinstance(value, Tensor):
             if value.dtype is not torch.bool:
                 value = value > LOWEST
-            made = self.constant(name, (value ^ hides).float().reshape(size))
+            made = self.constant(name, (value ^ hides).float(), size)
         else:
             targets: list[tuple[str, tuple[Any, ...]]] = [("aten.to.dtype", (torch.float32,))]
             if value not in self.flags:
@@ -612,6 +634,18 @@ class Reader:
         self.masks[key] = made
         return made
 
+    def mask_of_windows(
+        self, node: fx.Node, value: Any, shape: tuple[int, ...], hides: bool
+    ) -> Node | None:
+        """The same of more axes than a mask may have: one for each head too, for then all of them
+        but the batch are one."""
+        if not isinstance(value, Tensor) or (value.dim() == len(shape) and value.shape[0] != 1):
+            return None
+        if value.dtype is not torch.bool:
+            value = value > LOWEST
+        value = (value ^ hides).expand(1, *shape[1:])
+        return self.constant(f"{node.name}_mask", value.float(), tuple(value.shape))
+
     def read_matmul(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x, y = a["self"], a.get("other", a.get("mat2"))
         if isinstance(x, Node) and isinstance(y, Tensor) and y.dim() == 2:
@@ -623,6 +657,44 @@ class Reader:
         return self.add(node, "matmul", [x, y])
 
     read_bmm = read_matmul
+
+    def read_einsum(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        """A product of matrices, however its axes are named and ordered."""
+        equation, operands = a["equation"].replace(" ", ""), a["tensors"]
+        left, _, out = equation.partition("->")
+        names = left.split(",")
+        if len(operands) != 2 or not out or not all(isinstance(v, Node) for v in operands):
+            return None
+        if "." in equation or any(len(set(part)) < len(part) for part in (*names, out)):
+            return None
+        first, second = names
+        batch = [n for n in first if n in second and n in out]
+        inner = [n for n in first if n in second and n not in out]
+        rows, columns = ([n for n in part if n not in other and n in out]
+                         for part, other in ((first, second), (second, first)))  # fmt: skip
+        if [*map(len, (inner, rows, columns))] != [1] * 3 or len(first) != len(batch) + 2:
+            return None
+        if len(second) != len(batch) + 2:
+            return None
+        sides = []
+        for i, (value, have, want) in enumerate((
+            (operands[0], first, [*batch, *rows, *inner]),
+            (operands[1], second, [*batch, *inner, *columns]),
+        )):  # fmt: skip
+            dims = tuple(have.index(n) for n in want)
+            if dims != tuple(range(len(dims))):
+                shape = tuple(value.shape[d] for d in dims)
+                value = self.add(f"{node.name}_{i}", "permute", [value], attrs={"dims": dims},
+                                 shape=shape)  # fmt: skip
+            sides.append(value)
+        made = [*batch, *rows, *columns]
+        dims = tuple(made.index(n) for n in out)
+        if dims == tuple(range(len(dims))):
+            return self.add(node, "matmul", sides)
+        product = self.add(f"{node.name}_product", "matmul", sides,
+                           shape=(*sides[0].shape[:-1], sides[1].shape[-1]))  # fmt: skip
+        product.layer, product.kind = self.where(node)
+        return self.add(node, "permute", [product], attrs={"dims": dims})
 
     def read_scaled_dot_product_attention(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         q, k, v = a["query"], a["key"], a["value"]
@@ -654,7 +726,7 @@ class Reader:
         scores.layer, scores.kind = self.where(node)
         if mask is not None and not masks:
             if isinstance(mask, Tensor):
-                mask = self.constant(f"{node.name}_added", mask.reshape(size))
+                mask = self.constant(f"{node.name}_added", mask, size)
             elif tuple(mask.shape) != size:
                 groups = reshape_groups(mask.shape, size)
                 mask = self.add(f"{node.name}_added", "reshape", [mask], shape=size,
@@ -828,6 +900,26 @@ class Reader:
         attrs = {"dim": dim, "start": start, "end": end, "step": 1}
         return self.add(name, "slice", [x], shape=tuple(shape), attrs=attrs)
 
+    def read_roll(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        """The end before the beginning, along each axis."""
+        x = a["self"]
+        if not isinstance(x, Node) or not a.get("dims"):
+            return None
+        for i, (shift, dim) in enumerate(zip(a["shifts"], a["dims"], strict=True)):
+            dim %= len(x.shape)
+            if shift == 0:
+                continue
+            if abs(shift) >= x.shape[dim]:
+                return None
+            name = f"{node.name}_{i}"
+            ends = [
+                self.part(f"{name}_end", x, dim, -shift, None),
+                self.part(f"{name}_begin", x, dim, 0, -shift),
+            ]
+            x = self.add(name, "concat", ends, attrs={"dim": dim}, shape=x.shape)
+            x.layer, x.kind = self.where(node)
+        return x
+
     def read_unbind(self, node: fx.Node, a: dict[str, Any]) -> list[Any] | None:
         x = a["self"]
         if not isinstance(x, Node):
@@ -891,6 +983,11 @@ class Reader:
         i, j = a["dim0"] % len(dims), a["dim1"] % len(dims)
         dims[i], dims[j] = dims[j], dims[i]
         return self.permute(node, x, dims)
+
+    read_swapdims = read_transpose
+
+    def read_swapaxes(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.read_transpose(node, {**a, "dim0": a["axis0"], "dim1": a["axis1"]})
 
     def read_t(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x = a["self"]

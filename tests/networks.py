@@ -336,6 +336,58 @@ def self_attention(net: Call, x: Tensor) -> Tensor:
     return net.attention(x, x, x, need_weights=False)[0]  # type: ignore[operator]
 
 
+class ShiftedWindows(nn.Module):
+    """Attention within windows of 4 x 4 pixels, moved by 2: what came round the edge is masked, by
+    numbers that the network writes each time."""
+
+    def __init__(self, features: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm, self.first = nn.LayerNorm(features), nn.Linear(features, 3 * features)
+        self.last = nn.Linear(features, features)
+        self.bias = nn.Parameter(torch.randn(heads, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, h, w, c = x.shape
+        count = h * w // 16
+        y = self.norm(x).roll((-2, -2), (1, 2))
+        y = y.view(b, h // 4, 4, w // 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, c)
+        q, k, v = (
+            self.first(y).reshape(-1, 16, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        )
+        scores = q @ k.transpose(-2, -1) * 0.3 + self.bias
+        place = x.new_zeros(h, w)
+        for i, rows in enumerate((slice(0, -4), slice(-4, -2), slice(-2, None))):
+            for j, columns in enumerate((slice(0, -4), slice(-4, -2), slice(-2, None))):
+                place[rows, columns] = 3 * i + j
+        place = place.view(h // 4, 4, w // 4, 4).permute(0, 2, 1, 3).reshape(count, 16)
+        far = place[:, None] - place[:, :, None]
+        mask = far.masked_fill(far != 0, -100.0).masked_fill(far == 0, 0.0)
+        scores = scores.view(b, count, self.heads, 16, 16) + mask[:, None][None]
+        y = F.softmax(scores.view(-1, self.heads, 16, 16), dim=-1) @ v
+        y = self.last(y.transpose(1, 2).reshape(-1, 16, c))
+        y = y.view(b, h // 4, w // 4, 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, c)
+        return x + y.roll((2, 2), (1, 2))
+
+
+class NamedAxes(nn.Module):
+    """Attention of groups of 4 tokens, with a bias for each head, by einsum."""
+
+    def __init__(self, features: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.first, self.last = nn.Linear(features, 3 * features), nn.Linear(features, features)
+        self.bias = nn.Parameter(torch.randn(heads, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, length, c = x.shape
+        y = self.first(x).view(b, length // 4, 4, 3, self.heads, c // self.heads)
+        q, k, v = (y[:, :, :, i].swapaxes(2, 3) for i in range(3))
+        scores = torch.einsum("B G H I D, B G H J D -> B G H I J", q, k) + self.bias
+        y = torch.einsum("bghij,bghjd->bgihd", F.softmax(scores, -1), v)
+        return self.last(y.reshape(b, length, c))  # type: ignore[no-any-return]
+
+
 CASES: dict[str, Case] = {
     # products
     "linear": Case(lambda: nn.Sequential(nn.Linear(7, 9), nn.ReLU(), nn.Linear(9, 3)), rows(7)),
@@ -865,6 +917,26 @@ CASES: dict[str, Case] = {
         sequences(8),
     ),
     "vision transformer": Case(Tokens, squares(3), extents=(16, 24)),
+    "shifted windows": Case(
+        lambda: ShiftedWindows(8, 2),
+        lambda batch, size: (torch.randn(batch, size, size, 8),),
+        extents=(12,),
+    ),
+    "einsum": Case(lambda: NamedAxes(8, 2), sequences(8), extents=(12, 20)),
+    "einsum of images": Case(
+        between(lambda x: torch.einsum("bchw,bcvw->bcvh", x, x.sigmoid()), 5), images(3)
+    ),
+    "roll": Case(
+        between(lambda x: x.roll((-2, 1, 0), (2, -1, 1)).roll(3, 3), 5),
+        images(3),
+    ),
+    "a sum of five axes": Case(
+        between(
+            lambda x: (lambda y: (y + y[:, :, :1].sigmoid()).flatten(1, 2))(x.unflatten(1, (2, 3))),
+            6,
+        ),
+        images(3),
+    ),
     # in place, shared, folded
     "dropout, identity": Case(
         lambda: nn.Sequential(
