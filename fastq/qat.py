@@ -94,7 +94,8 @@ def prepare_qat(
               processes of DistributedDataParallel find their first ranges together.
     learned   whether the scales of weights and activations are parameters. Otherwise a weight's
               scale follows the weight (a quantized model's stays), and in training mode the range
-              of an activation is the moving average of its smallest and largest value.
+              of an activation is the moving average of its smallest and largest value. So is that
+              of a sum in int16 always.
 
     Dropout is off, as it is when the network is deployed. Float32, on the CPU.
 
@@ -367,7 +368,7 @@ class _Pass:
                 self.runs |= dict.fromkeys(region.nodes, _Run(self.prepared, region))
         self.watched = self.prepared.ranges.watched()
         self.quantized = set(self.prepared.ranges.parent)
-        self.moves_ranges = model.training and model._ranges_move and not model._learned
+        self.moves_ranges = model.training and model._ranges_move
         self.seen: dict[_Range, list[Tensor]] = {}
         self.statistics: list[Callable[[], None]] = []
 
@@ -458,7 +459,8 @@ class _Pass:
         qparams, moving = self.prepared.qparams(node), self.model._range(node)
         # what is moved is on the grid already: its scale is learned where it was made
         learned = None if moving is None or node.op in MOVES else moving.scale
-        if moving is not None and self.moves_ranges and node in self.watched:
+        moves = self.moves_ranges and node in self.watched
+        if moving is not None and not moving.learned and moves:
             self.seen.setdefault(moving, []).append(torch.stack(value.detach().aminmax()))
         return _on_grid(
             value, learned, partial(run.real, node), float(qparams.scale), *grid_steps(qparams),
@@ -581,7 +583,10 @@ class _Range(nn.Module):
         super().__init__()
         scale, zero_point = float(qparams.scale), int(qparams.zero_point)
         self.centered, self.wide = centered, qparams.dtype == np.int16
-        if learned:
+        # An optimizer's steps would be far too long for those of int16, which nothing depends on:
+        # their range is twice what was seen.
+        self.learned = learned and not self.wide
+        if self.learned:
             self.scale = nn.Parameter(torch.tensor(scale))
         else:
             self.register_buffer("scale", torch.tensor(scale))
