@@ -183,7 +183,6 @@ class QATModel(nn.Module):
         for name, buffer in model._buffers.items():
             self.register_buffer(name, buffer, name not in model._non_persistent_buffers_set)
         self._prepared, self._names, self._report = prepared, list(names), report
-        self._learned = learned
         self._norms_move = self._ranges_move = True
         named = self._named()
         self._places = {node: _places(node, named) for node in prepared.graph}
