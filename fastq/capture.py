@@ -56,7 +56,7 @@ def capture(
     kwargs = dict(kwargs or {})
     leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
     try:
-        exported: dict[Stretch, Any] = {(): _export(model, leaves, spec, BATCHES[0], ())}
+        exported: dict[Stretch, _Exported] = {(): _export(model, leaves, spec, BATCHES[0], ())}
         for ways in (*_stretches(leaves), (SAME,)):
             for way in ways:
                 before, after = way
@@ -73,7 +73,7 @@ def capture(
                     continue
                 first = exported[before]
                 try:
-                    graph = _general(model, (first, sizes[0]), (second, sizes[1]))
+                    graph = _general((first, sizes[0]), (second, sizes[1]))
                 except CannotCapture:  # another network for each size: it holds for this one
                     if way == SAME:
                         raise
@@ -81,7 +81,7 @@ def capture(
                 graph.remove_unused()
                 nodes = iter(graph.inputs)
                 arguments = tuple(next(nodes) if isinstance(x, Tensor) else x for x in leaves)
-                return Captured(graph, arguments, spec, first.call_spec.out_spec, way != SAME)
+                return Captured(graph, arguments, spec, first.out_spec, way != SAME)
     except CannotCapture:
         raise
     except Exception as error:  # torch.export raises whatever its innards or the model raised
@@ -155,35 +155,46 @@ def _grown(shape: Sequence[int], axis: int, more: int) -> list[int]:
     return sizes
 
 
+class _Exported:
+    """What torch.export made of a model."""
+
+    def __init__(self, model: nn.Module, program: Any) -> None:
+        self.model, self.program = model, program
+        self.out_spec = program.call_spec.out_spec
+
+    def read(self, live: Collection[str] = ()) -> tuple[Graph, Folded]:
+        """The graph, and what was folded in it: all but the operators in `live`."""
+        try:
+            return self._read(live)
+        except Aliased:  # a second pass of torch's turns changes of memory into new values
+            with quiet(), torch.no_grad():
+                self.program = self.program.run_decompositions({})
+            return self._read(live)
+
+    def _read(self, live: Collection[str]) -> tuple[Graph, Folded]:
+        reader = Reader(self.model, self.program, live)
+        return reader.graph(), reader.folded
+
+
 def _export(
     model: nn.Module, leaves: Sequence[Any], spec: Any, batch: int, stretch: Stretch
-) -> Any:
+) -> _Exported:
     example = pytree.tree_unflatten([_resized(x, batch, stretch) for x in leaves], spec)
     with quiet(), torch.no_grad():
-        return torch.export.export(twin(model), example[0], example[1], strict=False)
+        program = torch.export.export(twin(model), example[0], example[1], strict=False)
+    return _Exported(model, program)
 
 
-def _read(model: nn.Module, program: Any, live: Collection[str] = ()) -> tuple[Graph, Folded]:
-    """The graph, and what was folded in it: all but the operators in `live`."""
-    reader = Reader(model, program, live)
-    try:
-        return reader.graph(), reader.folded
-    except Aliased:  # a second pass of torch's turns changes of memory into new values
-        with quiet(), torch.no_grad():
-            reader = Reader(model, program.run_decompositions({}), live)
-            return reader.graph(), reader.folded
-
-
-def _general(model: nn.Module, first: tuple[Any, Sizes], second: tuple[Any, Sizes]) -> Graph:
+def _general(first: tuple[_Exported, Sizes], second: tuple[_Exported, Sizes]) -> Graph:
     """The graph of two captures, each with the sizes of its example."""
-    (one, folded), (two, folded_too) = _read(model, first[0]), _read(model, second[0])
+    (one, folded), (two, folded_too) = first[0].read(), second[0].read()
     live = {
         name
         for name, value in folded.items()
         if name in folded_too and not _equal(value, folded_too[name])
     }
     if live:  # as many positions as the sequence has tokens
-        (one, _), (two, _) = _read(model, first[0], live), _read(model, second[0], live)
+        (one, _), (two, _) = first[0].read(live), second[0].read(live)
     _generalize(one, two, first[1], second[1])
     return one
 
