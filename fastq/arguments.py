@@ -9,7 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from fastq.qparams import FLT_MAX, MAX_FEATURES, Dequant, Requant, clamp_of
+from fastq.qparams import (
+    FLT_MAX,
+    MAX_FEATURES,
+    MAX_WIDE_FEATURES,
+    Dequant,
+    Requant,
+    clamp_of,
+)
 from fastq.weights import LARGEST, Conv2dWeight, LinearWeight
 
 
@@ -205,12 +212,13 @@ def _check_epilogue(step: Any, epilogue: Any) -> None:
         )
 
 
-def check_channels(step: Any, x: tuple[int, ...]) -> None:
+def check_channels(step: Any, x: tuple[int, ...], dtype: str) -> None:
     """ValueError unless what a step has for each channel fits an input of shape x."""
     if step.op in IMAGES and (len(x) != 4 or 0 in x[1:3]):
         raise ValueError(f"{step.op} of shape {x}; wanted (B, H, W, C) with H, W > 0")
-    if step.op in LINES and not (x and 0 < x[-1] <= MAX_FEATURES):
-        raise ValueError(f"{step.op} of shape {x}; wanted (..., N), 0 < N <= {MAX_FEATURES}")
+    most = MAX_WIDE_FEATURES if dtype == "int16" else MAX_FEATURES
+    if step.op in LINES and not (x and 0 < x[-1] <= most):
+        raise ValueError(f"{step.op} of {dtype} of shape {x}; wanted (..., N), 0 < N, up to {most}")
     for name in ("multiplier", "shift", "values") if step.op != "grid" else ():
         value = step.arguments.get(name)
         if not isinstance(value, np.ndarray):

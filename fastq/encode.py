@@ -5,7 +5,8 @@ What is not a plain JSON value is an object with one key that names its kind:
     {"array": name}     an array, kept apart under this name
     {"float": "inf"}    a float that JSON has no word for
     {"dict": {...}}     a dict
-    {"Requant": {...}}  one of CLASSES by its fields; its constructor checks them
+    {"Requant": {...}}  one of CLASSES by its fields; its constructor checks them, and makes a dtype
+                        of its name
 
 Decoding builds these classes and no other, and runs nothing from the file.
 """

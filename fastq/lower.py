@@ -225,14 +225,19 @@ class Ranges:
         """What layer norms take, and what is added to that or made of it by adding: sums, or values
         from outside, that nobody takes who cannot read int16."""
         nodes = [node for region in regions for node in region.nodes]
-        sums = [node for node in nodes if node.op in SUMS and len(node.inputs) == 2]
-        found, before = {self.find(n.inputs[0]) for n in nodes if n.op == "layer_norm"}, 0
-        while len(found) > before:
-            before = len(found)
-            for node in sums:
-                around = {self.find(node)} | {self.find(v) for v in node.inputs if v in sums}
-                if around & found:
-                    found |= around
+        sums = {node for node in nodes if node.op in SUMS and len(node.inputs) == 2}
+        near: dict[Node, set[Node]] = {}  # what is added together
+        for node in sums:
+            for value in sums.intersection(node.inputs):
+                one, two = self.find(node), self.find(value)
+                near.setdefault(one, set()).add(two)
+                near.setdefault(two, set()).add(one)
+        found = {self.find(node.inputs[0]) for node in nodes if node.op == "layer_norm"}
+        waiting = list(found)
+        while waiting:
+            more = near.get(waiting.pop(), set()) - found
+            found |= more
+            waiting += more
         for node in nodes:
             if node.op == "layer_norm" and node.shape[-1] > MAX_WIDE_FEATURES:
                 found.discard(self.find(node.inputs[0]))
@@ -242,6 +247,10 @@ class Ranges:
             if node not in self.moved and node.op not in SUMS:
                 found.discard(self.find(node))
         return found - self.fixed.keys()
+
+    def dtype(self, node: Node) -> np.dtype[Any]:
+        """Of a value between operations."""
+        return np.dtype(np.int16 if self.find(node) in self.wide else np.uint8)
 
     def find(self, node: Node) -> Node:
         while self.parent[node] is not node:

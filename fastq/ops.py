@@ -752,8 +752,7 @@ def add(
         _factor("add: b_multiplier", b_multiplier),
     )
     zeros = _byte("add: a_zero_point", a_zero_point), _byte("add: b_zero_point", b_zero_point)
-    zero = _byte("add: zero_point", zero_point)
-    clamp = zero, *clamp_of("add", kind, qmin, qmax, zero)
+    clamp = _clamp("add", zero_point, qmin, qmax, kind)
     result = _broadcast_output("add", left, right, out, kind)
     return _run(pointwise.add_row, [left, right, result], multipliers, zeros, *clamp)
 
@@ -1274,7 +1273,7 @@ def _values(what: str, x: Any) -> NDArray[Any]:
             raise TypeError(f"{what} is {x.shape} {x.dtype}; wanted uint8 or int16")
         return _bytes(what, x)
     lines = not x.ndim or x.shape[-1] == 1 or x.strides[-1] == x.itemsize
-    return x if lines and x.flags.aligned else np.ascontiguousarray(x)
+    return x if lines and x.flags.aligned else np.require(x, requirements=["C", "A"])
 
 
 def _lines(name: str, x: Any, taken: Callable[[str, Any], NDArray[Any]] = _bytes) -> NDArray[Any]:
@@ -1383,11 +1382,12 @@ def _scale_factor(name: str, value: Any) -> tuple[float, float] | None:
     return pair[0], pair[1]
 
 
-def _clamp(name: str, zero_point: Any, qmin: Any, qmax: Any) -> tuple[int, int, int]:
+def _clamp(
+    name: str, zero_point: Any, qmin: Any, qmax: Any, dtype: np.dtype[Any] = _UINT8
+) -> tuple[int, int, int]:
     """(zero_point, qmin, qmax), checked."""
-    if not 0 <= qmin <= qmax <= 255:
-        raise ValueError(f"{name}: qmin={qmin}, qmax={qmax}; wanted 0 <= qmin <= qmax <= 255")
-    return _byte(f"{name}: zero_point", zero_point), int(qmin), int(qmax)
+    zero = _byte(f"{name}: zero_point", zero_point)
+    return zero, *clamp_of(name, dtype, qmin, qmax, zero)
 
 
 def _broadcast_output(

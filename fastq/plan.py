@@ -49,13 +49,12 @@ from fastq.kernels.windows import (
     upsample_bilinear2d_row,
     upsample_nearest2d_row,
 )
-from fastq.program import Program, Step, slice_index
+from fastq.program import VIEWS, Program, Step, slice_index
 from fastq.weights import Conv2dWeight
 
 Array = NDArray[Any]
 Frame = tuple[int, int, int, int]  # top, bottom, left, right
 NO_FRAME: Frame = (0, 0, 0, 0)
-VIEWS = ("reshape", "permute", "slice")
 JOINED = {  # how many axes kernels take, and how many of them do not join: see `collapse`
     "linear": (2, 1), "matmul": (4, 2), "softmax": (4, 1), "softmax_weights": (4, 1),
     "layer_norm": (4, 1), "add": (4, 0), "mul": (4, 0), "affine": (4, 1), "table": (4, 1),

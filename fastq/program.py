@@ -27,14 +27,15 @@ from numpy.typing import NDArray
 
 from fastq import reference
 from fastq.arguments import MAX_AXES, PADDING_MODES, check_arguments, check_channels
-from fastq.qparams import MAX_K, MAX_WIDE_FEATURES, Dequant, Requant
+from fastq.qparams import MAX_K, Dequant, Requant
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
 WAYS_IN = ("quantize", "grid")
+VIEWS = ("reshape", "permute", "slice")  # have their input's dtype, and mostly its memory
 # operation -> which of its inputs may be int16
 WIDE = {"dequantize": (0,), "layer_norm": (0,), "add": (0, 1), "conv2d": (1,), "linear": (1,),
-        "reshape": (0,), "permute": (0,), "slice": (0,)}  # fmt: skip
+        **dict.fromkeys(VIEWS, (0,))}  # fmt: skip
 MAX_VALUES = 2**44  # of one array: addresses stay within int64
 MAX_TAPS = 2**24  # of all windows along an axis: pooling lists them
 
@@ -157,9 +158,8 @@ class Program:
             shape = OPERATIONS[step.op].shape
             try:
                 shapes[step.name] = tuple(map(int, shape(step, *(shapes[i] for i in step.inputs))))
-                check_channels(step, shapes[step.inputs[0]] if step.inputs else ())
-                if step.op == "layer_norm" and self.dtypes[step.inputs[0]] == "int16":
-                    _check_wide(shapes[step.inputs[0]])
+                if step.inputs:
+                    check_channels(step, shapes[step.inputs[0]], self.dtypes[step.inputs[0]])
                 _check_size(shapes[step.name])
             except (ValueError, IndexError) as error:
                 raise ValueError(
@@ -213,15 +213,9 @@ def _dtype(step: Step, *inputs: str) -> str:
         return "float32"
     if isinstance(epilogue, Requant):
         return epilogue.dtype.name
-    if step.op in ("reshape", "permute", "slice"):
+    if step.op in VIEWS:
         return inputs[0]
     return str(step.arguments.get("dtype", "uint8"))
-
-
-def _check_wide(shape: Shape) -> None:
-    """ValueError for a layer norm of more int16 features than its sums are exact for."""
-    if shape and shape[-1] > MAX_WIDE_FEATURES:
-        raise ValueError(f"layer_norm of int16 {shape}; wanted up to {MAX_WIDE_FEATURES} features")
 
 
 def _check_size(shape: Shape) -> None:

@@ -36,6 +36,7 @@ from fastq.fuse import fold, fuse
 from fastq.graph import Node, Sizes, evaluate, normalization, sizes_of
 from fastq.lower import (
     MOVES,
+    SUFFIX,
     Region,
     inputs_first,
     lowered,
@@ -275,7 +276,7 @@ class QATModel(nn.Module):
 
     def _value(self, stands: Node) -> str:
         """The name of a range."""
-        return f"{stands.name}_{'s16' if stands in self._prepared.ranges.wide else 'u8'}"
+        return f"{stands.name}_{SUFFIX[self._prepared.ranges.dtype(stands)]}"
 
     def _steps(self, node: Node) -> Tensor | None:
         """The scale of a layer's weight if it is state, not a function of the weight."""
@@ -581,7 +582,7 @@ class _Range(nn.Module):
     def __init__(self, qparams: QParams, centered: bool, learned: bool) -> None:
         super().__init__()
         scale, zero_point = float(qparams.scale), int(qparams.zero_point)
-        self.centered, self.wide = centered, qparams.dtype == np.int16
+        self.centered, self.dtype = centered, qparams.dtype
         # An optimizer's steps would be far too long for those of int16, which nothing depends on:
         # their range is twice what was seen.
         self.learned = learned and not self.wide
@@ -595,8 +596,11 @@ class _Range(nn.Module):
 
     def qparams(self) -> QParams:
         scale = self.scale.detach().clamp(min=NARROWEST)
-        dtype = np.dtype(np.int16 if self.wide else np.uint8)
-        return QParams(scale.numpy(), self.zero_point.numpy(), dtype)
+        return QParams(scale.numpy(), self.zero_point.numpy(), self.dtype)
+
+    @property
+    def wide(self) -> bool:
+        return bool(self.dtype == np.int16)
 
     def follow(self, ends: Tensor) -> None:
         """Take a batch into account: (n, 2), the ends of each of its values."""

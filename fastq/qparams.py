@@ -21,6 +21,7 @@ Int32 = NDArray[np.int32]
 UInt8 = NDArray[np.uint8]
 
 QUANTIZED_DTYPES = tuple(np.dtype(t) for t in (np.uint8, np.int8, np.int16, np.int32))
+VALUE_DTYPES = np.dtype(np.uint8), np.dtype(np.int16)  # of values between operations
 FLT_MIN = float(np.finfo(np.float32).tiny)  # smallest normal float32, the floor of every scale
 FLT_MAX = float(np.finfo(np.float32).max)
 
@@ -50,10 +51,11 @@ def limits(dtype: np.dtype[Any]) -> tuple[int, int]:
 
 def value_dtype(name: str, dtype: DTypeLike) -> np.dtype[Any]:
     """The dtype of a value between operations; ValueError unless it is uint8 or int16."""
-    result = np.dtype(dtype)
-    if result not in (np.uint8, np.int16):
-        raise ValueError(f"{name}: dtype {result}; wanted uint8 or int16")
-    return result
+    given = np.dtype(dtype)
+    for known in VALUE_DTYPES:
+        if given == known and given.fields is None:  # one with fields is equal, and another key
+            return known
+    raise ValueError(f"{name}: dtype {given}; wanted uint8 or int16")
 
 
 def clamp_of(

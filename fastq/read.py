@@ -147,14 +147,15 @@ class Reader:
         in_place = name.endswith("_") and not name.startswith("_")
         plain = name.rstrip("_") if in_place else name
         given = {key: self.look_up(value) for key, value in arguments.items()}
-        args, kwargs = self.look_up(list(node.args)), self.look_up(dict(node.kwargs))
-        if name in _FILLED and isinstance(args[0], Node):
-            args[0] = torch.empty(0, dtype=node.all_input_nodes[0].meta["val"].dtype)
-        leaves = pytree.tree_leaves((args, kwargs))
+        filled = dict(given)
+        if name in _FILLED and isinstance(given.get("self"), Node):
+            filled["self"] = torch.empty(0, dtype=node.all_input_nodes[0].meta["val"].dtype)
+        leaves = pytree.tree_leaves(list(filled.values()))
         alone = not any(isinstance(v, Node) for v in leaves) and node.name not in self.live
         if alone and self.folds(target, leaves):
+            args = [filled[a.name] for a in target._schema.arguments[: len(node.args)]]
             with torch.no_grad():
-                value = target(*args, **kwargs)
+                value = target(*args, **{key: filled[key] for key in node.kwargs})
             if isinstance(value, Tensor):
                 self.folded[node.name] = value
             return value
@@ -607,16 +608,18 @@ class Reader:
             return None
         if any(m not in (1, n) for m, n in zip(size, shape, strict=True)):
             return None
-        if rank > 4:
-            return self.mask_of_windows(node, value, shape, hides)
-        key = (value, rank, hides)
+        if rank > 4:  # one for each head too, for then all axes but the batch are one
+            if not isinstance(value, Tensor) or size[0] != 1:
+                return None
+            size = (1, *shape[1:])
+        key = (value, size, hides)
         if key in self.masks:
             return self.masks[key]
         name = f"{value.name if isinstance(value, Node) else node.name}_mask"
         if isinstance(value, Tensor):
             if value.dtype is not torch.bool:
                 value = value > LOWEST
-            made = self.constant(name, (value ^ hides).float(), size)
+            made = self.constant(name, (value ^ hides).float().expand(size), size)
         else:
             targets: list[tuple[str, tuple[Any, ...]]] = [("aten.to.dtype", (torch.float32,))]
             if value not in self.flags:
@@ -633,18 +636,6 @@ class Reader:
                                 attrs={"groups": groups})  # fmt: skip
         self.masks[key] = made
         return made
-
-    def mask_of_windows(
-        self, node: fx.Node, value: Any, shape: tuple[int, ...], hides: bool
-    ) -> Node | None:
-        """The same of more axes than a mask may have: one for each head too, for then all of them
-        but the batch are one."""
-        if not isinstance(value, Tensor) or (value.dim() == len(shape) and value.shape[0] != 1):
-            return None
-        if value.dtype is not torch.bool:
-            value = value > LOWEST
-        value = (value ^ hides).expand(1, *shape[1:])
-        return self.constant(f"{node.name}_mask", value.float(), tuple(value.shape))
 
     def read_matmul(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x, y = a["self"], a.get("other", a.get("mat2"))

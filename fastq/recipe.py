@@ -122,7 +122,7 @@ class _Reader:
         prepared = Prepared(captured, regions, {}, Ranges(regions), bits)
         for name, (scale, zero_point) in recipe["values"].items():
             node = self.nodes[name]
-            dtype = np.dtype(np.int16 if node in prepared.ranges.wide else np.uint8)
+            dtype = prepared.ranges.dtype(node)
             qparams = QParams(np.array(scale, np.float32), np.array(zero_point, np.int32), dtype)
             prepared.set_qparams(node, qparams)
         steps = {step.name: step for program in network.programs for step in program.steps}

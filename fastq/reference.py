@@ -25,6 +25,7 @@ from fastq.qparams import (
     clamp_of,
     exp_table,
     quantized_dtype,
+    value_dtype,
     weight_table,
 )
 from fastq.weights import Conv2dWeight, LinearWeight
@@ -273,8 +274,9 @@ def add(
     subtract. dtype uint8, or int16 with zero_point 0; the clamp is its range by default.
     """
     y = _steps(a, a_zero_point) * F32(a_multiplier) + _steps(b, b_zero_point) * F32(b_multiplier)
-    low, high = clamp_of("add", np.dtype(dtype), qmin, qmax, zero_point)
-    return _into(out, _rounded(y, zero_point, low, high).astype(dtype))
+    kind = value_dtype("add", dtype)
+    low, high = clamp_of("add", kind, qmin, qmax, zero_point)
+    return _into(out, _rounded(y, zero_point, low, high).astype(kind))
 
 
 def mul(

@@ -32,9 +32,9 @@ from fastq.network import call_of, prepare_model
 from fastq.nn.network import QuantizedModel, Stage
 from fastq.observer import HistogramObserver
 from fastq.page import Bars, Block, Details, Heading, Histogram, Table, Text, html, markdown
-from fastq.plan import VIEWS
 from fastq.prepare import Prepared, grid_ends
 from fastq.profiling import medians, memory, profile
+from fastq.program import VIEWS
 from fastq.qparams import QParams
 from fastq.recipe import read_recipe
 from fastq.serialize import save

@@ -114,6 +114,15 @@ def test_layer_norm(threads: int, rng: Any, shape: tuple[int, ...]) -> None:
             assert_array_equal(out, want)
 
 
+def test_arrays_that_are_not_aligned(rng: Any) -> None:
+    held = values(rng, np.int16, 4 * 33).view(np.uint8)
+    x = np.concatenate([held[:1], held])[1:].view(np.int16).reshape(4, 33)
+    assert not x.flags.aligned and ops._values("x", x).flags.aligned
+    assert_array_equal(ops.add(x, x, 0.5, 0.25), reference.add(x, x, 0.5, 0.25))
+    want = reference.layer_norm(x, 20.0, 3.0, 1e-3, zero_point=100)
+    assert_array_equal(ops.layer_norm(x, 20.0, 3.0, 1e-3, zero_point=100), want)
+
+
 def test_layer_norm_is_near_torchs(rng: Any) -> None:
     """Of features that differ by orders of magnitude: with uint8 most of them would be 0."""
     real = (rng.normal(size=(9, 64)) * np.where(np.arange(64) == 5, 300, 1)).astype(np.float32)
@@ -153,6 +162,12 @@ def test_floats_to_int16_and_back(rng: Any, axis: int | None) -> None:
 REFUSED: dict[str, tuple[Any, str]] = {
     "a zero point": (lambda: Requant(np.float32(1), 3, dtype=np.int16), "zero_point=3 of int16"),
     "a clamp": (lambda: Requant(np.float32(1), qmax=40_000, dtype=np.int16), "qmax <= 32767"),
+    "a dtype with fields": (  # equal to int16, and another key
+        lambda: Requant(
+            np.float32(1), dtype=np.dtype((np.int16, {"low": (np.uint8, 0), "high": (np.uint8, 1)}))
+        ),
+        "wanted uint8 or int16",
+    ),
     "another dtype": (lambda: Requant(np.float32(1), dtype=np.int32), "wanted uint8 or int16"),
     "an addition of another": (
         lambda: ops.linear(

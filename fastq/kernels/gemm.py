@@ -10,7 +10,7 @@ im2col. A linear layer is one whose offsets are 0, 4, 8, ...
           Four activations are read at each of the STEPS int32 OFFSETS, in bytes.
     b     int8 panels of NR columns and STEPS steps, B_PANEL bytes each, see pack.py
     out   row m starts at OUT + i*OUT_IMAGE + g*OUT_GROUP + m*OUT_ROW or ROW_TABLE[m, 1]: int32,
-          float32, uint8, or uint8 values as int16.
+          float32, uint8, uint8 values as int16, or int16.
     add   of the output's shape, for an epilogue that ends in "+" and its kind: row m starts at
           ADD + i*ADD_IMAGE + g*ADD_GROUP + m*ADD_ROW or ROW_TABLE[m, 2]. Whole vectors are read.
 

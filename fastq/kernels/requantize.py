@@ -129,7 +129,7 @@ class Epilogue:
             if self.kind in ("u8", "s16", "w16"):
                 self._store_rounded(acc_row, target, rows[i], add_rows[i] if add_rows else None)
             else:
-                self._store_wide(acc_row, target, rows[i])
+                self._store_unrounded(acc_row, target, rows[i])
 
     def _store_rounded(self, accs: list[Any], target: Any, row: Any, add: Any) -> None:
         b, simd, together = self.b, self.simd, self.together
@@ -196,7 +196,7 @@ class Epilogue:
             reals = [b.bitcast(x, self.floats) for p in parts for x in unpack(b, p, exponent)]
         return [b.fmul(b.fsub(x, self.add_zero_point), self.add_scale) for x in reals]
 
-    def _store_wide(self, accs: list[Any], target: Any, row: Any) -> None:
+    def _store_unrounded(self, accs: list[Any], target: Any, row: Any) -> None:
         b, simd = self.b, self.simd
         zero_point = self._per_row(block.ROW_ZERO_POINT, i32, row)
         values = [b.sub(a, b.mul(zero_point, s)) for a, s in zip(accs, self.col_sums, strict=True)]
