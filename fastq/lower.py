@@ -46,7 +46,7 @@ FIXED = {
 }
 MASK = QParams(np.array(1.0, np.float32))  # of what softmax takes as its mask: 1.0 and 0.0
 SUFFIX = {np.dtype(np.uint8): "u8", np.dtype(np.int16): "s16"}  # of names
-SUMS = ("add", "linear", "conv2d")  # make values that may be int16
+SUMS = ("add", "linear", "conv2d", "conv_transpose2d")  # make values that may be int16
 
 
 def why_float(node: Node) -> str:
@@ -222,29 +222,22 @@ class Ranges:
         self.wide = self._wide(regions)
 
     def _wide(self, regions: Sequence[Region]) -> set[Node]:
-        """What layer norms take, and what is added to that or made of it by adding: sums, or values
-        from outside, that nobody takes who cannot read int16."""
+        """Sums, and what layer norms take, that nobody takes who cannot read int16."""
         nodes = [node for region in regions for node in region.nodes]
-        sums = {node for node in nodes if node.op in SUMS and len(node.inputs) == 2}
-        near: dict[Node, set[Node]] = {}  # what is added together
-        for node in sums:
-            for value in sums.intersection(node.inputs):
-                one, two = self.find(node), self.find(value)
-                near.setdefault(one, set()).add(two)
-                near.setdefault(two, set()).add(one)
-        found = {self.find(node.inputs[0]) for node in nodes if node.op == "layer_norm"}
-        waiting = list(found)
-        while waiting:
-            more = near.get(waiting.pop(), set()) - found
-            found |= more
-            waiting += more
+        sums = [node for node in nodes if node.op in SUMS and len(node.inputs) == 2]
+        normed = [node.inputs[0] for node in nodes if node.op == "layer_norm"]
+        found = set(map(self.find, sums + normed))
         for node in nodes:
             if node.op == "layer_norm" and node.shape[-1] > MAX_WIDE_FEATURES:
                 found.discard(self.find(node.inputs[0]))
             for i, value in enumerate(node.inputs):
-                if i not in WIDE.get(node.op, ()) and node.op != "grid":
+                taken = i in WIDE.get(node.op, ()) and (
+                    node.op != "concat" or self.find(value) is self.find(node)
+                )
+                if not taken and node.op != "grid":
                     found.discard(self.find(value))
-            if node not in self.moved and node.op not in SUMS:
+                    found -= {self.find(node)} if node.op == "concat" else set()
+            if node.op not in (*MOVES, *SUMS):
                 found.discard(self.find(node))
         return found - self.fixed.keys()
 

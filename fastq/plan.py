@@ -35,7 +35,7 @@ from fastq.kernels.convolution import pack_conv2d
 from fastq.kernels.executor import get_num_threads
 from fastq.kernels.layers import stage_image
 from fastq.kernels.layout import border_row, copy_row, dequantize_row, permuted, quantize_row
-from fastq.kernels.lines import broadcast
+from fastq.kernels.lines import broadcast, join_lines
 from fastq.kernels.matmul import matmul_row
 from fastq.kernels.norms import layer_norm_row, softmax_row, softmax_weights_row
 from fastq.kernels.pointwise import add_row, affine_row, fill_row, mul_row, table_row
@@ -530,8 +530,8 @@ class _Planner:
                  if v in self.values]  # fmt: skip
         views = [View(At(0), mold.shape, mold.strides, kind) for mold, kind in molds]
         try:
-            collapse([broadcast(v, leading + v.shape[len(v.shape) - keep :]) for v in views],
-                     rank, keep)  # fmt: skip
+            views = [broadcast(v, leading + v.shape[len(v.shape) - keep :]) for v in views]
+            collapse(views, rank, keep) if keep else join_lines(views)
         except ValueError:
             return False
         return True
@@ -761,7 +761,7 @@ class _Planner:
             end = start + self.shapes[name][axis]
             index = [slice(None)] * mold.ndim
             index[axis] = slice(start, end)
-            target = storage.view(mold[tuple(index)], self.narrow)
+            target = storage.view(mold[tuple(index)], self.kinds[step.name])
             source = self.input(i, name)
             if source.place != target.place:
                 copy_row(self.call, source, target)
@@ -769,19 +769,20 @@ class _Planner:
 
     def row_pad(self, i: int, step: Step) -> None:
         storage, mold = self.values[step.name]
+        kind = self.kinds[step.name]
         widths, mode = step.arguments["widths"], step.arguments["mode"]
         ends = [(a, n - b) for n, (a, b) in zip(mold.shape, widths, strict=True)]  # of the input
         inside = tuple(slice(*pair) for pair in ends)
         if mode == "constant":
-            fill_row(self.call, storage.view(mold, self.narrow), step.arguments["value"])
-        target = storage.view(mold[inside], self.narrow)
+            fill_row(self.call, storage.view(mold, kind), step.arguments["value"])
+        target = storage.view(mold[inside], kind)
         copy_row(self.call, self.input(i, step.inputs[0]), target)
         if mode == "constant":
             return
         for axis in range(mold.ndim):  # the axes before it are whole by now
             here = mold[(slice(None),) * (axis + 1) + inside[axis + 1 :]]
             for pair in _borders(np.moveaxis(here, axis, 0), *ends[axis], mode):
-                border, source = (storage.view(part, self.narrow) for part in pair)
+                border, source = (storage.view(part, kind) for part in pair)
                 copy_row(self.call, source, border)
 
     def row_dilate(self, i: int, step: Step) -> None:

@@ -119,8 +119,9 @@ class Prepared:
             stands = watched.get(node)
             if stands is not None:
                 if stands not in self.observers:
-                    # int16 has steps for all of a range
-                    spec = "minmax" if stands in self.ranges.wide else self.config(node).observer
+                    spec = self.config(node).observer
+                    if stands in self.ranges.wide and spec == DEFAULT.observer:
+                        spec = "minmax"  # int16 has steps for all of a range
                     self.observers[stands] = make_observer(spec)
                 self.observers[stands].update(value.detach().numpy())
 

@@ -9,9 +9,9 @@ program needs no torch.
     ...         uint8 -> uint8
     dequantize  back to float32, the way out; conv2d and linear may end in float32 themselves
 
-Sums that layer norms take are int16: their values differ by orders of magnitude, and what a network
-adds to layer by layer would lose a little each time. quantize, add, conv2d and linear make int16;
-WIDE says who takes it.
+Sums are int16 where all who take them can read it, as layer norms do: their values differ by
+orders of magnitude, and what a network adds to layer by layer would lose a little each time.
+quantize, add, conv2d and linear make int16; WIDE says who takes it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from fastq.qparams import MAX_K, Dequant, Requant
 Array = NDArray[Any]
 Shape = tuple[int, ...]
 WAYS_IN = ("quantize", "grid")
-VIEWS = ("reshape", "permute", "slice")  # have their input's dtype, and mostly its memory
+VIEWS = ("reshape", "permute", "slice")  # have mostly their input's memory
+MOVED = (*VIEWS, "concat", "pad")  # have the dtype of their inputs, which is one
 # operation -> which of its inputs may be int16
 WIDE = {"dequantize": (0,), "layer_norm": (0,), "add": (0, 1), "conv2d": (1,), "linear": (1,),
-        **dict.fromkeys(VIEWS, (0,))}  # fmt: skip
+        **dict.fromkeys(MOVED, range(2**31))}  # fmt: skip
 MAX_VALUES = 2**44  # of one array: addresses stay within int64
 MAX_TAPS = 2**24  # of all windows along an axis: pooling lists them
 
@@ -131,7 +132,10 @@ class Program:
                         f"{' or '.join(wanted)} value that a step before it makes"
                     )
             check_arguments(step)
-            dtypes[step.name] = _dtype(step, *(dtypes[name] for name in step.inputs))
+            taken = [dtypes[name] for name in step.inputs]
+            if step.op == "concat" and len(set(taken)) > 1:
+                raise ValueError(f"Program: {step.name} concatenates {taken}; wanted one dtype")
+            dtypes[step.name] = _dtype(step, *taken)
         object.__setattr__(self, "dtypes", MappingProxyType(dtypes))
         names = [name for name, _ in self.outputs]
         floats = {n for n, dtype in dtypes.items() if dtype == "float32"} - set(self.inputs)
@@ -213,7 +217,7 @@ def _dtype(step: Step, *inputs: str) -> str:
         return "float32"
     if isinstance(epilogue, Requant):
         return epilogue.dtype.name
-    if step.op in VIEWS:
+    if step.op in MOVED:
         return inputs[0]
     return str(step.arguments.get("dtype", "uint8"))
 

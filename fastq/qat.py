@@ -210,6 +210,9 @@ class QATModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What `convert(self)` returns for these arguments, the same bits, with a gradient.
 
+        Torch's float operators between programs may round otherwise for tensors that ask for a
+        gradient: with them, the bits are the same under torch.no_grad.
+
         float32 tensors on the CPU, as the float model took them; under autocast too. TypeError
         and ValueError for other arguments.
         """
@@ -377,8 +380,11 @@ class _Pass:
         run = self.runs.get(node)
         if run is None:
             stand_in = replace(node, tensors=self.tensors[node])
+            given = [self.values[v] for v in node.inputs]
+            if not torch.is_grad_enabled():  # torch multiplies otherwise what asks for a gradient
+                stand_in.tensors = {key: t.detach() for key, t in stand_in.tensors.items()}
             with torch.autocast("cpu", enabled=False):  # as the integer network computes it
-                return evaluate(stand_in, [self.values[v] for v in node.inputs], self.sizes)
+                return evaluate(stand_in, given, self.sizes)
         for v in node.inputs:
             if v not in run.values:  # it comes from without
                 run.take(v, self.values[v])

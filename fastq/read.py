@@ -419,10 +419,16 @@ class Reader:
 
     def read_layer_norm(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x = a["input"]
-        if not isinstance(x, Node) or len(a["normalized_shape"]) != 1:
+        if not isinstance(x, Node):
             return None
-        tensors = {k: a[k] for k in ("weight", "bias") if isinstance(a.get(k), Tensor)}
-        return self.add(node, "layer_norm", [x], attrs={"eps": float(a["eps"])}, tensors=tensors)
+        tensors = {k: a[k].flatten() for k in ("weight", "bias") if isinstance(a.get(k), Tensor)}
+        lead = x.shape[: len(x.shape) - len(a["normalized_shape"])]
+        rows = (*lead, prod(x.shape[len(lead) :]))  # features over several axes are one line
+        lines = self.reshape(f"{node.name}_lines", x, rows)
+        assert lines is not None
+        y = self.add(node, "layer_norm", [lines], attrs={"eps": float(a["eps"])}, tensors=tensors,
+                     shape=rows)  # fmt: skip
+        return self.reshape(f"{node.name}_axes", y, x.shape)
 
     def read_add(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         return self.binary(node, "add", a, float(a.get("alpha") or 1))
@@ -952,7 +958,7 @@ class Reader:
     read_view = read_flatten = read_unflatten = read_squeeze = read_unsqueeze = read_reshape
     read__unsafe_view = read_reshape
 
-    def reshape(self, node: fx.Node, x: Node, shape: Sequence[int]) -> Node | None:
+    def reshape(self, node: fx.Node | str, x: Node, shape: Sequence[int]) -> Node | None:
         if x.op == "reshape" and x.inputs[0].shape == tuple(shape):
             return x.inputs[0]  # there and back
         groups = reshape_groups(x.shape, [int(n) for n in shape])
@@ -960,7 +966,8 @@ class Reader:
             return None
         if all(len(axes) == 1 and len(sizes) == 1 for axes, sizes in groups):
             return x
-        return self.add(node, "reshape", [x], attrs={"groups": groups})
+        shown = tuple(shape) if isinstance(node, str) else None
+        return self.add(node, "reshape", [x], attrs={"groups": groups}, shape=shown)
 
     def read_permute(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x = a["self"]

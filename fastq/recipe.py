@@ -5,7 +5,7 @@ programs it is a network that can be trained, or lowered again.
     recipe   nodes    [{name, op, inputs, attrs, layer, kind, shape, tensors: their keys}, ...]
              outputs  as those of a graph
              regions  [{nodes, inputs, outputs}, ...]: by name, one for each program
-             values   {name: [scale, zero_point]}, for the nodes that stand for a range
+             values   {name: [scale, zero_point, dtype]}, for the nodes that stand for a range
              bits     {layer: bits of its weight}
              any_extent
     tensors  "node.real_scale" of a layer's weight, "node.real_bias", "node.real_factor", ...
@@ -26,7 +26,7 @@ from fastq.lower import Ranges, Region, inputs_first
 from fastq.nn.network import NOTES, QuantizedModel, decode_value, encode_value
 from fastq.prepare import WEIGHTED, Prepared
 from fastq.qconfig import QConfig
-from fastq.qparams import QParams
+from fastq.qparams import QParams, clamp_of, value_dtype
 
 KINDS = {*OPERATIONS, "input", "constant", "aten"}
 
@@ -72,7 +72,9 @@ def write_recipe(prepared: Prepared) -> tuple[dict[str, Any], dict[str, Tensor]]
             }
             for region in prepared.regions
         ],
-        "values": {name: [float(q.scale), int(q.zero_point)] for name, q in values.items()},
+        "values": {
+            name: [float(q.scale), int(q.zero_point), q.dtype.name] for name, q in values.items()
+        },
         "bits": {node.name: prepared.config(node).weight_bits for node in layers},
         "any_extent": prepared.captured.any_extent,
     }
@@ -120,9 +122,12 @@ class _Reader:
         ]
         bits = {self.nodes[name]: QConfig(weight_bits=n) for name, n in recipe["bits"].items()}
         prepared = Prepared(captured, regions, {}, Ranges(regions), bits)
-        for name, (scale, zero_point) in recipe["values"].items():
-            node = self.nodes[name]
-            dtype = prepared.ranges.dtype(node)
+        prepared.ranges.wide.clear()  # the file says which, should another version choose others
+        for name, (scale, zero_point, of) in recipe["values"].items():
+            node, dtype = self.nodes[name], value_dtype(name, of)
+            clamp_of(name, dtype, None, None, zero_point)
+            if dtype == np.int16:
+                prepared.ranges.wide.add(prepared.ranges.find(node))
             qparams = QParams(np.array(scale, np.float32), np.array(zero_point, np.int32), dtype)
             prepared.set_qparams(node, qparams)
         steps = {step.name: step for program in network.programs for step in program.steps}

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import fastq
+from fastq.encode import VERSION
 from fastq.nn import QConv2d, QLinear
 from fastq.nn.network import _read_spec, _spec_text
 from fastq.serialize import load, save
@@ -273,7 +274,10 @@ HOSTILE_HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "deep within": (lambda h: '{"x":' + "[" * 980 + "]" * 980 + "}", "not JSON|another format"),
     "a list": (lambda h: "[]", "another format"),
     "format": (lambda h: h.update(format="other"), "another format"),
-    "newer": (lambda h: h.update(version=5), "version 5, this fastq reads 4"),
+    "newer": (
+        lambda h: h.update(version=VERSION + 1),
+        f"version {VERSION + 1}, this fastq reads {VERSION}",
+    ),
     "no version": (lambda h: [h.pop("version")], "version None"),
     "version text": (lambda h: h.update(version="1"), "version '1'"),
     "no layers": (lambda h: h.pop("layers"), "layers is None, wanted dict"),

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
+from torch import nn
 
 import fastq
 from fastq import commands, ops
@@ -178,3 +180,37 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "2 kernels for generic" in result.output and "2/2" in result.output
     result = CliRunner().invoke(commands.cli, ["warmup", "--network", "alexnet"])
     assert result.exit_code == 2 and "wanted one of bert" in result.output
+
+
+class Encoder(nn.Module):
+    """Attention with a mask of keys, norms before or after it; ids in, as a transformer's."""
+
+    def __init__(self, norm_first: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(
+            32, 4, 64, batch_first=True, norm_first=norm_first, activation="gelu"
+        )
+        self.words = nn.Embedding(50, 32)
+        self.places = nn.Parameter(torch.randn(10, 32))
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 3)
+
+    def forward(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.words(ids) + self.places)
+        return self.head(self.layers(x, src_key_padding_mask=hidden))
+
+
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+def test_a_whole_encoder_has_its_kernels(
+    isa: str, norm_first: bool, request: pytest.FixtureRequest
+) -> None:
+    """Programs ask for more than layers do: sums in int16, softmax, ways in and out."""
+    ids, hidden = torch.randint(0, 50, (4, 10)), torch.zeros(4, 10, dtype=torch.bool)
+    hidden[1:, 7:] = True
+    model = Encoder(norm_first).eval()
+    int8 = fastq.quantize_model(model, [{"ids": ids, "hidden": hidden}], progress=False)
+    assert "int16" in int8.programs[0].dtypes.values()
+    used = request.getfixturevalue("used")
+    int8(ids[:2], hidden[:2])
+    assert len(used) >= 15
+    assert used <= listed(isa, "bert")

@@ -17,6 +17,7 @@ from fastq import ops, reference
 from fastq.kernels import isa as isa_room
 from fastq.lower import Ranges
 from fastq.prepare import prepare
+from fastq.program import Program, Step
 from fastq.qparams import MAX_WIDE_FEATURES, Requant
 from fastq.weights import Conv2dWeight, LinearWeight
 
@@ -299,9 +300,12 @@ class Mixed(nn.Module):
 
 @pytest.mark.parametrize(
     "also, wide",
-    [(nn.Identity(), True), (nn.Linear(8, 8), False), (nn.Sigmoid(), False)],
-    ids=["add", "linear", "table"],
-)
+    [
+        (nn.Identity(), True), (nn.Linear(8, 8), False), (nn.Sigmoid(), False),
+        (nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (-1, 8))), True),
+    ],
+    ids=["add", "linear", "table", "reshape"],
+)  # fmt: skip
 def test_who_reads_a_sum(also: nn.Module, wide: bool) -> None:
     prepared = prepare(Mixed(also).eval(), [torch.randn(4, 8)])
     sums = [n for n in prepared.integer_nodes() if n.op in ("add", "linear") and len(n.inputs) == 2]
@@ -331,3 +335,103 @@ def test_a_sum_of_sums_and_reshapes_between() -> None:
     wanted = {y.ndim: y for y in program.reference(x[:5].numpy())}  # in any order
     for got in int8(x[:5]):
         assert_array_equal(got, wanted[got.ndim])
+
+
+class Merging(nn.Module):
+    """Neighbours of a sum side by side, and its edge padded, before a norm: as Swin does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(16)
+        with torch.no_grad():
+            self.second.bias[3] = 100.0
+            self.norm.weight[3] = self.norm.weight[11] = 0.01
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        y = nn.functional.pad(y + self.second(y), (0, 0, 1, 0))
+        return self.norm(torch.cat([y[:, ::2], y[:, 1::2]], -1))
+
+
+class Outside(nn.Module):
+    """A sum in each of two programs, with a norm between them that is asked to stay float."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.norm = nn.Linear(8, 8), nn.Linear(8, 8), norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.first(x) + x)
+        return self.second(y) + y
+
+
+@pytest.mark.parametrize("model, skip, count", [
+    (Merging(), (), 5),
+    (Outside(nn.LayerNorm(8)), nn.LayerNorm, 2), (Outside(nn.LayerNorm((7, 8))), (), 3),
+    (Outside(nn.Tanh()), (), 1),
+], ids=["concat and pad", "float norm",
+        "norm of two axes", "outputs"])  # fmt: skip
+def test_which_values_are_int16(
+    threads: int, model: nn.Module, skip: Any, count: int, tmp_path: Path
+) -> None:
+    model, x = model.eval(), torch.randn(16, 7, 8)
+    int8 = fastq.quantize_model(model, x, skip=skip, progress=False)
+    dtypes = [dtype for program in int8.programs for dtype in program.dtypes.values()]
+    assert dtypes.count("int16") == count
+    assert len(int8.programs) == (2 if skip else 1)
+    for given in (x, x[:3]):
+        want = int8(given)
+        if not skip:
+            assert_array_equal(want, int8.program.reference(given.numpy())[0])
+    with torch.no_grad():
+        error = int8(x) - model(x)
+    assert error.square().sum() < model(x).square().sum() * 10**-3
+    fastq.save(int8, tmp_path / "model.safetensors")
+    loaded = fastq.load(tmp_path / "model.safetensors")
+    assert_array_equal(loaded(x), int8(x))
+    with torch.no_grad():
+        assert_array_equal(fastq.prepare_qat(loaded).eval()(x), int8(x))
+
+
+def test_a_file_says_which_values_are_int16() -> None:
+    """One that was written where another choice was made is read as it was written."""
+    model, x = Outside(nn.LayerNorm(8)).eval(), torch.randn(16, 7, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ranges, "_wide", lambda self, regions: set())
+        narrow = fastq.quantize_model(model, x, progress=False)
+    with torch.no_grad():
+        trained = fastq.prepare_qat(narrow).eval()
+        assert_array_equal(trained(x), narrow(x))
+    assert "int16" not in fastq.convert(trained).program.dtypes.values()
+    recipe = narrow.layout.recipe["values"]
+    recipe[next(iter(recipe))][1:] = [3, "int16"]
+    with pytest.raises(ValueError, match="zero_point=3 of int16; wanted 0"):
+        fastq.prepare_qat(narrow)
+
+
+def test_the_observer_that_was_asked_for() -> None:
+    """int16 has the range that a user's observer finds, and twice that."""
+
+    class Fixed(fastq.MinMaxObserver):
+        def qparams(self) -> Any:
+            return fastq.choose_qparams(-40.0, 50.0)
+
+    model, x = Outside(nn.LayerNorm(8)).eval(), torch.randn(16, 7, 8)
+    config = fastq.QConfig(observer=Fixed)
+    int8 = fastq.quantize_model(model, x, config=config, progress=False)
+    ends = [s for s in int8.program.steps if s.op == "dequantize"]
+    assert [int8.program.dtypes[s.inputs[0]] for s in ends] == ["int16"]
+    assert ends[0].arguments["scale"] == pytest.approx(2 * 50 / 32767, rel=1e-2)
+
+
+def test_dtypes_are_not_mixed_in_a_concatenation() -> None:
+    model, x = Merging().eval(), torch.randn(4, 7, 8)
+    program = fastq.quantize_model(model, x, progress=False).program
+    steps = list(program.steps)
+    at = next(i for i, step in enumerate(steps) if step.op == "concat")
+    first = next(step.name for step in steps if program.dtypes[step.name] == "uint8")
+    mixed = Step("concat", steps[at].name, (first, steps[at].inputs[1]), steps[at].arguments)
+    with pytest.raises(ValueError, match=r"concatenates.*wanted one dtype"):
+        Program(program.inputs, (*steps[:at], mixed, *steps[at + 1 :]), program.outputs,
+                program.extents)  # fmt: skip

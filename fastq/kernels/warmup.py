@@ -56,24 +56,47 @@ def _epilogues(tier: str) -> tuple[str, ...]:
 
 
 def _sums(tier: str) -> tuple[str, ...]:
-    """Epilogues of what layer norms take."""
-    return "w16", f"w16+{_activations(tier)}", "w16+w16"
+    """Epilogues of sums in int16, and of what such a sum is added to."""
+    kind = _activations(tier)
+    return "w16", f"w16+{kind}", "w16+w16", f"{kind}+w16"
+
+
+def _lines(operations: Iterable[tuple[str, ...]]) -> Iterable[tuple[Any, ...]]:
+    """Operations, each with the kinds of its operands, on lines that lie side by side as a
+    program's do."""
+    for name, *kinds in operations:
+        yield name, tuple(kinds), tuple(ITEM_BYTES[kind] for kind in kinds), True
 
 
 def _pointwise(tier: str) -> Iterable[tuple[Any, ...]]:
-    """Lines whose operands lie side by side, as a program's do."""
-    item = ITEM_BYTES[kind := _activations(tier)]
-    yield from product(("add", "multiply"), [(kind,) * 3], [(item,) * 3], (True,))
-    yield "affine", (kind, kind, "f32", "f32"), (item, item, 4, 4), True
-    yield "table", (kind, kind), (item, item), True
-    yield "copy", (kind, kind), (item, item), True
-    yield "fill", (kind,), (item,), True
+    kind = _activations(tier)
+    yield from _lines(
+        [
+            ("add", kind, kind, kind),
+            ("multiply", kind, kind, kind),
+            ("affine", kind, kind, "f32", "f32"),
+            ("table", kind, kind),
+            ("copy", kind, kind),
+            ("copy", kind, "u8"),
+            ("fill", kind),
+            ("quantize", kind, "f32"),
+            ("dequantize", "f32", kind),
+        ]
+    )
+
+
+def _wide_pointwise(tier: str) -> Iterable[tuple[Any, ...]]:
+    """Sums in int16, their ways in and out."""
+    kind = _activations(tier)
+    added = (("w16", kind, kind), ("w16", "w16", kind), ("w16", kind, "w16"), ("w16", "w16", "w16"))
+    yield from _lines([("add", *kinds) for kinds in added])
+    yield from _lines([("quantize", "w16", "f32"), ("dequantize", "f32", "w16")])
 
 
 def _images(tier: str) -> Iterable[tuple[Any, ...]]:
     """Those of layers, and of networks whose inputs are planes of one or three channels."""
     kind = _activations(tier)
-    yield from (("f32", kind, 0, 0), ("u8", kind, 0, 0))
+    yield from (("f32", kind, 0, 0), ("f32", kind, 4, 4), ("u8", kind, 0, 0))
     yield from (("f32", kind, planes, whole) for planes in (1, 3) for whole in (planes, 4))
 
 
@@ -135,17 +158,14 @@ FAMILIES = (
         stage.stage_rows_kernel,
         lambda tier: product(("dynamic", "static", "u8"), (_activations(tier),)),
     ),
-    Family(
-        "conv",
-        stage.stage_image_kernel,
-        _images,
-    ),
+    Family("program", stage.stage_image_kernel, _images),
     Family("conv", stage.range_parts_kernel, lambda tier: [()]),
     Family("conv", stage.range_qparams_kernel, lambda tier: [()]),
-    Family("conv", pointwise.pointwise_kernel, _pointwise),
+    Family("program", pointwise.pointwise_kernel, _pointwise),
     Family("conv", windows.windows_kernel, _windows),
     Family("conv", layout.border_kernel, lambda tier: [(_activations(tier),)]),
-    Family("conv", layout.copy_kernel, _copies),
+    Family("program", layout.copy_kernel, _copies),
+    Family("attention", pointwise.pointwise_kernel, _wide_pointwise),
     Family(
         "attention",
         norms.softmax_kernel,
@@ -192,9 +212,9 @@ FAMILIES = (
 
 # networks by their layers; others have the kernels of one of these
 NETWORKS = {
-    "bert": ("linear", "attention"),
-    "resnet50": ("linear", "conv"),
-    "mobilenet": ("linear", "conv", "depthwise"),
+    "bert": ("linear", "program", "attention"),
+    "resnet50": ("linear", "program", "conv"),
+    "mobilenet": ("linear", "program", "conv", "depthwise"),
 }
 
 Kernel = tuple[Callable[..., Any], tuple[Any, ...]]  # a factory and its arguments
