@@ -91,7 +91,7 @@ _KIND = {
     _FLOAT32: "f32",
     _UINT8: "u8",
     _INT8: "s8",
-    _INT16: "w16",
+    _INT16: "s16",
     _INT32: "s32",
 }
 _BOUND_LAYERS = 8  # that a weight keeps: pairs of epilogue and input parameters

@@ -252,7 +252,7 @@ class _Planner:
         self.program, self.isa, self.packed = program, isa, packed
         self.narrow = ACTIVATIONS[emitter(isa).a_bytes]  # the kind of what is not wide
         self.kinds = {
-            name: {"uint8": self.narrow, "int16": "w16", "float32": "f32"}[dtype]
+            name: {"uint8": self.narrow, "int16": "s16", "float32": "f32"}[dtype]
             for name, dtype in program.dtypes.items()
         }
         self.steps, self.shapes = program.steps, program.shapes(*shapes)
@@ -655,7 +655,7 @@ class _Planner:
         """Whether an input is quantized as an image, with its frame, into a storage of its own."""
         storage, mold = self.values[step.name]
         zeros = storage.frame == NO_FRAME or storage.border == step.arguments["zero_point"]
-        narrow = self.kinds[step.name] != "w16"
+        narrow = self.kinds[step.name] != "s16"
         return narrow and mold.ndim == 4 and mold.shape == storage.shape and zeros
 
     def row_quantize(self, i: int, step: Step) -> None:

@@ -45,7 +45,7 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     return np.random.default_rng(list(request.node.name.encode()))
 
 
-@pytest.fixture(params=["u8", "s16"])
+@pytest.fixture(params=["u8", "u8x2"])
 def kind(request: pytest.FixtureRequest) -> str:
     """How activations are held in memory."""
     return str(request.param)

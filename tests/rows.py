@@ -12,7 +12,7 @@ from numpy.testing import assert_array_equal
 from fastq.kernels.call import Call, View
 
 CANARY = 0xA5
-KINDS = {"u8": np.uint8, "s16": np.int16, "f32": np.float32}
+KINDS = {"u8": np.uint8, "u8x2": np.int16, "f32": np.float32}
 
 
 def u8(rng: np.random.Generator, *shape: int) -> np.ndarray:

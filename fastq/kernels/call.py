@@ -22,8 +22,8 @@ from fastq.kernels.pack import aligned_empty
 
 MAX_SHAPES = 16  # input shapes whose calls are kept
 SLACK = 256  # bytes beyond the workspace that a kernel's vector loads may touch
-# "s16" has uint8 values, as some tiers hold them; "w16", wide values, has all of int16
-ITEM_BYTES = {"u8": 1, "s8": 1, "s16": 2, "w16": 2, "s32": 4, "f32": 4}
+# "u8x2" are uint8 values held as int16, as some tiers want them; "s16" has all of int16
+ITEM_BYTES = {"u8": 1, "s8": 1, "u8x2": 2, "s16": 2, "s32": 4, "f32": 4}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ scale's bits and A_ZERO_POINT the integer, elsewhere they hold addresses), one p
 after `A_PARAMS` rows ("row"), or one per column ("column").
 
 A task is one block of `A_BLOCK` columns of one row. Dequantizing reads, and quantizing writes,
-uint8, int8, int16 ("w16") or int32.
+uint8, int8, int16 ("s16") or int32.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def elementwise_line(
         x, out, count, step, zero_point, lo, hi = values[1:]
         x, out = (b.inttoptr(place, ptr) for place in (x, out))
         divisor = emit_divisor(b, step, target) if operation == "divide" else ()
-        signed = source in ("s8", "w16")
-        most = WIDE_LARGE if target == "w16" else LARGE
+        signed = source in ("s8", "s16")
+        most = WIDE_LARGE if target == "s16" else LARGE
         if target == "s8":  # uint8 with the upper half of the range turned round
             zero_point = b.add(zero_point, i32(128))
 

@@ -353,9 +353,9 @@ def task_place(args, task, width):  # type: ignore[no-untyped-def]
 def gemm_kernel(tile: Tile, epilogue: str, rows: str) -> Any:
     """The compiled kernel of a tile.
 
-    epilogue "s32", "f32", "u8", "s16" (uint8 values) or "w16" (int16); these three also with "+u8",
-    "+s16" or "+w16", the kind of what is added, or "+rows": a factor for each row. rows "affine" or
-    "table".
+    epilogue "s32", "f32", "u8", "u8x2" (uint8 values in int16) or "s16"; these three also with
+    "+u8", "+u8x2" or "+s16", the kind of what is added, or "+rows": a factor for each row. rows
+    "affine" or "table".
     """
     config = (*astuple(tile), epilogue, rows, sources_digest())
     width = tile.nr * tile.panels

@@ -213,7 +213,7 @@ def _by_stride(view: View) -> list[int]:
 def copy_row(call: Call, x: View, out: View, label: str = "") -> None:
     """Appends out = x: the same shape, any strides, up to 6 axes that do not join.
 
-    The kinds may be two of "u8" and "s16", or the same. x and out must not overlap.
+    The kinds may be two of "u8" and "u8x2", or the same. x and out must not overlap.
     """
     size = int(np.prod(out.shape))
     if size == 0:
@@ -269,7 +269,7 @@ def quantize_row(
 ) -> None:
     """Appends out = reference.quantize(x): float32 of any strides into uint8 values of any, or
     int16 where out is wide."""
-    ends = limits(np.dtype(np.int16 if out.kind == "w16" else np.uint8))
+    ends = limits(np.dtype(np.int16 if out.kind == "s16" else np.uint8))
     floats = float_parameters(zero_point, *ends, scale)
     ints = int_parameters(zero_point)
     if _lines_match([out, x]):

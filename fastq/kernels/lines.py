@@ -42,7 +42,7 @@ from fastq.kernels.simd import (
 OPERAND_FIELDS = 4  # address, and the strides of axes 0, 1, 2
 BLOCK = 8 * 1024  # elements of a task
 LONG = 512  # elements of a line whose beginning and end take little of its time
-ELEMENT = {"u8": i8, "s8": i8, "s16": i16, "w16": i16, "s32": i32, "f32": f32}
+ELEMENT = {"u8": i8, "s8": i8, "u8x2": i16, "s16": i16, "s32": i32, "f32": f32}
 
 
 def broadcast(view: View, shape: tuple[int, ...]) -> View:
@@ -202,10 +202,10 @@ def emit_rounded(
     """
     width, element = value.type.count, ELEMENT[kind]
     ints, shorts = vec(i32, width), vec(i16, width)
-    if not bounded or kind == "w16":
+    if not bounded or kind == "s16":
         value = clamp(b, value, splat(b, lo, width), splat(b, hi, width))
     steps = simd.call(b, f"llvm.lrint.v{width}i32.v{width}f32", ints, [value])
-    if kind == "w16":
+    if kind == "s16":
         return b.trunc(b.add(steps, splat(b, zero_point, width)), shorts)
     if element == i8 and width == widest() and "avx2" in target_features():
         q = _packed(b, steps, zero_point)
@@ -248,7 +248,7 @@ def emit_divisor(b: Any, scale: Any, kind: str) -> tuple[Any, ...]:
     With fused multiply-add: a power of two that brings the scale away from the ends of float32, the
     scale times that, and the reciprocal of this.
     """
-    if "fma" not in target_features() or kind == "w16":
+    if "fma" not in target_features() or kind == "s16":
         return (scale,)
     power = b.select(b.fcmp_ordered(">", scale, f32(2.0**60)), f32(2.0**-60), f32(1.0))
     power = b.select(b.fcmp_ordered("<", scale, f32(2.0**-60)), f32(2.0**60), power)

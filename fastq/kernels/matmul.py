@@ -172,7 +172,7 @@ def _pack_panel(
 
 @functools.cache
 def pack_kernel(kind: str, nr: int, transposed: bool, isa: str) -> Any:
-    """kind "u8" or "s16", of b."""
+    """kind "u8" or "u8x2", of b."""
     config = (kind, nr, int(transposed), isa, sources_digest())
 
     @native

@@ -146,7 +146,7 @@ def _exponential(masked, table, q, mask, peak, n):  # type: ignore[no-untyped-de
 def _sums(typingctx: Any, kind: Any, x: Any, count: Any) -> Any:
     """The sum of `count` values at x, and that of their squares; up to MAX_FEATURES of them, or
     MAX_WIDE_FEATURES. A square of an int16 is summed in two parts: both sums stay in int32."""
-    element, wide = ELEMENT[kind.literal_value], kind.literal_value == "w16"
+    element, wide = ELEMENT[kind.literal_value], kind.literal_value == "s16"
     item = i64(ITEM_BYTES[kind.literal_value])
     parts = 2 if wide else 1
     result = types.UniTuple(types.int64, 2)
@@ -199,7 +199,7 @@ def _inverse_root(typingctx: Any, spread: Any, epsilon: Any) -> Any:
 
 @functools.cache
 def softmax_kernel(kind: str, masked: bool) -> Any:
-    """kind "u8" or "s16", of x, out and, if there is one, the mask."""
+    """kind "u8" or "u8x2", of x, out and, if there is one, the mask."""
     config = (kind, int(masked), sources_digest())
     item = ITEM_BYTES[kind]
     scaled = line_config("scale", (kind, "s32"), (item, 4))
@@ -249,7 +249,7 @@ def softmax_kernel(kind: str, masked: bool) -> Any:
 
 @functools.cache
 def weights_kernel(kind: str, masked: bool) -> Any:
-    """kind "u8" or "s16", of x, out and, if there is one, the mask."""
+    """kind "u8" or "u8x2", of x, out and, if there is one, the mask."""
     config = (kind, int(masked), sources_digest())
     looked_up = line_config("table", (kind, kind), (ITEM_BYTES[kind],) * 2)
 
@@ -276,7 +276,7 @@ def weights_kernel(kind: str, masked: bool) -> Any:
 
 @functools.cache
 def inverse_sums_kernel(kind: str) -> Any:
-    """kind "u8" or "s16", of x. A line of out is one float32."""
+    """kind "u8" or "u8x2", of x. A line of out is one float32."""
     config = (kind, sources_digest())
 
     @native
@@ -294,7 +294,7 @@ def inverse_sums_kernel(kind: str) -> Any:
 
 @functools.cache
 def layer_norm_kernel(kind: str, target: str, bounded: bool) -> Any:
-    """kind of x "u8", "s16" or "w16", target of out "u8" or "s16"."""
+    """kind of x "u8", "u8x2" or "s16", target of out "u8" or "u8x2"."""
     config = (kind, sources_digest())
     kinds = (target, kind, "f32", "f32")
     steps = tuple(ITEM_BYTES[k] for k in kinds)
@@ -395,7 +395,7 @@ def layer_norm_row(
     n = x.shape[-1]
     if n == 0:
         return
-    most = MAX_WIDE_FEATURES if x.kind == "w16" else MAX_FEATURES
+    most = MAX_WIDE_FEATURES if x.kind == "s16" else MAX_FEATURES
     if n > most:
         raise ValueError(f"layer_norm: {n} features; exact up to {most}")
     columns = [np.array(np.broadcast_to(v, (n,)), np.float32) for v in (multiplier, shift)]

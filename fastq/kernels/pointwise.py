@@ -15,7 +15,7 @@
     requantized(v) = int(rint(clamp(v, lo, hi))) + zp, with (lo, hi) = (qmin, qmax) - zp
 
 Differences are exact in float32; each further operation rounds once, in the order written. "u8" is
-uint8, "s16" holds uint8 values, "w16" those of int16. The parameters are float32 FLOATS = lo, hi,
+uint8, "u8x2" holds uint8 values, "s16" those of int16. The parameters are float32 FLOATS = lo, hi,
 m0, m1 and int32 INTS = zp, zx, zy. Which element meets which: lines.py.
 """
 
@@ -113,7 +113,7 @@ def emit_pointwise(
             value = operand(n)
             if value.type.element == i32:
                 return value
-            return (b.sext if kinds[n] == "w16" else b.zext)(value, ints_of)
+            return (b.sext if kinds[n] == "s16" else b.zext)(value, ints_of)
 
         def real(value: Any) -> Any:
             return b.sitofp(value, floats_of)

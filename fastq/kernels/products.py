@@ -25,9 +25,9 @@ from fastq.qparams import Dequant, Epilogue, Requant
 from fastq.weights import LinearWeight
 
 # how a tier holds activations, by its a_bytes
-ACTIVATIONS = {1: "u8", 2: "s16"}
+ACTIVATIONS = {1: "u8", 2: "u8x2"}
 # of a product of its own, by the dtype of its Requant
-KINDS = {np.dtype(np.uint8): "u8", np.dtype(np.int16): "w16"}
+KINDS = {np.dtype(np.uint8): "u8", np.dtype(np.int16): "s16"}
 A_BLOCK_BYTES = 128 * 1024  # of activations that a block of MC rows works on, to stay in L2
 TASKS_A_THREAD = 8
 # Matrix tiles load lines of 64 bytes: six times slower where one lies across two of the cache's.

@@ -3,8 +3,8 @@
     s32   acc - row_zero_point * col_sum
     f32   clamp(float32(that) * (row_scale * scale) + bias, lo, hi)
     u8    int32(rint(clamp(float32(acc + bias) * scale [+ r], lo, hi))) + out_zero_point
-    s16   the same, stored as int16
-    w16   the same, and beyond uint8: all of int16
+    u8x2  the same, stored as int16
+    s16   the same, and beyond uint8: all of int16
     r     float32(add - add_zero_point) * add_scale, where something of the output's shape is added
 
 These three may have a factor for each row: row_scale * scale instead of scale.
@@ -54,7 +54,7 @@ from fastq.kernels.simd import (
 class Epilogue:
     """The epilogue of some columns: what it needs of the argument block is read here, once.
 
-    kind     "s32", "f32", "u8", "s16" or "w16".
+    kind     "s32", "f32", "u8", "u8x2" or "s16".
     columns  byte offsets into the per-column arrays, one for each panel of `vectors` vectors.
     field    field(index, type) reads the argument block.
     more     the kind of what is added, "rows" (a factor for each), or "".
@@ -95,7 +95,7 @@ class Epilogue:
             self.add_scale = self._scalar(block.ADD_SCALE, f32)
             zero = b.sitofp(load(b, i32, field(block.ADD_ZERO_POINT, ptr)), f32)
             if self.together > 1:  # what `_added` has in it
-                zero = b.fadd(zero, f32(2.0**23 + (2.0**15 if self.added == "w16" else 0)))
+                zero = b.fadd(zero, f32(2.0**23 + (2.0**15 if self.added == "s16" else 0)))
             self.add_zero_point = splat(b, zero, simd.lanes)
 
     def _per_column(self, index: int, kind: Any) -> list[Any]:
@@ -126,7 +126,7 @@ class Epilogue:
         """
         self.valid = valid
         for i, (acc_row, target) in enumerate(zip(accs, targets, strict=True)):
-            if self.kind in ("u8", "s16", "w16"):
+            if self.kind in ("u8", "u8x2", "s16"):
                 self._store_rounded(acc_row, target, rows[i], add_rows[i] if add_rows else None)
             else:
                 self._store_unrounded(acc_row, target, rows[i])
@@ -159,7 +159,7 @@ class Epilogue:
         q = [b.add(simd.pack(b, *pair), self.zero_point) for pair in batched(q, 2)]
         if self.together == 2:
             return larger(b, q[0], self.least)
-        if self.kind == "w16":
+        if self.kind == "s16":
             low, high = (larger(b, x, self.least) for x in q)
             return shuffle(b, low, high, self._halves())
         packed = simd.pack(b, *q)
@@ -177,7 +177,7 @@ class Epilogue:
         An integer i < 2^16 below the bits 0x4B00 is the float32 2^23 + i, exactly; those of int16
         are made positive for it by 2^15.
         """
-        b, wide = self.b, self.added == "w16"
+        b, wide = self.b, self.added == "s16"
         if self.together == 1:
             reals = [b.sitofp((b.sext if wide else b.zext)(r, self.ints), self.floats)]
         else:

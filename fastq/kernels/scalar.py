@@ -20,8 +20,8 @@ KINDS = {
     "s32": types.int32,
     "s64": types.int64,
     "u32": types.uint32,
+    "u8x2": types.int16,
     "s16": types.int16,
-    "w16": types.int16,
     "u8": types.uint8,
     "s8": types.int8,
 }

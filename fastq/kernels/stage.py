@@ -151,7 +151,7 @@ def _range_to_qparams(lo, hi, scale, zero_point, at):  # type: ignore[no-untyped
 
 @functools.cache
 def stage_rows_kernel(source: str, target: str) -> Any:
-    """source "dynamic" or "static" (float32), or "u8"; target "u8" or "s16". A task is a row.
+    """source "dynamic" or "static" (float32), or "u8"; target "u8" or "u8x2". A task is a row.
 
     "dynamic" also writes the row's scale and zero point; "static" reads one of each.
     """
@@ -272,7 +272,7 @@ def interleaved_planes(
 
 @functools.cache
 def stage_image_kernel(source: str, target: str, planes: int = 0, whole: int = 0) -> Any:
-    """source "f32", "u8" or "grid", target "u8" or "s16". A task is one padded line of one image.
+    """source "f32", "u8" or "grid", target "u8" or "u8x2". A task is one padded line of one image.
 
     "grid" is float32 with a factor and a shift for each channel, instead of one scale and one zero
     point; the padding is what 0 becomes.

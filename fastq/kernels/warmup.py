@@ -32,7 +32,7 @@ from fastq.kernels.native import Kernel as Native
 from fastq.kernels.simd import emitter
 from fastq.kernels.tiles import tiles_of
 
-INTEGERS = ("u8", "s8", "w16", "s32")
+INTEGERS = ("u8", "s8", "s16", "s32")
 LAYOUTS = ("tensor", "row", "column")
 
 
@@ -46,7 +46,7 @@ class Family(NamedTuple):
 
 def _activations(tier: str) -> str:
     """What the tiles of a tier read, as a kind of staging."""
-    return "s16" if emitter(tier).a_bytes == 2 else "u8"
+    return "u8x2" if emitter(tier).a_bytes == 2 else "u8"
 
 
 def _epilogues(tier: str) -> tuple[str, ...]:
@@ -58,7 +58,7 @@ def _epilogues(tier: str) -> tuple[str, ...]:
 def _sums(tier: str) -> tuple[str, ...]:
     """Epilogues of sums in int16, and of what such a sum is added to."""
     kind = _activations(tier)
-    return "w16", f"w16+{kind}", "w16+w16", f"{kind}+w16"
+    return "s16", f"s16+{kind}", "s16+s16", f"{kind}+s16"
 
 
 def _lines(operations: Iterable[tuple[str, ...]]) -> Iterable[tuple[Any, ...]]:
@@ -88,9 +88,9 @@ def _pointwise(tier: str) -> Iterable[tuple[Any, ...]]:
 def _wide_pointwise(tier: str) -> Iterable[tuple[Any, ...]]:
     """Sums in int16, their ways in and out."""
     kind = _activations(tier)
-    added = (("w16", kind, kind), ("w16", "w16", kind), ("w16", kind, "w16"), ("w16", "w16", "w16"))
+    added = (("s16", kind, kind), ("s16", "s16", kind), ("s16", kind, "s16"), ("s16", "s16", "s16"))
     yield from _lines([("add", *kinds) for kinds in added])
-    yield from _lines([("quantize", "w16", "f32"), ("dequantize", "f32", "w16")])
+    yield from _lines([("quantize", "s16", "f32"), ("dequantize", "f32", "s16")])
 
 
 def _images(tier: str) -> Iterable[tuple[Any, ...]]:
@@ -185,7 +185,7 @@ FAMILIES = (
     Family(
         "attention",
         norms.layer_norm_kernel,
-        lambda tier: product((_activations(tier), "w16"), (_activations(tier),), (False, True)),
+        lambda tier: product((_activations(tier), "s16"), (_activations(tier),), (False, True)),
     ),
     Family(
         "attention",

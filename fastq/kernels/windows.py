@@ -186,7 +186,7 @@ def windows_kernel(
     sums: str = "",
     bounded: bool = True,
 ) -> Any:
-    """kind "u8" or "s16"; taps 0 for a loop over the tables' counts, else unrolled.
+    """kind "u8" or "u8x2"; taps 0 for a loop over the tables' counts, else unrolled.
 
     sums, of "sum": "window", "row" or "tap", by what fits in 16 bits; bounded: see emit_rounded.
     """
