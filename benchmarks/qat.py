@@ -1,14 +1,14 @@
 """`python -m benchmarks.qat DIR`: what training on the integer program's values gives, beside
 calibration alone. DIR is that of `fastq bench --accuracy`.
 
-The network learns to give the float network's outputs on the calibration images, mirrored and
-shifted: no labels are needed, and the float network's knowledge is what shall be kept. Batch norms
-and ranges are frozen: so few images would only make them worse.
+Training starts from what calibration with the default remedies made. The network learns to give the
+float network's outputs on the calibration images, mirrored and shifted: no labels are needed, and
+the float network's knowledge is what shall be kept. Batch norms and ranges are frozen: so few
+images would only make them worse.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Iterator
@@ -40,18 +40,17 @@ def varied(images: torch.Tensor) -> torch.Tensor:
 
 
 def train(
-    teacher: nn.Module, data: list[torch.Tensor], config: fastq.QConfig, epochs: int
+    teacher: nn.Module, start: nn.Module, data: list[torch.Tensor], rate: float, epochs: int
 ) -> nn.Module:
-    """The teacher in integers, trained to give its outputs."""
+    """The integer network `start`, trained to give the teacher's outputs."""
     torch.manual_seed(0)
-    start = torch.cat(data)[:IMAGES].split(100)
-    model = fastq.prepare_qat(copy.deepcopy(teacher), start, config=config, progress=False)
+    model = fastq.prepare_qat(start)
     model.freeze_batch_norm().freeze_ranges()
     images = torch.cat(data)
     steps = epochs * math.ceil(len(images) / BATCH)
-    optimizer = torch.optim.Adam(model.parameters(), lr=RATES[config.weight_bits])
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=RATES[config.weight_bits], total_steps=steps, pct_start=0.1
+        optimizer, max_lr=rate, total_steps=steps, pct_start=0.1
     )
     for epoch in range(epochs):
         total = 0.0
@@ -70,13 +69,13 @@ def train(
 
 
 def methods(task: Any, config: fastq.QConfig, epochs: int) -> Iterator[Any]:
-    model = task.build()
+    model, rate = task.build(), RATES[config.weight_bits]
     for names in ("none", "+".join(DEFAULT)):
         start = time.perf_counter()
         made = quantized(model, task.calib(IMAGES), names, config)
         yield f"{config.weight_bits} bit {names}", made, time.perf_counter() - start
     start, busy = time.perf_counter(), time.process_time()
-    trained = train(model, task.calib(TRAINING_IMAGES), config, epochs)
+    trained = train(model, made, task.calib(TRAINING_IMAGES), rate, epochs)
     seconds, busy = time.perf_counter() - start, time.process_time() - busy
     click.echo(f"  {seconds:.0f} s, {busy:.0f} s of CPU time")
     yield f"{config.weight_bits} bit QAT, {epochs} epochs", trained, seconds
