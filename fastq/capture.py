@@ -234,6 +234,10 @@ def _generalize(first: Graph, second: Graph, sizes: Sizes, sizes_too: Sizes) -> 
                 args = (Ref(0), *(one.attrs[key] for key in ("dim", "start", "end", "step")))
                 one.op = "aten"
                 one.attrs = {"target": "aten.slice.Tensor", "args": args, "kwargs": {}}
+            if one.op == "layer_norm" and _has_size(one.attrs) and not one.tensors:
+                args = (Ref(0), one.attrs["shape"], None, None, one.attrs["eps"])
+                one.op = "aten"
+                one.attrs = {"target": "aten.layer_norm.default", "args": args, "kwargs": {}}
             if one.op != "aten" and _has_size(one.attrs):
                 raise CannotCapture(f"{one.name}: {one.op} depends on the size of the input")
         for key, tensor in one.tensors.items():

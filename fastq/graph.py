@@ -370,7 +370,8 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "matmul": lambda node, x, y: torch.matmul(x, y) * node.attrs.get("factor", 1.0),
     "softmax": _softmax,
     "layer_norm": lambda node, x: F.layer_norm(
-        x, x.shape[-1:], node.tensors.get("weight"), node.tensors.get("bias"), node.attrs["eps"]
+        x, node.attrs["shape"], eps=node.attrs["eps"],
+        **{name: tensor.flatten() for name, tensor in node.tensors.items()},
     ),
     "max_pool2d": lambda node, x: F.max_pool2d(x, **node.attrs["pool"]),
     "avg_pool2d": lambda node, x: F.avg_pool2d(x, **node.attrs["pool"]),

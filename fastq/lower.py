@@ -234,9 +234,11 @@ class Ranges:
                 taken = i in WIDE.get(node.op, ()) and (
                     node.op != "concat" or self.find(value) is self.find(node)
                 )
-                if not taken and node.op != "grid":
-                    found.discard(self.find(value))
-                    found -= {self.find(node)} if node.op == "concat" else set()
+                if taken or node.op == "grid":
+                    continue
+                found.discard(self.find(value))
+                if node.op == "concat":  # of a softmax, which is uint8: so are all its parts
+                    found.discard(self.find(node))
             if node.op not in (*MOVES, *SUMS):
                 found.discard(self.find(node))
         return found - self.fixed.keys()
@@ -651,8 +653,8 @@ class _Lowering:
         (x,) = node.inputs
         name = self.features_last(x, node)
         n, scale, x_scale = x.shape[-1], self.scale(node), self.scale(x)
-        weight = node.tensors.get("weight", torch.ones(n)).detach().double().numpy()
-        bias = node.tensors.get("bias", torch.zeros(n)).detach().double().numpy()
+        weight = node.tensors.get("weight", torch.ones(n)).detach().double().flatten().numpy()
+        bias = node.tensors.get("bias", torch.zeros(n)).detach().double().flatten().numpy()
         return self.emit(
             "layer_norm", node.name, [name], self.axes[name], node,
             multiplier=(weight / scale).astype(np.float32), shift=(bias / scale).astype(np.float32),

@@ -121,7 +121,7 @@ class Prepared:
                 if stands not in self.observers:
                     spec = self.config(node).observer
                     if stands in self.ranges.wide and spec == DEFAULT.observer:
-                        spec = "minmax"  # int16 has steps for all of a range
+                        spec = "minmax"
                     self.observers[stands] = make_observer(spec)
                 self.observers[stands].update(value.detach().numpy())
 

@@ -32,11 +32,12 @@ from fastq.qparams import MAX_K, Dequant, Requant
 Array = NDArray[Any]
 Shape = tuple[int, ...]
 WAYS_IN = ("quantize", "grid")
-VIEWS = ("reshape", "permute", "slice")  # have mostly their input's memory
+VIEWS = ("reshape", "permute", "slice")  # mostly have their input's memory
 MOVED = (*VIEWS, "concat", "pad")  # have the dtype of their inputs, which is one
+ANY = range(2**31)  # of how many inputs there are
 # operation -> which of its inputs may be int16
 WIDE = {"dequantize": (0,), "layer_norm": (0,), "add": (0, 1), "conv2d": (1,), "linear": (1,),
-        **dict.fromkeys(MOVED, range(2**31))}  # fmt: skip
+        **dict.fromkeys(MOVED, ANY)}  # fmt: skip
 MAX_VALUES = 2**44  # of one array: addresses stay within int64
 MAX_TAPS = 2**24  # of all windows along an axis: pooling lists them
 

@@ -380,11 +380,10 @@ class _Pass:
         run = self.runs.get(node)
         if run is None:
             stand_in = replace(node, tensors=self.tensors[node])
-            given = [self.values[v] for v in node.inputs]
-            if not torch.is_grad_enabled():  # torch multiplies otherwise what asks for a gradient
+            if not torch.is_grad_enabled():  # with one to compute, torch may round otherwise
                 stand_in.tensors = {key: t.detach() for key, t in stand_in.tensors.items()}
             with torch.autocast("cpu", enabled=False):  # as the integer network computes it
-                return evaluate(stand_in, given, self.sizes)
+                return evaluate(stand_in, [self.values[v] for v in node.inputs], self.sizes)
         for v in node.inputs:
             if v not in run.values:  # it comes from without
                 run.take(v, self.values[v])

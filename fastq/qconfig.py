@@ -16,8 +16,8 @@ class QConfig:
                   became part of it: a name ("minmax", "moving_average", "histogram",
                   "percentile", "entropy"), or a class or function without arguments that makes an
                   observer; see `fastq.make_observer`. The network's inputs take the one that is
-                  given for all layers. Sums in int16 have room for twice the range that it finds,
-                  and by default it is "minmax" for them.
+                  given for all layers. Sums in int16 have room for twice the range that it finds;
+                  "histogram" is "minmax" for them, which have steps for all of a range.
     weight_range  how its weights' range is found: "max" or "mse"; see `fastq.quantize_weight`.
     weight_bits   2 to 8 bits for the weights, stored as int8.
 

@@ -3,7 +3,7 @@
     real = scale * (q - zero_point)
 
 Activations are uint8 and affine; weights are int8, symmetric, one scale per output channel. Sums
-that only additions and layer norms take are int16, symmetric.
+that neither products nor tables take are int16, symmetric.
 This room is plain NumPy; every other room imports it.
 """
 

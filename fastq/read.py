@@ -421,13 +421,16 @@ class Reader:
         x = a["input"]
         if not isinstance(x, Node):
             return None
-        tensors = {k: a[k].flatten() for k in ("weight", "bias") if isinstance(a.get(k), Tensor)}
-        lead = x.shape[: len(x.shape) - len(a["normalized_shape"])]
-        rows = (*lead, prod(x.shape[len(lead) :]))  # features over several axes are one line
+        count = len(a["normalized_shape"])
+        tensors = {k: a[k] for k in ("weight", "bias") if isinstance(a.get(k), Tensor)}
+        if count == len(x.shape) or (count > 1 and not tensors):
+            return None  # its sizes may follow the input's
+        rows = (*x.shape[:-count], prod(x.shape[-count:]))  # several axes are one line
         lines = self.reshape(f"{node.name}_lines", x, rows)
-        assert lines is not None
-        y = self.add(node, "layer_norm", [lines], attrs={"eps": float(a["eps"])}, tensors=tensors,
-                     shape=rows)  # fmt: skip
+        if lines is None:
+            return None
+        attrs = {"shape": rows[-1:], "eps": float(a["eps"])}
+        y = self.add(node, "layer_norm", [lines], attrs=attrs, tensors=tensors, shape=rows)
         return self.reshape(f"{node.name}_axes", y, x.shape)
 
     def read_add(self, node: fx.Node, a: dict[str, Any]) -> Node | None:

@@ -1,4 +1,4 @@
-"""int16, which layer norms take: the same bits as the definition, everywhere, and what it wins."""
+"""int16, which sums are: the same bits as the definition, everywhere, and what it wins."""
 
 from __future__ import annotations
 
@@ -390,8 +390,11 @@ def test_which_values_are_int16(
     fastq.save(int8, tmp_path / "model.safetensors")
     loaded = fastq.load(tmp_path / "model.safetensors")
     assert_array_equal(loaded(x), int8(x))
+    trained = fastq.prepare_qat(loaded).eval()
     with torch.no_grad():
-        assert_array_equal(fastq.prepare_qat(loaded).eval()(x), int8(x))
+        assert_array_equal(trained(x), int8(x))
+    of_floats = fastq.prepare_qat(model, x, skip=skip).state_dict()
+    assert all(of_floats[name].shape == t.shape for name, t in trained.named_parameters())
 
 
 def test_a_file_says_which_values_are_int16() -> None:
@@ -435,3 +438,23 @@ def test_dtypes_are_not_mixed_in_a_concatenation() -> None:
     with pytest.raises(ValueError, match=r"concatenates.*wanted one dtype"):
         Program(program.inputs, (*steps[:at], mixed, *steps[at + 1 :]), program.outputs,
                 program.extents)  # fmt: skip
+
+
+@pytest.mark.parametrize("axes", [slice(None), slice(1, None), slice(1, 2)], ids=str)
+def test_a_norm_of_as_many_features_as_the_example_has(axes: slice) -> None:
+    """It stays float: its shape follows the input's."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x) + x
+            y = y.transpose(1, 2) if axes.stop else y
+            return nn.functional.layer_norm(y, x.shape[axes])
+
+    model = Net().eval()
+    int8 = fastq.quantize_model(model, torch.randn(16, 7, 8), progress=False)
+    for shape in ((16, 7, 8), (3, 7, 8), (5, 9, 8)):
+        assert noise(model, int8, torch.randn(shape)) > 25

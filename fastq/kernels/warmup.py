@@ -91,6 +91,7 @@ def _wide_pointwise(tier: str) -> Iterable[tuple[Any, ...]]:
     added = (("s16", kind, kind), ("s16", "s16", kind), ("s16", kind, "s16"), ("s16", "s16", "s16"))
     yield from _lines([("add", *kinds) for kinds in added])
     yield from _lines([("quantize", "s16", "f32"), ("dequantize", "f32", "s16")])
+    yield from _lines([("copy", "s16", "s16"), ("fill", "s16")])
 
 
 def _images(tier: str) -> Iterable[tuple[Any, ...]]:
@@ -100,9 +101,8 @@ def _images(tier: str) -> Iterable[tuple[Any, ...]]:
     yield from (("f32", kind, planes, whole) for planes in (1, 3) for whole in (planes, 4))
 
 
-def _copies(tier: str) -> Iterable[tuple[Any, ...]]:
+def _copies(kind: str) -> Iterable[tuple[Any, ...]]:
     """Those of tiles by the widths that most numbers of channels take."""
-    kind = _activations(tier)
     ways = ("lines", ()), ("elements", ()), *(("tiles", layout.widths(n)) for n in (3, 8, 16, 24))
     return ((kind, kind, *way) for way in dict.fromkeys(ways))
 
@@ -164,7 +164,8 @@ FAMILIES = (
     Family("program", pointwise.pointwise_kernel, _pointwise),
     Family("conv", windows.windows_kernel, _windows),
     Family("conv", layout.border_kernel, lambda tier: [(_activations(tier),)]),
-    Family("program", layout.copy_kernel, _copies),
+    Family("program", layout.copy_kernel, lambda tier: _copies(_activations(tier))),
+    Family("attention", layout.copy_kernel, lambda tier: _copies("s16")),
     Family("attention", pointwise.pointwise_kernel, _wide_pointwise),
     Family(
         "attention",
