@@ -33,7 +33,7 @@ from fastq.graph import Sizes
 from fastq.kernels import isa, peak
 from fastq.layerwise import ratio
 from fastq.nn.network import Stage
-from fastq.plan import BoundProgram, plan
+from fastq.plan import plan
 from fastq.profiling import memory as memory_of
 
 IMAGES_SEED = 1000
@@ -172,7 +172,7 @@ def check(subject: Subject, got: Any) -> None:
         wanted = program.program.reference(*arrays)
         for tier in isa.runnable():
             with isa.using(tier):
-                results = BoundProgram(program.program)(*arrays)  # packed for this, then forgotten
+                results = program(*arrays)
             for name, y, want in zip(stage.outputs, results, wanted, strict=True):
                 assert np.array_equal(y, want), f"{name} differs from fastq.reference on {tier}"
         return [torch.from_numpy(y) for y in wanted]

@@ -199,6 +199,14 @@ def _general(first: tuple[_Exported, Sizes], second: tuple[_Exported, Sizes]) ->
     return one
 
 
+# Operations that torch has for as many values as the example has: its operator, and the attributes
+# that are its arguments.
+FOLLOWING = {
+    "slice": ("aten.slice.Tensor", ("dim", "start", "end", "step")),
+    "layer_norm": ("aten.layer_norm.default", ("shape", "weight", "bias", "eps")),  # without these
+}
+
+
 def _generalize(first: Graph, second: Graph, sizes: Sizes, sizes_too: Sizes) -> None:
     """Turns what differs with the sizes of the example into Size, in `first`.
 
@@ -230,14 +238,10 @@ def _generalize(first: Graph, second: Graph, sizes: Sizes, sizes_too: Sizes) -> 
             one.attrs["groups"] = _joined_groups(one.name, *groups)
         else:
             one.attrs = joined(one.name, one.attrs, two.attrs)
-            if one.op == "slice" and _has_size(one.attrs):  # as many as the example has
-                args = (Ref(0), *(one.attrs[key] for key in ("dim", "start", "end", "step")))
-                one.op = "aten"
-                one.attrs = {"target": "aten.slice.Tensor", "args": args, "kwargs": {}}
-            if one.op == "layer_norm" and _has_size(one.attrs) and not one.tensors:
-                args = (Ref(0), one.attrs["shape"], None, None, one.attrs["eps"])
-                one.op = "aten"
-                one.attrs = {"target": "aten.layer_norm.default", "args": args, "kwargs": {}}
+            if one.op in FOLLOWING and _has_size(one.attrs) and not one.tensors:
+                target, arguments = FOLLOWING[one.op]
+                args = (Ref(0), *(one.attrs.get(key) for key in arguments))
+                one.op, one.attrs = "aten", {"target": target, "args": args, "kwargs": {}}
             if one.op != "aten" and _has_size(one.attrs):
                 raise CannotCapture(f"{one.name}: {one.op} depends on the size of the input")
         for key, tensor in one.tensors.items():

@@ -231,15 +231,11 @@ class Ranges:
             if node.op == "layer_norm" and node.shape[-1] > MAX_WIDE_FEATURES:
                 found.discard(self.find(node.inputs[0]))
             for i, value in enumerate(node.inputs):
-                taken = i in WIDE.get(node.op, ()) and (
-                    node.op != "concat" or self.find(value) is self.find(node)
-                )
-                if taken or node.op == "grid":
-                    continue
-                found.discard(self.find(value))
-                if node.op == "concat":  # of a softmax, which is uint8: so are all its parts
-                    found.discard(self.find(node))
-            if node.op not in (*MOVES, *SUMS):
+                if i not in WIDE.get(node.op, ()) and node.op != "grid":
+                    found.discard(self.find(value))
+            # with a softmax, which has a range of its own, all parts of a concatenation are uint8
+            one = node.op != "concat" or {self.find(v) for v in node.inputs} == {self.find(node)}
+            if node.op not in (*MOVES, *SUMS) or not one:
                 found.discard(self.find(node))
         return found - self.fixed.keys()
 

@@ -16,6 +16,7 @@ from torch import nn
 import fastq
 from fastq import commands
 from fastq.kernels import isa, peak
+from fastq.plan import BoundProgram
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not an installed package
 
@@ -125,12 +126,12 @@ def test_wrong_answers_are_found(
 def test_a_wrong_answer_of_another_tier_is_found(
     subject: model_peers.Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    got, run = subject.quantized(subject.x).numpy(), models.BoundProgram.__call__
+    got, run = subject.quantized(subject.x).numpy(), BoundProgram.__call__
 
     def altered(bound: Any, *inputs: Any) -> Any:
         return [y + (isa.current() == "generic") for y in run(bound, *inputs)]
 
-    monkeypatch.setattr(models.BoundProgram, "__call__", altered)
+    monkeypatch.setattr(BoundProgram, "__call__", altered)
     with pytest.raises(AssertionError, match=r"differs from fastq\.reference on generic"):
         models.check(subject, got)
 

@@ -88,8 +88,7 @@ def _pointwise(tier: str) -> Iterable[tuple[Any, ...]]:
 def _wide_pointwise(tier: str) -> Iterable[tuple[Any, ...]]:
     """Sums in int16, their ways in and out."""
     kind = _activations(tier)
-    added = (("s16", kind, kind), ("s16", "s16", kind), ("s16", kind, "s16"), ("s16", "s16", "s16"))
-    yield from _lines([("add", *kinds) for kinds in added])
+    yield from _lines(("add", "s16", *added) for added in product((kind, "s16"), repeat=2))
     yield from _lines([("quantize", "s16", "f32"), ("dequantize", "f32", "s16")])
     yield from _lines([("copy", "s16", "s16"), ("fill", "s16")])
 
