@@ -11,6 +11,7 @@ import numpy as np
 
 from fastq.qparams import (
     FLT_MAX,
+    MAX_FACTOR,
     MAX_FEATURES,
     MAX_WIDE_FEATURES,
     Dequant,
@@ -50,10 +51,10 @@ def _array(dtype: Any, *ndims: int) -> Check:
     def fits(v: Any) -> bool:
         if not isinstance(v, np.ndarray | np.generic):
             return False
-        small = v.dtype.kind != "f" or bool((np.abs(v) <= LARGEST_FACTOR).all())
+        small = v.dtype.kind != "f" or bool((np.abs(v) <= MAX_FACTOR).all())
         return v.dtype == dtype and v.ndim in ndims and small
 
-    most = f", each up to {LARGEST_FACTOR:.3g}" if dtype is np.float32 else ""
+    most = f", each up to {MAX_FACTOR:.3g}" if dtype is np.float32 else ""
     return Check(f"{np.dtype(dtype)} of {' or '.join(map(str, ndims))} axes{most}", fits)
 
 
@@ -90,7 +91,6 @@ def _is_mode(v: Any) -> bool:
 # torch's name of what lies around a value that is padded -> NumPy's
 PADDING_MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge",
                  "circular": "wrap"}  # fmt: skip
-LARGEST_FACTOR = 2.0**96  # a product with it stays finite in float32
 MAX_AXES = 32  # of a value
 STEP = _whole(0, 255)
 COUNT = _whole(0, 2**40)
@@ -103,9 +103,9 @@ SPAN = _each(_whole(0, LARGEST), 2)
 FLAG = _kind(bool)
 DTYPE = Check("'uint8' or 'int16'", lambda v: isinstance(v, str) and v in ("uint8", "int16"))
 SCALE = _real(float(np.finfo(np.float32).smallest_subnormal), FLT_MAX)  # a divisor in float32
-FACTOR = _real(-LARGEST_FACTOR, LARGEST_FACTOR)
+FACTOR = _real(-MAX_FACTOR, MAX_FACTOR)
 EPSILON = _real(1e-70, FLT_MAX)  # its root's inverse stays finite in float32
-MULTIPLIER = _real(float(np.finfo(np.float64).smallest_subnormal), LARGEST_FACTOR)
+MULTIPLIER = _real(float(np.finfo(np.float64).smallest_subnormal), MAX_FACTOR)
 REQUANTIZED = {"zero_point": STEP, "qmin": STEP, "qmax": STEP}
 END = _whole(-(2**15), 2**15 - 1)  # of a clamp; within the dtype, see `clamp_of`
 POOL = {"kernel_size": PAIR, "stride": PAIR, "padding": SPAN, "ceil_mode": FLAG}
@@ -113,6 +113,7 @@ AVERAGE = {"multiplier": MULTIPLIER, "x_zero_point": STEP, **REQUANTIZED}
 TWO = {"a_zero_point": STEP, "b_zero_point": STEP, **REQUANTIZED}
 RESIZE = {"output_size": _maybe(PAIR), "scale_factor": _maybe(_each(SCALE, 2))}
 VECTOR, VECTORS = _array(np.float32, 0, 1), _array(np.float32, 1)
+NORM = {"multiplier": VECTOR, "shift": VECTOR, "epsilon": EPSILON, **REQUANTIZED}
 FACTORS = Check(f"{VECTORS.wanted}, over 0", _is_factor)
 EPILOGUE = _kind(Requant, Dequant)
 
@@ -133,7 +134,8 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     "table": {"values": _array(np.uint8, 1, 2)},
     "softmax": {"scale": SCALE, "uniform": FLAG},
     "softmax_weights": {"scale": SCALE, "uniform": FLAG},
-    "layer_norm": {"multiplier": VECTOR, "shift": VECTOR, "epsilon": EPSILON, **REQUANTIZED},
+    "layer_norm": NORM,
+    "group_norm": {"groups": _whole(1, LARGEST), **NORM},
     "max_pool2d": {**POOL, "dilation": PAIR},
     "avg_pool2d": {**POOL, "count_include_pad": FLAG,
                    "divisor_override": _maybe(_whole(1, 2**31 - 1)), **AVERAGE},
@@ -205,10 +207,10 @@ def _check_epilogue(step: Any, epilogue: Any) -> None:
         case _:
             return
     largest = max(float(np.max(factor, initial=0.0)) for factor in factors)
-    if largest > LARGEST_FACTOR:
+    if largest > MAX_FACTOR:
         raise ValueError(
             f"{step.name}: an epilogue with a factor of {largest:.3g}; "
-            f"wanted up to {LARGEST_FACTOR:.3g}"
+            f"wanted up to {MAX_FACTOR:.3g}"
         )
 
 

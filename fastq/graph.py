@@ -350,6 +350,13 @@ def reshaped(shape: Iterable[int], groups: Any) -> list[int]:
     return result
 
 
+def _concat(node: Node, *xs: Tensor) -> Tensor:
+    """The others' axes broadcast: a constant is the same for all images."""
+    dim = node.attrs["dim"]
+    whole = torch.broadcast_shapes(*(x.narrow(dim, 0, 0).shape for x in xs))
+    return torch.cat([x.expand(*whole[:dim], x.shape[dim], *whole[dim + 1 :]) for x in xs], dim)
+
+
 def _slice(node: Node, x: Tensor) -> Tensor:
     a = node.attrs
     index = [slice(None)] * x.dim()
@@ -373,6 +380,9 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
         x, node.attrs["shape"], eps=node.attrs["eps"],
         **{name: tensor.flatten() for name, tensor in node.tensors.items()},
     ),
+    "group_norm": lambda node, x: F.group_norm(
+        x, node.attrs["groups"], eps=node.attrs["eps"], **node.tensors
+    ),
     "max_pool2d": lambda node, x: F.max_pool2d(x, **node.attrs["pool"]),
     "avg_pool2d": lambda node, x: F.avg_pool2d(x, **node.attrs["pool"]),
     "adaptive_avg_pool2d": lambda node, x: F.adaptive_avg_pool2d(x, node.attrs["output_size"]),
@@ -381,7 +391,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "upsample_bilinear2d": lambda node, x: F.interpolate(
         x, **node.attrs["size"], mode="bilinear", align_corners=node.attrs["align_corners"]
     ),
-    "concat": lambda node, *x: torch.cat(x, node.attrs["dim"]),
+    "concat": _concat,
     "reshape": _reshape,
     "permute": lambda node, x: x.permute(node.attrs["dims"]),
     "slice": _slice,

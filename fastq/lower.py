@@ -46,6 +46,7 @@ FIXED = {
 }
 MASK = QParams(np.array(1.0, np.float32))  # of what softmax takes as its mask: 1.0 and 0.0
 SUFFIX = {np.dtype(np.uint8): "u8", np.dtype(np.int16): "s16"}  # of names
+NORMS = ("layer_norm", "group_norm")
 SUMS = ("add", "linear", "conv2d", "conv_transpose2d")  # make values that may be int16
 
 
@@ -81,7 +82,7 @@ def why_float(node: Node) -> str:
             return "multiplies by a constant tensor"
     if node.op == "pad" and (len(node.attrs["pad"]) % 2 or min(node.attrs["pad"]) < 0):
         return "its padding is negative"
-    if node.op in ("affine", "prelu") and not 2 <= len(node.shape) <= 4:
+    if node.op in ("affine", "prelu", "group_norm") and not 2 <= len(node.shape) <= 4:
         return f"has {len(node.shape)} axes, wanted 2 to 4"
     if len(node.shape) > 6:
         return f"has {len(node.shape)} axes, wanted at most 6"
@@ -222,10 +223,10 @@ class Ranges:
         self.wide = self._wide(regions)
 
     def _wide(self, regions: Sequence[Region]) -> set[Node]:
-        """Sums, and what layer norms take, that nobody takes who cannot read int16."""
+        """Sums, and what norms take, that nobody takes who cannot read int16."""
         nodes = [node for region in regions for node in region.nodes]
         sums = [node for node in nodes if node.op in SUMS and len(node.inputs) == 2]
-        normed = [node.inputs[0] for node in nodes if node.op == "layer_norm"]
+        normed = [node.inputs[0] for node in nodes if node.op in NORMS]
         found = set(map(self.find, sums + normed))
         for node in nodes:
             if node.op == "layer_norm" and node.shape[-1] > MAX_WIDE_FEATURES:
@@ -646,15 +647,22 @@ class _Lowering:
                          uniform=node.attrs["uniform"])  # fmt: skip
 
     def lower_layer_norm(self, node: Node) -> str:
-        (x,) = node.inputs
-        name = self.features_last(x, node)
-        n, scale, x_scale = x.shape[-1], self.scale(node), self.scale(x)
+        return self.norm(node, self.features_last(node.inputs[0], node))
+
+    def lower_group_norm(self, node: Node) -> str:
+        rank = len(node.shape)
+        name = self.in_order(node.inputs[0], (0, *range(2, rank), 1), node)
+        return self.norm(node, name, groups=node.attrs["groups"])
+
+    def norm(self, node: Node, name: str, **arguments: Any) -> str:
+        (x,), scale = node.inputs, self.scale(node)
+        n = x.shape[self.axes[name][-1]]
         weight = node.tensors.get("weight", torch.ones(n)).detach().double().flatten().numpy()
         bias = node.tensors.get("bias", torch.zeros(n)).detach().double().flatten().numpy()
         return self.emit(
-            "layer_norm", node.name, [name], self.axes[name], node,
+            node.op, node.name, [name], self.axes[name], node, **arguments,
             multiplier=(weight / scale).astype(np.float32), shift=(bias / scale).astype(np.float32),
-            epsilon=node.attrs["eps"] / x_scale**2, **self.requantized(node),
+            epsilon=node.attrs["eps"] / self.scale(x) ** 2, **self.requantized(node),
         )  # fmt: skip
 
     def lower_avg_pool2d(self, node: Node) -> str:
@@ -692,7 +700,8 @@ class _Lowering:
     # ------------------------------------------------------------------ moving
 
     def lower_concat(self, node: Node) -> str:
-        axes = self.axes[self.names[node.inputs[0]]]
+        made = [value for value in node.inputs if value.op != "constant"] or node.inputs
+        axes = self.axes[self.names[made[0]]]
         parts = []
         for i, value in enumerate(node.inputs):
             name = self.in_order(value, axes, node)

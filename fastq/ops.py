@@ -21,6 +21,7 @@ from fastq.kernels import isa, norms, pointwise, windows
 from fastq.kernels import matmul as products
 from fastq.kernels.call import ITEM_BYTES, SLACK, At, Call, Calls, Place, View, address_of
 from fastq.kernels.executor import get_num_threads, set_num_threads
+from fastq.kernels.group_norm import group_norm_row
 from fastq.kernels.layers import (
     ARGUMENTS,
     OUT,
@@ -39,6 +40,7 @@ from fastq.qparams import (
     FLT_MAX,
     FLT_MIN,
     HISTOGRAM_KEYS,
+    MAX_FACTOR,
     MAX_FEATURES,
     MAX_K,
     MAX_WIDE_FEATURES,
@@ -67,6 +69,7 @@ __all__ = [
     "dynamic_qparams",
     "get_num_threads",
     "grid",
+    "group_norm",
     "histogram",
     "layer_norm",
     "linear",
@@ -715,7 +718,6 @@ def conv2d_float(
     return result
 
 
-MAX_FACTOR = 2.0**96  # of a multiplier or shift: nothing overflows float32 before the clamp
 _calls: dict[str, Calls] = defaultdict(Calls)
 
 
@@ -1069,15 +1071,11 @@ def layer_norm(
     most = MAX_FEATURES if x.dtype == _UINT8 else MAX_WIDE_FEATURES
     if x.shape[-1] > most:
         raise ValueError(f"layer_norm: x {x.shape} {x.dtype}; exact up to {most} features")
-    columns = [
-        _factors(f"layer_norm: {name}", values, x)
-        for name, values in (("multiplier", multiplier), ("shift", shift))
-    ]
-    if not 0 < epsilon < np.inf:
-        raise ValueError(f"layer_norm: epsilon={epsilon!r}; wanted a finite number > 0")
-    clamp = _clamp("layer_norm", zero_point, qmin, qmax)
+    columns, epsilon, clamp = _norm(
+        "layer_norm", x, multiplier, shift, epsilon, zero_point, qmin, qmax
+    )
     result = _output("layer_norm", out, x.shape, _UINT8, x)
-    return _run(_layer_norm_row, [x, result], *columns, float(epsilon), *clamp)
+    return _run(_layer_norm_row, [x, result], *columns, epsilon, *clamp)
 
 
 def _layer_norm_row(
@@ -1085,6 +1083,56 @@ def _layer_norm_row(
 ) -> None:
     scale, offset = (np.frombuffer(values, np.float32) for values in (multiplier, shift))
     norms.layer_norm_row(call, x, out, scale, offset, *rest)
+
+
+def group_norm(
+    x: NDArray[Any],
+    groups: int,
+    multiplier: ArrayLike,
+    shift: ArrayLike,
+    epsilon: float,
+    *,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = clip(rint((x - mean) / sqrt(var + epsilon) * multiplier + shift) + zero_point, ...).
+
+    Mean and variance over all pixels of x (B, ..., C), uint8 or int16, and the C / groups channels
+    of each group; groups=C is torch's instance norm. The others, scalars or (C,), and the errors
+    are as in `layer_norm`; the order of the float operations is that of reference.group_norm.
+    """
+    x = _values("group_norm: x", x)
+    if x.ndim < 2 or not x[:1].size and x.shape[0]:
+        raise ValueError(f"group_norm: x {x.shape}; wanted (B, ..., C), all but B over 0")
+    if type(groups) is not int or groups < 1 or x.shape[-1] % groups:
+        raise ValueError(f"group_norm: groups={groups!r}; wanted a divisor of {x.shape[-1]}")
+    columns, epsilon, clamp = _norm(
+        "group_norm", x, multiplier, shift, epsilon, zero_point, qmin, qmax
+    )
+    result = _output("group_norm", out, x.shape, _UINT8, x)
+    return _run(_group_norm_row, [x, result], groups, *columns, epsilon, *clamp)
+
+
+def _norm(
+    name: str, x: NDArray[Any], multiplier: Any, shift: Any, epsilon: Any, *clamp: Any
+) -> tuple[list[bytes], float, tuple[int, int, int]]:
+    """A norm's multiplier and shift, its epsilon and its clamp, checked."""
+    columns = [
+        _factors(f"{name}: {what}", values, x)
+        for what, values in (("multiplier", multiplier), ("shift", shift))
+    ]
+    if not 0 < epsilon < np.inf:
+        raise ValueError(f"{name}: epsilon={epsilon!r}; wanted a finite number > 0")
+    return columns, float(epsilon), _clamp(name, *clamp)
+
+
+def _group_norm_row(
+    call: Call, x: View, out: View, groups: int, multiplier: bytes, shift: bytes, *rest: Any
+) -> None:
+    scale, offset = (np.frombuffer(values, np.float32) for values in (multiplier, shift))
+    group_norm_row(call, x, out, groups, scale, offset, *rest)
 
 
 def matmul(

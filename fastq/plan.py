@@ -34,6 +34,7 @@ from fastq.kernels.call import (
 from fastq.kernels.convolution import pack_conv2d
 from fastq.kernels.executor import get_num_threads
 from fastq.kernels.layers import stage_image
+from fastq.kernels.group_norm import group_norm_row
 from fastq.kernels.layout import border_row, copy_row, dequantize_row, permuted, quantize_row
 from fastq.kernels.lines import broadcast, join_lines
 from fastq.kernels.matmul import matmul_row
@@ -373,6 +374,7 @@ class _Planner:
                     and maker.op not in (*VIEWS, "constant")
                     and name not in self.placed
                     and step.inputs.count(name) == 1
+                    and self.shapes[name][:-1] == self.shapes[step.name][:-1]
                 ):
                     self.placed[name] = (step.name, int(start))
 
@@ -726,6 +728,10 @@ class _Planner:
         x, out = self.input(i, step.inputs[0]), self.stored(step.name)
         layer_norm_row(self.call, x, out, **step.arguments)
 
+    def row_group_norm(self, i: int, step: Step) -> None:
+        x, out = self.input(i, step.inputs[0]), self.stored(step.name)
+        group_norm_row(self.call, x, out, **step.arguments)
+
     def row_matmul(self, i: int, step: Step) -> None:
         a, b = (self.input(i, name) for name in step.inputs)
         matmul_row(self.call, a, b, self.stored(step.name), isa=self.isa, **step.arguments)
@@ -764,7 +770,7 @@ class _Planner:
             target = storage.view(mold[tuple(index)], self.kinds[step.name])
             source = self.input(i, name)
             if source.place != target.place:
-                copy_row(self.call, source, target)
+                copy_row(self.call, broadcast(source, target.shape), target)
             start = end
 
     def row_pad(self, i: int, step: Step) -> None:

@@ -9,7 +9,7 @@ program needs no torch.
     ...         uint8 -> uint8
     dequantize  back to float32, the way out; conv2d and linear may end in float32 themselves
 
-Sums are int16 where all who take them can read it, as layer norms do: their values differ by
+Sums are int16 where all who take them can read it, as norms do: their values differ by
 orders of magnitude, and what a network adds to layer by layer would lose a little each time.
 quantize, add, conv2d and linear make int16; WIDE says who takes it.
 """
@@ -36,7 +36,7 @@ VIEWS = ("reshape", "permute", "slice")  # mostly have their input's memory
 MOVED = (*VIEWS, "concat", "pad")  # have the dtype of their inputs, which is one
 ANY = range(2**31)  # of how many inputs there are
 # operation -> which of its inputs may be int16
-WIDE = {"dequantize": (0,), "layer_norm": (0,), "add": (0, 1), "conv2d": (1,), "linear": (1,),
+WIDE = {"dequantize": (0,), "layer_norm": (0,), "group_norm": (0,), "add": (0, 1), "conv2d": (1,), "linear": (1,),
         **dict.fromkeys(MOVED, ANY)}  # fmt: skip
 MAX_VALUES = 2**44  # of one array: addresses stay within int64
 MAX_TAPS = 2**24  # of all windows along an axis: pooling lists them
@@ -303,7 +303,10 @@ def slice_index(step: Step, rank: int) -> tuple[slice, ...]:
 
 
 def _concat(module: Any, step: Step, *arrays: Array) -> Array:
-    return np.concatenate(arrays, step.arguments["axis"])
+    axis = step.arguments["axis"]
+    whole = _concatenated(step, *(x.shape for x in arrays))
+    parts = [np.broadcast_to(x, (*whole[:axis], x.shape[axis], *whole[axis + 1 :])) for x in arrays]
+    return np.concatenate(parts, axis)
 
 
 def _pad(module: Any, step: Step, x: Array) -> Array:
@@ -396,6 +399,13 @@ def _masked(step: Step, x: Shape, *mask: Shape) -> Shape:
     return x
 
 
+def _grouped(step: Step, x: Shape) -> Shape:
+    groups = step.arguments["groups"]
+    if not 2 <= len(x) <= 4 or 0 in x[1:] or x[-1] % groups:
+        raise ValueError(f"group_norm: x {x}; wanted (B, ..., C) of 2 to 4 axes, {groups} groups")
+    return x
+
+
 def _matmul(step: Step, a: Shape, b: Shape) -> Shape:
     if min(len(a), len(b)) < 2:
         raise ValueError(f"matmul: {a} by {b}; wanted two axes or more")
@@ -442,10 +452,16 @@ def _sliced(step: Step, x: Shape) -> Shape:
 
 
 def _concatenated(step: Step, *xs: Shape) -> Shape:
+    """The other axes broadcast."""
     axis = step.arguments["axis"]
-    if any(x[:axis] + x[axis + 1 :] != xs[0][:axis] + xs[0][axis + 1 :] for x in xs):
+    others = [(*x[:axis], *x[axis + 1 :]) for x in xs]
+    try:
+        whole = np.broadcast_shapes(*others)
+    except ValueError:
+        whole = ()
+    if any(len(x) != 1 + len(whole) for x in xs):
         raise ValueError(f"concat: {', '.join(map(str, xs))} along axis {axis}")
-    return (*xs[0][:axis], sum(x[axis] for x in xs), *xs[0][axis + 1 :])
+    return (*whole[:axis], sum(x[axis] for x in xs), *whole[axis:])
 
 
 def _padded(step: Step, x: Shape) -> Shape:
@@ -484,6 +500,7 @@ OPERATIONS: dict[str, Operation] = {
     "softmax": Operation(_softmax, _masked),
     "softmax_weights": Operation(_softmax, _masked),
     "layer_norm": Operation(_plain, _same),
+    "group_norm": Operation(_plain, _grouped),
     "max_pool2d": Operation(_plain, _pooled),
     "avg_pool2d": Operation(_plain, _pooled),
     "adaptive_avg_pool2d": Operation(_adaptive_pool, _adaptive),

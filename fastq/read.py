@@ -30,9 +30,9 @@ _POINTWISE = frozenset([
 ])  # fmt: skip
 _SAME = frozenset([
     "dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach",
-    "lift_fresh_copy", "identity",
+    "lift_fresh_copy", "identity", "to", "_to_copy", "type_as",
 ])  # fmt: skip
-_TAKE_BOOL = ("scaled_dot_product_attention",)
+_TAKE_BOOL = ("scaled_dot_product_attention", "expand")
 _GROWING = ("expand", "expand_as", "repeat", "tile", "broadcast_to")  # with the batch, perhaps
 # of what it is called on, only the dtype counts
 _FILLED = ("zeros", "ones", "full", "arange", "new_zeros", "new_ones", "new_full")
@@ -433,6 +433,24 @@ class Reader:
         y = self.add(node, "layer_norm", [lines], attrs=attrs, tensors=tensors, shape=rows)
         return self.reshape(f"{node.name}_axes", y, x.shape)
 
+    def read_group_norm(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.grouped(node, a, a["num_groups"])
+
+    def read_instance_norm(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        """Each channel is a group; or a batch norm, if its statistics are known."""
+        x = a["input"]
+        if not a["use_input_stats"]:
+            return self.read_batch_norm(node, {**a, "training": False})
+        return self.grouped(node, a, x.shape[1]) if isinstance(x, Node) else None
+
+    def grouped(self, node: fx.Node, a: dict[str, Any], groups: int) -> Node | None:
+        x = a["input"]
+        tensors = {k: a[k] for k in ("weight", "bias") if a.get(k) is not None}
+        if not isinstance(x, Node) or not all(isinstance(t, Tensor) for t in tensors.values()):
+            return None
+        attrs = {"groups": groups, "eps": float(a["eps"])}
+        return self.add(node, "group_norm", [x], attrs=attrs, tensors=tensors)
+
     def read_add(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         return self.binary(node, "add", a, float(a.get("alpha") or 1))
 
@@ -704,6 +722,8 @@ class Reader:
             return None
         rank, shape = len(k.shape), (*q.shape[:-1], k.shape[-2])
         mask, masks = a.get("attn_mask"), []
+        if isinstance(mask, Tensor) and mask.dtype is torch.bool and bool(mask.all()):
+            mask = None
         if a.get("is_causal"):
             masks = [self.causal(node, shape)]
         if mask is not None:
@@ -876,6 +896,30 @@ class Reader:
             return None
         dim = (a.get("dim") or 0) % len(parts[0].shape)
         return parts[0] if len(parts) == 1 else self.add(node, "concat", parts, attrs={"dim": dim})
+
+    def read_expand(self, node: fx.Node, a: dict[str, Any]) -> Node | Tensor | None:
+        """A constant, a class token or a mask: who takes it broadcasts it, for any batch."""
+        x, shape = a["self"], _shape(node)
+        if not isinstance(x, Tensor):
+            return None
+        if x.dtype is torch.bool:
+            taken = {_operator(user) for user in node.users}
+            return x if taken == {"scaled_dot_product_attention"} else None
+        x = x.reshape((1,) * (len(shape) - x.dim()) + tuple(x.shape))
+        grown = [i for i, (n, size) in enumerate(zip(shape, x.shape, strict=True)) if n != size]
+
+        def broadcasts(user: fx.Node) -> bool:
+            name = _operator(user)
+            along = (_arguments(user, user.target).get("dim") or 0) % len(shape)
+            if name not in ("cat", "add", "sub", "mul") or (name == "cat" and along in grown):
+                return False
+            others = (_shape(v) for v in user.all_input_nodes if _operator(v) != "expand")
+            return any(
+                len(other) == len(shape) and all(other[i] == shape[i] for i in grown)
+                for other in others
+            )
+
+        return self.constant(node.name, x) if all(map(broadcasts, node.users)) else None
 
     def read_chunk(self, node: fx.Node, a: dict[str, Any]) -> Any:
         return self.parts(node, a["self"], a.get("dim") or 0)
@@ -1054,6 +1098,12 @@ class Reader:
 
     def read_constant_pad_nd(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         return self.read_pad(node, a)
+
+
+def _operator(node: fx.Node) -> str:
+    """The name of what a node calls, without its namespace and its overload; "" if it does not."""
+    schema = getattr(node.target, "_schema", None)
+    return "" if schema is None else schema.name.split("::")[1]
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:

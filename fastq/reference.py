@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastq.qparams import (
     HISTOGRAM_KEYS,
+    MAX_FACTOR,
     Dequant,
     Epilogue,
     QParams,
@@ -564,6 +565,42 @@ def layer_norm(
     spread = n * (q * q).sum(axis=-1, keepdims=True) - total * total
     factor = (1.0 / np.sqrt(spread.astype(np.float64) + float(n) * float(n) * epsilon)).astype(F32)
     y = (n * q - total).astype(F32) * factor * np.asarray(multiplier, F32) + np.asarray(shift, F32)
+    return _into(out, _to_uint8(y, zero_point, qmin, qmax))
+
+
+def group_norm(
+    x: NDArray[Any],
+    groups: int,
+    multiplier: ArrayLike,
+    shift: ArrayLike,
+    epsilon: float,
+    *,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = requantize of (x - mean) / sqrt(var + epsilon) * multiplier + shift, of each group.
+
+    x (B, ..., C), uint8 or int16; mean and variance over the pixels and channels of each of the
+    groups, of N values. All in steps of x, as in `layer_norm`, and in float64: r = 1 / sqrt(N *
+    squares - sum**2 + N**2 * epsilon), factor = r * multiplier, then y = x * float32(N * factor) +
+    float32(shift - sum * factor) in float32.
+    """
+    images, channels = x.shape[0], x.shape[-1]
+    pixels = int(np.prod(x.shape[1:-1]))
+    q = x.astype(np.int64).reshape(images, pixels, groups, channels // groups)
+    n = float(q.shape[1] * q.shape[3])
+    total = q.sum(axis=(1, 3), keepdims=True).astype(np.float64)
+    spread = n * (q * q).sum(axis=(1, 3), keepdims=True).astype(np.float64) - total * total
+    root = 1.0 / np.sqrt(np.maximum(spread, 0.0) + n * n * epsilon)
+    columns = (np.broadcast_to(np.asarray(v, F32), (channels,)) for v in (multiplier, shift))
+    weight, bias = (v.astype(np.float64).reshape(groups, -1) for v in columns)
+    factor = root * weight
+    with np.errstate(over="ignore"):
+        a = np.clip(n * factor, -MAX_FACTOR, MAX_FACTOR).astype(F32)
+        b = (bias - total * factor).astype(F32)
+        y = (q.astype(F32) * a + b).reshape(x.shape)
     return _into(out, _to_uint8(y, zero_point, qmin, qmax))
 
 

@@ -175,6 +175,20 @@ class Residual(nn.Module):
         return F.relu_(y)
 
 
+class GroupNormed(nn.Module):
+    """A residual block of diffusion models: norm and activation come before the convolutions."""
+
+    def __init__(self, c: int, n: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(2, c), nn.Conv2d(c, n, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(n // 2, n), nn.Conv2d(n, n, 3, padding=1)
+        self.shortcut = nn.Conv2d(c, n, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(y)))
+
+
 class PreActivation(nn.Module):
     """Batch norm and ReLU come before the convolutions."""
 
@@ -328,6 +342,28 @@ class Tokens(nn.Module):
         return self.head(x.mean(1))
 
 
+class ClassTokens(Tokens):
+    """Two learned tokens come before the patches, positions are added, and a mask hides nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(16))
+        self.second = nn.Parameter(torch.randn(1, 1, 16))
+        self.positions = nn.Parameter(torch.randn(1, 18, 16))
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = self.first.expand(len(x), 1, -1), self.second.expand(len(x), -1, -1)
+        x = torch.cat([*tokens, x], 1) + self.positions.expand(len(x), -1, -1)
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind()
+        mask = torch.ones(18, 18, dtype=torch.bool).expand(len(x), 1, -1, -1)
+        y = F.scaled_dot_product_attention(q, k, v, mask)
+        x = x + y.transpose(1, 2).flatten(2)
+        x = x + self.mlp(self.norm2(x).to(x.dtype))
+        return self.head(x[:, 0] + x[:, 1])
+
+
 def written_hardswish(x: Tensor) -> Tensor:
     return x * F.relu6(x + 3) / 6
 
@@ -419,9 +455,29 @@ CASES: dict[str, Case] = {
         for mode in ("reflect", "circular", "replicate")
     },
     "float between": Case(
-        lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.GroupNorm(2, 6), nn.Conv2d(6, 4, 3)),
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 6, 3), Apply(lambda x: x.cumsum(3) / 4), nn.Conv2d(6, 4, 3)
+        ),
         images(3),
         programs=2,
+    ),
+    "group norms": Case(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            nn.GroupNorm(4, 8),
+            nn.SiLU(),
+            GroupNormed(8, 12),
+            nn.InstanceNorm2d(12),
+            nn.ReLU(),
+            nn.Conv2d(12, 4, 3),
+        ),
+        images(3),
+    ),  # fmt: skip
+    "group norm of signals": Case(
+        lambda: nn.Sequential(
+            nn.Conv1d(4, 6, 3, padding=1), nn.GroupNorm(1, 6), nn.GELU(), nn.Conv1d(6, 3, 3)
+        ),
+        signals(4),
     ),
     "grouped": Case(after(conv(6, 9, 3, padding=1, groups=3), 6), images(3)),
     "depthwise": Case(after(conv(8, 8, 3, 2, 1, groups=8), 8), images(3)),
@@ -916,6 +972,7 @@ CASES: dict[str, Case] = {
         ),
         sequences(8),
     ),
+    "class tokens": Case(ClassTokens, squares(3), extents=(16,)),
     "vision transformer": Case(Tokens, squares(3), extents=(16, 24)),
     "shifted windows": Case(
         lambda: ShiftedWindows(8, 2),

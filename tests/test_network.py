@@ -466,7 +466,6 @@ ISLANDS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "where": (lambda x: torch.where(x > 0, x, x * 0.1), "where"),
     "topk": (lambda x: x.topk(3, -1).values, "topk"),
     "norm": (lambda x: x / (x.norm(dim=1, keepdim=True) + 1), "norm"),
-    "group norm": (lambda x: F.group_norm(x, 5), "group_norm"),
     "batch size": (lambda x: x + torch.arange(len(x))[:, None, None, None] / 10, "arange"),
 }
 

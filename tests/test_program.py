@@ -115,6 +115,8 @@ EXAMPLES: dict[str, list[tuple[tuple[Shape, ...], dict[str, Any]]]] = {
     ],
     "layer_norm": [((IMAGE,), {"multiplier": f32(9, 8, 7), "shift": f32(1, 2, 3),
                                "epsilon": 1e-3, **TO})],
+    "group_norm": [((IMAGE,), {"groups": 3, "multiplier": f32(9, 8, 7), "shift": f32(1, 2, 3),
+                               "epsilon": 1e-3, **TO})],
     "max_pool2d": [((IMAGE,), {**POOL, "dilation": (2, 1)})],
     "avg_pool2d": [((IMAGE,), {**POOL, "count_include_pad": False, "divisor_override": None,
                                "multiplier": 0.9, "x_zero_point": 7, **TO})],
@@ -133,7 +135,11 @@ EXAMPLES: dict[str, list[tuple[tuple[Shape, ...], dict[str, Any]]]] = {
     ],
     "permute": [((IMAGE,), {"axes": (0, 3, 1, 2)})],
     "slice": [((IMAGE,), {"axis": 1, "start": -5, "end": None, "step": 2})],
-    "concat": [((IMAGE, (2, 6, 5, 1), IMAGE), {"axis": 3})],
+    "concat": [
+        ((IMAGE, (2, 6, 5, 1), IMAGE), {"axis": 3}),
+        (((1, 1, 4), (2, 6, 4), (2, 1, 4)), {"axis": 1}),
+        (((2, 1, 3), (2, 6, 4)), {"axis": 2}),
+    ],
     "pad": [
         ((IMAGE,), {"widths": ((0, 0), (1, 2), (0, 3), (0, 0)), "value": 9, "mode": mode})
         for mode in PADDING_MODES
@@ -391,7 +397,11 @@ SIZES: dict[str, tuple[Shape, str, dict[str, Any], str]] = {
     "some of the axes": ((2, 3, 4), "permute", {"axes": (1, 0)}, "wanted all axes"),
     "a slice beyond": (
         (2, 3), "slice", {"axis": 2, "start": 0, "end": 1, "step": 1}, "out of range"),
-    "concatenation beyond": ((2, 3), "concat", {"axis": 2}, "out of range"),
+    "groups": (
+        (2, 4, 6), "group_norm", {**EXAMPLES["group_norm"][0][1], "groups": 4}, "4 groups"),
+    "no pixels": ((2, 0, 3), "group_norm", EXAMPLES["group_norm"][0][1], "wanted"),
+    "rows without batch": ((3,), "group_norm", EXAMPLES["group_norm"][0][1], "2 to 4 axes"),
+    "concatenation beyond": ((2, 3), "concat", {"axis": 2}, "along axis 2"),
     "widths of other axes": (
         (2, 3), "pad", {"widths": ((1, 1),), "value": 0, "mode": "circular"}, "shorter|longer"),
     "nothing to pad": ((), "pad", {"widths": (), "value": 0, "mode": "constant"}, "without axes"),
@@ -441,7 +451,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         ("matmul", matmul, ((1, 65794), (65794, 1)), "up to K=65793"),
         ("concat", concat, ((2, 3), (3, 3)), "along axis 1"),
         ("concat", concat, ((2, 3), (2, 3, 4)), "along axis 1"),
-        ("concat", concat, ((2, 3), (2,)), "out of range"),
+        ("concat", concat, ((2, 3), (2,)), "along axis 1"),
         ("linear", EXAMPLES["linear"][1][1], ((4, 9), (1, 3)), "add .* wanted"),
         ("conv2d", EXAMPLES["conv2d"][1][1], (IMAGE, (1, 6, 5, 3)), "add .* wanted"),
     ):
@@ -619,6 +629,9 @@ class Random:
             case "layer_norm":
                 return {"multiplier": 30 * self.vector(c), "shift": self.vector(c),
                         "epsilon": 0.01, **self.to()}  # fmt: skip
+            case "group_norm":
+                return {"groups": self.one(1, max(c, 1)), "multiplier": 30 * self.vector(c),
+                        "shift": self.vector(c), "epsilon": 0.01, **self.to()}  # fmt: skip
             case "max_pool2d" | "avg_pool2d":
                 kernel, padding = self.one(((2, 2), (0, 0)), ((3, 3), (1, 1)), ((4, 1), (2, 0)))
                 pool = {"kernel_size": kernel, "stride": self.one((1, 1), (2, 2), (3, 1)),

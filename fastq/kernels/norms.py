@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import float32, int32, int64, njit, types
+from numba import float32, float64, int32, int64, njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -185,16 +185,15 @@ def _sums(typingctx: Any, kind: Any, x: Any, count: Any) -> Any:
 
 
 @intrinsic
-def _inverse_root(typingctx: Any, spread: Any, epsilon: Any) -> Any:
-    """float32(1 / sqrt(float64(spread) + epsilon)), each step in float64."""
+def inverse_root(typingctx: Any, spread: Any, epsilon: Any) -> Any:
+    """1 / sqrt(spread + epsilon), each step in float64."""
 
     def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
         double = ir.DoubleType()
-        sum_of = b.fadd(b.sitofp(values[0], double), values[1])
-        root = simd.call(b, "llvm.sqrt.f64", double, [sum_of])
-        return b.fptrunc(b.fdiv(ir.Constant(double, 1.0), root), simd.f32)
+        root = simd.call(b, "llvm.sqrt.f64", double, [b.fadd(*values)])
+        return b.fdiv(ir.Constant(double, 1.0), root)
 
-    return types.float32(types.int64, types.float64), codegen
+    return types.float64(types.float64, types.float64), codegen
 
 
 @functools.cache
@@ -314,7 +313,8 @@ def layer_norm_kernel(kind: str, target: str, bounded: bool) -> Any:
                 x = line_address(args, X, i, j, line)
                 out = line_address(args, OUT, i, j, line)
                 total, squares = _sums(config[0], x, count)
-                factors[2] = _inverse_root(count * squares - total * total, epsilon)
+                spread = float64(count * squares - total * total)
+                factors[2] = float32(inverse_root(spread, epsilon))
                 zeros[2] = total
                 pointwise_line(normalized, out, x, args[Y], args[Z], count, floats, ints, ints)
 

@@ -15,6 +15,7 @@ from fastq.kernels import (
     elementwise,
     executor,
     gemm,
+    group_norm,
     histogram,
     layout,
     matmul,
@@ -91,6 +92,16 @@ def _wide_pointwise(tier: str) -> Iterable[tuple[Any, ...]]:
     yield from _lines(("add", "s16", *added) for added in product((kind, "s16"), repeat=2))
     yield from _lines([("quantize", "s16", "f32"), ("dequantize", "f32", "s16")])
     yield from _lines([("copy", "s16", "s16"), ("fill", "s16")])
+
+
+def _held(tier: str) -> list[tuple[str]]:
+    """The kinds that hold a program's values."""
+    return [(_activations(tier),), ("s16",)]
+
+
+def _scaled_groups(tier: str) -> Iterable[tuple[Any, ...]]:
+    kind = _activations(tier)
+    return _lines(("affine", kind, *x, "f32", "f32") for x in _held(tier))
 
 
 def _images(tier: str) -> Iterable[tuple[Any, ...]]:
@@ -206,6 +217,9 @@ FAMILIES = (
             for transposed in (False, True)
         ],
     ),
+    Family("group norm", group_norm.channel_sums_kernel, _held),
+    Family("group norm", group_norm.group_scales_kernel, lambda tier: [()]),
+    Family("group norm", pointwise.pointwise_kernel, _scaled_groups),
     Family("array", elementwise.elementwise_kernel, _elementwise),
     Family("array", histogram.histogram_kernel, lambda tier: [(False,), (True,)]),
 )

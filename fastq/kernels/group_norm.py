@@ -1,0 +1,186 @@
+"""Group norm: what each channel of each image is multiplied by, from exact sums, then `affine`.
+
+    sums    SUMS[image, part] = sum(x), sum(low(x * x)), sum(high(x * x)) of each channel, int32
+    scales  total, squares = those of all pixels and channels of the group, N elements
+            r = 1 / sqrt(max(N * squares - total * total, 0) + EPSILON)      in float64
+            A[image, c] = float32(clip(N * (r * Y[c]), +-MAX_FACTOR))
+            B[image, c] = float32(Z[c] - total * (r * Y[c]))
+    affine  out = requantized((x * A) + B)                                   pointwise.py's
+
+A part is what one task sums: up to PART_PIXELS pixels, so that a channel's sums stay in int32. The
+square of an int16 is summed in two halves of 16 bits; of a uint8 there is no high one.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import numpy as np
+from numba import float32, float64, int64, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from fastq.kernels.call import ITEM_BYTES, Call, View, collapse
+from fastq.kernels.lines import (
+    BLOCK,
+    COLUMNS,
+    ELEMENT,
+    LINES_FIELDS,
+    OPERAND_FIELDS,
+    ROWS,
+    SHAPE_1,
+    SHAPE_2,
+    SHAPE_3,
+    emit_line,
+    emit_loop,
+    line_address,
+    task_lines,
+    widest,
+)
+from fastq.kernels.native import native
+from fastq.kernels.norms import NORM_NANOSECONDS, inverse_root
+from fastq.kernels.pointwise import float_parameters, int_parameters, pointwise_row
+from fastq.kernels.scalar import pointer
+from fastq.kernels.signature import sources_digest
+from fastq.kernels.simd import address, const, i32, i64, load, ptr, store, vec
+from fastq.qparams import MAX_FACTOR
+
+SUMS = LINES_FIELDS
+X = SUMS + 1
+SUMS_FIELDS = X + OPERAND_FIELDS
+(SUMS_OF_PARTS, A, B, Y, Z, EPSILON, PARTS, CHANNELS, GROUPS, COUNT, SCALES_FIELDS) = range(11)
+KINDS_OF_SUMS = 3
+PART_PIXELS = 2**15
+SUMS_NANOSECONDS = 0.03  # an element
+
+
+@intrinsic(prefer_literal=True)
+def _channel_sums(
+    typingctx: Any, kind: Any, out: Any, x: Any, step: Any, pixels: Any, channels: Any
+) -> Any:
+    """The sums of `channels` values at x over pixels that lie `step` bytes apart."""
+    wide = kind.literal_value == "s16"
+    element, item = ELEMENT[kind.literal_value], i64(ITEM_BYTES[kind.literal_value])
+
+    def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
+        out, x = (b.inttoptr(v, ptr) for v in values[1:3])
+        step, pixels, channels = values[3:]
+
+        def body(c: Any, width: int) -> None:
+            ints, first = vec(i32, width), address(b, x, b.mul(c, item))
+
+            def add(pixel: Any, total: Any, low: Any, high: Any) -> list[Any]:
+                value = load(b, vec(element, width), first, b.mul(pixel, step))
+                value = (b.sext if wide else b.zext)(value, ints)
+                square = b.mul(value, value)
+                if not wide:
+                    return [b.add(total, value), b.add(low, square), high]
+                halves = b.and_(square, const(ints, 2**16 - 1)), b.lshr(square, const(ints, 16))
+                return [b.add(total, value), *map(b.add, (low, high), halves)]
+
+            _, sums = emit_loop(b, i64(0), pixels, 1, [const(ints, 0)] * KINDS_OF_SUMS, add)
+            for n, value in enumerate(sums):
+                line = b.add(c, b.mul(channels, i64(n)))
+                store(b, value, out, b.mul(line, i64(4)))
+
+        emit_line(b, channels, body, (widest(), 8, 1))
+        return context.get_dummy_value()
+
+    return types.void(kind, *[types.int64] * 5), codegen
+
+
+@functools.cache
+def channel_sums_kernel(kind: str) -> Any:
+    """kind "u8", "u8x2" or "s16", of x. A task sums the lines of `task_lines`."""
+    config = (kind, sources_digest())
+
+    @native
+    def kernel(args, begin, end):  # type: ignore[no-untyped-def]
+        for task in range(begin, end):
+            i, j, row, last, _, count = task_lines(args, task)
+            x = line_address(args, X, i, j, row)
+            out = args[SUMS] + task * KINDS_OF_SUMS * 4 * count
+            _channel_sums(config[0], out, x, args[X + 3], last - row, count)
+
+    return kernel
+
+
+@functools.cache
+def group_scales_kernel() -> Any:
+    """A task is one group of one image."""
+
+    @native
+    def kernel(args, begin, end):  # type: ignore[no-untyped-def]
+        channels, groups, parts = args[CHANNELS], args[GROUPS], args[PARTS]
+        width = channels // groups
+        y, z = pointer(args[Y], "f32"), pointer(args[Z], "f32")
+        n, epsilon = float64(args[COUNT]), pointer(args[EPSILON], "f64")[0]
+        for task in range(begin, end):
+            image, first = task // groups, task % groups * width
+            total, squares = int64(0), int64(0)
+            for part in range(image * parts, (image + 1) * parts):
+                at = args[SUMS_OF_PARTS] + part * KINDS_OF_SUMS * 4 * channels
+                sums = pointer(at, "s32")
+                for c in range(first, first + width):
+                    total += sums[c]
+                    squares += sums[channels + c] + (int64(sums[2 * channels + c]) << 16)
+            spread = n * float64(squares) - float64(total) * float64(total)
+            root = inverse_root(max(spread, 0.0), epsilon)
+            a = pointer(args[A] + 4 * image * channels, "f32")
+            b = pointer(args[B] + 4 * image * channels, "f32")
+            for c in range(first, first + width):
+                factor = root * float64(y[c])
+                a[c] = float32(max(min(n * factor, MAX_FACTOR), -MAX_FACTOR))
+                b[c] = float32(float64(z[c]) - float64(total) * factor)
+
+    return kernel
+
+
+def group_norm_row(
+    call: Call,
+    x: View,
+    out: View,
+    groups: int,
+    multiplier: NDArray[np.float32],
+    shift: NDArray[np.float32],
+    epsilon: float,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    label: str = "",
+) -> None:
+    """Appends reference.group_norm; multiplier and shift are scalars or (C,). out may be x, if of
+    its kind. Up to two axes of x between the first and the last may lie apart."""
+    size, images = prod(x.shape), x.shape[0]
+    if size == 0:
+        return
+    label = label or f"group_norm_{x.kind}"
+    one = replace(x, shape=x.shape[1:], strides=x.strides[1:])
+    (rows, pixels, channels), ((row, pixel, _),) = collapse([one], 3, keep=1)
+    block = min(max(BLOCK // channels, 1), pixels, PART_PIXELS)
+    parts = rows * -(-pixels // block)
+    sums = call.dense((images, parts, KINDS_OF_SUMS, channels), "s32")
+    call.row(
+        channel_sums_kernel(x.kind), SUMS_FIELDS, images * parts,
+        {SHAPE_1: rows, SHAPE_2: pixels, SHAPE_3: channels, ROWS: block, COLUMNS: channels,
+         X + 1: x.strides[0], X + 2: row, X + 3: pixel},
+        {SUMS: sums.place, X: x.place}, size * SUMS_NANOSECONDS, f"{label}_sums",
+    )  # fmt: skip
+    columns = [np.array(np.broadcast_to(v, (channels,)), np.float32) for v in (multiplier, shift)]
+    factors = [call.dense((images, *[1] * (len(x.shape) - 2), channels), "f32") for _ in columns]
+    n = float(size // images // groups)
+    call.row(
+        group_scales_kernel(), SCALES_FIELDS, images * groups,
+        {PARTS: parts, CHANNELS: channels, GROUPS: groups, COUNT: size // images // groups},
+        {SUMS_OF_PARTS: sums.place, A: factors[0].place, B: factors[1].place, Y: columns[0],
+         Z: columns[1], EPSILON: np.array([n * n * epsilon])},
+        images * parts * channels * NORM_NANOSECONDS, f"{label}_scales",
+    )  # fmt: skip
+    # a value is under the root of N deviations from the mean, up to the rounding of x * A
+    factor, offset = (float(np.abs(column).max()) for column in columns)
+    largest = 2 * n**0.5 * factor + factor / epsilon**0.5 / 64 + 2 * offset
+    pointwise_row(call, "affine", [out, x, *factors], float_parameters(zero_point, qmin, qmax),
+                  int_parameters(zero_point), label, largest=largest)  # fmt: skip
