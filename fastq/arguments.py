@@ -58,6 +58,10 @@ def _array(dtype: Any, *ndims: int) -> Check:
     return Check(f"{np.dtype(dtype)} of {' or '.join(map(str, ndims))} axes{most}", fits)
 
 
+def _is_value(v: Any) -> bool:
+    return isinstance(v, np.ndarray) and v.dtype in (np.uint8, np.int16) and v.ndim <= 4
+
+
 def _is_factor(v: Any) -> bool:
     return VECTORS.fits(v) and bool((v > 0).all())
 
@@ -122,7 +126,7 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     "quantize": {"scale": SCALE, "zero_point": STEP, "axes": ORDER, "dtype": DTYPE},
     "grid": {"factor": FACTORS, "shift": VECTORS, "padding": _each(SPAN, 2), "axes": ORDER},
     "dequantize": {"scale": SCALE, "zero_point": STEP},
-    "constant": {"value": _array(np.uint8, 0, 1, 2, 3, 4)},
+    "constant": {"value": Check("uint8 or int16 of up to 4 axes", _is_value)},
     "conv2d": {"weight": _kind(Conv2dWeight), "epilogue": EPILOGUE, "x_zero_point": STEP},
     "linear": {"weight": _kind(LinearWeight), "epilogue": EPILOGUE, "x_zero_point": STEP},
     "matmul": {"multiplier": MULTIPLIER, "a_zero_point": STEP, "transpose_b": FLAG, "mean": FLAG,
@@ -135,6 +139,7 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     "softmax": {"scale": SCALE, "uniform": FLAG},
     "softmax_weights": {"scale": SCALE, "uniform": FLAG},
     "layer_norm": NORM,
+    "rms_norm": {"multiplier": VECTOR, "epsilon": EPSILON, "x_zero_point": STEP, **REQUANTIZED},
     "group_norm": {"groups": _whole(1, LARGEST), **NORM},
     "max_pool2d": {**POOL, "dilation": PAIR},
     "avg_pool2d": {**POOL, "count_include_pad": FLAG,
@@ -230,6 +235,6 @@ def check_channels(step: Any, x: tuple[int, ...], dtype: str) -> None:
             raise ValueError(f"{step.op}: {name} {value.shape}; wanted one of {wanted}")
 
 
-LINES = (*MASKED, "layer_norm")
+LINES = (*MASKED, "layer_norm", "rms_norm")
 IMAGES = ("conv2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d",
           "upsample_nearest2d", "upsample_bilinear2d", "dilate")  # fmt: skip

@@ -203,6 +203,7 @@ def _general(first: tuple[_Exported, Sizes], second: tuple[_Exported, Sizes]) ->
 # that are its arguments.
 FOLLOWING = {
     "slice": ("aten.slice.Tensor", ("dim", "start", "end", "step")),
+    "rms_norm": ("aten.rms_norm.default", ("shape", "weight", "eps")),
     "layer_norm": ("aten.layer_norm.default", ("shape", "weight", "bias", "eps")),  # without these
 }
 

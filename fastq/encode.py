@@ -28,9 +28,9 @@ from fastq.weights import Conv2dWeight, LinearWeight
 
 CLASSES: dict[str, Any] = {c.__name__: c for c in (Requant, Dequant, LinearWeight, Conv2dWeight)}
 DERIVED = ("panels",)  # fields that are a cache
-VERSION = 5  # of the files
+VERSION = 6  # of the files
 Parts = dict[str, tuple[str, list[int], Any]]  # a tensor's name -> dtype as torch's, shape, bytes
-DTYPES = (np.uint8, np.int8, np.int32, np.float32)
+DTYPES = (np.uint8, np.int8, np.int16, np.int32, np.float32)
 
 
 def encode(value: Any, keep: Callable[[str, Any], str], name: str = "") -> Any:
@@ -74,7 +74,9 @@ def decode(given: Any, arrays: Mapping[str, Any]) -> Any:
             raise ValueError(f"there is no array {content!r:.80}")
         array = np.asarray(arrays[content])
         if array.dtype not in DTYPES:
-            raise ValueError(f"{content} is {array.dtype}; wanted uint8, int8, int32 or float32")
+            raise ValueError(
+                f"{content} is {array.dtype}; wanted uint8, int8, int16, int32 or float32"
+            )
         if array.flags.writeable:
             array = array.view()
             array.flags.writeable = False

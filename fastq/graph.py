@@ -265,8 +265,12 @@ def pointwise(calls: list[Any], x: Tensor) -> Tensor:
     """A chain of (target, args, kwargs): Ref(0) is x, Ref(i) the result of call i."""
     values = [x]
     for target, args, kwargs in calls:
-        fill = _filler(values, {}, (1,))
-        values.append(_target(target)(*map(fill, args), **{k: fill(v) for k, v in kwargs.items()}))
+        function, fill = _target(target), _filler(values, {}, (1,))
+        given = [
+            torch.tensor(v) if isinstance(v, int | float) and "Tensor" in str(arg.type) else fill(v)
+            for v, arg in zip(args, function._schema.arguments, strict=False)
+        ]
+        values.append(function(*given, **{k: fill(v) for k, v in kwargs.items()}))
     return values[-1]
 
 
@@ -379,6 +383,9 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "layer_norm": lambda node, x: F.layer_norm(
         x, node.attrs["shape"], eps=node.attrs["eps"],
         **{name: tensor.flatten() for name, tensor in node.tensors.items()},
+    ),
+    "rms_norm": lambda node, x: F.rms_norm(
+        x, node.attrs["shape"], node.tensors.get("weight"), node.attrs["eps"]
     ),
     "group_norm": lambda node, x: F.group_norm(
         x, node.attrs["groups"], eps=node.attrs["eps"], **node.tensors

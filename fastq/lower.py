@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastq.arguments import LINES
 from fastq.graph import PRODUCTS, Graph, Node, pointwise
-from fastq.program import WIDE, Program, Step
+from fastq.program import NORMS, WIDE, Program, Step
 from fastq.qparams import (
     MAX_K,
     MAX_WIDE_FEATURES,
@@ -46,7 +47,6 @@ FIXED = {
 }
 MASK = QParams(np.array(1.0, np.float32))  # of what softmax takes as its mask: 1.0 and 0.0
 SUFFIX = {np.dtype(np.uint8): "u8", np.dtype(np.int16): "s16"}  # of names
-NORMS = ("layer_norm", "group_norm")
 SUMS = ("add", "linear", "conv2d", "conv_transpose2d")  # make values that may be int16
 
 
@@ -229,14 +229,14 @@ class Ranges:
         normed = [node.inputs[0] for node in nodes if node.op in NORMS]
         found = set(map(self.find, sums + normed))
         for node in nodes:
-            if node.op == "layer_norm" and node.shape[-1] > MAX_WIDE_FEATURES:
+            if node.op in LINES and node.shape[-1] > MAX_WIDE_FEATURES:
                 found.discard(self.find(node.inputs[0]))
             for i, value in enumerate(node.inputs):
                 if i not in WIDE.get(node.op, ()) and node.op != "grid":
                     found.discard(self.find(value))
             # with a softmax, which has a range of its own, all parts of a concatenation are uint8
             one = node.op != "concat" or {self.find(v) for v in node.inputs} == {self.find(node)}
-            if node.op not in (*MOVES, *SUMS) or not one:
+            if node.op not in (*MOVES, *SUMS, "constant") or not one:
                 found.discard(self.find(node))
         return found - self.fixed.keys()
 
@@ -413,7 +413,7 @@ class _Lowering:
         axes = NHWC if len(node.shape) == 4 else tuple(range(len(node.shape)))
         value = node.tensors["value"].detach().permute(axes).numpy()
         steps = np.rint(value / q.scale) + q.zero_point
-        data = np.clip(steps, 0, 255).astype(np.uint8)
+        data = np.clip(steps, *limits(q.dtype)).astype(q.dtype)
         self.names[node] = self.emit("constant", node.name, [], axes, node, value=data)
 
     def in_order(self, node: Node, axes: tuple[int, ...], user: Node) -> str:
@@ -649,6 +649,10 @@ class _Lowering:
     def lower_layer_norm(self, node: Node) -> str:
         return self.norm(node, self.features_last(node.inputs[0], node))
 
+    def lower_rms_norm(self, node: Node) -> str:
+        (x,) = node.inputs
+        return self.norm(node, self.features_last(x, node), x_zero_point=self.zero_point(x))
+
     def lower_group_norm(self, node: Node) -> str:
         rank = len(node.shape)
         name = self.in_order(node.inputs[0], (0, *range(2, rank), 1), node)
@@ -658,10 +662,12 @@ class _Lowering:
         (x,), scale = node.inputs, self.scale(node)
         n = x.shape[self.axes[name][-1]]
         weight = node.tensors.get("weight", torch.ones(n)).detach().double().flatten().numpy()
-        bias = node.tensors.get("bias", torch.zeros(n)).detach().double().flatten().numpy()
+        arguments["multiplier"] = (weight / scale).astype(np.float32)
+        if node.op != "rms_norm":
+            bias = node.tensors.get("bias", torch.zeros(n)).detach().double().flatten().numpy()
+            arguments["shift"] = (bias / scale).astype(np.float32)
         return self.emit(
             node.op, node.name, [name], self.axes[name], node, **arguments,
-            multiplier=(weight / scale).astype(np.float32), shift=(bias / scale).astype(np.float32),
             epsilon=node.attrs["eps"] / self.scale(x) ** 2, **self.requantized(node),
         )  # fmt: skip
 

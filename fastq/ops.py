@@ -79,6 +79,7 @@ __all__ = [
     "mul",
     "quantize",
     "requantize",
+    "rms_norm",
     "set_num_threads",
     "softmax",
     "softmax_weights",
@@ -1067,10 +1068,7 @@ def layer_norm(
     as in `affine`. The order of the float operations is that of reference.layer_norm. Errors as in
     `affine`.
     """
-    x = _lines("layer_norm", x, _values)
-    most = MAX_FEATURES if x.dtype == _UINT8 else MAX_WIDE_FEATURES
-    if x.shape[-1] > most:
-        raise ValueError(f"layer_norm: x {x.shape} {x.dtype}; exact up to {most} features")
+    x = _normed("layer_norm", x)
     columns, epsilon, clamp = _norm(
         "layer_norm", x, multiplier, shift, epsilon, zero_point, qmin, qmax
     )
@@ -1083,6 +1081,46 @@ def _layer_norm_row(
 ) -> None:
     scale, offset = (np.frombuffer(values, np.float32) for values in (multiplier, shift))
     norms.layer_norm_row(call, x, out, scale, offset, *rest)
+
+
+def rms_norm(
+    x: NDArray[Any],
+    multiplier: ArrayLike,
+    epsilon: float,
+    *,
+    x_zero_point: int = 0,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = clip(rint(x / sqrt(mean(x**2) + epsilon) * multiplier) + zero_point, ...).
+
+    The mean, exact, over the last axis of x (..., N) as in `layer_norm`; x_zero_point is that of
+    uint8. With torch's eps and weight: epsilon = eps / x_scale**2 > 0, multiplier =
+    weight / y_scale. Errors as in `layer_norm`. Source: B. Zhang and R. Sennrich, Root Mean Square
+    Layer Normalization, 2019, arXiv:1910.07467.
+    """
+    x = _normed("rms_norm", x)
+    zero = _byte("rms_norm: x_zero_point", x_zero_point)
+    if zero and x.dtype != _UINT8:
+        raise ValueError(f"rms_norm: x_zero_point={x_zero_point} of int16; wanted 0")
+    columns, epsilon, clamp = _norm("rms_norm", x, multiplier, 0.0, epsilon, zero_point, qmin, qmax)
+    result = _output("rms_norm", out, x.shape, _UINT8, x)
+    return _run(_rms_norm_row, [x, result], columns[0], epsilon, zero, *clamp)
+
+
+def _rms_norm_row(call: Call, x: View, out: View, multiplier: bytes, *rest: Any) -> None:
+    norms.rms_norm_row(call, x, out, np.frombuffer(multiplier, np.float32), *rest)
+
+
+def _normed(name: str, x: Any) -> NDArray[Any]:
+    """x (..., N) of as many features as the sums of a norm are exact for."""
+    x = _lines(name, x, _values)
+    most = MAX_FEATURES if x.dtype == _UINT8 else MAX_WIDE_FEATURES
+    if x.shape[-1] > most:
+        raise ValueError(f"{name}: x {x.shape} {x.dtype}; exact up to {most} features")
+    return x
 
 
 def group_norm(
@@ -1104,7 +1142,7 @@ def group_norm(
     are as in `layer_norm`; the order of the float operations is that of reference.group_norm.
     """
     x = _values("group_norm: x", x)
-    if x.ndim < 2 or not x[:1].size and x.shape[0]:
+    if x.ndim < 2 or (not x[:1].size and x.shape[0]):
         raise ValueError(f"group_norm: x {x.shape}; wanted (B, ..., C), all but B over 0")
     if type(groups) is not int or groups < 1 or x.shape[-1] % groups:
         raise ValueError(f"group_norm: groups={groups!r}; wanted a divisor of {x.shape[-1]}")

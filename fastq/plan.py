@@ -12,7 +12,7 @@ A plan holds for one set of input shapes and strides, one tier and one number of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -33,12 +33,12 @@ from fastq.kernels.call import (
 )
 from fastq.kernels.convolution import pack_conv2d
 from fastq.kernels.executor import get_num_threads
-from fastq.kernels.layers import stage_image
 from fastq.kernels.group_norm import group_norm_row
+from fastq.kernels.layers import stage_image
 from fastq.kernels.layout import border_row, copy_row, dequantize_row, permuted, quantize_row
 from fastq.kernels.lines import broadcast, join_lines
 from fastq.kernels.matmul import matmul_row
-from fastq.kernels.norms import layer_norm_row, softmax_row, softmax_weights_row
+from fastq.kernels.norms import layer_norm_row, rms_norm_row, softmax_row, softmax_weights_row
 from fastq.kernels.pointwise import add_row, affine_row, fill_row, mul_row, table_row
 from fastq.kernels.products import ACTIVATIONS, PackedLinear
 from fastq.kernels.simd import emitter
@@ -58,7 +58,8 @@ Frame = tuple[int, int, int, int]  # top, bottom, left, right
 NO_FRAME: Frame = (0, 0, 0, 0)
 JOINED = {  # how many axes kernels take, and how many of them do not join: see `collapse`
     "linear": (2, 1), "matmul": (4, 2), "softmax": (4, 1), "softmax_weights": (4, 1),
-    "layer_norm": (4, 1), "add": (4, 0), "mul": (4, 0), "affine": (4, 1), "table": (4, 1),
+    "layer_norm": (4, 1), "rms_norm": (4, 1), "add": (4, 0), "mul": (4, 0), "affine": (4, 1),
+    "table": (4, 1),
 }  # fmt: skip
 MAX_PHASES = 2**12  # each has rows and packed weights of its own; FCN-32s has 2**10
 
@@ -689,7 +690,8 @@ class _Planner:
 
     def row_constant(self, i: int, step: Step) -> None:
         value = np.array(step.arguments["value"], order="C")
-        source = View(value, value.shape, value.strides, "u8")
+        kind = "u8" if value.dtype == np.uint8 else "s16"
+        source = View(value, value.shape, value.strides, kind)
         copy_row(self.call, source, self.stored(step.name))
 
     def row_add(self, i: int, step: Step) -> None:
@@ -728,6 +730,10 @@ class _Planner:
         x, out = self.input(i, step.inputs[0]), self.stored(step.name)
         layer_norm_row(self.call, x, out, **step.arguments)
 
+    def row_rms_norm(self, i: int, step: Step) -> None:
+        x, out = self.input(i, step.inputs[0]), self.stored(step.name)
+        rms_norm_row(self.call, x, out, **step.arguments)
+
     def row_group_norm(self, i: int, step: Step) -> None:
         x, out = self.input(i, step.inputs[0]), self.stored(step.name)
         group_norm_row(self.call, x, out, **step.arguments)
@@ -752,10 +758,18 @@ class _Planner:
             return
         seen, kind = self.seen(step, source[1]), self.kinds[step.name]
         out = target[0].view(target[1], kind)
-        if seen is None:  # a reshape: through the input's shape
-            dense = np.reshape(target[1], self.shapes[step.inputs[0]], copy=False)
-            out, seen = target[0].view(dense, kind), source[1]
-        copy_row(self.call, source[0].view(seen, kind), out)
+        if seen is not None:
+            copy_row(self.call, source[0].view(seen, kind), out)
+            return
+        # a reshape: through the input's shape, in the output's memory unless a frame is around it
+        shape, framed = self.shapes[step.inputs[0]], not out.dense
+        via = self.call.dense(shape, kind) if framed else replace(
+            out, shape=shape, strides=dense_strides(shape, out.item)
+        )  # fmt: skip
+        copy_row(self.call, source[0].view(source[1], kind), via)
+        if framed:
+            dense = dense_strides(out.shape, out.item)
+            copy_row(self.call, replace(via, shape=out.shape, strides=dense), out)
 
     row_reshape = row_permute = row_slice
 

@@ -11,7 +11,7 @@ program needs no torch.
 
 Sums are int16 where all who take them can read it, as norms do: their values differ by
 orders of magnitude, and what a network adds to layer by layer would lose a little each time.
-quantize, add, conv2d and linear make int16; WIDE says who takes it.
+quantize, constant, add, conv2d and linear make int16; WIDE says who takes it.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ Shape = tuple[int, ...]
 WAYS_IN = ("quantize", "grid")
 VIEWS = ("reshape", "permute", "slice")  # mostly have their input's memory
 MOVED = (*VIEWS, "concat", "pad")  # have the dtype of their inputs, which is one
+NORMS = ("layer_norm", "rms_norm", "group_norm")
 ANY = range(2**31)  # of how many inputs there are
 # operation -> which of its inputs may be int16
-WIDE = {"dequantize": (0,), "layer_norm": (0,), "group_norm": (0,), "add": (0, 1), "conv2d": (1,), "linear": (1,),
-        **dict.fromkeys(MOVED, ANY)}  # fmt: skip
+WIDE = {"dequantize": (0,), **dict.fromkeys(NORMS, (0,)), "add": (0, 1),
+        "conv2d": (1,), "linear": (1,), **dict.fromkeys(MOVED, ANY)}  # fmt: skip
 MAX_VALUES = 2**44  # of one array: addresses stay within int64
 MAX_TAPS = 2**24  # of all windows along an axis: pooling lists them
 
@@ -220,6 +221,8 @@ def _dtype(step: Step, *inputs: str) -> str:
         return epilogue.dtype.name
     if step.op in MOVED:
         return inputs[0]
+    if step.op == "constant":
+        return str(step.arguments["value"].dtype)
     return str(step.arguments.get("dtype", "uint8"))
 
 
@@ -500,6 +503,7 @@ OPERATIONS: dict[str, Operation] = {
     "softmax": Operation(_softmax, _masked),
     "softmax_weights": Operation(_softmax, _masked),
     "layer_norm": Operation(_plain, _same),
+    "rms_norm": Operation(_plain, _same),
     "group_norm": Operation(_plain, _grouped),
     "max_pool2d": Operation(_plain, _pooled),
     "avg_pool2d": Operation(_plain, _pooled),

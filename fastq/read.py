@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fastq.graph import POINTWISE_NAMESPACE, PRODUCTS, Graph, Node, Ref, normalization
 from fastq.masks import LOWEST, is_low, is_mask, operand, operator_of, possible_values
+from fastq.spelled import inverse_rms, length
 
 _aten = torch.ops.aten
 
@@ -27,13 +28,15 @@ _POINTWISE = frozenset([
     "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "abs", "neg", "square", "pow", "reciprocal",
     "sin", "cos", "erf", "threshold", "hardshrink", "softshrink", "tanhshrink", "log_sigmoid",
     "softsign", "rsub", "sign", "floor", "ceil", "round", "trunc", "add", "sub", "mul", "div",
+    "maximum", "minimum", "fmod", "remainder", "nan_to_num", "logit", "atan2",
 ])  # fmt: skip
 _SAME = frozenset([
     "dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach",
     "lift_fresh_copy", "identity", "to", "_to_copy", "type_as",
 ])  # fmt: skip
-_TAKE_BOOL = ("scaled_dot_product_attention", "expand")
-_GROWING = ("expand", "expand_as", "repeat", "tile", "broadcast_to")  # with the batch, perhaps
+_EXPANDED = ("expand", "expand_as", "broadcast_to")
+_TAKE_BOOL = ("scaled_dot_product_attention", *_EXPANDED)
+_GROWING = (*_EXPANDED, "repeat", "tile")  # with the batch, perhaps
 # of what it is called on, only the dtype counts
 _FILLED = ("zeros", "ones", "full", "arange", "new_zeros", "new_ones", "new_full")
 
@@ -274,19 +277,13 @@ class Reader:
         schema = {arg.name: arg for arg in target._schema.arguments}
         args, kwargs = [], {}
         for key, value in a.items():
-            if isinstance(value, Tensor):
-                value = value.item()
-                if target._overloadname == "Tensor":
-                    value = torch.tensor(value)
-            held = Ref(0) if isinstance(value, Node) else value
+            held = value.item() if isinstance(value, Tensor) else value
+            held = Ref(0) if isinstance(value, Node) else held
             if key in schema and schema[key].kwarg_only:
                 kwargs[key] = held
             elif key in schema:
                 args.append(held)
         name = f"{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
-        if any(isinstance(v, Tensor) for v in args):
-            args = [v.item() if isinstance(v, Tensor) else v for v in args]
-            name = name.rpartition(".")[0] + ".Tensor"
         return self.add(node, "pointwise", nodes, attrs={"calls": [(name, tuple(args), kwargs)]})
 
     def read_conv2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
@@ -417,7 +414,7 @@ class Reader:
         y = self.read_batch_norm(node, {**a, "training": False})
         return None if y is None else [y]
 
-    def read_layer_norm(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+    def read_layer_norm(self, node: fx.Node, a: dict[str, Any], op: str = "layer_norm") -> Any:
         x = a["input"]
         if not isinstance(x, Node):
             return None
@@ -430,8 +427,13 @@ class Reader:
         if lines is None:
             return None
         attrs = {"shape": rows[-1:], "eps": float(a["eps"])}
-        y = self.add(node, "layer_norm", [lines], attrs=attrs, tensors=tensors, shape=rows)
+        y = self.add(node, op, [lines], attrs=attrs, tensors=tensors, shape=rows)
         return self.reshape(f"{node.name}_axes", y, x.shape)
+
+    def read_rms_norm(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        eps = a.get("eps")
+        eps = torch.finfo(torch.float32).eps if eps is None else eps
+        return self.read_layer_norm(node, {**a, "eps": eps}, "rms_norm")  # type: ignore[no-any-return]
 
     def read_group_norm(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         return self.grouped(node, a, a["num_groups"])
@@ -458,10 +460,44 @@ class Reader:
         return self.binary(node, "add", a, -float(a.get("alpha") or 1))
 
     def read_mul(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        for x, factor in ((a["self"], a["other"]), (a["other"], a["self"])):
+            if isinstance(x, Node) and x.op == "rms_norm" and self.weighted(node, x, factor):
+                return x
+            found = inverse_rms(x, factor)
+            if found is not None:
+                return self.rms_norm(node, x, *found)
         return self.binary(node, "mul", a)
 
+    def rms_norm(
+        self, node: fx.Node, x: Node, dim: int, eps: float, weight: Tensor | None = None
+    ) -> Node:
+        """Over any axis: it is the last one meanwhile."""
+        last = len(x.shape) - 1
+        dims = (*(d for d in range(last + 1) if d != dim), dim)
+        if dim != last:
+            x = self.add(f"{node.name}_last", "permute", [x], attrs={"dims": dims},
+                         shape=tuple(x.shape[d] for d in dims))  # fmt: skip
+        name: Any = node if dim == last else f"{node.name}_normed"
+        tensors = {} if weight is None else {"weight": weight}
+        attrs = {"shape": x.shape[-1:], "eps": eps}
+        y = self.add(name, "rms_norm", [x], attrs=attrs, tensors=tensors, shape=x.shape)
+        return y if dim == last else self.permute(node, y, [dims.index(d) for d in range(last + 1)])
+
+    def weighted(self, node: fx.Node, x: Node, factor: Any) -> bool:
+        """Whether an RMS norm takes a factor that only it is multiplied by as its weight."""
+        users = {user for v in node.all_input_nodes if self.values[v] is x for user in v.users}
+        fits = isinstance(factor, Tensor) and tuple(factor.shape) == x.shape[-1:]
+        if not fits or x.tensors or users != {node}:
+            return False
+        x.tensors = {"weight": factor}
+        return True
+
     def read_div(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
-        other = a["other"]
+        x, other = a["self"], a["other"]
+        if isinstance(x, Node) and (found := length(x, other)) is not None:
+            dim, eps = found
+            n = x.shape[dim]
+            return self.rms_norm(node, x, dim, eps**2 / n, torch.full((n,), n**-0.5))
         if a.get("rounding_mode") is None and isinstance(other, Tensor) and other.numel() > 1:
             return self.binary(node, "mul", {**a, "other": 1 / other})
         return None
@@ -523,6 +559,7 @@ class Reader:
 
     def clamped(self, node: fx.Node, x: Any, lo: Any, hi: Any) -> Node | None:
         """A pointwise function that is a clamp: the product before it can do it."""
+        lo, hi = (v.item() if isinstance(v, Tensor) and v.dim() == 0 else v for v in (lo, hi))
         if not isinstance(x, Node) or not all(isinstance(v, int | float | None) for v in (lo, hi)):
             return None
         bounds = (
@@ -897,29 +934,62 @@ class Reader:
         dim = (a.get("dim") or 0) % len(parts[0].shape)
         return parts[0] if len(parts) == 1 else self.add(node, "concat", parts, attrs={"dim": dim})
 
-    def read_expand(self, node: fx.Node, a: dict[str, Any]) -> Node | Tensor | None:
-        """A constant, a class token or a mask: who takes it broadcasts it, for any batch."""
-        x, shape = a["self"], _shape(node)
-        if not isinstance(x, Tensor):
+    def read_stack(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        """A concatenation along a new axis."""
+        parts = a["tensors"]
+        if not all(isinstance(v, Node) and v.shape == parts[0].shape for v in parts):
             return None
-        if x.dtype is torch.bool:
-            taken = {_operator(user) for user in node.users}
-            return x if taken == {"scaled_dot_product_attention"} else None
-        x = x.reshape((1,) * (len(shape) - x.dim()) + tuple(x.shape))
-        grown = [i for i, (n, size) in enumerate(zip(shape, x.shape, strict=True)) if n != size]
+        shape = list(parts[0].shape)
+        dim = (a.get("dim") or 0) % (len(shape) + 1)
+        shape.insert(dim, 1)
+        apart = [self.reshape(f"{node.name}_{i}", v, shape) for i, v in enumerate(parts)]
+        return self.add(node, "concat", apart, attrs={"dim": dim})  # type: ignore[arg-type]
+
+    def read_glu(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        """The first half times the sigmoid of the second."""
+        x, dim = a["self"], a.get("dim", -1)
+        if not isinstance(x, Node) or not x.shape:
+            return None
+        dim %= len(x.shape)
+        half = x.shape[dim] // 2
+        first = self.part(f"{node.name}_first", x, dim, 0, half)
+        gate = self.part(f"{node.name}_gate", x, dim, half, 2 * half)
+        calls: Any = [("aten.sigmoid.default", (Ref(0),), {})]
+        opened = self.add(f"{node.name}_open", "pointwise", [gate], attrs={"calls": calls},
+                          shape=gate.shape)  # fmt: skip
+        return self.add(node, "mul", [first, opened])
+
+    def read_expand(self, node: fx.Node, a: dict[str, Any]) -> Node | Tensor | None:
+        """What is the same along an axis, where all who take it broadcast it themselves: a class
+        token or a mask for any batch, factors of channels for any image."""
+        x, shape = a["self"], _shape(node)
+        if {_operator(user) for user in node.users} == {"scaled_dot_product_attention"}:
+            return x if isinstance(x, Tensor) and x.dtype is torch.bool else None
+        if not isinstance(x, Tensor | Node) or (isinstance(x, Tensor) and x.dtype is torch.bool):
+            return None
+        size = (1,) * (len(shape) - len(x.shape)) + tuple(x.shape)
+        grown = [i for i, (n, m) in enumerate(zip(shape, size, strict=True)) if n != m]
 
         def broadcasts(user: fx.Node) -> bool:
             name = _operator(user)
             along = (_arguments(user, user.target).get("dim") or 0) % len(shape)
-            if name not in ("cat", "add", "sub", "mul") or (name == "cat" and along in grown):
+            if name not in ("cat", "add", "sub", "mul", "div") or (
+                name == "cat" and along in grown
+            ):
                 return False
-            others = (_shape(v) for v in user.all_input_nodes if _operator(v) != "expand")
+            others = (_shape(v) for v in user.all_input_nodes if _operator(v) not in _EXPANDED)
             return any(
                 len(other) == len(shape) and all(other[i] == shape[i] for i in grown)
                 for other in others
             )
 
-        return self.constant(node.name, x) if all(map(broadcasts, node.users)) else None
+        if not all(map(broadcasts, node.users)):
+            return None
+        if isinstance(x, Tensor):
+            return self.constant(node.name, x.reshape(size))
+        return self.reshape(f"{node.name}_axes", x, size)
+
+    read_expand_as = read_broadcast_to = read_expand
 
     def read_chunk(self, node: fx.Node, a: dict[str, Any]) -> Any:
         return self.parts(node, a["self"], a.get("dim") or 0)
@@ -1003,7 +1073,7 @@ class Reader:
         return self.reshape(node, x, node.meta["val"].shape) if isinstance(x, Node) else None
 
     read_view = read_flatten = read_unflatten = read_squeeze = read_unsqueeze = read_reshape
-    read__unsafe_view = read_reshape
+    read__unsafe_view = read_reshape_as = read_view_as = read_reshape
 
     def reshape(self, node: fx.Node | str, x: Node, shape: Sequence[int]) -> Node | None:
         if x.op == "reshape" and x.inputs[0].shape == tuple(shape):

@@ -568,6 +568,30 @@ def layer_norm(
     return _into(out, _to_uint8(y, zero_point, qmin, qmax))
 
 
+def rms_norm(
+    x: NDArray[Any],
+    multiplier: ArrayLike,
+    epsilon: float,
+    *,
+    x_zero_point: int = 0,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = requantize of x / sqrt(mean(x**2) + epsilon) * multiplier, over the last axis.
+
+    As `layer_norm`, of x - x_zero_point and without its mean: d = N * (x - x_zero_point),
+    r = float32(1 / sqrt(N * squares + N**2 * epsilon)), y = (float32(d) * r) * multiplier.
+    """
+    n = x.shape[-1]
+    q = x.astype(np.int64) - x_zero_point
+    spread = n * (q * q).sum(axis=-1, keepdims=True)
+    factor = (1.0 / np.sqrt(spread.astype(np.float64) + float(n) * float(n) * epsilon)).astype(F32)
+    y = (n * q).astype(F32) * factor * np.asarray(multiplier, F32)
+    return _into(out, _to_uint8(y, zero_point, qmin, qmax))
+
+
 def group_norm(
     x: NDArray[Any],
     groups: int,

@@ -38,6 +38,7 @@ from fastq.graph import Graph, Node, Values, evaluate, pixels_together, sizes_of
 from fastq.lower import FIXED, weight_of
 from fastq.prepare import WEIGHTED, Prepared, fake_quantize, grid_ends
 from fastq.processes import ALONE, Processes
+from fastq.program import NORMS
 from fastq.qparams import quantize_weight
 
 Batch = Sequence[Any]
@@ -245,7 +246,7 @@ def activation_equalization(
     Source: G. Xiao et al., SmoothQuant: Accurate and Efficient Post-Training Quantization for
     Large Language Models, 2022, arXiv:2211.10438, with its migration strength of 0.5.
     """
-    _equalize(prepared, sample, ("layer_norm", "affine"), progress)
+    _equalize(prepared, sample, (*NORMS, "affine"), progress)
 
 
 # Operations after which each channel is still itself, times the same factor.
@@ -277,7 +278,7 @@ def _equalize(
         factor = _factors(peaks[node], readers, node.attrs.get("clamp", (-math.inf, math.inf))[1])
         # each layer changes what the next one is scaled by: peaks stay valid, weights are read anew
         for name in ("weight", "bias", "factor", "shift"):
-            if name in node.tensors or (node.op == "layer_norm" and name == "weight"):
+            if name in node.tensors or (node.op in NORMS and name == "weight"):
                 old = node.tensors.get(name, torch.ones(()))
                 node.tensors = {**node.tensors, name: old / _along(factor, old, 0)}
         for reader in readers:
@@ -353,7 +354,7 @@ def _by_channel(node: Node, value: Tensor) -> Tensor:
 
 
 def _channel_axis(node: Node, rank: int) -> int:
-    return 1 if node.op in ("conv2d", "conv_transpose2d", "affine") else rank - 1
+    return 1 if node.op in ("conv2d", "conv_transpose2d", "affine", "group_norm") else rank - 1
 
 
 def _grouped(node: Node, weight: Tensor) -> Tensor:

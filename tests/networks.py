@@ -229,6 +229,61 @@ class SqueezeExcite(nn.Module):
         return x * torch.sigmoid(s)
 
 
+class SqueezeExpanded(nn.Module):
+    """Its factors take the image's shape before they are multiplied."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Sequential(nn.Linear(c, c // 4), nn.ReLU(), nn.Linear(c // 4, c))
+
+    def forward(self, x: Tensor) -> Tensor:
+        factors = self.squeeze(x.mean((2, 3))).sigmoid().view(len(x), -1, 1, 1)
+        return x * factors.expand_as(x) + factors.expand(-1, -1, *x.shape[2:]) * x
+
+
+class PooledPower(nn.Module):
+    """Generalized mean pooling: its exponent is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.most = nn.Parameter(torch.full((1,), 3.0)), nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.minimum(x, self.most).clamp(min=1e-3).pow(self.p)
+        return F.adaptive_avg_pool2d(x, 1).pow(1.0 / self.p).flatten(1)
+
+
+class SpelledNorm(nn.Module):
+    """An RMS norm, as the encoders of T5 and their like write it."""
+
+    def __init__(self, c: int, dim: int = -1) -> None:
+        super().__init__()
+        self.weight, self.dim = nn.Parameter(torch.rand(c) + 0.5), dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        real = x.to(torch.float32)
+        variance = real.pow(2).mean(self.dim, keepdim=True)
+        y = real * torch.rsqrt(variance + 1e-6)
+        return self.weight.view(-1, *[1] * (-self.dim - 1)) * y.type_as(x)
+
+
+class RmsNormed(nn.Module):
+    """Layers between RMS norms, a token that comes late, and vectors of length 1 at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.RMSNorm(16), SpelledNorm(16), nn.RMSNorm(16)
+        self.token = nn.Parameter(torch.randn(1, 1, 16))
+        self.attention, self.up = Attention(16, 2), nn.Linear(16, 64)
+        self.down = nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.first(x))
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        x = x + self.down(F.glu(self.up(self.second(x))))
+        return F.normalize(self.last(x), dim=-1)
+
+
 class UNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -472,7 +527,35 @@ CASES: dict[str, Case] = {
             nn.Conv2d(12, 4, 3),
         ),
         images(3),
-    ),  # fmt: skip
+    ),
+    "rms norms": Case(RmsNormed, sequences(16)),
+    "rms norms of images": Case(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            SpelledNorm(8, -3),
+            nn.ReLU(),
+            nn.Conv2d(8, 6, 3),
+            Apply(lambda x: F.normalize(x) * 2),
+            nn.Conv2d(6, 4, 1),
+        ),
+        images(3),
+    ),
+    "stacked": Case(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 6, 3),
+            Apply(
+                lambda x: torch.stack([x, x.relu()], 2).flatten(1, 2).view_as(x.repeat(1, 2, 1, 1))
+            ),
+            nn.Conv2d(12, 4, 1),
+        ),
+        images(3),
+    ),
+    "functions of learned numbers": Case(
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 3), PooledPower(), nn.Linear(6, 4)), images(3)
+    ),
+    "squeeze, expanded": Case(
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), SqueezeExpanded(8), nn.Conv2d(8, 4, 1)), images(3)
+    ),
     "group norm of signals": Case(
         lambda: nn.Sequential(
             nn.Conv1d(4, 6, 3, padding=1), nn.GroupNorm(1, 6), nn.GELU(), nn.Conv1d(6, 3, 3)

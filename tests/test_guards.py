@@ -30,6 +30,7 @@ CASES: dict[str, tuple[list[tuple[int, ...]], tuple[Any, ...]]] = {
     "upsample_bilinear2d": ([(1, 3, 3, 5)], ((6, 7),)),
     "softmax": ([(7, 13)], (0.1,)),
     "layer_norm": ([(7, 13)], (20.0, 0.5, 1.0)),
+    "rms_norm": ([(7, 13)], (20.0, 1.0)),
     "group_norm": ([(2, 5, 7, 21)], (7, 20.0, 0.5, 1.0)),
 }
 

@@ -556,7 +556,7 @@ def test_a_float_operator_says_where_a_size_does_not_fit():
 
         def forward(self, ids: Tensor) -> Tensor:
             x = self.tokens(ids) + self.positions[: ids.shape[1]]
-            return self.head(F.rms_norm(x, (4,)))
+            return self.head(x.cumsum(1) / 8)
 
     q = quantized(Positions(), (torch.randint(0, 9, (2, 8)),))
     assert q(torch.randint(0, 9, (3, 16))).shape == (3, 16, 2)

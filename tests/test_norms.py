@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
-from rows import check_row, u8
+from rows import check_row, guarded, u8
 
 from fastq import ops, reference
 from fastq.kernels import norms
-from fastq.qparams import MAX_FEATURES
+from fastq.qparams import MAX_FEATURES, MAX_WIDE_FEATURES
 
 SHAPES = [
     (1,), (7,), (33,), (3, 5), (9, 64), (2, 3, 4, 128), (5, 1), (2, 5, 3, 17), (70, 31), (3, 1024),
@@ -108,6 +108,33 @@ def test_layer_norm(kind: str, threads: int, rng: Any, shape: tuple[int, ...]) -
     assert_array_equal(ops.layer_norm(x, 20.0, 0.5, 1.0, zero_point=128), plain)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rms_norm(kind: str, threads: int, rng: Any, shape: tuple[int, ...]) -> None:
+    multiplier = (rng.normal(size=shape[-1]) * 40).astype(np.float32)
+    for x in inputs(rng, shape):
+        for zero, epsilon in ((0, 1e-20), (77, 3.7), (255, 1e-20)):
+            rule = (multiplier, epsilon)
+            named = {"x_zero_point": zero, "zero_point": 120, "qmin": 3, "qmax": 250}
+            want = reference.rms_norm(x, *rule, **named)
+            assert_array_equal(ops.rms_norm(x, *rule, **named), want)
+            for in_place in (False, True):
+                check_row(kind, want, [x], lambda call, x, out, rest=(*rule, zero): (
+                    norms.rms_norm_row(call, x, out, *rest, 120, 3, 250)), in_place)  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [*SHAPES[:-1], (2, MAX_WIDE_FEATURES)], ids=str)
+def test_rms_norm_of_int16(threads: int, rng: Any, shape: tuple[int, ...]) -> None:
+    multiplier = (rng.normal(size=shape[-1]) * 40).astype(np.float32)
+    for x in (
+        rng.integers(-(2**15), 2**15, shape), np.full(shape, -32768), rng.integers(-3, 4, shape)
+    ):  # fmt: skip
+        x = x.astype(np.int16)
+        want = reference.rms_norm(x, multiplier, 2.0, zero_point=100, qmax=250)
+        out = guarded(np.zeros_like(want))
+        ops.rms_norm(guarded(x), multiplier, 2.0, zero_point=100, qmax=250, out=out)
+        assert_array_equal(out, want)
+
+
 def test_any_multiplier(rng: Any) -> None:
     x = u8(rng, 5, 70)
     for multiplier in (0.0, 1e-9, -3e7, 2.0**96):
@@ -148,6 +175,11 @@ def test_they_are_those_of_torch(rng: Any) -> None:
             x, weight / y_scale, bias / y_scale, 1e-5 / scale**2, zero_point=128
         )
         assert np.abs(got - np.clip(want, 0, 255)).max() < 0.502
+        want = F.rms_norm(real, (96,), named["weight"], 1e-5).numpy() / y_scale + 128
+        got = reference.rms_norm(
+            x, weight / y_scale, 1e-5 / scale**2, x_zero_point=zero_point, zero_point=128
+        )
+        assert np.abs(got - np.clip(want, 0, 255)).max() < 0.502
 
 
 def test_one_probability_is_held_exactly() -> None:
@@ -175,6 +207,21 @@ BAD_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
     "mask's axes": (lambda: ops.softmax(X, 1.0, X[None]), ValueError, r"mask \(1, 3, 5\)"),
     "mask's memory": (lambda: ops.softmax(X + 1, 1.0, X, out=X), ValueError, "out overlaps"),
     "epsilon": (lambda: ops.layer_norm(X, 1.0, 0.0, 0.0), ValueError, "a finite number > 0"),
+    "its zero point": (
+        lambda: ops.rms_norm(X, 1.0, 1.0, x_zero_point=256),
+        ValueError,
+        "x_zero_point",
+    ),
+    "zero point of int16": (
+        lambda: ops.rms_norm(X.astype(np.int16), 1.0, 1.0, x_zero_point=3),
+        ValueError,
+        "wanted 0",
+    ),
+    "features of int16": (
+        lambda: ops.rms_norm(np.zeros((1, MAX_WIDE_FEATURES + 1), np.int16), 1.0, 1.0),
+        ValueError,
+        "rms_norm: x .* exact up to",
+    ),
     "features": (lambda: ops.layer_norm(X, [1.0], 0.0, 1.0), ValueError, "one per channel"),
 }
 

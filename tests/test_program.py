@@ -68,7 +68,10 @@ EXAMPLES: dict[str, list[tuple[tuple[Shape, ...], dict[str, Any]]]] = {
                      "padding": ((0, 0), (0, 0)), "axes": (0, 1)}),
     ],
     "dequantize": [((IMAGE,), {"scale": 0.1, "zero_point": 7})],
-    "constant": [((), {"value": np.arange(24, dtype=np.uint8).reshape(2, 3, 4)})],
+    "constant": [
+        ((), {"value": np.arange(24, dtype=np.uint8).reshape(2, 3, 4)}),
+        ((), {"value": np.arange(-9000, 9000, 1000, dtype=np.int16).reshape(2, 9)}),
+    ],
     "conv2d": [
         ((IMAGE,), {"weight": Conv2dWeight(i8(3, 3, 3, 2), (2, 1), 1, (1, 2)),
                     "epilogue": EPILOGUE, "x_zero_point": 7}),
@@ -115,6 +118,8 @@ EXAMPLES: dict[str, list[tuple[tuple[Shape, ...], dict[str, Any]]]] = {
     ],
     "layer_norm": [((IMAGE,), {"multiplier": f32(9, 8, 7), "shift": f32(1, 2, 3),
                                "epsilon": 1e-3, **TO})],
+    "rms_norm": [((IMAGE,), {"multiplier": f32(9, 8, 7), "epsilon": 1e-3, "x_zero_point": 7,
+                             **TO})],
     "group_norm": [((IMAGE,), {"groups": 3, "multiplier": f32(9, 8, 7), "shift": f32(1, 2, 3),
                                "epsilon": 1e-3, **TO})],
     "max_pool2d": [((IMAGE,), {**POOL, "dilation": (2, 1)})],
@@ -509,6 +514,20 @@ def test_a_transposed_convolution_of_a_large_stride() -> None:
         check(made, np.ones((1, 1 if stride[1] > 1 else 2, 1, 3), np.float32))
 
 
+def test_a_reshape_of_permuted_axes_that_a_convolution_pads() -> None:
+    """Neither is what it makes a view of its input, nor lies it densely in a frame of zeros."""
+    for padding in (0, 1):
+        made = program(
+            (4,),
+            Step("permute", "p", ("q0",), {"axes": (0, 2, 1, 3)}),
+            Step("reshape", "r", ("p",), {"sizes": (((0,), 1), 3, 4, ((2, 3), 1)), "ones": ()}),
+            Step("conv2d", "c", ("r",), conv(2, 10, 3, 3, padding=padding)),
+            real("y", "c"),
+            outputs={"y": 4},
+        )
+        check(made, np.random.default_rng(0).normal(size=(2, 2, 12, 5)).astype(np.float32))
+
+
 def test_a_program_can_be_read() -> None:
     shown = str(
         program(
@@ -629,6 +648,9 @@ class Random:
             case "layer_norm":
                 return {"multiplier": 30 * self.vector(c), "shift": self.vector(c),
                         "epsilon": 0.01, **self.to()}  # fmt: skip
+            case "rms_norm":
+                return {"multiplier": 30 * self.vector(c), "epsilon": 0.01,
+                        "x_zero_point": self.byte(), **self.to()}  # fmt: skip
             case "group_norm":
                 return {"groups": self.one(1, max(c, 1)), "multiplier": 30 * self.vector(c),
                         "shift": self.vector(c), "epsilon": 0.01, **self.to()}  # fmt: skip

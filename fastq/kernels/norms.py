@@ -1,4 +1,4 @@
-"""softmax and layer norm over the last axis, in integers up to one float32 factor a line.
+"""softmax, layer norm and RMS norm over the last axis, in integers up to one float32 factor a line.
 
     softmax      e = TABLE[peak - x], int32, or 0 where MASK is 0; total = sum(e), int64
                  out = requantized(float32(e) * (255 / float32(total))); EMPTY if total is 0
@@ -7,8 +7,10 @@
     layer_norm   total = sum(x), squares = sum(x * x); d = N * x - total
                  r = float32(1 / sqrt(float64(N * squares - total**2) + EPSILON))
                  out = requantized(((float32(d) * r) * Y) + Z)
+    rms_norm     the same, but that total = N * X_ZERO_POINT, squares = sum((x - X_ZERO_POINT)**2),
+                 and the square of no total is subtracted
 
-x and out hold uint8 values as uint8 or int16, layer_norm's x may hold any of int16; out may be x,
+x and out hold uint8 values as uint8 or int16, the norms' x may hold any of int16; out may be x,
 if of its kind. A task is a block of lines, as in lines.py, each of them whole.
 """
 
@@ -47,8 +49,8 @@ from fastq.qparams import MAX_FEATURES, MAX_WIDE_FEATURES, exp_table, weight_tab
 
 OUT, X = LINES_FIELDS, LINES_FIELDS + OPERAND_FIELDS
 MASK = X + OPERAND_FIELDS
-(TABLE, Y, Z, EPSILON, CLAMP, ZERO_POINT, EMPTY, FIELDS) = range(
-    MASK + OPERAND_FIELDS, MASK + OPERAND_FIELDS + 8
+(TABLE, Y, Z, EPSILON, CLAMP, ZERO_POINT, X_ZERO_POINT, EMPTY, FIELDS) = range(
+    MASK + OPERAND_FIELDS, MASK + OPERAND_FIELDS + 9
 )
 LINE_BLOCK = 4 * 1024  # elements of a task, roughly
 CHUNK = 1024  # elements of a softmax whose exponentials are held
@@ -292,9 +294,9 @@ def inverse_sums_kernel(kind: str) -> Any:
 
 
 @functools.cache
-def layer_norm_kernel(kind: str, target: str, bounded: bool) -> Any:
-    """kind of x "u8", "u8x2" or "s16", target of out "u8" or "u8x2"."""
-    config = (kind, sources_digest())
+def layer_norm_kernel(kind: str, target: str, bounded: bool, centered: bool) -> Any:
+    """kind of x "u8", "u8x2" or "s16", target of out "u8" or "u8x2"; not centered: rms_norm."""
+    config = (kind, int(centered), sources_digest())
     kinds = (target, kind, "f32", "f32")
     steps = tuple(ITEM_BYTES[k] for k in kinds)
     normalized = line_config("normalize", kinds, steps, bounded)
@@ -313,7 +315,12 @@ def layer_norm_kernel(kind: str, target: str, bounded: bool) -> Any:
                 x = line_address(args, X, i, j, line)
                 out = line_address(args, OUT, i, j, line)
                 total, squares = _sums(config[0], x, count)
-                spread = float64(count * squares - total * total)
+                if config[1]:
+                    spread = float64(count * squares - total * total)
+                else:
+                    zero = args[X_ZERO_POINT]
+                    squares += zero * (count * zero - 2 * total)
+                    spread, total = float64(count * squares), count * zero
                 factors[2] = float32(inverse_root(spread, epsilon))
                 zeros[2] = total
                 pointwise_line(normalized, out, x, args[Y], args[Z], count, floats, ints, ints)
@@ -337,7 +344,7 @@ def softmax_row(
     empty = int(np.rint(np.float32(255) / np.float32(count))) if uniform and count else 0
     kernel = softmax_kernel(x.kind, mask is not None)
     _line_row(call, kernel, x, out, places, (0, 0, 255), SOFTMAX_NANOSECONDS,
-              label or f"softmax_{x.kind}", mask, empty)  # fmt: skip
+              label or f"softmax_{x.kind}", mask, {EMPTY: empty})  # fmt: skip
 
 
 def softmax_weights_row(
@@ -355,7 +362,7 @@ def softmax_weights_row(
     places: dict[int, Place] = {TABLE: np.append(rising, np.full(255, 255, np.uint8))}
     kernel = weights_kernel(x.kind, mask is not None)
     _line_row(call, kernel, x, out, places, (0, 0, 255), WEIGHTS_NANOSECONDS,
-              label or f"softmax_weights_{x.kind}", mask, 255 * uniform)  # fmt: skip
+              label or f"softmax_weights_{x.kind}", mask, {EMPTY: 255 * uniform})  # fmt: skip
 
 
 def inverse_sums_row(call: Call, x: View, out: View, label: str = "") -> None:
@@ -389,15 +396,17 @@ def layer_norm_row(
     qmin: int = 0,
     qmax: int = 255,
     label: str = "",
+    *,
+    x_zero_point: int | None = None,
 ) -> None:
-    """Appends reference.layer_norm; multiplier and shift are scalars or (N,). out may be x, if of
-    its kind."""
-    n = x.shape[-1]
+    """Appends reference.layer_norm, or with an x_zero_point reference.rms_norm; multiplier and
+    shift are scalars or (N,). out may be x, if of its kind."""
+    n, name = x.shape[-1], "layer_norm" if x_zero_point is None else "rms_norm"
     if n == 0:
         return
     most = MAX_WIDE_FEATURES if x.kind == "s16" else MAX_FEATURES
     if n > most:
-        raise ValueError(f"layer_norm: {n} features; exact up to {most}")
+        raise ValueError(f"{name}: {n} features; exact up to {most}")
     columns = [np.array(np.broadcast_to(v, (n,)), np.float32) for v in (multiplier, shift)]
     places: dict[int, Place] = {
         Y: columns[0],
@@ -406,9 +415,28 @@ def layer_norm_row(
     }
     # |d * r| is under the root of N, up to rounding
     largest = 2 * n**0.5 * np.abs(columns[0]).max() + np.abs(columns[1]).max()
-    kernel = layer_norm_kernel(x.kind, out.kind, bool(largest <= MAX_BOUNDED))
-    _line_row(call, kernel, x, out, places, (zero_point, qmin, qmax),
-              NORM_NANOSECONDS, label or f"layer_norm_{x.kind}")  # fmt: skip
+    bounded, centered = bool(largest <= MAX_BOUNDED), x_zero_point is None
+    kernel = layer_norm_kernel(x.kind, out.kind, bounded, centered)
+    _line_row(call, kernel, x, out, places, (zero_point, qmin, qmax), NORM_NANOSECONDS,
+              label or f"{name}_{x.kind}", values={X_ZERO_POINT: x_zero_point or 0})  # fmt: skip
+
+
+def rms_norm_row(
+    call: Call,
+    x: View,
+    out: View,
+    multiplier: NDArray[np.float32],
+    epsilon: float,
+    x_zero_point: int = 0,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    label: str = "",
+) -> None:
+    """Appends reference.rms_norm; else as `layer_norm_row`."""
+    no_shift = np.zeros((), np.float32)
+    layer_norm_row(call, x, out, multiplier, no_shift, epsilon, zero_point, qmin, qmax, label,
+                   x_zero_point=x_zero_point)  # fmt: skip
 
 
 def _line_row(
@@ -421,17 +449,17 @@ def _line_row(
     nanoseconds: float,
     label: str,
     mask: View | None = None,
-    empty: int = 0,
+    values: dict[int, int] | None = None,
 ) -> None:
-    """Appends a kernel that takes whole lines; clamp is (zero_point, qmin, qmax), and `empty` what
-    a line gets whose mask is 0 everywhere."""
+    """Appends a kernel that takes whole lines; clamp is (zero_point, qmin, qmax), and `values` are
+    fields of its own."""
     views = [out, x, *([] if mask is None else [broadcast(mask, x.shape)])]
     shape, steps = collapse(views, 4, keep=1)
     size = int(np.prod(shape))
     if size == 0:
         return
     zero_point, qmin, qmax = clamp
-    values = share_lines(shape)[1] | {COLUMNS: shape[3], EMPTY: empty}
+    values = share_lines(shape)[1] | {COLUMNS: shape[3]} | (values or {})
     values[ROWS] = min(max(LINE_BLOCK // shape[3], 1), shape[2])
     for operand, view, along in zip((OUT, X, MASK), views, steps, strict=False):
         places[operand] = view.place

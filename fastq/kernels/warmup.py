@@ -99,6 +99,11 @@ def _held(tier: str) -> list[tuple[str]]:
     return [(_activations(tier),), ("s16",)]
 
 
+def _norms(tier: str, centered: bool) -> Iterable[tuple[Any, ...]]:
+    return ((*x, _activations(tier), bounded, centered)
+            for x in _held(tier) for bounded in (False, True))  # fmt: skip
+
+
 def _scaled_groups(tier: str) -> Iterable[tuple[Any, ...]]:
     kind = _activations(tier)
     return _lines(("affine", kind, *x, "f32", "f32") for x in _held(tier))
@@ -196,7 +201,7 @@ FAMILIES = (
     Family(
         "attention",
         norms.layer_norm_kernel,
-        lambda tier: product((_activations(tier), "s16"), (_activations(tier),), (False, True)),
+        lambda tier: _norms(tier, centered=True),
     ),
     Family(
         "attention",
@@ -217,9 +222,10 @@ FAMILIES = (
             for transposed in (False, True)
         ],
     ),
-    Family("group norm", group_norm.channel_sums_kernel, _held),
-    Family("group norm", group_norm.group_scales_kernel, lambda tier: [()]),
-    Family("group norm", pointwise.pointwise_kernel, _scaled_groups),
+    Family("norms", norms.layer_norm_kernel, lambda tier: _norms(tier, centered=False)),
+    Family("norms", group_norm.channel_sums_kernel, _held),
+    Family("norms", group_norm.group_scales_kernel, lambda tier: [()]),
+    Family("norms", pointwise.pointwise_kernel, _scaled_groups),
     Family("array", elementwise.elementwise_kernel, _elementwise),
     Family("array", histogram.histogram_kernel, lambda tier: [(False,), (True,)]),
 )

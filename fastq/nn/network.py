@@ -67,7 +67,8 @@ class Layout:
     recipe: Mapping[str, Any]
 
 
-ARRAYS = (torch.uint8, torch.int8, torch.int32, torch.float32)  # what programs are made of
+# what programs are made of
+ARRAYS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.float32)
 ONE_TENSOR = pytree.tree_structure(((0,), {}))  # model(x), the most common call
 
 
