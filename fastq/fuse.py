@@ -3,6 +3,7 @@
     pad by 0, conv2d             -> conv2d with that padding
     reshape, affine | pointwise  -> affine | pointwise, reshape    (after a 1-D convolution)
     conv2d | linear, affine      -> conv2d | linear                (batch norm, layer scale)
+    mul by a constant of one axis -> affine
     pointwise, pointwise         -> pointwise                      (x * sigmoid(x) too)
     conv2d | linear, add         -> conv2d | linear with a second input
     ... , clamp                  -> ... with attrs["clamp"]        (ReLU, ReLU6)
@@ -27,7 +28,7 @@ CLAMPING = ("conv2d", "linear", "conv_transpose2d", "add", "mul", "affine", "avg
 
 def fuse(graph: Graph) -> None:
     """All of the above, in the graph itself."""
-    for fuse_one in (_pad, _line, _affine, _pointwise, _add, _clamp):
+    for fuse_one in (_pad, _line, _affine, _factors, _pointwise, _add, _clamp):
         fuse_one(graph)
         graph.remove_unused()
 
@@ -93,6 +94,34 @@ def _affine(graph: Graph) -> None:
         layer.tensors = tensors
         layer.attrs["folded"] = (*layer.attrs.get("folded", ()), node.layer)
         graph.replace(node, layer)
+
+
+def _factors(graph: Graph) -> None:
+    """What is multiplied by one constant for each place on an axis; `affine` wants that at 1."""
+    for node in list(graph.nodes):
+        if node.op != "mul" or not 2 <= len(node.shape) <= 4:
+            continue
+        for x, constant in (node.inputs, node.inputs[::-1]):
+            if constant.op != "constant" or x.op == "constant" or x.shape != node.shape:
+                continue
+            value = constant.tensors["value"].detach().double()
+            axes = [d for d, size in enumerate(value.shape) if size > 1]
+            if len(axes) != 1 or value.shape[axes[0]] != x.shape[axes[0]]:
+                continue
+            dims = [d for d in range(len(x.shape)) if d != axes[0]]
+            dims.insert(1, axes[0])
+            back = [dims.index(d) for d in range(len(dims))]
+            moved = Node(f"{node.name}_channels", "permute", [x], {"dims": tuple(dims)},
+                         shape=tuple(x.shape[d] for d in dims))  # fmt: skip
+            after = Node(f"{node.name}_axes", "permute", [], {"dims": tuple(back)}, shape=x.shape)
+            graph.replace(node, after)
+            after.inputs = [node]
+            node.op, node.inputs, node.shape = "affine", [moved], moved.shape
+            factor = value.flatten()
+            node.tensors = {"factor": factor, "shift": torch.zeros_like(factor)}
+            at = graph.nodes.index(node)
+            graph.nodes[at : at + 1] = [moved, node, after]
+            break
 
 
 def _scaled(node: Node) -> tuple[Node, Tensor, Tensor] | None:

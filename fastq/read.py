@@ -37,6 +37,7 @@ _SAME = frozenset([
 _EXPANDED = ("expand", "expand_as", "broadcast_to")
 _TAKE_BOOL = ("scaled_dot_product_attention", *_EXPANDED)
 _GROWING = (*_EXPANDED, "repeat", "tile")  # with the batch, perhaps
+MAX_TERMS = 8  # of a sum that is written as additions
 # of what it is called on, only the dtype counts
 _FILLED = ("zeros", "ones", "full", "arange", "new_zeros", "new_ones", "new_full")
 
@@ -1067,6 +1068,23 @@ class Reader:
         dim, index = a["dim"] % len(x.shape), a["index"]
         y = self.part(f"{node.name}_slice", x, dim, index, None if index == -1 else index + 1)
         return self.add(node, "reshape", [y], attrs={"groups": _without(dim, len(x.shape))})
+
+    def read_sum(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        """Of a few places on an axis, one added to the other."""
+        x, dims = a["self"], a.get("dim")
+        if not isinstance(x, Node) or len(dims or ()) != 1 or a.get("dtype") is not None:
+            return None
+        dim: int = dims[0] % len(x.shape)  # type: ignore[index]
+        if dim == 0 or not 2 <= x.shape[dim] <= MAX_TERMS:
+            return None
+        shape = (*x.shape[:dim], *[1] * bool(a.get("keepdim")), *x.shape[dim + 1 :])
+        total = None
+        for i in range(x.shape[dim]):
+            part = self.part(f"{node.name}_{i}", x, dim, i, i + 1)
+            term = self.reshape(f"{part.name}_term", part, shape)
+            name: Any = node if i == x.shape[dim] - 1 else f"{part.name}_sum"
+            total = term if total is None else self.add(name, "add", [total, term], shape=shape)  # type: ignore[list-item]
+        return total
 
     def read_reshape(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x = a["self"]

@@ -241,6 +241,24 @@ class SqueezeExpanded(nn.Module):
         return x * factors.expand_as(x) + factors.expand(-1, -1, *x.shape[2:]) * x
 
 
+class Rotary(nn.Module):
+    """Queries are turned by an angle for each position; the sum has a factor for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs, self.outputs = nn.Linear(16, 16), nn.Linear(16, 16)
+        angles = torch.arange(12)[:, None] * torch.logspace(0, -3, 8)
+        self.register_buffer("cos", angles.cos().repeat(1, 2))
+        self.register_buffer("sin", angles.sin().repeat(1, 2))
+        self.scale = nn.Parameter(torch.rand(16) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.inputs(x)
+        turned = torch.cat([-q[..., 8:], q[..., :8]], -1)
+        y = x * self.scale + q * self.cos + turned * self.sin
+        return self.outputs(y)
+
+
 class PooledPower(nn.Module):
     """Generalized mean pooling: its exponent is learned."""
 
@@ -552,6 +570,24 @@ CASES: dict[str, Case] = {
     ),
     "functions of learned numbers": Case(
         lambda: nn.Sequential(nn.Conv2d(3, 6, 3), PooledPower(), nn.Linear(6, 4)), images(3)
+    ),
+    "rotary positions": Case(Rotary, lambda b, _: (torch.randn(b, 12, 16),)),
+    "branches summed": Case(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 12, 3),
+            Apply(lambda x: x.unflatten(1, (3, 4)).softmax(1).sum(1)),
+            Apply(
+                lambda x: (
+                    x
+                    + x.unflatten(1, (2, 2))
+                    .sum(1, keepdim=True)
+                    .repeat(1, 1, 2, 1, 1)
+                    .flatten(1, 2)
+                )
+            ),
+            nn.Conv2d(4, 4, 1),
+        ),
+        images(3),
     ),
     "squeeze, expanded": Case(
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), SqueezeExpanded(8), nn.Conv2d(8, 4, 1)), images(3)

@@ -565,6 +565,19 @@ def test_a_float_operator_says_where_a_size_does_not_fit():
     assert "other sizes than the calibration data's" in info.value.__notes__[0]
 
 
+def test_constants_that_bytes_do_not_hold():
+    """Factors of one axis are exact; those of two are bytes, if bytes are near enough to them."""
+    x, even = torch.randn(6, 3, 8, 8), torch.rand(5, 8, 8) + 0.5
+    spread = even.clone()
+    spread[2, 3, 4] = 100
+    for factor, floats in ((spread, True), (even, False), (spread[2, :, 4:5], False)):
+        model = between(lambda y, factor=factor: y * factor, 5)()
+        q = check(model, x)
+        reasons = [stage.why for stage in q.layout.stages if "constant tensor that" in stage.why]
+        assert bool(reasons) == floats
+        assert noise_ratio(model(x).detach(), q(x)) > 30
+
+
 def test_control_flow_on_the_batch_size():
     class Few(nn.Module):
         def __init__(self) -> None:
