@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastq.graph import Graph, Ref, Size, Sizes, sizes_of
-from fastq.read import Aliased, CannotCapture, Folded, Reader
+from fastq.read import Indirect, CannotCapture, Folded, Reader
 from fastq.trace import quiet, twin
 
 
@@ -166,7 +166,7 @@ class _Exported:
         """The graph, and what was folded in it: all but the operators in `live`."""
         try:
             return self._read(live)
-        except Aliased:  # a second pass of torch's turns changes of memory into new values
+        except Indirect:
             with quiet(), torch.no_grad():
                 self.program = self.program.run_decompositions({})
             return self._read(live)

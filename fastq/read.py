@@ -46,8 +46,9 @@ class CannotCapture(Exception):
     """Why there is no graph of a model."""
 
 
-class Aliased(CannotCapture):
-    """A tensor is changed in place that is read by another name later."""
+class Indirect(CannotCapture):
+    """What a second pass of torch's makes plain operators of: a tensor that is changed in place
+    and read by another name later, a graph within the graph."""
 
 
 Folded = dict[str, Tensor]  # operator's name -> its value, of parameters alone
@@ -92,8 +93,8 @@ class Reader:
                 outputs = [self.values[v] if isinstance(v, fx.Node) else v for v in flat]
             elif node.op == "call_function":
                 self.values[node] = self.call(node)
-            else:
-                raise CannotCapture(f"{node.name}: {node.op}")
+            else:  # a region of torch.autocast, as a graph of its own
+                raise Indirect(f"{node.name}: {node.op}")
         if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
             raise CannotCapture("the model changes its buffers or its inputs when it is called")
         outputs = [
@@ -202,7 +203,7 @@ class Reader:
             if self.values[other] is old:
                 self.values[other] = result
             elif other is not node and any(self.place[user] > now for user in other.users):
-                raise Aliased(f"{node.name} changes what {other.name} reads")
+                raise Indirect(f"{node.name} changes what {other.name} reads")
 
     def look_up(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
@@ -403,7 +404,7 @@ class Reader:
         factor, shift = normalization(eps, origin)
         if not bool(factor.isfinite().all() and shift.isfinite().all()):
             return None
-        y = self.add(node, "affine", [x], tensors={"factor": factor, "shift": shift},
+        y = self.add(node, "affine", [x], tensors={"factor": factor, "shift": shift}, shape=x.shape,
                      attrs={"norm": {"eps": eps, "momentum": momentum}})  # fmt: skip
         y.origin = origin
         return y
@@ -879,6 +880,16 @@ class Reader:
         if len(x.shape) != 4:
             return None
         dims = {d % 4 for d in a["dim"]}
+        if dims == {1, 2}:  # (B, H, W, C), as many transformers hold images
+            b, h, w, c = x.shape
+            image = self.add(f"{node.name}_image", "permute", [x], shape=(b, c, h, w),
+                             attrs={"dims": (0, 3, 1, 2)})  # fmt: skip
+            y = self.add(f"{node.name}_pool", "adaptive_avg_pool2d", [image], shape=(b, c, 1, 1),
+                         attrs={"output_size": (1, 1)})  # fmt: skip
+            y.layer, y.kind = self.where(node)
+            if a.get("keepdim"):
+                return self.permute(node, y, (0, 2, 3, 1))
+            return self.reshape(node, y, (b, c))
         if not dims or not dims <= {2, 3}:
             return None
         size = tuple(1 if d in dims else None for d in (2, 3))

@@ -437,6 +437,11 @@ class ClassTokens(Tokens):
         return self.head(x[:, 0] + x[:, 1])
 
 
+def without_autocast(x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return x.float().mul(2).relu()
+
+
 def written_hardswish(x: Tensor) -> Tensor:
     return x * F.relu6(x + 3) / 6
 
@@ -586,6 +591,22 @@ CASES: dict[str, Case] = {
                 )
             ),
             nn.Conv2d(4, 4, 1),
+        ),
+        images(3),
+    ),
+    "channels last": Case(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            Apply(lambda x: x.permute(0, 2, 3, 1)),
+            nn.LayerNorm(8),
+            Apply(lambda x: (x * x.mean((1, 2), keepdim=True)).mean([2, 1])),
+            nn.Linear(8, 4),
+        ),
+        images(3),
+    ),
+    "without autocast": Case(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 6, 3), Residual(6, 6, 1), Apply(without_autocast), nn.Conv2d(6, 4, 1)
         ),
         images(3),
     ),

@@ -575,7 +575,7 @@ def test_constants_that_bytes_do_not_hold():
         q = check(model, x)
         reasons = [stage.why for stage in q.layout.stages if "constant tensor that" in stage.why]
         assert bool(reasons) == floats
-        assert noise_ratio(model(x).detach(), q(x)) > 30
+        assert noise_ratio(model(x).detach(), q(x)) > 25
 
 
 def test_control_flow_on_the_batch_size():
