@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastq.graph import Graph, Ref, Size, Sizes, sizes_of
-from fastq.read import Indirect, CannotCapture, Folded, Reader
+from fastq.read import CannotCapture, Folded, Indirect, Reader
 from fastq.trace import quiet, twin
 
 

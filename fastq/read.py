@@ -989,7 +989,7 @@ class Reader:
                 name == "cat" and along in grown
             ):
                 return False
-            others = (_shape(v) for v in user.all_input_nodes if _operator(v) not in _EXPANDED)
+            others = (_shape(v) for v in user.all_input_nodes if _operator(v) not in _GROWING)
             return any(
                 len(other) == len(shape) and all(other[i] == shape[i] for i in grown)
                 for other in others
@@ -1002,6 +1002,21 @@ class Reader:
         return self.reshape(f"{node.name}_axes", x, size)
 
     read_expand_as = read_broadcast_to = read_expand
+
+    def read_repeat(self, node: fx.Node, a: dict[str, Any]) -> Node | Tensor | None:
+        """Of axes of size 1 an expansion, of others a concatenation."""
+        x, shape = a["self"], _shape(node)
+        size = (1,) * (len(shape) - len(x.shape)) + tuple(x.shape)
+        times = [n // m if m else 1 for n, m in zip(shape, size, strict=True)]
+        if all(m == 1 for m, count in zip(size, times, strict=True) if count != 1):
+            return self.read_expand(node, a)
+        longer = [dim for dim, count in enumerate(times) if count != 1]
+        if not isinstance(x, Node) or len(size) != len(x.shape) or longer != longer[:1]:
+            return None
+        (dim,) = longer
+        if dim == 0 or not times[dim] <= MAX_TERMS:
+            return None
+        return self.add(node, "concat", [x] * times[dim], attrs={"dim": dim})
 
     def read_chunk(self, node: fx.Node, a: dict[str, Any]) -> Any:
         return self.parts(node, a["self"], a.get("dim") or 0)

@@ -35,6 +35,7 @@ ORDER = [
     "custom",
     "nn",
     "masks",
+    "spelled",
     "read",
     "capture",
     "fuse",
