@@ -34,6 +34,7 @@ from fastq.kernels.lines import (
     SHAPE_1,
     SHAPE_2,
     SHAPE_3,
+    emit_converted,
     emit_line,
     emit_loop,
     line_address,
@@ -45,7 +46,7 @@ from fastq.kernels.norms import NORM_NANOSECONDS, inverse_root
 from fastq.kernels.pointwise import float_parameters, int_parameters, pointwise_row
 from fastq.kernels.scalar import pointer
 from fastq.kernels.signature import sources_digest
-from fastq.kernels.simd import address, const, i32, i64, load, ptr, store, vec
+from fastq.kernels.simd import address, const, i16, i32, i64, load, ptr, store, vec
 from fastq.qparams import MAX_FACTOR
 
 SUMS = LINES_FIELDS
@@ -53,7 +54,7 @@ X = SUMS + 1
 SUMS_FIELDS = X + OPERAND_FIELDS
 (SUMS_OF_PARTS, A, B, Y, Z, EPSILON, PARTS, CHANNELS, GROUPS, COUNT, SCALES_FIELDS) = range(11)
 KINDS_OF_SUMS = 3
-PART_PIXELS = 2**15
+PART_PIXELS, FEW_PIXELS = 2**15, 64  # at most, and mostly at least: sums are wider than pixels
 SUMS_NANOSECONDS = 0.03  # an element
 
 
@@ -160,7 +161,7 @@ def group_norm_row(
     label = label or f"group_norm_{x.kind}"
     one = replace(x, shape=x.shape[1:], strides=x.strides[1:])
     (rows, pixels, channels), ((row, pixel, _),) = collapse([one], 3, keep=1)
-    block = min(max(BLOCK // channels, 1), pixels, PART_PIXELS)
+    block = min(max(BLOCK // channels, FEW_PIXELS), pixels, PART_PIXELS)
     parts = rows * -(-pixels // block)
     sums = call.dense((images, parts, KINDS_OF_SUMS, channels), "s32")
     call.row(
