@@ -34,7 +34,6 @@ from fastq.kernels.lines import (
     SHAPE_1,
     SHAPE_2,
     SHAPE_3,
-    emit_converted,
     emit_line,
     emit_loop,
     line_address,
@@ -46,7 +45,7 @@ from fastq.kernels.norms import NORM_NANOSECONDS, inverse_root
 from fastq.kernels.pointwise import float_parameters, int_parameters, pointwise_row
 from fastq.kernels.scalar import pointer
 from fastq.kernels.signature import sources_digest
-from fastq.kernels.simd import address, const, i16, i32, i64, load, ptr, store, vec
+from fastq.kernels.simd import address, const, i32, i64, load, ptr, store, vec
 from fastq.qparams import MAX_FACTOR
 
 SUMS = LINES_FIELDS
