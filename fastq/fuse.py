@@ -97,7 +97,9 @@ def _affine(graph: Graph) -> None:
 
 
 def _factors(graph: Graph) -> None:
-    """What is multiplied by one constant for each place on an axis; `affine` wants that at 1."""
+    """What is multiplied by one constant for each place on an axis: an RMS norm has it as its
+    weight, `affine` wants it at axis 1."""
+    users = graph.users()
     for node in list(graph.nodes):
         if node.op != "mul" or not 2 <= len(node.shape) <= 4:
             continue
@@ -108,6 +110,15 @@ def _factors(graph: Graph) -> None:
             axes = [d for d, size in enumerate(value.shape) if size > 1]
             if len(axes) != 1 or value.shape[axes[0]] != x.shape[axes[0]]:
                 continue
+            if (
+                x.op == "rms_norm"
+                and not x.tensors
+                and axes[0] == len(x.shape) - 1
+                and (_only_user(graph, users, x) is node)
+            ):
+                x.tensors = {"weight": value.flatten().float()}
+                graph.replace(node, x)
+                break
             dims = [d for d in range(len(x.shape)) if d != axes[0]]
             dims.insert(1, axes[0])
             back = [dims.index(d) for d in range(len(dims))]

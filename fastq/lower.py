@@ -46,6 +46,7 @@ FIXED = {
     "grid": QParams(np.array(1 / 256, np.float32)),
 }
 MASK = QParams(np.array(1.0, np.float32))  # of what softmax takes as its mask: 1.0 and 0.0
+LEAST_EPSILON = 1e-30  # of a norm, in steps: an even line gives 0, not NaN
 SUFFIX = {np.dtype(np.uint8): "u8", np.dtype(np.int16): "s16"}  # of names
 SUMS = ("add", "linear", "conv2d", "conv_transpose2d")  # make values that may be int16
 
@@ -92,6 +93,8 @@ def why_float(node: Node) -> str:
 
 def fits_bytes(value: Tensor) -> bool:
     """Whether the noise of 255 steps over a constant's range is 40 dB below the constant."""
+    if value.numel() == 0:
+        return True
     step = (value.max().clamp(min=0) - value.min().clamp(max=0)) / 255
     return bool(value.square().mean() >= 1e4 * step.square() / 12)
 
@@ -675,7 +678,8 @@ class _Lowering:
             arguments["shift"] = (bias / scale).astype(np.float32)
         return self.emit(
             node.op, node.name, [name], self.axes[name], node, **arguments,
-            epsilon=node.attrs["eps"] / self.scale(x) ** 2, **self.requantized(node),
+            epsilon=max(node.attrs["eps"] / self.scale(x) ** 2, LEAST_EPSILON),
+            **self.requantized(node),
         )  # fmt: skip
 
     def lower_avg_pool2d(self, node: Node) -> str:

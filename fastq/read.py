@@ -463,8 +463,6 @@ class Reader:
 
     def read_mul(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         for x, factor in ((a["self"], a["other"]), (a["other"], a["self"])):
-            if isinstance(x, Node) and x.op == "rms_norm" and self.weighted(node, x, factor):
-                return x
             found = inverse_rms(x, factor)
             if found is not None:
                 return self.rms_norm(node, x, *found)
@@ -484,15 +482,6 @@ class Reader:
         attrs = {"shape": x.shape[-1:], "eps": eps}
         y = self.add(name, "rms_norm", [x], attrs=attrs, tensors=tensors, shape=x.shape)
         return y if dim == last else self.permute(node, y, [dims.index(d) for d in range(last + 1)])
-
-    def weighted(self, node: fx.Node, x: Node, factor: Any) -> bool:
-        """Whether an RMS norm takes a factor that only it is multiplied by as its weight."""
-        users = {user for v in node.all_input_nodes if self.values[v] is x for user in v.users}
-        fits = isinstance(factor, Tensor) and tuple(factor.shape) == x.shape[-1:]
-        if not fits or x.tensors or users != {node}:
-            return False
-        x.tensors = {"weight": factor}
-        return True
 
     def read_div(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x, other = a["self"], a["other"]
@@ -941,8 +930,14 @@ class Reader:
 
     def read_cat(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         parts = a["tensors"]
-        if not all(isinstance(v, Node) and len(v.shape) == len(parts[0].shape) for v in parts):
+        if not all(isinstance(v, Node | Tensor) for v in parts):
             return None
+        if any(len(v.shape) != len(parts[0].shape) for v in parts):
+            return None
+        parts = [
+            self.constant(f"{node.name}_constant{i}", v) if isinstance(v, Tensor) else v
+            for i, v in enumerate(parts)
+        ]
         dim = (a.get("dim") or 0) % len(parts[0].shape)
         return parts[0] if len(parts) == 1 else self.add(node, "concat", parts, attrs={"dim": dim})
 
@@ -975,18 +970,23 @@ class Reader:
         """What is the same along an axis, where all who take it broadcast it themselves: a class
         token or a mask for any batch, factors of channels for any image."""
         x, shape = a["self"], _shape(node)
-        if {_operator(user) for user in node.users} == {"scaled_dot_product_attention"}:
-            return x if isinstance(x, Tensor) and x.dtype is torch.bool else None
-        if not isinstance(x, Tensor | Node) or (isinstance(x, Tensor) and x.dtype is torch.bool):
+        if not isinstance(x, Tensor | Node):
             return None
+        if node.meta["val"].dtype is torch.bool:
+            taken = {_operator(user) for user in node.users}
+            masks = isinstance(x, Tensor) and taken == {"scaled_dot_product_attention"}
+            return x if masks else None
         size = (1,) * (len(shape) - len(x.shape)) + tuple(x.shape)
         grown = [i for i, (n, m) in enumerate(zip(shape, size, strict=True)) if n != m]
 
         def broadcasts(user: fx.Node) -> bool:
             name = _operator(user)
-            along = (_arguments(user, user.target).get("dim") or 0) % len(shape)
-            if name not in ("cat", "add", "sub", "mul", "div") or (
-                name == "cat" and along in grown
+            if name not in ("cat", "add", "sub", "mul", "div"):
+                return False
+            values = [v.meta["val"] for v in user.all_input_nodes]
+            if name == "cat" and (
+                (_arguments(user, user.target).get("dim") or 0) % len(shape) in grown
+                or any(v.dtype != torch.float32 or v.dim() != len(shape) for v in values)
             ):
                 return False
             others = (_shape(v) for v in user.all_input_nodes if _operator(v) not in _GROWING)

@@ -51,8 +51,9 @@ def called(value: Any, name: str) -> tuple[Any, ...] | None:
     """The arguments of a pointwise function of this name, if it alone makes the value."""
     if not isinstance(value, Node) or value.op != "pointwise" or len(value.attrs["calls"]) != 1:
         return None
-    target, args, _ = value.attrs["calls"][0]
-    return args if target.split(".")[1] == name else None  # type: ignore[no-any-return]
+    target, args, kwargs = value.attrs["calls"][0]
+    plain = target.split(".")[1] == name and kwargs in ({}, {"alpha": 1})
+    return args if plain else None  # type: ignore[no-any-return]
 
 
 def _one_axis(node: Node, operator: str, place: int, rank: int) -> int | None:

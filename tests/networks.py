@@ -302,6 +302,27 @@ class RmsNormed(nn.Module):
         return F.normalize(self.last(x), dim=-1)
 
 
+class Shared(nn.Module):
+    """A norm that is taken with its weight and without; an expansion that is joined, and returned;
+    norms with an epsilon of 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(12, 4, 1)
+        self.weight, self.token = (
+            nn.Parameter(torch.rand(8) + 0.5),
+            nn.Parameter(torch.randn(4, 1, 1)),
+        )
+        self.norms = nn.Sequential(nn.GroupNorm(2, 4, eps=0), nn.InstanceNorm2d(4, eps=0))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.conv(x).permute(0, 2, 3, 1)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)
+        y = (self.weight * y.to(torch.float32) + y.clamp(max=0.5)).permute(0, 3, 1, 2)
+        token = self.token.expand(len(y), -1, *y.shape[2:])
+        return self.norms(self.head(torch.cat([token, y], 1))), token
+
+
 class UNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -610,6 +631,7 @@ CASES: dict[str, Case] = {
         ),
         images(3),
     ),
+    "shared norms": Case(Shared, images(3)),
     "squeeze, expanded": Case(
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), SqueezeExpanded(8), nn.Conv2d(8, 4, 1)), images(3)
     ),
