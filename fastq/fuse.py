@@ -106,7 +106,7 @@ def _factors(graph: Graph) -> None:
         for x, constant in (node.inputs, node.inputs[::-1]):
             if constant.op != "constant" or x.op == "constant" or x.shape != node.shape:
                 continue
-            value = constant.tensors["value"].detach().double()
+            value = constant.tensors["value"].detach()
             axes = [d for d, size in enumerate(value.shape) if size > 1]
             if len(axes) != 1 or value.shape[axes[0]] != x.shape[axes[0]]:
                 continue
@@ -116,7 +116,7 @@ def _factors(graph: Graph) -> None:
                 and axes[0] == len(x.shape) - 1
                 and (_only_user(graph, users, x) is node)
             ):
-                x.tensors = {"weight": value.flatten().float()}
+                x.tensors = {"weight": value.flatten()}  # no copy: training knows it by its memory
                 graph.replace(node, x)
                 break
             dims = [d for d in range(len(x.shape)) if d != axes[0]]

@@ -526,7 +526,7 @@ class Reader:
         """A product with one factor for each channel."""
         if factor.numel() != factor.shape[1] or factor.shape[1] != x.shape[1]:
             return None
-        factor = factor.detach().double().reshape(-1)
+        factor = factor.detach().reshape(-1)
         tensors = {"factor": factor, "shift": torch.zeros_like(factor)}
         return self.add(node, "affine", [x], tensors=tensors)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import CASES, quantized_case
 from torch import Tensor, nn
 
 import fastq
@@ -44,6 +45,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ["group norms", "rms norms", "class tokens", "transformer layer"])
+def test_all_kernels_have_names(name: str) -> None:
+    found = fastq.profile(quantized_case(name), *CASES[name].arguments(2), passes=1)
+    assert all(kernel.name for step in found.steps for kernel in step.kernels)
 
 
 def test_every_step_and_every_kernel_is_there(isa: str, threads: int) -> None:

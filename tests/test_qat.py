@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import CASES
 from torch import Tensor, nn
 
 import fastq
@@ -165,6 +166,15 @@ def test_gradients_reach_every_parameter(net: nn.Module, images: Tensor, moving:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("name", ["rotary positions", "rms norms", "rms norms of images"])
+def test_factors_of_an_axis_are_trained(name: str) -> None:
+    """They are those of an affine or of an RMS norm, and the network's own parameters."""
+    given = CASES[name].arguments(4)
+    model = fastq.prepare_qat(CASES[name].network(), [given], progress=False)
+    model(*given).square().mean().backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
 
 
 def test_the_gradient_is_the_slope_over_many_steps_of_the_grid(

@@ -111,12 +111,13 @@ def channel_sums_kernel(kind: str) -> Any:
 @functools.cache
 def group_scales_kernel() -> Any:
     """A task is one group of one image."""
+    config = ("f32", sources_digest())
 
     @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
         channels, groups, parts = args[CHANNELS], args[GROUPS], args[PARTS]
         width = channels // groups
-        y, z = pointer(args[Y], "f32"), pointer(args[Z], "f32")
+        y, z = pointer(args[Y], config[0]), pointer(args[Z], config[0])
         n, epsilon = float64(args[COUNT]), pointer(args[EPSILON], "f64")[0]
         for task in range(begin, end):
             image, first = task // groups, task % groups * width
@@ -129,8 +130,8 @@ def group_scales_kernel() -> Any:
                     squares += sums[channels + c] + (int64(sums[2 * channels + c]) << 16)
             spread = n * float64(squares) - float64(total) * float64(total)
             root = inverse_root(max(spread, 0.0), epsilon)
-            a = pointer(args[A] + 4 * image * channels, "f32")
-            b = pointer(args[B] + 4 * image * channels, "f32")
+            a = pointer(args[A] + 4 * image * channels, config[0])
+            b = pointer(args[B] + 4 * image * channels, config[0])
             for c in range(first, first + width):
                 factor = root * float64(y[c])
                 a[c] = float32(max(min(n * factor, MAX_FACTOR), -MAX_FACTOR))
