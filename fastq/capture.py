@@ -162,17 +162,17 @@ class _Exported:
         self.model, self.program = model, program
         self.out_spec = program.call_spec.out_spec
 
-    def read(self, live: Collection[str] = ()) -> tuple[Graph, Folded]:
+    def read(self, live: Collection[str] = (), unrolls: bool = True) -> tuple[Graph, Folded]:
         """The graph, and what was folded in it: all but the operators in `live`."""
         try:
-            return self._read(live)
+            return self._read(live, unrolls)
         except Indirect:
             with quiet(), torch.no_grad():
                 self.program = self.program.run_decompositions({})
-            return self._read(live)
+            return self._read(live, unrolls)
 
-    def _read(self, live: Collection[str]) -> tuple[Graph, Folded]:
-        reader = Reader(self.model, self.program, live)
+    def _read(self, live: Collection[str], unrolls: bool) -> tuple[Graph, Folded]:
+        reader = Reader(self.model, self.program, live, unrolls)
         return reader.graph(), reader.folded
 
 
@@ -187,14 +187,23 @@ def _export(
 
 def _general(first: tuple[_Exported, Sizes], second: tuple[_Exported, Sizes]) -> Graph:
     """The graph of two captures, each with the sizes of its example."""
-    (one, folded), (two, folded_too) = first[0].read(), second[0].read()
+    try:
+        return _read_both(first, second, True)
+    except CannotCapture:  # what was unrolled may have other sizes in each
+        return _read_both(first, second, False)
+
+
+def _read_both(
+    first: tuple[_Exported, Sizes], second: tuple[_Exported, Sizes], unrolls: bool
+) -> Graph:
+    (one, folded), (two, folded_too) = (given.read((), unrolls) for given, _ in (first, second))
     live = {
         name
         for name, value in folded.items()
         if name in folded_too and not _equal(value, folded_too[name])
     }
     if live:  # as many positions as the sequence has tokens
-        (one, _), (two, _) = first[0].read(live), second[0].read(live)
+        (one, _), (two, _) = (given.read(live, unrolls) for given, _ in (first, second))
     _generalize(one, two, first[1], second[1])
     return one
 

@@ -3,7 +3,7 @@
     pad by 0, conv2d             -> conv2d with that padding
     reshape, affine | pointwise  -> affine | pointwise, reshape    (after a 1-D convolution)
     conv2d | linear, affine      -> conv2d | linear                (batch norm, layer scale)
-    mul by a constant of one axis -> affine
+    mul by a constant of one axis -> affine, or the weight of an RMS norm
     pointwise, pointwise         -> pointwise                      (x * sigmoid(x) too)
     conv2d | linear, add         -> conv2d | linear with a second input
     ... , clamp                  -> ... with attrs["clamp"]        (ReLU, ReLU6)
@@ -97,42 +97,45 @@ def _affine(graph: Graph) -> None:
 
 
 def _factors(graph: Graph) -> None:
-    """What is multiplied by one constant for each place on an axis: an RMS norm has it as its
-    weight, `affine` wants it at axis 1."""
-    users = graph.users()
+    """What is multiplied by one constant for each place on an axis: the weight of the RMS norm
+    before it, or an affine."""
     for node in list(graph.nodes):
-        if node.op != "mul" or not 2 <= len(node.shape) <= 4:
+        found = _factor(node)
+        if found is None:
             continue
-        for x, constant in (node.inputs, node.inputs[::-1]):
-            if constant.op != "constant" or x.op == "constant" or x.shape != node.shape:
-                continue
+        x, axis, factor = found
+        weightless = x.op == "rms_norm" and not x.tensors and axis == len(x.shape) - 1
+        if weightless and _only_user(graph, graph.users(), x) is node:
+            x.tensors = {"weight": factor}
+            graph.replace(node, x)
+            continue
+        dims = [d for d in range(len(x.shape)) if d != axis]
+        dims.insert(1, axis)  # where an affine has its channels
+        moved = Node(f"{node.name}_channels", "permute", [x], {"dims": tuple(dims)},
+                     shape=tuple(x.shape[d] for d in dims))  # fmt: skip
+        scaled = Node(f"{node.name}_scaled", "affine", [moved], layer=node.layer, kind=node.kind,
+                      tensors={"factor": factor, "shift": torch.zeros_like(factor)},
+                      shape=moved.shape)  # fmt: skip
+        order = tuple(dims.index(d) for d in range(len(dims)))
+        back = Node(node.name, "permute", [scaled], {"dims": order}, layer=node.layer,
+                    kind=node.kind, shape=x.shape)  # fmt: skip
+        at = graph.nodes.index(node)
+        graph.nodes[at : at + 1] = [moved, scaled, back]
+        graph.replace(node, back)
+
+
+def _factor(node: Node) -> tuple[Node, int, Tensor] | None:
+    """(value, axis, factors) of a product with a constant that varies along one axis. The factors
+    are no copy: training knows a parameter by its memory."""
+    if node.op != "mul" or not 2 <= len(node.shape) <= 4:
+        return None
+    for x, constant in (node.inputs, node.inputs[::-1]):
+        if constant.op == "constant" and x.op != "constant" and x.shape == node.shape:
             value = constant.tensors["value"].detach()
             axes = [d for d, size in enumerate(value.shape) if size > 1]
-            if len(axes) != 1 or value.shape[axes[0]] != x.shape[axes[0]]:
-                continue
-            if (
-                x.op == "rms_norm"
-                and not x.tensors
-                and axes[0] == len(x.shape) - 1
-                and (_only_user(graph, users, x) is node)
-            ):
-                x.tensors = {"weight": value.flatten()}  # no copy: training knows it by its memory
-                graph.replace(node, x)
-                break
-            dims = [d for d in range(len(x.shape)) if d != axes[0]]
-            dims.insert(1, axes[0])
-            back = [dims.index(d) for d in range(len(dims))]
-            moved = Node(f"{node.name}_channels", "permute", [x], {"dims": tuple(dims)},
-                         shape=tuple(x.shape[d] for d in dims))  # fmt: skip
-            after = Node(f"{node.name}_axes", "permute", [], {"dims": tuple(back)}, shape=x.shape)
-            graph.replace(node, after)
-            after.inputs = [node]
-            node.op, node.inputs, node.shape = "affine", [moved], moved.shape
-            factor = value.flatten()
-            node.tensors = {"factor": factor, "shift": torch.zeros_like(factor)}
-            at = graph.nodes.index(node)
-            graph.nodes[at : at + 1] = [moved, node, after]
-            break
+            if len(axes) == 1 and value.shape[axes[0]] == x.shape[axes[0]]:
+                return x, axes[0], value.flatten()
+    return None
 
 
 def _scaled(node: Node) -> tuple[Node, Tensor, Tensor] | None:

@@ -7,6 +7,7 @@ an "aten" node: any other torch operator, which stays float.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -265,13 +266,20 @@ def pointwise(calls: list[Any], x: Tensor) -> Tensor:
     """A chain of (target, args, kwargs): Ref(0) is x, Ref(i) the result of call i."""
     values = [x]
     for target, args, kwargs in calls:
-        function, fill = _target(target), _filler(values, {}, (1,))
+        fill = _filler(values, {}, (1,))
         given = [
-            torch.tensor(v) if isinstance(v, int | float) and "Tensor" in str(arg.type) else fill(v)
-            for v, arg in zip(args, function._schema.arguments, strict=False)
+            torch.tensor(v) if tensor and isinstance(v, int | float) else fill(v)
+            for v, tensor in zip(args, _take_tensors(target), strict=False)
         ]
-        values.append(function(*given, **{k: fill(v) for k, v in kwargs.items()}))
+        values.append(_target(target)(*given, **{k: fill(v) for k, v in kwargs.items()}))
     return values[-1]
+
+
+@functools.cache
+def _take_tensors(target: str) -> list[bool]:
+    """Which arguments of a function are tensors: a number among them was one, of one element."""
+    arguments = _target(target)._schema.arguments
+    return [str(a.type) in ("Tensor", "Optional[Tensor]") for a in arguments]
 
 
 def _conv2d(node: Node, x: Tensor, *add: Tensor) -> Tensor:
@@ -385,7 +393,8 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
         **{name: tensor.flatten() for name, tensor in node.tensors.items()},
     ),
     "rms_norm": lambda node, x: F.rms_norm(
-        x, node.attrs["shape"], node.tensors.get("weight"), node.attrs["eps"]
+        x, node.attrs["shape"], eps=node.attrs["eps"],
+        **{name: tensor.flatten() for name, tensor in node.tensors.items()},
     ),
     "group_norm": lambda node, x: F.group_norm(
         x, node.attrs["groups"], eps=node.attrs["eps"], **node.tensors

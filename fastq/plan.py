@@ -761,13 +761,14 @@ class _Planner:
         if seen is not None:
             copy_row(self.call, source[0].view(seen, kind), out)
             return
-        # a reshape: through the input's shape, in the output's memory unless a frame is around it
-        shape, framed = self.shapes[step.inputs[0]], not out.dense
-        via = self.call.dense(shape, kind) if framed else replace(
+        # a reshape: through the input's shape, in the output's memory if that is dense: it is not
+        # in a frame, or in its place among what is concatenated
+        shape, apart = self.shapes[step.inputs[0]], not out.dense
+        via = self.call.dense(shape, kind) if apart else replace(
             out, shape=shape, strides=dense_strides(shape, out.item)
         )  # fmt: skip
         copy_row(self.call, source[0].view(source[1], kind), via)
-        if framed:
+        if apart:
             dense = dense_strides(out.shape, out.item)
             copy_row(self.call, replace(via, shape=out.shape, strides=dense), out)
 

@@ -47,8 +47,8 @@ class CannotCapture(Exception):
 
 
 class Indirect(CannotCapture):
-    """What a second pass of torch's makes plain operators of: a tensor that is changed in place
-    and read by another name later, a graph within the graph."""
+    """What a second pass of torch's may make plain operators of: a tensor that is changed in place
+    and read by another name later, or a graph within the graph, as of a region of autocast."""
 
 
 Folded = dict[str, Tensor]  # operator's name -> its value, of parameters alone
@@ -57,8 +57,12 @@ Folded = dict[str, Tensor]  # operator's name -> its value, of parameters alone
 class Reader:
     """One exported program into a Graph."""
 
-    def __init__(self, model: nn.Module, program: Any, live: Collection[str] = ()) -> None:
-        self.model, self.program, self.live = model, program, live
+    def __init__(
+        self, model: nn.Module, program: Any, live: Collection[str] = (), unrolls: bool = True
+    ) -> None:
+        """live: operators that are not folded; unrolls: some may become as many nodes, or have such
+        numbers, as the sizes of this example say."""
+        self.model, self.program, self.live, self.unrolls = model, program, live, unrolls
         self.folded: Folded = {}
         self.values: dict[fx.Node, Any] = {}
         self.nodes: list[Node] = []
@@ -93,7 +97,7 @@ class Reader:
                 outputs = [self.values[v] if isinstance(v, fx.Node) else v for v in flat]
             elif node.op == "call_function":
                 self.values[node] = self.call(node)
-            else:  # a region of torch.autocast, as a graph of its own
+            else:
                 raise Indirect(f"{node.name}: {node.op}")
         if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
             raise CannotCapture("the model changes its buffers or its inputs when it is called")
@@ -485,11 +489,14 @@ class Reader:
 
     def read_div(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x, other = a["self"], a["other"]
-        if isinstance(x, Node) and (found := length(x, other)) is not None:
+        if a.get("rounding_mode") is not None:
+            return None
+        found = length(x, other) if isinstance(x, Node) and self.unrolls else None
+        if found is not None and found[0] > 0:
             dim, eps = found
             n = x.shape[dim]
             return self.rms_norm(node, x, dim, eps**2 / n, torch.full((n,), n**-0.5))
-        if a.get("rounding_mode") is None and isinstance(other, Tensor) and other.numel() > 1:
+        if isinstance(other, Tensor) and other.numel() > 1:
             return self.binary(node, "mul", {**a, "other": 1 / other})
         return None
 
@@ -1008,13 +1015,15 @@ class Reader:
         x, shape = a["self"], _shape(node)
         size = (1,) * (len(shape) - len(x.shape)) + tuple(x.shape)
         times = [n // m if m else 1 for n, m in zip(shape, size, strict=True)]
+        if 0 in shape:
+            return None
         if all(m == 1 for m, count in zip(size, times, strict=True) if count != 1):
             return self.read_expand(node, a)
         longer = [dim for dim, count in enumerate(times) if count != 1]
         if not isinstance(x, Node) or len(size) != len(x.shape) or longer != longer[:1]:
             return None
         (dim,) = longer
-        if dim == 0 or not times[dim] <= MAX_TERMS:
+        if dim == 0 or not self.unrolls or times[dim] > MAX_TERMS:
             return None
         return self.add(node, "concat", [x] * times[dim], attrs={"dim": dim})
 
@@ -1101,7 +1110,7 @@ class Reader:
         if not isinstance(x, Node) or len(dims or ()) != 1 or a.get("dtype") is not None:
             return None
         dim: int = dims[0] % len(x.shape)  # type: ignore[index]
-        if dim == 0 or not 2 <= x.shape[dim] <= MAX_TERMS:
+        if dim == 0 or not self.unrolls or not 2 <= x.shape[dim] <= MAX_TERMS:
             return None
         shape = (*x.shape[:dim], *[1] * bool(a.get("keepdim")), *x.shape[dim + 1 :])
         total = None

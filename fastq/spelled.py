@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 from fastq.graph import Node
 from fastq.masks import operator_of
 
-MAX_EPS = 1e-3  # of a length: a vector that short is none
+MAX_EPS = 1e-6  # of a length: a vector that short is none
 
 
 def inverse_rms(x: Any, factor: Any) -> tuple[int, float] | None:
@@ -16,7 +17,7 @@ def inverse_rms(x: Any, factor: Any) -> tuple[int, float] | None:
         return None
     (total,) = factor.inputs
     _, eps, *_ = called(total, "add") or (None, None)
-    if not isinstance(eps, float | int) or not total.inputs[0].inputs:
+    if not isinstance(eps, float | int) or not 0 <= eps < inf or not total.inputs[0].inputs:
         return None
     mean = total.inputs[0]
     square = mean.inputs[0]

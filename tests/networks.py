@@ -290,7 +290,7 @@ class RmsNormed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.last = nn.RMSNorm(16), SpelledNorm(16), nn.RMSNorm(16)
+        self.first, self.second, self.last = nn.RMSNorm(16), SpelledNorm(16), nn.RMSNorm((2, 8))
         self.token = nn.Parameter(torch.randn(1, 1, 16))
         self.attention, self.up = Attention(16, 2), nn.Linear(16, 64)
         self.down = nn.Linear(32, 16)
@@ -299,7 +299,7 @@ class RmsNormed(nn.Module):
         x = x + self.attention(self.first(x))
         x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
         x = x + self.down(F.glu(self.up(self.second(x))))
-        return F.normalize(self.last(x), dim=-1)
+        return F.normalize(self.last(x.unflatten(-1, (2, 8))).flatten(-2), dim=-1)
 
 
 class Shared(nn.Module):

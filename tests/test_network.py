@@ -570,12 +570,41 @@ def test_constants_that_bytes_do_not_hold():
     x, even = torch.randn(6, 3, 8, 8), torch.rand(5, 8, 8) + 0.5
     spread = even.clone()
     spread[2, 3, 4] = 100
-    for factor, floats in ((spread, True), (even, False), (spread[2, :, 4:5], False)):
+    decay = torch.cat([even[:, :1], even[:, 1:] / 500], 1)
+    for factor, floats in (
+        (spread, True), (decay, True), (even, False), (spread[2, :, 4:5], False)
+    ):  # fmt: skip
         model = between(lambda y, factor=factor: y * factor, 5)()
         q = check(model, x)
         reasons = [stage.why for stage in q.layout.stages if "constant tensor that" in stage.why]
         assert bool(reasons) == floats
         assert noise_ratio(model(x).detach(), q(x)) > 25
+
+
+FOLLOWING = {
+    "sum": (lambda x: x.sum(3, keepdim=True) / 8 + x, "sum"),
+    "length": (lambda x: F.normalize(x, dim=2), "linalg_vector_norm"),
+    "repeat": (lambda x: x.repeat(1, 1, x.shape[3], 1), "repeat"),
+    "repeat none": (lambda x: torch.cat([x.repeat(1, 1, 0, 1), x], 2), "repeat"),
+    "rounded quotient": (
+        lambda x: torch.div(x, x.norm(dim=1, keepdim=True).clamp(min=1e-9), rounding_mode="trunc"),
+        "div",
+    ),
+    "epsilon": (lambda x: F.normalize(x / 3000, eps=9e-4), "linalg_vector_norm"),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWING)
+def test_what_only_looks_like_an_integer_operation(name: str):
+    """Some would have the sizes of the example in them, others are none: they stay torch's."""
+    torch.manual_seed(0)
+    function, operator = FOLLOWING[name]
+    model, x = between(function, 5)(), torch.randn(6, 3, 8, 8)
+    q = check(model, x)
+    assert any(operator in str(stage.attrs.get("target", "")) for stage in q.layout.stages)
+    for given in (x, torch.randn(2, 3, 9, 9)):
+        with torch.no_grad():
+            assert noise_ratio(model(given), q(given)) > 25
 
 
 def test_control_flow_on_the_batch_size():

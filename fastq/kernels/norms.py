@@ -7,8 +7,8 @@
     layer_norm   total = sum(x), squares = sum(x * x); d = N * x - total
                  r = float32(1 / sqrt(float64(N * squares - total**2) + EPSILON))
                  out = requantized(((float32(d) * r) * Y) + Z)
-    rms_norm     the same, but that total = N * X_ZERO_POINT, squares = sum((x - X_ZERO_POINT)**2),
-                 and the square of no total is subtracted
+    rms_norm     d = N * (x - X_ZERO_POINT); squares = sum((x - X_ZERO_POINT)**2)
+                 r = float32(1 / sqrt(float64(N * squares) + EPSILON)); out as above
 
 x and out hold uint8 values as uint8 or int16, the norms' x may hold any of int16; out may be x,
 if of its kind. A task is a block of lines, as in lines.py, each of them whole.
@@ -396,29 +396,10 @@ def layer_norm_row(
     qmin: int = 0,
     qmax: int = 255,
     label: str = "",
-    *,
-    x_zero_point: int | None = None,
 ) -> None:
-    """Appends reference.layer_norm, or with an x_zero_point reference.rms_norm; multiplier and
-    shift are scalars or (N,). out may be x, if of its kind."""
-    n, name = x.shape[-1], "layer_norm" if x_zero_point is None else "rms_norm"
-    if n == 0:
-        return
-    most = MAX_WIDE_FEATURES if x.kind == "s16" else MAX_FEATURES
-    if n > most:
-        raise ValueError(f"{name}: {n} features; exact up to {most}")
-    columns = [np.array(np.broadcast_to(v, (n,)), np.float32) for v in (multiplier, shift)]
-    places: dict[int, Place] = {
-        Y: columns[0],
-        Z: columns[1],
-        EPSILON: np.array([float(n) * float(n) * epsilon]),
-    }
-    # |d * r| is under the root of N, up to rounding
-    largest = 2 * n**0.5 * np.abs(columns[0]).max() + np.abs(columns[1]).max()
-    bounded, centered = bool(largest <= MAX_BOUNDED), x_zero_point is None
-    kernel = layer_norm_kernel(x.kind, out.kind, bounded, centered)
-    _line_row(call, kernel, x, out, places, (zero_point, qmin, qmax), NORM_NANOSECONDS,
-              label or f"{name}_{x.kind}", values={X_ZERO_POINT: x_zero_point or 0})  # fmt: skip
+    """Appends reference.layer_norm; multiplier and shift are scalars or (N,). out may be x, if of
+    its kind."""
+    _norm_row(call, x, out, multiplier, shift, epsilon, (zero_point, qmin, qmax), label)
 
 
 def rms_norm_row(
@@ -434,9 +415,41 @@ def rms_norm_row(
     label: str = "",
 ) -> None:
     """Appends reference.rms_norm; else as `layer_norm_row`."""
-    no_shift = np.zeros((), np.float32)
-    layer_norm_row(call, x, out, multiplier, no_shift, epsilon, zero_point, qmin, qmax, label,
-                   x_zero_point=x_zero_point)  # fmt: skip
+    shift = np.zeros((), np.float32)
+    clamp = zero_point, qmin, qmax
+    _norm_row(call, x, out, multiplier, shift, epsilon, clamp, label, False, x_zero_point)
+
+
+def _norm_row(
+    call: Call,
+    x: View,
+    out: View,
+    multiplier: NDArray[np.float32],
+    shift: NDArray[np.float32],
+    epsilon: float,
+    clamp: tuple[int, int, int],
+    label: str,
+    centered: bool = True,
+    x_zero_point: int = 0,
+) -> None:
+    """A layer norm, or what is not centered: an RMS norm."""
+    n, name = x.shape[-1], "layer_norm" if centered else "rms_norm"
+    if n == 0:
+        return
+    most = MAX_WIDE_FEATURES if x.kind == "s16" else MAX_FEATURES
+    if n > most:
+        raise ValueError(f"{name}: {n} features; exact up to {most}")
+    columns = [np.array(np.broadcast_to(v, (n,)), np.float32) for v in (multiplier, shift)]
+    places: dict[int, Place] = {
+        Y: columns[0],
+        Z: columns[1],
+        EPSILON: np.array([float(n) * float(n) * epsilon]),
+    }
+    # |d * r| is under the root of N, up to rounding
+    largest = 2 * n**0.5 * np.abs(columns[0]).max() + np.abs(columns[1]).max()
+    kernel = layer_norm_kernel(x.kind, out.kind, bool(largest <= MAX_BOUNDED), centered)
+    _line_row(call, kernel, x, out, places, clamp, NORM_NANOSECONDS, label or f"{name}_{x.kind}",
+              values={X_ZERO_POINT: x_zero_point})  # fmt: skip
 
 
 def _line_row(
