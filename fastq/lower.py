@@ -132,6 +132,12 @@ def find_regions(
     keep_float gives reasons for nodes that have an integer form and shall not take it.
     """
     reasons = {node: keep_float.get(node) or why_float(node) for node in graph.nodes}
+    computed: set[Node] = set()  # what products made, or was made of that
+    for node in graph.nodes:
+        if node.op in PRODUCTS or any(value in computed for value in node.inputs):
+            computed.add(node)
+        elif not reasons[node] and _periodic(node):
+            reasons[node] = "of an input as it comes, which may have more periods than 8 bits hold"
     for node in graph.nodes:  # a constant is taken along where it is used
         if node.op == "constant" and len(node.shape) > 4:
             reasons[node] = "a constant of more than 4 axes"
@@ -155,6 +161,12 @@ def find_regions(
         outputs = [n for n in nodes if n in kept or any(u not in inside for u in users[n])]
         regions.append(Region(nodes, list(inputs), outputs))
     return regions, {node: reason for node, reason in reasons.items() if reason}
+
+
+def _periodic(node: Node) -> bool:
+    """Whether a function has a sine or a cosine in it, as embeddings of times and places do."""
+    names = {target.split(".")[1] for target, *_ in node.attrs.get("calls", ())}
+    return node.op == "pointwise" and not names.isdisjoint(("sin", "cos"))
 
 
 def _without_product(nodes: Sequence[Node]) -> list[Node]:

@@ -607,6 +607,26 @@ def test_what_only_looks_like_an_integer_operation(name: str):
             assert noise_ratio(model(given), q(given)) > 25
 
 
+def test_an_embedding_of_times_is_float():
+    """On a grid of 256 steps from 0 to 1000 all periods of a sine would be lost; behind a product
+    its argument is as good as any other value."""
+
+    class Timed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 4)
+            self.register_buffer("frequencies", torch.logspace(0, -3, 8))
+
+        def forward(self, times: Tensor) -> Tensor:
+            angles = times[:, None] * self.frequencies
+            return self.last(self.first(torch.cat([angles.sin(), angles.cos()], 1)).sin())
+
+    model, times = Timed().eval(), 1000 * torch.rand(64)
+    q = check(model, times)
+    assert [step.op for step in q.programs[-1].steps].count("table") == 1
+    assert noise_ratio(model(times).detach(), q(times)) > 30
+
+
 def test_control_flow_on_the_batch_size():
     class Few(nn.Module):
         def __init__(self) -> None:
