@@ -100,7 +100,7 @@ def _factors(graph: Graph) -> None:
     """What is multiplied by one constant for each place on an axis: the weight of the RMS norm
     before it, or an affine."""
     for node in list(graph.nodes):
-        found = _factor(node)
+        found = _factor(node) if 2 <= len(node.shape) <= 4 else None
         if found is None:
             continue
         x, axis, factor = found
@@ -127,7 +127,7 @@ def _factors(graph: Graph) -> None:
 def _factor(node: Node) -> tuple[Node, int, Tensor] | None:
     """(value, axis, factors) of a product with a constant that varies along one axis. The factors
     are no copy: training knows a parameter by its memory."""
-    if node.op != "mul" or not 2 <= len(node.shape) <= 4:
+    if node.op != "mul":
         return None
     for x, constant in (node.inputs, node.inputs[::-1]):
         if constant.op == "constant" and x.op != "constant" and x.shape == node.shape:
@@ -145,13 +145,10 @@ def _scaled(node: Node) -> tuple[Node, Tensor, Tensor] | None:
         fits = layer.op in ("conv2d", "conv_transpose2d")
         if fits or (layer.op == "linear" and len(layer.shape) == 2):
             return layer, node.tensors["factor"], node.tensors["shift"]
-    elif node.op == "mul":
-        for layer, constant in (node.inputs, node.inputs[::-1]):
-            if (layer.op, constant.op) == ("linear", "constant") and layer.shape == node.shape:
-                factor = constant.tensors["value"].detach()
-                if factor.numel() == factor.shape[-1] == layer.shape[-1]:
-                    factor = factor.flatten()
-                    return layer, factor, torch.zeros_like(factor)
+    elif (found := _factor(node)) is not None:
+        layer, axis, factor = found
+        if layer.op == "linear" and axis == len(layer.shape) - 1:
+            return layer, factor, torch.zeros_like(factor)
     return None
 
 

@@ -64,6 +64,12 @@ JOINED = {  # how many axes kernels take, and how many of them do not join: see 
 MAX_PHASES = 2**12  # each has rows and packed weights of its own; FCN-32s has 2**10
 
 
+PLAIN_ROWS: dict[str, Any] = {
+    "affine": affine_row,
+    "layer_norm": layer_norm_row,
+    "rms_norm": rms_norm_row,
+    "group_norm": group_norm_row,
+}
 IMAGE_ROWS: dict[str, Any] = {
     "max_pool2d": max_pool2d_row,
     "avg_pool2d": avg_pool2d_row,
@@ -710,9 +716,12 @@ class _Planner:
             (p["a_zero_point"], p["b_zero_point"]), p["zero_point"], p["qmin"], p["qmax"],
         )  # fmt: skip
 
-    def row_affine(self, i: int, step: Step) -> None:
-        affine_row(self.call, self.input(i, step.inputs[0]), self.stored(step.name),
-                   **step.arguments)  # fmt: skip
+    def row_plain(self, i: int, step: Step) -> None:
+        """Of one value, with the step's arguments as they are."""
+        x, out = self.input(i, step.inputs[0]), self.stored(step.name)
+        PLAIN_ROWS[step.op](self.call, x, out, **step.arguments)
+
+    row_affine = row_layer_norm = row_rms_norm = row_group_norm = row_plain
 
     def row_table(self, i: int, step: Step) -> None:
         x, out = self.input(i, step.inputs[0]), self.stored(step.name)
@@ -725,18 +734,6 @@ class _Planner:
         row(self.call, x, self.stored(step.name), **step.arguments, mask=mask)
 
     row_softmax_weights = row_softmax
-
-    def row_layer_norm(self, i: int, step: Step) -> None:
-        x, out = self.input(i, step.inputs[0]), self.stored(step.name)
-        layer_norm_row(self.call, x, out, **step.arguments)
-
-    def row_rms_norm(self, i: int, step: Step) -> None:
-        x, out = self.input(i, step.inputs[0]), self.stored(step.name)
-        rms_norm_row(self.call, x, out, **step.arguments)
-
-    def row_group_norm(self, i: int, step: Step) -> None:
-        x, out = self.input(i, step.inputs[0]), self.stored(step.name)
-        group_norm_row(self.call, x, out, **step.arguments)
 
     def row_matmul(self, i: int, step: Step) -> None:
         a, b = (self.input(i, name) for name in step.inputs)

@@ -150,7 +150,7 @@ class Reader:
                     "target": "getitem", "args": (Ref(0), index), "kwargs": {}})  # fmt: skip
             raise CannotCapture(f"{node.name}: {target}")
         arguments = _arguments(node, target)
-        name = target._schema.name.split("::")[1]
+        name = _name(target)
         if name.startswith("_assert"):
             return None
         in_place = name.endswith("_") and not name.startswith("_")
@@ -181,7 +181,7 @@ class Reader:
 
     def folds(self, target: Any, leaves: list[Any]) -> bool:
         """Whether an operator of parameters, buffers and numbers is computed here and now."""
-        name = target._schema.name.split("::")[1]
+        name = _name(target)
         fixed = not target._schema.is_mutable and name not in _GROWING
         random = torch.Tag.nondeterministic_seeded in target.tags
         known = name in _FILLED or any(isinstance(v, Tensor) for v in leaves)
@@ -243,7 +243,7 @@ class Reader:
                 kwargs[key] = held
             else:
                 args.append(held)
-        name = f"{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
+        name = f"{target.namespace}.{_name(target)}.{target._overloadname}"
         attrs = {"target": name, "args": tuple(args), "kwargs": kwargs}
         return self.add(node, "aten", inputs, attrs=attrs, tensors=tensors)
 
@@ -279,7 +279,7 @@ class Reader:
         if nodes[0].shape != tuple(node.meta["val"].shape):
             return None
         if target._schema.is_mutable:
-            target = self.functional(target, target._schema.name.split("::")[1].rstrip("_"))
+            target = self.functional(target, _name(target).rstrip("_"))
         schema = {arg.name: arg for arg in target._schema.arguments}
         args, kwargs = [], {}
         for key, value in a.items():
@@ -289,7 +289,7 @@ class Reader:
                 kwargs[key] = held
             elif key in schema:
                 args.append(held)
-        name = f"{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
+        name = f"{target.namespace}.{_name(target)}.{target._overloadname}"
         return self.add(node, "pointwise", nodes, attrs={"calls": [(name, tuple(args), kwargs)]})
 
     def read_conv2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
@@ -420,7 +420,9 @@ class Reader:
         y = self.read_batch_norm(node, {**a, "training": False})
         return None if y is None else [y]
 
-    def read_layer_norm(self, node: fx.Node, a: dict[str, Any], op: str = "layer_norm") -> Any:
+    def read_layer_norm(
+        self, node: fx.Node, a: dict[str, Any], op: str = "layer_norm"
+    ) -> Node | None:
         x = a["input"]
         if not isinstance(x, Node):
             return None
@@ -439,7 +441,7 @@ class Reader:
     def read_rms_norm(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         eps = a.get("eps")
         eps = torch.finfo(torch.float32).eps if eps is None else eps
-        return self.read_layer_norm(node, {**a, "eps": eps}, "rms_norm")  # type: ignore[no-any-return]
+        return self.read_layer_norm(node, {**a, "eps": eps}, "rms_norm")
 
     def read_group_norm(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         return self.grouped(node, a, a["num_groups"])
@@ -876,16 +878,11 @@ class Reader:
         if len(x.shape) != 4:
             return None
         dims = {d % 4 for d in a["dim"]}
-        if dims == {1, 2}:  # (B, H, W, C), as many transformers hold images
-            b, h, w, c = x.shape
-            image = self.add(f"{node.name}_image", "permute", [x], shape=(b, c, h, w),
-                             attrs={"dims": (0, 3, 1, 2)})  # fmt: skip
-            y = self.add(f"{node.name}_pool", "adaptive_avg_pool2d", [image], shape=(b, c, 1, 1),
-                         attrs={"output_size": (1, 1)})  # fmt: skip
-            y.layer, y.kind = self.where(node)
-            if a.get("keepdim"):
-                return self.permute(node, y, (0, 2, 3, 1))
-            return self.reshape(node, y, (b, c))
+        channels_last = dims == {1, 2}  # (B, H, W, C), as many transformers hold images
+        if channels_last:
+            dims, order = {2, 3}, (0, 3, 1, 2)
+            x = self.add(f"{node.name}_image", "permute", [x], attrs={"dims": order},
+                         shape=tuple(x.shape[d] for d in order))  # fmt: skip
         if not dims or not dims <= {2, 3}:
             return None
         size = tuple(1 if d in dims else None for d in (2, 3))
@@ -894,7 +891,7 @@ class Reader:
                      attrs={"output_size": size}, shape=shape)  # fmt: skip
         y.layer, y.kind = self.where(node)
         if a.get("keepdim"):
-            return y
+            return self.permute(node, y, (0, 2, 3, 1)) if channels_last else y
         return self.reshape(node, y, [n for d, n in enumerate(x.shape) if d not in dims])
 
     def mean_of_sequence(self, node: fx.Node, x: Node) -> Node:
@@ -980,14 +977,14 @@ class Reader:
         if not isinstance(x, Tensor | Node):
             return None
         if node.meta["val"].dtype is torch.bool:
-            taken = {_operator(user) for user in node.users}
+            taken = {_name(user.target) for user in node.users}
             masks = isinstance(x, Tensor) and taken == {"scaled_dot_product_attention"}
             return x if masks else None
         size = (1,) * (len(shape) - len(x.shape)) + tuple(x.shape)
         grown = [i for i, (n, m) in enumerate(zip(shape, size, strict=True)) if n != m]
 
         def broadcasts(user: fx.Node) -> bool:
-            name = _operator(user)
+            name = _name(user.target)
             if name not in ("cat", "add", "sub", "mul", "div"):
                 return False
             values = [v.meta["val"] for v in user.all_input_nodes]
@@ -996,7 +993,7 @@ class Reader:
                 or any(v.dtype != torch.float32 or v.dim() != len(shape) for v in values)
             ):
                 return False
-            others = (_shape(v) for v in user.all_input_nodes if _operator(v) not in _GROWING)
+            others = (_shape(v) for v in user.all_input_nodes if _name(v.target) not in _GROWING)
             return any(
                 len(other) == len(shape) and all(other[i] == shape[i] for i in grown)
                 for other in others
@@ -1223,9 +1220,9 @@ class Reader:
         return self.read_pad(node, a)
 
 
-def _operator(node: fx.Node) -> str:
-    """The name of what a node calls, without its namespace and its overload; "" if it does not."""
-    schema = getattr(node.target, "_schema", None)
+def _name(target: Any) -> str:
+    """An operator's name, without its namespace and its overload; "" of what is none."""
+    schema = getattr(target, "_schema", None)
     return "" if schema is None else schema.name.split("::")[1]
 
 

@@ -172,10 +172,11 @@ def group_norm_row(
     )  # fmt: skip
     columns = [np.array(np.broadcast_to(v, (channels,)), np.float32) for v in (multiplier, shift)]
     factors = [call.dense((images, *[1] * (len(x.shape) - 2), channels), "f32") for _ in columns]
-    n = float(size // images // groups)
+    count = size // images // groups
+    n = float(count)
     call.row(
         group_scales_kernel(), SCALES_FIELDS, images * groups,
-        {PARTS: parts, CHANNELS: channels, GROUPS: groups, COUNT: size // images // groups},
+        {PARTS: parts, CHANNELS: channels, GROUPS: groups, COUNT: count},
         {SUMS_OF_PARTS: sums.place, A: factors[0].place, B: factors[1].place, Y: columns[0],
          Z: columns[1], EPSILON: np.array([n * n * epsilon])},
         images * parts * channels * NORM_NANOSECONDS, f"{label}_scales",
