@@ -19,11 +19,11 @@ from fastq.kernels.gemm import Tile
 from fastq.kernels.native import Kernel, compile_library
 
 # A tier's dot product, and the registers that its tiles fill. LLVM writes vpdpwssd for vpmaddwd and
-# vpaddd where the CPU has it and is fast at it, whatever the tier: the sum is the same.
+# vpaddd on some CPUs that have it, whatever the tier.
 DOT = {
     "amx_int8": ("(?:tdpbusd|vpdpbusd)", "[tz]mm"),
-    "avx512_vnni": ("vpdpbusd", "zmm"),
-    "avx_vnni": ("vpdpbusd", "ymm"),
+    "avx512_vnni": ("(?:vpdpbusd|vpdpwssd)", "zmm"),
+    "avx_vnni": ("(?:vpdpbusd|vpdpwssd)", "ymm"),
     "avx2": ("(?:vpmaddwd|vpdpwssd)", "ymm"),
     "generic": ("(?:pmaddwd|vpdpwssd)", "xmm"),
 }

@@ -97,6 +97,7 @@ class Tile:
 
 _AVX512 = (
     Tile("avx512_vnni", 6, 64),
+    Tile("avx512_vnni", 4, 64),
     Tile("avx512_vnni", 2, 64),
     Tile("avx512_vnni", 1, 64, panels=2),
     Tile("avx512_vnni", 10, 32),
@@ -276,9 +277,11 @@ def emit_k_loop(
     """The K loop; returns the accumulators, a lane for each column, [row][vector].
 
     They begin at `start`. offset_of(step) is where a row's activations of a K-step lie, in bytes.
-    The panels hold int8, or if wide what the dot product takes.
+    The panels hold int8. If wide, they and the activations hold int16, in pairs.
     """
     simd = emitter(tile.isa)
+    if wide:
+        simd = simd.of_pairs
     vectors = tile.nr // simd.cols
     count = tile.panels * vectors
     entry = b.block

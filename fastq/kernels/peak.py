@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
@@ -25,8 +25,6 @@ from fastq.kernels import isa
 from fastq.kernels.isa import target_features
 from fastq.kernels.matrix import A_TILES, B_TILES, ROWS, tile_config
 from fastq.kernels.simd import Amx, emitter, i64, ptr
-
-binding.initialize_native_asmparser()  # without it, LLVM ends the process at inline assembly
 
 SECONDS = 0.02  # of one measurement; the best of REPEATS is the limit
 REPEATS = 20

@@ -13,18 +13,20 @@ by 24 over these, so that all is in integers, and y comes out 24 * 24 = 9 * 64 t
     products  int16 x int16 -> int32 (vpmaddwd); their sums wrap, modulo 2**32
     y         times 1/9 modulo 2**32, then shifted right by 6: exact where |y| < 2**25 (`is_exact`)
 
-It pays where activations are int16 anyway, so where a dot product sums two (`side_by_side`).
+The products are of int16, two a dot product. Where the direct sum has no more, a quarter of the
+multiplications remains; where it takes four bytes at once (VNNI), half of the instructions.
 
 A task works through units, one after the other, each a block of MB tiles of 4 x 4 outputs against
 a panel of NR filters. All that it needs between is in its own scratch:
 
     once a block   B d B' of each tile                           [tile][36][C] int16
-    once a unit    for each of the six lines of 6 positions
-                     G g G' of the panel                         [6][C / 4][NR][4] int16
-                     6 products of MB tiles by NR columns        [36][MB][NR] int32
+    once a unit    for each two of the six lines of 6 positions
+                     G g G' of the panel                         [12][C / 4][NR][4] int16
+                     12 products of MB tiles by NR columns       [36][MB][NR] int32
                    y of each tile, and the epilogue
 
 The filters stay int8 in memory, in the panels of the direct sum: G g G' takes eight times as much.
+Positions lie in the order of PAIRS: of two lines G has the same sums.
 """
 
 from __future__ import annotations
@@ -48,24 +50,41 @@ from fastq.kernels.native import native
 from fastq.kernels.requantize import Epilogue
 from fastq.kernels.scalar import stack_bytes
 from fastq.kernels.signature import sources_digest
-from fastq.kernels.simd import KR, address, const, emitter, i8, i16, i64, load, ptr, store, vec
+from fastq.kernels.simd import (
+    KR,
+    address,
+    const,
+    emitter,
+    i8,
+    i16,
+    i32,
+    i64,
+    load,
+    ptr,
+    store,
+    vec,
+)
 from fastq.kernels.tiles import choose_tile, nanoseconds, tiles_of
 
 OUT = 4  # outputs of a tile, down and across
 IN = OUT + 2
 POSITIONS = IN * IN
+PAIRS = (0, 5), (1, 2), (3, 4)
+ORDER = [IN * line + x for pair in PAIRS for line in pair for x in range(IN)]
+AT_ONCE = 2 * IN  # positions
+PAD = 128  # bytes between what is written side by side: else all would lie in one set of a cache
 TAPS = 9
-BLOCK_BYTES = 256 * 1024  # of transformed activations: half of the second cache
-LEAST_TILES = 24  # of a block, for which a panel's filters are transformed anew
+BLOCK_BYTES = 512 * 1024  # of transformed activations: half of the second cache
+LEAST_TILES = 48  # of a block, for which a panel's filters are transformed anew
 INVERSE_OF_9 = pow(9, -1, 2**32)
 
 # beyond the fields of the products: strides in bytes, sizes of the padded image and of the output
 (
     LINE, PIXEL, HEIGHT, WIDTH, C,
     OUT_LINE, OUT_PIXEL, OUT_HEIGHT, OUT_WIDTH, ADD_LINE, ADD_PIXEL,
-    DOWN, ACROSS, TILES, MB, PANELS, TASKS, SCRATCH, SLOT, FILTERS, SUMS,
+    DOWN, ACROSS, TILES, MB, PANELS, TASKS, SCRATCH, SLOT, FILTERS, SUMS, FILTER, SUM,
     FIELDS,
-) = range(f.FIELDS, f.FIELDS + 22)  # fmt: skip
+) = range(f.FIELDS, f.FIELDS + 24)  # fmt: skip
 
 
 def is_exact(weight: NDArray[np.int8]) -> bool:
@@ -77,12 +96,13 @@ def is_exact(weight: NDArray[np.int8]) -> bool:
 
 def fits(isa: str, c: int, n: int, nr: int) -> bool:
     """Whether a tier's kernel takes C channels and N filters in panels NR wide."""
-    return bool(tiles(isa)) and c % emitter(isa).operand.count == 0 and n % nr == 0
+    whole = c % KR == 0 and c >= emitter(isa).of_pairs.operand.count
+    return bool(tiles(isa)) and whole and n % nr == 0
 
 
 def tiles(isa: str) -> list[Tile]:
-    """The register tiles that serve here, too: none where a dot product sums four."""
-    if emitter(isa).side_by_side != 2:
+    """The register tiles that serve here, too: none beside those of matrices."""
+    if emitter(isa).depth != KR:
         return []
     return [tile for tile in tiles_of(isa) if tile.panels == 1]
 
@@ -101,12 +121,14 @@ class Split:
         self.mb = max(-(-count // self.tile.mr), 1) * self.tile.mr
         self.panels = n // nr
         self.pixels = batch * height * width
-        # time in multiply-adds for each channel and filter, measured on AVX2: 42 for 36 products,
-        # and the transforms as if they were products
-        self.cost = self.blocks * (42 * self.mb + 130) + self.tiles * (400 / n + 600 / c)
+        # time in multiply-adds of the direct sum for each channel and filter, fitted on AVX2 and
+        # AVX512-VNNI: the products, and the transforms as if they were products
+        products = self.blocks * (34 * self.mb + 160) + self.tiles * (350 / n + 650 / c)
+        self.cost = emitter(isa).side_by_side // 2 * products  # of two, where the direct sum has
         self.activations = POSITIONS * c * 2 * self.mb  # bytes of a task's scratch, and so on
-        self.filters = IN * c * 2 * nr
-        self.sums = POSITIONS * 4 * self.mb * nr
+        self.filter = c * 2 * nr + PAD  # of a position, and so on
+        self.sum = 4 * self.mb * nr + PAD
+        self.filters, self.sums = AT_ONCE * self.filter, POSITIONS * self.sum
 
     @property
     def pays(self) -> bool:
@@ -153,6 +175,8 @@ def winograd_row(
         SLOT: slot,
         FILTERS: split.activations,
         SUMS: split.activations + split.filters,
+        FILTER: split.filter,
+        SUM: split.sum,
     }
     places: dict[int, Place] = {
         f.A: x.place,
@@ -240,8 +264,8 @@ def _emit_read(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
     What lies beyond the image is read as its last line and pixel: no valid output depends on it.
     """
     image, down, across, target = place
-    lanes = emitter(tile.isa).operand.count
-    kind = vec(i16, lanes)
+    simd = emitter(tile.isa)
+    kind = simd.of_pairs.operand
     start = address(b, field(f.A, ptr), b.mul(image, field(f.A_IMAGE)))
 
     def offsets(first: Any, size: Any, stride: Any) -> list[Any]:
@@ -255,75 +279,97 @@ def _emit_read(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
     channels = field(C)
     out = b.inttoptr(target, ptr)
 
-    def channel(c: Any) -> None:
-        at = b.mul(c, i64(2))
-        here = [address(b, line, at) for line in lines]
-        d = [[load(b, kind, line, pixel) for pixel in pixels] for line in here]
-        for i, row in enumerate(_both_ways(b, _activation_line, d)):
-            for j, value in enumerate(row):
-                store(b, value, out, b.add(b.mul(channels, i64(2 * (IN * i + j))), at))
+    def activations(line: Any, pixel: Any) -> Any:
+        if simd.a_bytes == 2:
+            return load(b, kind, line, pixel)
+        return b.zext(load(b, vec(i8, kind.count), line, pixel), kind)
 
-    emit_loop(b, i64(0), channels, lanes, (), channel)
+    last = b.sub(channels, i64(kind.count))
+
+    def channel(c: Any) -> None:
+        c = b.select(b.icmp_signed("<", c, last), c, last)  # the last ones again, if they are fewer
+        at = b.mul(c, i64(2))
+        here = [address(b, line, b.mul(c, i64(simd.a_bytes))) for line in lines]
+        d = [[activations(line, pixel) for pixel in pixels] for line in here]
+        values = sum(_both_ways(b, _activation_line, d), [])
+        for i, position in enumerate(ORDER):
+            store(b, values[position], out, b.add(b.mul(channels, i64(2 * i)), at))
+
+    emit_loop(b, i64(0), b.add(channels, i64(kind.count - 1)), kind.count, (), channel)
 
 
 def _emit_multiply(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
-    """36 products of a block's `count` tiles against a panel, to `target`: [36][MB][NR] int32.
-
-    A line of 6 positions after the other: what G g G' takes of them stays in the first caches.
-    """
-    panel, block, filters, count, target = place
-    weights = address(b, field(f.B, ptr), b.mul(panel, field(f.B_PANEL)))
-    channels, mb = field(C), field(MB)
-    tap = b.mul(channels, i64(tile.nr))  # weights of one tap
-    wide = b.inttoptr(filters, ptr)
+    """The products of `count` tiles at `block` and the filters of a pair of lines, to `target`."""
+    pair, block, filters, count, target = place
+    channels = field(C)
     tile_bytes, position = b.mul(channels, i64(2 * POSITIONS)), b.mul(channels, i64(2))
-    sums_bytes = b.mul(mb, i64(4 * tile.nr))
-    last = b.sub(count, i64(1))
+    filter_bytes, sums_bytes = field(FILTER), field(SUM)
+    first, last = b.mul(pair, i64(AT_ONCE)), b.sub(count, i64(1))
+    activations = address(b, b.inttoptr(block, ptr), b.mul(first, position))
+    sums = address(b, b.inttoptr(target, ptr), b.mul(first, sums_bytes))
     simd = emitter(tile.isa)
     zeros = [const(simd.acc, 0)] * (tile.nr // simd.lanes)
-    for line in range(IN):
-        _emit_expand(b, tile, line, weights, tap, wide)
-        first = b.mul(position, i64(IN * line))
-        activations = address(b, b.inttoptr(block, ptr), first)
-        sums = address(b, b.inttoptr(target, ptr), b.mul(sums_bytes, i64(IN * line)))
 
-        def tiles(m: Any, activations: Any = activations, sums: Any = sums) -> None:
-            rows = []
-            for i in range(tile.mr):  # of fewer tiles, the last is repeated
-                index = b.add(m, i64(i))
-                index = b.select(b.icmp_signed("<", index, last), index, last)
-                rows.append(address(b, activations, b.mul(index, tile_bytes)))
-            out = address(b, sums, b.mul(m, i64(4 * tile.nr)))
+    def tiles(m: Any) -> None:
+        rows = []
+        for i in range(tile.mr):  # of fewer tiles, the last is repeated
+            index = b.add(m, i64(i))
+            index = b.select(b.icmp_signed("<", index, last), index, last)
+            rows.append(address(b, activations, b.mul(index, tile_bytes)))
+        out = address(b, sums, b.mul(m, i64(4 * tile.nr)))
 
-            def across(q: Any) -> None:
-                here = [address(b, row, b.mul(q, position)) for row in rows]
-                panel = address(b, wide, b.mul(q, b.mul(position, i64(tile.nr))))
-                found = emit_k_loop(
-                    b, tile, here, [panel], lambda step: b.mul(step, i64(8)),
-                    b.udiv(channels, i64(KR)), zeros, wide=True,
-                )  # fmt: skip
-                at = b.mul(q, sums_bytes)
-                for i, row in enumerate(found):
-                    for j, value in enumerate(row):
-                        store(b, value, out, b.add(at, i64(4 * (i * tile.nr + j * simd.lanes))))
+        def products(q: Any) -> None:
+            here = [address(b, row, b.mul(q, position)) for row in rows]
+            panel = address(b, b.inttoptr(filters, ptr), b.mul(q, filter_bytes))
+            found = emit_k_loop(
+                b, tile, here, [panel], lambda step: b.mul(step, i64(8)),
+                b.udiv(channels, i64(KR)), zeros, wide=True,
+            )  # fmt: skip
+            at = b.mul(q, sums_bytes)
+            for i, row in enumerate(found):
+                for j, value in enumerate(row):
+                    store(b, value, out, b.add(at, i64(4 * (i * tile.nr + j * simd.lanes))))
 
-            emit_loop(b, i64(0), i64(IN), 1, (), across)
+        emit_loop(b, i64(0), i64(AT_ONCE), 1, (), products)
 
-        emit_loop(b, i64(0), b.add(count, i64(tile.mr - 1)), tile.mr, (), tiles)
+    emit_loop(b, i64(0), b.add(count, i64(tile.mr - 1)), tile.mr, (), tiles)
 
 
-def _emit_expand(b: Any, tile: Tile, line: int, weights: Any, tap: Any, out: Any) -> None:
-    """One line of G g G' of a panel: [6][C / 4][NR][4] int16, ordered as the panel."""
-    lanes = emitter(tile.isa).operand.count
+def _emit_filters(b: Any, tile: Tile, pair: int, field: Field, place: list[Any]) -> None:
+    """Two lines of G g G' of a panel: [12][C / 4][NR][4] int16, ordered for dots of two (pack.py).
+
+    No more at once, so that they stay in the second cache, with all else.
+    """
+    panel, filters = place
+    weights = address(b, field(f.B, ptr), b.mul(panel, field(f.B_PANEL)))
+    tap, filter_bytes = b.mul(field(C), i64(tile.nr)), field(FILTER)  # weights of one tap
+    out = b.inttoptr(filters, ptr)
+    simd = emitter(tile.isa)
+    kind = simd.of_pairs.operand
+    parts = simd.side_by_side // 2  # a vector of four weights for each column is one of each two
 
     def chunk(at: Any) -> None:
         taps = [address(b, weights, b.add(b.mul(tap, i64(t)), at)) for t in range(TAPS)]
-        g = [b.sext(load(b, vec(i8, lanes), p), vec(i16, lanes)) for p in taps]
-        columns = [_filter_line(b, g[x::3])[line] for x in range(3)]  # what is not used is dropped
-        for j, value in enumerate(_filter_line(b, columns)):
-            store(b, value, out, b.mul(b.add(b.mul(tap, i64(j)), at), i64(2)))
+        for part in range(parts):
+            g = [load(b, vec(i8, parts * kind.count), p) for p in taps]
+            if parts > 1:
+                g = [_two_of_four(b, fours, part) for fours in g]
+            g = [b.sext(weights, kind) for weights in g]
+            columns = [_filter_line(b, g[x::3]) for x in range(3)]  # what is not used is dropped
+            lines = [_filter_line(b, [column[line] for column in columns]) for line in PAIRS[pair]]
+            for j, value in enumerate(sum(lines, [])):
+                place = b.add(b.mul(filter_bytes, i64(j)), b.mul(at, i64(2)))
+                store(b, value, out, b.add(place, i64(2 * part * kind.count)))
 
-    emit_loop(b, i64(0), tap, lanes, (), chunk)
+    emit_loop(b, i64(0), tap, parts * kind.count, (), chunk)
+
+
+def _two_of_four(b: Any, fours: Any, part: int) -> Any:
+    """The first two or the last two of each four weights."""
+    count = fours.type.count // KR
+    fours = b.bitcast(fours, vec(i32, count))
+    twos = b.trunc(b.lshr(fours, const(fours.type, 16 * part)), vec(i16, count))
+    return b.bitcast(twos, vec(i8, 2 * count))
 
 
 def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any]) -> None:
@@ -331,10 +377,9 @@ def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any
     image, down, across, panel, source, i, beyond = place
     kind, _, added = epilogue.partition("+")
     simd, out_bytes = emitter(tile.isa), ITEM_BYTES[kind]
-    # columns at once: what the epilogue packs together
-    width = 2 * simd.lanes if tile.nr % (2 * simd.lanes) == 0 else simd.lanes
+    width = simd.together(tile.nr) * simd.lanes  # columns at once: what the epilogue packs together
     sums = address(b, b.inttoptr(source, ptr), b.mul(i, i64(4 * tile.nr)))
-    position = b.mul(field(MB), i64(4 * tile.nr))
+    position = field(SUM)
     inverse, six = const(simd.acc, INVERSE_OF_9), const(simd.acc, 6)
     column = b.mul(panel, i64(tile.nr))
 
@@ -359,39 +404,47 @@ def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any
     targets = pixels(f.OUT, out_bytes, OUT_LINE, b.inttoptr(beyond, ptr))
     add_rows = pixels(f.ADD, ITEM_BYTES[added], ADD_LINE, None) if added else None
 
-    def outputs(v: Any) -> list[list[Any]]:
-        """4 x 4 vectors of the columns from v on."""
+    def places(v: Any, count: int) -> list[Any]:
+        """Where the first `count` sums of the columns from v on lie."""
         at = b.mul(v, i64(4))
-        square = [
-            [
-                load(b, simd.acc, sums, b.add(at, b.mul(position, i64(IN * y + x))))
-                for x in range(IN)
-            ]
-            for y in range(IN)
-        ]
-        y = _both_ways(b, _output_line, square)
-        return [[b.ashr(b.mul(value, inverse), six) for value in row] for row in y]
+        return [address(b, sums, b.add(at, b.mul(position, i64(i)))) for i in range(count)]
+
+    def outputs(v: Any) -> None:
+        """4 x 4 vectors of the columns from v on, in the place of the first of their 6 x 6 sums:
+        all that the epilogue packs together would be more than there are registers."""
+        here = places(v, POSITIONS)
+        m = {position: load(b, simd.acc, here[i]) for i, position in enumerate(ORDER)}
+        square = [[m[IN * y + x] for x in range(IN)] for y in range(IN)]
+        y = [value for row in _both_ways(b, _output_line, square) for value in row]
+        for value, place in zip(y, here, strict=False):
+            store(b, b.ashr(b.mul(value, inverse), six), place)
 
     def columns(v: Any) -> None:
         here = [b.mul(b.add(column, v), i64(4))]
         end = Epilogue(b, simd, kind, width // simd.lanes, here, field, added)
-        found = [outputs(b.add(v, i64(first))) for first in range(0, width, simd.lanes)]
+        vectors = [places(b.add(v, i64(at)), OUT * OUT) for at in range(0, width, simd.lanes)]
 
         def moved(row: list[Any], item: int) -> list[Any]:
             return [address(b, pixel, b.mul(v, i64(item))) for pixel in row]
 
         for k in range(OUT):
             accs = [
-                [b.add(part[k][j], first) for part, first in zip(found, end.start, strict=True)]
+                [
+                    b.add(load(b, simd.acc, vector[OUT * k + j]), first)
+                    for vector, first in zip(vectors, end.start, strict=True)
+                ]
                 for j in range(OUT)
             ]
             adds = moved(add_rows[k], ITEM_BYTES[added]) if add_rows else None
             end.store(accs, moved(targets[k], out_bytes), [i64(0)] * OUT, adds)
 
+    emit_loop(b, i64(0), i64(tile.nr), simd.lanes, (), outputs)
     emit_loop(b, i64(0), i64(tile.nr), width, (), columns)
 
 
-_EMITTERS = {"read": _emit_read, "multiply": _emit_multiply}
+_EMITTERS = {"read": _emit_read, "multiply": _emit_multiply} | {
+    f"filters {pair}": functools.partial(_emit_filters, pair=pair) for pair in range(len(PAIRS))
+}
 
 
 @intrinsic(prefer_literal=True)
@@ -409,7 +462,7 @@ def _do(typingctx: Any, config: Any, stage: Any, args: Any, place: Any) -> Any:
         if stage.literal_value == "write":
             _emit_write(b, tile, epilogue, field, integers)
         else:
-            _EMITTERS[stage.literal_value](b, tile, field, integers)
+            _EMITTERS[stage.literal_value](b, tile, field=field, place=integers)
         return context.get_dummy_value()
 
     return types.void(config, stage, args, place), codegen
@@ -444,7 +497,14 @@ def winograd_kernel(tile: Tile, epilogue: str) -> Any:
                         target = activations + i * 2 * POSITIONS * channels
                         _do(config, "read", args, (*place, target))
                 panel = unit % panels
-                _do(config, "multiply", args, (panel, activations, filters, count, sums))
+                for pair in range(3):
+                    if pair == 0:
+                        _do(config, "filters 0", args, (panel, filters))
+                    elif pair == 1:
+                        _do(config, "filters 1", args, (panel, filters))
+                    else:
+                        _do(config, "filters 2", args, (panel, filters))
+                    _do(config, "multiply", args, (pair, activations, filters, count, sums))
                 for i in range(count):
                     at = (first + i) % an_image
                     place = (first + i) // an_image, at // across, at % across
