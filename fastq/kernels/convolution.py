@@ -24,6 +24,7 @@ from fastq.kernels.tiles import tiles_of
 from fastq.qparams import Epilogue
 from fastq.weights import Conv2dWeight
 
+EPILOGUE = 24  # what the one of a tile costs, in activations of its rows
 # a product of matrix tiles, with its loads; a byte of a copy within the cache, and then some
 PRODUCT_NANOSECONDS, COPY_NANOSECONDS = 7.0, 0.08
 
@@ -52,7 +53,7 @@ class PackedConv2d(Layer):
     ) -> None:
         super().__init__(weight.data, epilogue, x_zero_point, isa)
         self.weight, self.kernel_size = weight, weight.kernel_size
-        groups = self.groups = _merged_groups(weight, min(t.nr for t in tiles_of(isa)))
+        groups = self.groups = _merged_groups(weight, isa)
         self.by_lines = self._takes_lines()
         row = weight.kernel_size[1] if self.by_lines else 1
         self.channels = weight.c if row * weight.c // groups >= KR else KR
@@ -274,15 +275,20 @@ def _table(lines: NDArray[np.int64], pixels: NDArray[np.int64]) -> NDArray[np.in
     return np.add.outer(lines, pixels).reshape(-1)
 
 
-def _merged_groups(weight: Conv2dWeight, narrowest: int) -> int:
+def _merged_groups(weight: Conv2dWeight, isa: str) -> int:
     """Into how many groups a grouped convolution is computed.
 
-    Few channels a group would leave most of a panel empty, and a run of under 4 activations
-    cannot be read: neighbouring groups are merged into one that holds zeros between them.
+    Few channels a group leave most of a panel empty, and a run of under 4 activations cannot be
+    read: neighbouring groups are merged into one that holds zeros between them, where that takes
+    less time. Where it is the same, as few are merged as can be.
     """
-    n, c_group = weight.data.shape[:2]
-    for groups in range(weight.groups, 1, -1):
-        merged, rest = divmod(weight.groups, groups)
-        if not rest and c_group * merged >= KR and n // groups >= narrowest:
-            return groups
-    return 1
+    (n, c_group, *kernel), depth = weight.data.shape, emitter(isa).depth
+    narrowest = min(tile.nr for tile in tiles_of(isa))
+
+    def cost(groups: int) -> int:
+        columns = -(-n // groups // narrowest) * narrowest
+        run = -(-c_group * weight.groups // groups // depth) * depth
+        return groups * columns * (math.prod(kernel) * run + EPILOGUE)
+
+    counts = [g for g in range(weight.groups, 0, -1) if weight.groups % g == 0]
+    return min((g for g in counts if g == 1 or c_group * weight.groups // g >= KR), key=cost)
