@@ -100,7 +100,7 @@ def test_the_command_for_tiles(tmp_path: Path) -> None:
     current = isa_room.current()
     assert [row["tile"] for row in rows] == [str(tile) for tile in product_tiles(current)]
     (chosen,) = (row["tile"] for row in rows if row["chosen"] == "True")
-    assert chosen == str(choose_tile(current, choose_nr(current, 1), 1))
+    assert chosen == str(choose_tile(current, choose_nr(current, 1), 1, 1))
 
 
 def test_a_loss_is_over_the_best_tile() -> None:
@@ -114,7 +114,7 @@ def test_a_tile_is_offered_alone() -> None:
     for tile in before[0]:
         with only(tile):
             assert tiles_of("avx2") == (tile,)
-            assert choose_tile("avx2", choose_nr("avx2", 100), 100) == tile
+            assert choose_tile("avx2", choose_nr("avx2", 100), 100, 8) == tile
             assert (tiles_of("avx2", "depthwise"), tiles_of("generic")) == before[1:]
     assert tiles_of("avx2") == before[0]
     for tile in product_tiles("amx_int8"):  # of vectors or matrices, whatever the shape
@@ -130,8 +130,8 @@ def test_the_choice_of_a_tile_is_sensible(isa: str) -> None:
     for nr in {tile.nr for tile in tiles_of(isa)}:
         tall = max((t for t in tiles_of(isa) if t.nr == nr), key=lambda t: t.mr)
         low = min((t for t in tiles_of(isa) if t.nr == nr), key=lambda t: t.mr)
-        assert choose_tile(isa, nr, 100 * tall.mr) == tall
-        assert choose_tile(isa, nr, 1) == low
+        assert choose_tile(isa, nr, 100 * tall.mr, 1000) == tall
+        assert choose_tile(isa, nr, 1, 1000) == low
 
 
 def test_the_command_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_every_tier_has_its_tiles() -> None:
         for n in (1, 15, 16, 17, 33, 64, 1000):
             nr = choose_nr(row.name, n)
             for m in (1, 2, 5, 49, 1000):
-                assert choose_tile(row.name, nr, m).nr == nr
+                assert choose_tile(row.name, nr, m, 8).nr == nr
 
 
 def test_forcing_a_tier(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ from fastq.kernels import block as f
 from fastq.kernels.block import GROUPS, MC, M, N
 from fastq.kernels.call import ITEM_BYTES
 from fastq.kernels.depthwise import emit_tap_loop
+from fastq.kernels.isa import cpu_name
 from fastq.kernels.lines import emit_loop
 from fastq.kernels.native import native
 from fastq.kernels.requantize import Epilogue
@@ -97,7 +98,9 @@ class Tile:
 
 _AVX512 = (
     Tile("avx512_vnni", 6, 64),
+    Tile("avx512_vnni", 5, 64),
     Tile("avx512_vnni", 4, 64),
+    Tile("avx512_vnni", 3, 64),
     Tile("avx512_vnni", 2, 64),
     Tile("avx512_vnni", 1, 64, panels=2),
     Tile("avx512_vnni", 10, 32),
@@ -105,6 +108,7 @@ _AVX512 = (
     Tile("avx512_vnni", 1, 32, panels=4),
     Tile("avx512_vnni", 12, 16),
     Tile("avx512_vnni", 4, 16),
+    Tile("avx512_vnni", 1, 16, panels=8),
     Tile("avx512_vnni", 2, 64, "depthwise", outputs=2),
 )
 # Of one NR packed panels are shared, but for depthwise: MR is chosen at the call.
@@ -296,7 +300,7 @@ def emit_k_loop(
     sums = [list(row_accs) for row_accs in accs]
     side = simd.side_by_side
     weight_bytes = simd.a_bytes if wide else 1
-    if tile.mr == 1:
+    if tile.mr == 1 and not cpu_name().startswith("znver"):  # AMD's look ahead better themselves
         for p in weights:
             prefetch(b, p, AHEAD, KR * tile.nr)
     for k in range(0, KR, side):

@@ -48,6 +48,13 @@ def target_features() -> frozenset[str]:
     return frozenset(f[1:] for f in text.split(",") if f.startswith("+"))
 
 
+def cpu_name() -> str:
+    """LLVM's name of the CPU that Numba compiles for: its own of this one, or NUMBA_CPU_NAME."""
+    from numba.core.registry import cpu_target
+
+    return str(cpu_target.target_context.codegen().magic_tuple()[1])
+
+
 def missing(isa: Isa) -> list[str]:
     """What the tier needs and Numba's target, or the operating system, does not have."""
     lacking = [f for f in isa.features if f not in target_features()]

@@ -219,8 +219,8 @@ def matmul_row(
     wide = [broadcast(v, (*leading, *v.shape[-2:])) for v in (out, a, b)]
     (outer, groups, _, _), (out_steps, a_steps, b_steps) = collapse(wide, 4, keep=2)
     nr = choose_nr(isa, n)
-    tile = choose_tile(isa, nr, m)
     starts = step_starts(max(k, KR))
+    tile = choose_tile(isa, nr, m, len(starts))
     panels = -(-n // nr)
     panel_bytes = len(starts) * nr * KR
     packed = call.scratch(outer * groups * panels * panel_bytes)

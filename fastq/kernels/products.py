@@ -120,7 +120,7 @@ class Layer:
         """The tile for m rows, in lines of so many, and so many K-steps."""
         packed = self.packed
         if packed.kind == "depthwise":
-            return choose_tile(packed.isa, packed.nr, m, packed.kind)
+            return choose_tile(packed.isa, packed.nr, m, steps, packed.kind)
         bands = m // line * -(-line // matrix.ROWS)
         return choose_product_tile(packed.isa, packed.nr, Work(m, bands, steps, packed.depth))
 

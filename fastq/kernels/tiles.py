@@ -9,14 +9,38 @@ from itertools import groupby
 from typing import NamedTuple
 
 from fastq.kernels.gemm import TILES, Tile
+from fastq.kernels.isa import cpu_name
 from fastq.kernels.matrix import ROWS
 from fastq.kernels.simd import KR, emitter
 
-# What a load from the first cache costs in the K loop, beside a dot product of 1. With VNNI, from
-# the shares of the peak that NR 64, 32 and 16 reach (100, 97, 90 %); else, where a dot product is
-# two instructions, fitted on AVX2 with `fastq bench --tiles`.
-_LOAD = {"amx_int8": 0.2, "avx512_vnni": 0.2, "avx_vnni": 0.2}
-_LOAD_OTHERWISE = 0.5
+
+class Costs(NamedTuple):
+    """What a tile of vectors takes, in dot products.
+
+    load    of one in the K loop, from the first cache.
+    second  of a vector of weights, from the second cache, in place of its dot products.
+    ends    beside what all tiles need for an output: times the square of the accumulators. Only few
+            of them are stored while the next tile's products are done.
+    """
+
+    load: float
+    second: float = 0.0
+    ends: float = 0.0
+
+
+# With VNNI on Intel's CPUs, which do two dot products in a cycle: from the shares of the peak that
+# NR 64, 32 and 16 reach (100, 97, 90 %). The others are fitted with `fastq bench --tiles`: on
+# Zen 4, which does one of 512 bits, and on AVX2, where a dot product is two instructions.
+_VNNI, _ZEN4, _OTHERWISE = Costs(0.2, 2.0), Costs(0.075, 2.0, 0.12), Costs(0.5)
+
+
+def _costs(isa: str) -> Costs:
+    tier = isa.removesuffix("-emulated")
+    if tier == "avx512_vnni" and cpu_name() == "znver4":
+        return _ZEN4
+    return _VNNI if "vnni" in tier or tier == "amx_int8" else _OTHERWISE
+
+
 # What matrix tiles cost, in dot products of 16 columns, (a K-step of one band, the ends), by MR and
 # NR. A product takes as long as 32. Two passes over K read activations twice, and with a single
 # column of registers an operand serves one product only; few registers in use leave the CPU some to
@@ -68,10 +92,10 @@ def product_tiles(isa: str) -> tuple[Tile, ...]:
 @functools.cache
 def choose_nr(isa: str, n: int, steps: int = _MANY_STEPS) -> int:
     """The panel width for n columns and so many K-steps: the least time over whole panels, then
-    the widest."""
+    the widest. What the ends of a sum cost depends on the height, which is chosen later."""
     work = Work(_MANY_ROWS, _MANY_ROWS // ROWS, steps, emitter(isa).depth)
     cost = {
-        nr: -(-n // nr) * nr * min(_column_cost(tile, work) for tile in tiles)
+        nr: -(-n // nr) * nr * min(_column_cost(tile, work, ends=False) for tile in tiles)
         for nr, tiles in _by_nr(isa).items()
     }
     return min(cost, key=lambda nr: (cost[nr], -nr))
@@ -93,10 +117,13 @@ class Work(NamedTuple):
 
 
 @functools.cache
-def choose_tile(isa: str, nr: int, m: int, kind: str = "gemm", *, one_panel: bool = False) -> Tile:
-    """The tile for m rows of panels NR wide, or of one panel: the least time, then the tallest."""
+def choose_tile(
+    isa: str, nr: int, m: int, steps: int, kind: str = "gemm", *, one_panel: bool = False
+) -> Tile:
+    """The tile for m rows and K-steps of 4, of panels NR wide, or of one panel: the least time,
+    then the tallest."""
     tiles = [t for t in tiles_of(isa, kind) if t.nr == nr and (t.panels == 1 or not one_panel)]
-    return _least(tiles, Work(m, 0, 1, KR))
+    return _least(tiles, Work(m, 0, steps, KR))
 
 
 @functools.cache
@@ -109,19 +136,20 @@ def _least(tiles: list[Tile], work: Work) -> Tile:
     return min(tiles, key=lambda tile: (_column_cost(tile, work), -tile.mr))
 
 
-def _column_cost(tile: Tile, work: Work) -> float:
+def _column_cost(tile: Tile, work: Work, *, ends: bool = True) -> float:
     """Time of one column, in dot products."""
     m, bands, steps, depth = work
     if tile.kind == "matrix":
-        step, ends = _MATRIX[tile.mr, tile.nr]
-        return bands * (steps * step + ends) / ROWS
+        step, last = _MATRIX[tile.mr, tile.nr]
+        return bands * (steps * step + last) / ROWS
     simd, width = emitter(tile.isa), tile.nr * tile.panels
     depthwise = tile.kind == "depthwise"
     vectors = width // (simd.lanes if depthwise else simd.cols)
     loads = tile.mr * (simd.taps_at_once if depthwise else 1) + vectors
-    load = _LOAD.get(tile.isa.removesuffix("-emulated"), _LOAD_OTHERWISE)
-    tiles = -(-m // tile.mr) * steps * depth / KR
-    return tiles * (tile.mr * vectors + load * loads) / width
+    costs, dots = _costs(tile.isa), tile.mr * vectors
+    step = max(dots, costs.second * vectors) + costs.load * loads
+    whole = steps * depth / KR * step + (costs.ends * dots**2 if ends else 0.0)
+    return -(-m // tile.mr) * whole / width
 
 
 # Multiply-adds that a core does in a nanosecond, roughly: whether threads pay depends on it.

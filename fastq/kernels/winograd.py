@@ -117,7 +117,7 @@ class Split:
         most = max(BLOCK_BYTES // (POSITIONS * c * 2), LEAST_TILES)
         self.blocks = max(-(-self.tiles // most), 1)
         count = -(-self.tiles // self.blocks)
-        self.tile = choose_tile(isa, nr, count, one_panel=True)
+        self.tile = choose_tile(isa, nr, count, c // KR, one_panel=True)
         self.mb = max(-(-count // self.tile.mr), 1) * self.tile.mr
         self.panels = n // nr
         self.pixels = batch * height * width
@@ -249,10 +249,12 @@ def _output_line(b: Any, m: list[Any]) -> list[Any]:
     ]
 
 
-def _both_ways(b: Any, line: Callable[[Any, list[Any]], list[Any]], square: list[list[Any]]) -> Any:
-    """`line` along the columns of a square, then along the rows."""
+def _both_ways(
+    b: Any, line: Callable[[Any, list[Any]], list[Any]], square: list[list[Any]]
+) -> list[Any]:
+    """`line` along the columns of a square, then along the rows, which follow each other."""
     columns = [line(b, list(column)) for column in zip(*square, strict=True)]
-    return [line(b, list(row)) for row in zip(*columns, strict=True)]
+    return [value for row in zip(*columns, strict=True) for value in line(b, list(row))]
 
 
 Field = Callable[..., Any]  # (index, type) -> the argument block's field
@@ -291,7 +293,7 @@ def _emit_read(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
         at = b.mul(c, i64(2))
         here = [address(b, line, b.mul(c, i64(simd.a_bytes))) for line in lines]
         d = [[activations(line, pixel) for pixel in pixels] for line in here]
-        values = sum(_both_ways(b, _activation_line, d), [])
+        values = _both_ways(b, _activation_line, d)
         for i, position in enumerate(ORDER):
             store(b, values[position], out, b.add(b.mul(channels, i64(2 * i)), at))
 
@@ -357,7 +359,7 @@ def _emit_filters(b: Any, tile: Tile, pair: int, field: Field, place: list[Any])
             g = [b.sext(weights, kind) for weights in g]
             columns = [_filter_line(b, g[x::3]) for x in range(3)]  # what is not used is dropped
             lines = [_filter_line(b, [column[line] for column in columns]) for line in PAIRS[pair]]
-            for j, value in enumerate(sum(lines, [])):
+            for j, value in enumerate(value for line in lines for value in line):
                 place = b.add(b.mul(filter_bytes, i64(j)), b.mul(at, i64(2)))
                 store(b, value, out, b.add(place, i64(2 * part * kind.count)))
 
@@ -415,8 +417,7 @@ def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any
         here = places(v, POSITIONS)
         m = {position: load(b, simd.acc, here[i]) for i, position in enumerate(ORDER)}
         square = [[m[IN * y + x] for x in range(IN)] for y in range(IN)]
-        y = [value for row in _both_ways(b, _output_line, square) for value in row]
-        for value, place in zip(y, here, strict=False):
+        for value, place in zip(_both_ways(b, _output_line, square), here, strict=False):
             store(b, b.ashr(b.mul(value, inverse), six), place)
 
     def columns(v: Any) -> None:
