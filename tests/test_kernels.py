@@ -11,7 +11,7 @@ from llvmlite import binding, ir
 from numpy.testing import assert_array_equal
 
 from fastq.kernels import isa, matrix, pack, simd
-from fastq.kernels.assembly import assembly_for, k_loops
+from fastq.kernels.assembly import assembly_for, k_loops, products_of
 from fastq.kernels.depthwise import pack_depthwise, taps_of
 from fastq.kernels.executor import get_num_threads
 from fastq.kernels.gemm import TILES, Tile
@@ -165,7 +165,8 @@ CPUS = {
 @pytest.mark.parametrize("tile", [t for t in TILES if t.isa in CPUS], ids=str)
 def test_assembly_of_each_tile(tile: Tile) -> None:
     """In the K loop: the dot instruction as often as there are accumulators, and no spill."""
-    text = assembly_for(tile, "u8", "table", "x86_64-unknown-linux-gnu", CPUS[tile.isa])
+    emit = products_of(tile, "u8", "table")
+    text = assembly_for(emit, "x86_64-unknown-linux-gnu", CPUS[tile.isa])
     loops = k_loops(text, tile.isa)
     assert loops, text
     emitter = simd.emitter(tile.isa)
@@ -209,7 +210,8 @@ def test_dot_products_and_spills_are_counted() -> None:
 @pytest.mark.parametrize("cpu", ["cortex-a76", "apple-m1"])
 def test_generic_compiles_for_another_architecture(cpu: str) -> None:
     (first, *_) = tiles_of("generic")
-    assert "ret" in assembly_for(first, "u8", "affine", "aarch64-unknown-linux-gnu", cpu)
+    emit = products_of(first, "u8", "affine")
+    assert "ret" in assembly_for(emit, "aarch64-unknown-linux-gnu", cpu)
 
 
 def test_vpdpbusd_is_known_to_this_llvm() -> None:

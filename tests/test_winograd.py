@@ -13,7 +13,7 @@ from test_ops import EPILOGUES, assert_same, epilogues, s8, u8
 from fastq import ops, reference
 from fastq.kernels import assembly, executor, winograd
 from fastq.kernels import isa as isa_room
-from fastq.kernels.simd import emitter
+from fastq.kernels.simd import emitter, ptr
 from fastq.qparams import Requant
 from fastq.weights import Conv2dWeight
 
@@ -130,4 +130,25 @@ def test_no_vector_is_spilled_in_the_k_loop(tier: str) -> None:
         loop = assembly.k_loop_of(winograd.winograd_kernel(tile, "u8"))
         assert loop is not None
         assert loop.dots % (tile.mr * tile.nr // emitter(tier).cols) == 0
+        assert not loop.spills, "\n".join(loop.lines)
+
+
+@pytest.mark.parametrize(
+    "cpu, isa",
+    [("icelake-server", "avx512_vnni"), ("sapphirerapids", "avx512_vnni"),
+     ("znver5", "avx512_vnni"), ("alderlake", "avx_vnni"), ("haswell", "avx2")],
+)  # fmt: skip
+def test_dot_products_of_pairs_are_one_instruction(cpu: str, isa: str) -> None:
+    """With VNNI, also where LLVM would rather have two; no vector is spilled."""
+    for tile in winograd.tiles(isa):
+
+        def emit(b: Any, block: Any, place: list[Any], tile: Any = tile) -> None:
+            field = winograd.fields_of(b, b.inttoptr(block, ptr))
+            winograd.emit_multiply(b, tile, field, place)
+
+        text = assembly.assembly_for(emit, "x86_64-unknown-linux-gnu", cpu)
+        (loop,) = assembly.k_loops(text, isa)
+        one, two = ("vpmaddwd", "vpdpwssd") if isa == "avx2" else ("vpdpwssd", "vpmaddwd")
+        assert sum(one in line for line in loop.lines) == loop.dots and two not in text
+        assert loop.dots == 2 * tile.mr * tile.nr // emitter(isa).cols
         assert not loop.spills, "\n".join(loop.lines)

@@ -9,6 +9,7 @@ import functools
 import gc
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -65,8 +66,19 @@ def assembly_of(kernel: Kernel) -> str:
     return text
 
 
-def assembly_for(tile: Tile, epilogue: str, rows: str, triple: str, cpu: str) -> str:
-    """A tile's code for a CPU by LLVM's name for it, whatever this one is."""
+Emit = Callable[[Any, Any, list[Any]], None]
+
+
+def products_of(tile: Tile, epilogue: str, rows: str) -> Emit:
+    """What `assembly_for` takes, of a tile of products."""
+    if tile.kind == "matrix":
+        return lambda b, block, place: matrix.emit_bands(b, tile, epilogue, block, place)
+    return lambda b, block, place: gemm.emit_tiles(b, tile, epilogue, rows, block, place)
+
+
+def assembly_for(emit: Emit, triple: str, cpu: str) -> str:
+    """The code of emit(builder, block, place) for a CPU by LLVM's name for it, whatever this one
+    is: block and the five of place are int64 values."""
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
     module = ir.Module()
@@ -77,10 +89,7 @@ def assembly_for(tile: Tile, epilogue: str, rows: str, triple: str, cpu: str) ->
     builder.branch(body)
     builder.position_at_end(body)
     block, *place = function.args
-    if tile.kind == "matrix":
-        matrix.emit_bands(builder, tile, epilogue, block, place)
-    else:
-        gemm.emit_tiles(builder, tile, epilogue, rows, block, place)
+    emit(builder, block, place)
     builder.ret_void()
     parsed = binding.parse_assembly(str(module))
     machine = binding.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)

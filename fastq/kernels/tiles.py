@@ -18,7 +18,7 @@ class Costs(NamedTuple):
     """What a tile of vectors takes, in dot products.
 
     load    of one in the K loop, from the first cache.
-    second  of a vector of weights, from the second cache, in place of its dot products.
+    second  of a vector of weights, from the second cache, beside which its products are free.
     ends    beside what all tiles need for an output: times the square of the accumulators. Only few
             of them are stored while the next tile's products are done.
     """
@@ -31,7 +31,7 @@ class Costs(NamedTuple):
 # With VNNI on Intel's CPUs, which do two dot products in a cycle: from the shares of the peak that
 # NR 64, 32 and 16 reach (100, 97, 90 %). The others are fitted with `fastq bench --tiles`: on
 # Zen 4, which does one of 512 bits, and on AVX2, where a dot product is two instructions.
-_VNNI, _ZEN4, _OTHERWISE = Costs(0.2, 2.0), Costs(0.075, 2.0, 0.12), Costs(0.5)
+_VNNI, _ZEN4, _OTHERWISE = Costs(0.2), Costs(0.075, 2.0, 0.12), Costs(0.5)
 
 
 def _costs(isa: str) -> Costs:

@@ -101,7 +101,7 @@ def fits(isa: str, c: int, n: int, nr: int) -> bool:
 
 
 def tiles(isa: str) -> list[Tile]:
-    """The register tiles that serve here, too: none beside those of matrices."""
+    """The register tiles that serve here, too: none where a tier has tiles of matrices."""
     if emitter(isa).depth != KR:
         return []
     return [tile for tile in tiles_of(isa) if tile.panels == 1]
@@ -124,7 +124,7 @@ class Split:
         # time in multiply-adds of the direct sum for each channel and filter, fitted on AVX2 and
         # AVX512-VNNI: the products, and the transforms as if they were products
         products = self.blocks * (34 * self.mb + 160) + self.tiles * (350 / n + 650 / c)
-        self.cost = emitter(isa).side_by_side // 2 * products  # of two, where the direct sum has
+        self.cost = products * (emitter(isa).side_by_side // 2)  # these sum two at once
         self.activations = POSITIONS * c * 2 * self.mb  # bytes of a task's scratch, and so on
         self.filter = c * 2 * nr + PAD  # of a position, and so on
         self.sum = 4 * self.mb * nr + PAD
@@ -260,6 +260,15 @@ def _both_ways(
 Field = Callable[..., Any]  # (index, type) -> the argument block's field
 
 
+def fields_of(b: Any, block: Any) -> Field:
+    """The fields of the argument block at an address."""
+
+    def field(index: int, kind: Any = i64) -> Any:
+        return load(b, kind, block, 8 * index)
+
+    return field
+
+
 def _emit_read(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
     """B d B' of the tile at (image, down, across), to the address `target`: [36][C] int16.
 
@@ -300,7 +309,7 @@ def _emit_read(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
     emit_loop(b, i64(0), b.add(channels, i64(kind.count - 1)), kind.count, (), channel)
 
 
-def _emit_multiply(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
+def emit_multiply(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
     """The products of `count` tiles at `block` and the filters of a pair of lines, to `target`."""
     pair, block, filters, count, target = place
     channels = field(C)
@@ -443,7 +452,7 @@ def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any
     emit_loop(b, i64(0), i64(tile.nr), width, (), columns)
 
 
-_EMITTERS = {"read": _emit_read, "multiply": _emit_multiply} | {
+_EMITTERS = {"read": _emit_read, "multiply": emit_multiply} | {
     f"filters {pair}": functools.partial(_emit_filters, pair=pair) for pair in range(len(PAIRS))
 }
 
@@ -454,11 +463,7 @@ def _do(typingctx: Any, config: Any, stage: Any, args: Any, place: Any) -> Any:
 
     def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
         *words, epilogue = (t.literal_value for t in config.types[:-1])
-        tile, block = Tile(*words), b.bitcast(values[2], ptr)
-
-        def field(index: int, kind: Any = i64) -> Any:
-            return load(b, kind, block, 8 * index)
-
+        tile, field = Tile(*words), fields_of(b, b.bitcast(values[2], ptr))
         integers = [b.extract_value(values[3], i) for i in range(place.count)]
         if stage.literal_value == "write":
             _emit_write(b, tile, epilogue, field, integers)
