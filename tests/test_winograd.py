@@ -13,7 +13,7 @@ from test_ops import EPILOGUES, assert_same, epilogues, s8, u8
 from fastq import ops, reference
 from fastq.kernels import assembly, executor, winograd
 from fastq.kernels import isa as isa_room
-from fastq.kernels.simd import emitter, ptr
+from fastq.kernels.simd import emitter, fields_of, ptr
 from fastq.qparams import Requant
 from fastq.weights import Conv2dWeight
 
@@ -143,7 +143,7 @@ def test_dot_products_of_pairs_are_one_instruction(cpu: str, isa: str) -> None:
     for tile in winograd.tiles(isa):
 
         def emit(b: Any, block: Any, place: list[Any], tile: Any = tile) -> None:
-            field = winograd.fields_of(b, b.inttoptr(block, ptr))
+            field = fields_of(b, b.inttoptr(block, ptr))
             winograd.emit_multiply(b, tile, field, place)
 
         text = assembly.assembly_for(emit, "x86_64-unknown-linux-gnu", cpu)

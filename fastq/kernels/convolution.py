@@ -282,13 +282,13 @@ def _merged_groups(weight: Conv2dWeight, isa: str) -> int:
     read: neighbouring groups are merged into one that holds zeros between them, where that takes
     less time. Where it is the same, as few are merged as can be.
     """
-    (n, c_group, *kernel), depth = weight.data.shape, emitter(isa).depth
-    narrowest = min(tile.nr for tile in tiles_of(isa))
+    (n, _, *kernel), depth = weight.data.shape, emitter(isa).depth
+    narrowest, c = min(tile.nr for tile in tiles_of(isa)), weight.c
 
     def cost(groups: int) -> int:
         columns = -(-n // groups // narrowest) * narrowest
-        run = -(-c_group * weight.groups // groups // depth) * depth
+        run = -(-c // groups // depth) * depth
         return groups * columns * (math.prod(kernel) * run + EPILOGUE)
 
     counts = [g for g in range(weight.groups, 0, -1) if weight.groups % g == 0]
-    return min((g for g in counts if g == 1 or c_group * weight.groups // g >= KR), key=cost)
+    return min((g for g in counts if g == 1 or c // g >= KR), key=cost)

@@ -55,6 +55,7 @@ from fastq.kernels.simd import (
     branch_back,
     copy_bytes,
     emitter,
+    fields_of,
     i8,
     i32,
     i64,
@@ -154,11 +155,7 @@ def emit_tiles(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: A
     are most of the work, and know their rows. Then those of fewer rows, or columns.
     """
     image, group, panel, m, m_end = place
-    block = b.inttoptr(args, ptr)
-
-    def field(index: int, kind: Any = i64) -> Any:
-        return load(b, kind, block, 8 * index)
-
+    field = fields_of(b, b.inttoptr(args, ptr))
     simd = emitter(tile.isa)
     kind, _, added = epilogue.partition("+")
     out_bytes, width = ITEM_BYTES[kind], tile.nr * tile.panels

@@ -52,6 +52,7 @@ from fastq.kernels.simd import (
     branch_back,
     copy_bytes,
     emitter,
+    fields_of,
     i8,
     i16,
     i32,
@@ -137,11 +138,7 @@ class _Emulated:
 def emit_bands(b: Any, tile: Tile, epilogue: str, args: Any, place: Any) -> None:
     """Emits bands m to m_end against one panel; place is (image, group, panel, m, m_end)."""
     image, group, panel, m, m_end = place
-    fields = b.inttoptr(args, ptr)
-
-    def field(index: int, kind: Any = i64) -> Any:
-        return load(b, kind, fields, 8 * index)
-
+    field = fields_of(b, b.inttoptr(args, ptr))
     simd = emitter(tile.isa)
     assert isinstance(simd, Amx)
     unit = simd if simd.native else _Emulated(b, simd, field(f.TILE_CONFIG, ptr))

@@ -12,7 +12,7 @@ The functions emit LLVM IR through an llvmlite builder and know nothing of Numba
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,18 @@ def load(b: Any, kind: Any, base: Any, offset: Any = 0, align: int = 1) -> Any:
     value = b.load(address(b, base, offset), typ=kind)
     value.align = align
     return value
+
+
+Field = Callable[..., Any]  # (index, type) -> a field of an argument block, i64 unless told
+
+
+def fields_of(b: Any, block: Any) -> Field:
+    """The fields of the argument block at an address."""
+
+    def field(index: int, kind: Any = i64) -> Any:
+        return load(b, kind, block, 8 * index)
+
+    return field
 
 
 def store(b: Any, value: Any, base: Any, offset: Any = 0, align: int = 1) -> Any:

@@ -35,10 +35,9 @@ _VNNI, _ZEN4, _OTHERWISE = Costs(0.2), Costs(0.075, 2.0, 0.12), Costs(0.5)
 
 
 def _costs(isa: str) -> Costs:
-    tier = isa.removesuffix("-emulated")
-    if tier == "avx512_vnni" and cpu_name() == "znver4":
+    if isa.startswith("avx512_vnni") and cpu_name() == "znver4":
         return _ZEN4
-    return _VNNI if "vnni" in tier or tier == "amx_int8" else _OTHERWISE
+    return _VNNI if emitter(isa).side_by_side == KR else _OTHERWISE
 
 
 # What matrix tiles cost, in dot products of 16 columns, (a K-step of one band, the ends), by MR and

@@ -34,7 +34,20 @@ from fastq.kernels.native import native
 from fastq.kernels.pointwise import float_parameters, int_parameters
 from fastq.kernels.scalar import pointer
 from fastq.kernels.signature import sources_digest
-from fastq.kernels.simd import address, const, f32, i16, i32, i64, load, ptr, splat, store, vec
+from fastq.kernels.simd import (
+    address,
+    const,
+    f32,
+    fields_of,
+    i16,
+    i32,
+    i64,
+    load,
+    ptr,
+    splat,
+    store,
+    vec,
+)
 from fastq.kernels.tiles import BYTES_PER_NANOSECOND
 
 (
@@ -167,11 +180,7 @@ def _window(
         block = b.inttoptr(b.ptrtoint(values[1], i64), ptr)
         x, out, down, across = (b.inttoptr(v, ptr) for v in values[2:6])
         place = x, out, down, across, *values[6:8], *(b.inttoptr(v, ptr) for v in values[8:10])
-
-        def field(index: int, kind: Any = i64) -> Any:
-            return load(b, kind, block, 8 * index)
-
-        emit_window(b, settings, field, place, values[10])
+        emit_window(b, settings, fields_of(b, block), place, values[10])
         return context.get_dummy_value()
 
     return signature, codegen

@@ -52,9 +52,11 @@ from fastq.kernels.scalar import stack_bytes
 from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import (
     KR,
+    Field,
     address,
     const,
     emitter,
+    fields_of,
     i8,
     i16,
     i32,
@@ -257,18 +259,6 @@ def _both_ways(
     return [value for row in zip(*columns, strict=True) for value in line(b, list(row))]
 
 
-Field = Callable[..., Any]  # (index, type) -> the argument block's field
-
-
-def fields_of(b: Any, block: Any) -> Field:
-    """The fields of the argument block at an address."""
-
-    def field(index: int, kind: Any = i64) -> Any:
-        return load(b, kind, block, 8 * index)
-
-    return field
-
-
 def _emit_read(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
     """B d B' of the tile at (image, down, across), to the address `target`: [36][C] int16.
 
@@ -346,12 +336,12 @@ def emit_multiply(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
     emit_loop(b, i64(0), b.add(count, i64(tile.mr - 1)), tile.mr, (), tiles)
 
 
-def _emit_filters(b: Any, tile: Tile, pair: int, field: Field, place: list[Any]) -> None:
+def _emit_filters(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
     """Two lines of G g G' of a panel: [12][C / 4][NR][4] int16, ordered for dots of two (pack.py).
 
     No more at once, so that they stay in the second cache, with all else.
     """
-    panel, filters = place
+    pair, panel, filters = place
     weights = address(b, field(f.B, ptr), b.mul(panel, field(f.B_PANEL)))
     tap, filter_bytes = b.mul(field(C), i64(tile.nr)), field(FILTER)  # weights of one tap
     out = b.inttoptr(filters, ptr)
@@ -359,7 +349,7 @@ def _emit_filters(b: Any, tile: Tile, pair: int, field: Field, place: list[Any])
     kind = simd.of_pairs.operand
     parts = simd.side_by_side // 2  # a vector of four weights for each column is one of each two
 
-    def chunk(at: Any) -> None:
+    def chunk(at: Any, pair: tuple[int, int]) -> None:
         taps = [address(b, weights, b.add(b.mul(tap, i64(t)), at)) for t in range(TAPS)]
         for part in range(parts):
             g = [load(b, vec(i8, parts * kind.count), p) for p in taps]
@@ -367,12 +357,14 @@ def _emit_filters(b: Any, tile: Tile, pair: int, field: Field, place: list[Any])
                 g = [_two_of_four(b, fours, part) for fours in g]
             g = [b.sext(weights, kind) for weights in g]
             columns = [_filter_line(b, g[x::3]) for x in range(3)]  # what is not used is dropped
-            lines = [_filter_line(b, [column[line] for column in columns]) for line in PAIRS[pair]]
+            lines = [_filter_line(b, [column[line] for column in columns]) for line in pair]
             for j, value in enumerate(value for line in lines for value in line):
                 place = b.add(b.mul(filter_bytes, i64(j)), b.mul(at, i64(2)))
                 store(b, value, out, b.add(place, i64(2 * part * kind.count)))
 
-    emit_loop(b, i64(0), tap, parts * kind.count, (), chunk)
+    for i, lines in enumerate(PAIRS):
+        with b.if_then(b.icmp_signed("==", pair, i64(i))):
+            emit_loop(b, i64(0), tap, parts * kind.count, (), functools.partial(chunk, pair=lines))
 
 
 def _two_of_four(b: Any, fours: Any, part: int) -> Any:
@@ -452,9 +444,7 @@ def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any
     emit_loop(b, i64(0), i64(tile.nr), width, (), columns)
 
 
-_EMITTERS = {"read": _emit_read, "multiply": emit_multiply} | {
-    f"filters {pair}": functools.partial(_emit_filters, pair=pair) for pair in range(len(PAIRS))
-}
+_EMITTERS = {"read": _emit_read, "filters": _emit_filters, "multiply": emit_multiply}
 
 
 @intrinsic(prefer_literal=True)
@@ -468,7 +458,7 @@ def _do(typingctx: Any, config: Any, stage: Any, args: Any, place: Any) -> Any:
         if stage.literal_value == "write":
             _emit_write(b, tile, epilogue, field, integers)
         else:
-            _EMITTERS[stage.literal_value](b, tile, field=field, place=integers)
+            _EMITTERS[stage.literal_value](b, tile, field, integers)
         return context.get_dummy_value()
 
     return types.void(config, stage, args, place), codegen
@@ -478,7 +468,7 @@ def _do(typingctx: Any, config: Any, stage: Any, args: Any, place: Any) -> Any:
 def winograd_kernel(tile: Tile, epilogue: str) -> Any:
     """The kernel of a tile, one of the products' own; epilogues are theirs."""
     config = (*astuple(tile), epilogue, sources_digest())
-    beyond_bytes = 4 * tile.nr
+    beyond_bytes, pairs = 4 * tile.nr, len(PAIRS)
 
     @native
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
@@ -503,13 +493,8 @@ def winograd_kernel(tile: Tile, epilogue: str) -> Any:
                         target = activations + i * 2 * POSITIONS * channels
                         _do(config, "read", args, (*place, target))
                 panel = unit % panels
-                for pair in range(3):
-                    if pair == 0:
-                        _do(config, "filters 0", args, (panel, filters))
-                    elif pair == 1:
-                        _do(config, "filters 1", args, (panel, filters))
-                    else:
-                        _do(config, "filters 2", args, (panel, filters))
+                for pair in range(pairs):
+                    _do(config, "filters", args, (pair, panel, filters))
                     _do(config, "multiply", args, (pair, activations, filters, count, sums))
                 for i in range(count):
                     at = (first + i) % an_image
