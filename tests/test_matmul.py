@@ -44,7 +44,7 @@ def operands(rng: Any, case: str, transpose_b: bool) -> tuple[np.ndarray, np.nda
 @pytest.mark.parametrize("case", SHAPES)
 def test_matmul(isa: str, threads: int, rng: Any, case: str, transpose_b: bool) -> None:
     a, b = operands(rng, case, transpose_b)
-    for multiplier in (0.001, 0.1):
+    for multiplier in (0.001, 0.1, -3e7):  # the last: beyond int32
         want = reference.matmul(a, b, multiplier, transpose_b=transpose_b, **RULE)
         assert_array_equal(ops.matmul(a, b, multiplier, transpose_b=transpose_b, **RULE), want)
 
@@ -56,7 +56,7 @@ def test_means(isa: str, threads: int, rng: Any, case: str, transpose_b: bool) -
     a, b = operands(rng, case, transpose_b)
     a[..., ::3, :] = 0
     rule = {"transpose_b": transpose_b, "mean": True, **RULE, "a_zero_point": 0}
-    for multiplier in (0.01, 1.0, 3.7):
+    for multiplier in (0.01, 1.0, 3.7, 2.0**40):
         want = reference.matmul(a, b, multiplier, **rule)
         assert_array_equal(ops.matmul(a, b, multiplier, **rule), want)
 

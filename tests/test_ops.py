@@ -20,6 +20,7 @@ from rows import guarded
 import fastq
 from fastq import ops, reference
 from fastq.kernels import call, gemm, layers, products
+from fastq.kernels.convolution import pack_conv2d
 from fastq.qparams import MAX_K, Dequant, Epilogue, QParams, Requant, choose_qparams
 from fastq.weights import Conv2dWeight, LinearWeight
 
@@ -163,6 +164,7 @@ CONV_SHAPES: dict[str, tuple[Any, ...]] = {
     "depthwise_one_line": (1, 11, 16, 16, 1, 5, 1, (0, 2), 1, 16),
     "depthwise_one_output": (5, 5, 32, 32, 5, 5, 1, 0, 1, 32),
     "depthwise_one_column": (9, 3, 16, 16, 3, 3, 1, (1, 0), 1, 16),
+    "winograd": (28, 28, 64, 64, 3, 3, 1, 1, 1, 1),
 }
 
 
@@ -181,6 +183,28 @@ def test_conv2d(isa: str, rng: Any, shape: str, batch: int, epilogue: str) -> No
     for zero_point in (0, 201):
         want = reference.conv2d(x, weight, last, x_zero_point=zero_point)
         assert_same(ops.conv2d(x, weight, last, x_zero_point=zero_point), want)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
+@pytest.mark.parametrize("shape", ["pointwise", "3x3", "groups_2", "depthwise_fold_24", "winograd"])
+def test_values_beyond_int32_saturate(isa: str, rng: Any, shape: str, dtype: Any) -> None:
+    """What is rounded may go up to 2**96 * 2**31; below 2**30 the kernel is another one."""
+    weight, h, w, c = conv_weight(rng, shape)
+    x, zero_point = u8(rng, 2, h, w, c), 7 if dtype == np.uint8 else 0
+    reach = 255.0 * np.abs(weight.data.astype(int)).sum(axis=(1, 2, 3)).max()
+    largest = []
+    for multiplier in (1e-3, 2.0**29 / reach, 2.0**31 / reach, 2.0**40, 2.0**96):
+        for factor in (None, -0.7, 2.0**60):
+            last = Requant(np.full(weight.n, multiplier, np.float32), zero_point, dtype=dtype,
+                           add_multiplier=factor)  # fmt: skip
+            added = {}
+            if factor is not None:
+                added["add"] = u8(rng, *ops.conv2d(x, weight).shape)
+            want = reference.conv2d(x, weight, last, x_zero_point=128, **added)
+            assert_same(ops.conv2d(x, weight, last, x_zero_point=128, **added), want)
+            largest.append(pack_conv2d(weight, last, 128, isa).bounded)
+    assert largest[:2] == [True, True]
+    assert not any(largest[-6:])
 
 
 @pytest.mark.parametrize("layout", ["nhwc", "nchw", "reversed", "every_second"])

@@ -19,6 +19,7 @@ from fastq.kernels.call import Call, View
 from fastq.kernels.depthwise import choose_fold, pack_depthwise, taps_of
 from fastq.kernels.pack import step_starts
 from fastq.kernels.products import ALIGNED, Given, Layer, Packed, Rows, Walk, packed_weight
+from fastq.kernels.requantize import spell
 from fastq.kernels.simd import KR, emitter
 from fastq.kernels.tiles import tiles_of
 from fastq.qparams import Epilogue
@@ -106,8 +107,11 @@ class PackedConv2d(Layer):
             split = winograd.Split(self.isa, self.packed.nr, self.channels, out.shape)
             if split.pays:
                 columns, add = self.operands | given.scales, added[0] if added else None
+                epilogue = spell(out.kind, add.kind if add else "", self.bounded)
                 panels = self.packed.panels
-                winograd.winograd_row(call, split, x, out, add, panels, columns, given.label)
+                winograd.winograd_row(
+                    call, split, x, out, add, panels, epilogue, columns, given.label
+                )
                 return
         walk = self._pixels(views)
         if not self._gathering_pays(walk):

@@ -46,7 +46,7 @@ from fastq.kernels.depthwise import emit_tap_loop
 from fastq.kernels.isa import cpu_name
 from fastq.kernels.lines import emit_loop
 from fastq.kernels.native import native
-from fastq.kernels.requantize import Epilogue
+from fastq.kernels.requantize import Epilogue, spelled
 from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import (
     AHEAD,
@@ -157,8 +157,8 @@ def emit_tiles(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: A
     image, group, panel, m, m_end = place
     field = fields_of(b, b.inttoptr(args, ptr))
     simd = emitter(tile.isa)
-    kind, _, added = epilogue.partition("+")
-    out_bytes, width = ITEM_BYTES[kind], tile.nr * tile.panels
+    parts = spelled(epilogue)
+    out_bytes, width = ITEM_BYTES[parts.kind], tile.nr * tile.panels
     first_column = b.mul(panel, i64(width))
 
     def operand(base: int, column: int, first: Any) -> Any:
@@ -197,16 +197,16 @@ def emit_tiles(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: A
         return b.sext(load(b, i32, offsets, b.mul(step, i64(4))), i64)
 
     columns = [b.mul(index, i64(4 * tile.nr)) for index in here]
-    end = Epilogue(b, simd, kind, tile.nr // simd.lanes, columns, field, added)
+    end = Epilogue(b, simd, parts, tile.nr // simd.lanes, columns, field)
     depthwise = tile.kind == "depthwise"
     first_channel = b.mul(panel, i64(tile.nr * tile.a_bytes)) if depthwise else i64(0)
     a_rows = operand(f.A, 0, first_channel)
     out_rows = operand(f.OUT, 1, b.mul(first_column, i64(out_bytes)))
     add_rows = None
-    if added in ITEM_BYTES:
-        add_rows = operand(f.ADD, 2, b.mul(first_column, i64(ITEM_BYTES[added])))
+    if parts.added:
+        add_rows = operand(f.ADD, 2, b.mul(first_column, i64(ITEM_BYTES[parts.added])))
     # of a factor for each row, groups have their own
-    place = b.add(b.mul(image, field(f.GROUPS)), group) if added == "rows" else image
+    place = b.add(b.mul(image, field(f.GROUPS)), group) if parts.by_row else image
     first_row = b.mul(place, field(f.M))
     valid = b.sub(field(f.N), first_column)
     edge = b.icmp_signed("<", valid, i64(width))
@@ -357,9 +357,7 @@ def task_place(args, task, width):  # type: ignore[no-untyped-def]
 def gemm_kernel(tile: Tile, epilogue: str, rows: str) -> Any:
     """The compiled kernel of a tile.
 
-    epilogue "s32", "f32", "u8", "u8x2" (uint8 values in int16) or "s16"; these three also with
-    "+u8", "+u8x2" or "+s16", the kind of what is added, or "+rows": a factor for each row. rows
-    "affine" or "table".
+    epilogue as requantize.spelled has it; rows "affine" or "table".
     """
     config = (*astuple(tile), epilogue, rows, sources_digest())
     width = tile.nr * tile.panels

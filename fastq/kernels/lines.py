@@ -25,6 +25,8 @@ from fastq.kernels.isa import target_features
 from fastq.kernels.simd import (
     CACHE_LINE,
     Dot,
+    add_saturated,
+    between,
     clamp,
     const,
     f32,
@@ -210,16 +212,16 @@ def emit_rounded(
     if element == i8 and width == widest() and "avx2" in target_features():
         q = _packed(b, steps, zero_point)
     else:
-        steps = _between(b, steps, const(ints, -(2**15)), const(ints, 2**15 - 1))
+        steps = between(b, steps, const(ints, -(2**15)), const(ints, 2**15 - 1))
         zero = splat(b, b.trunc(zero_point, i16), width)
-        q = simd.call(b, f"llvm.sadd.sat.v{width}i16", shorts, [b.trunc(steps, shorts), zero])
+        q = add_saturated(b, b.trunc(steps, shorts), zero)
         if element != i16 or not bounded:  # LLVM knows this as one instruction with the truncation
-            q = _between(b, q, const(shorts, 0), const(shorts, 255))
+            q = between(b, q, const(shorts, 0), const(shorts, 255))
         q = emit_converted(b, q, element)
     if not bounded:
         return q
     qmin, qmax = (b.trunc(b.add(b.fptosi(end, i32), zero_point), element) for end in (lo, hi))
-    return _between(b, q, splat(b, qmin, width), splat(b, qmax, width), signed=element == i16)
+    return between(b, q, splat(b, qmin, width), splat(b, qmax, width), signed=element == i16)
 
 
 def _packed(b: Any, steps: Any, zero_point: Any) -> Any:
@@ -231,11 +233,7 @@ def _packed(b: Any, steps: Any, zero_point: Any) -> Any:
     lanes = packer.lanes
     zero = splat(b, b.trunc(zero_point, i16), 2 * lanes)
     parts = [shuffle(b, steps, steps, range(i, i + lanes)) for i in range(0, count, lanes)]
-    pairs = [
-        simd.call(b, f"llvm.sadd.sat.v{2 * lanes}i16", zero.type,
-                  [packer.pack(b, *parts[i : i + 2]), zero])
-        for i in (0, 2)
-    ]  # fmt: skip
+    pairs = [add_saturated(b, packer.pack(b, *parts[i : i + 2]), zero) for i in (0, 2)]
     # within 128 bits: 4 of each part
     order = np.arange(count).reshape(-1, 4, 4).swapaxes(0, 1).reshape(-1)
     packed = packer.pack(b, *pairs)
@@ -278,14 +276,6 @@ def emit_limited(b: Any, x: Any, most: Any = None) -> Any:
     most = const(x.type, LARGE) if most is None else most
     number = b.fcmp_ordered("ord", x, x)
     return b.select(number, clamp(b, x, b.fneg(most), most), const(x.type, 0.0))
-
-
-def _between(b: Any, x: Any, lo: Any, hi: Any, signed: bool = True) -> Any:
-    """min(max(x, lo), hi) of integers."""
-    for name, end in (("max", lo), ("min", hi)):
-        name = f"llvm.{'s' if signed else 'u'}{name}.v{x.type.count}i{x.type.element.width}"
-        x = simd.call(b, name, x.type, [x, end])
-    return x
 
 
 def emit_converted(b: Any, value: Any, element: Any) -> Any:

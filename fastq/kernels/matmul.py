@@ -21,12 +21,20 @@ from numba.extending import intrinsic
 from fastq.kernels import block, gemm
 from fastq.kernels.call import ITEM_BYTES, Call, Place, View, collapse
 from fastq.kernels.layout import copy_row
-from fastq.kernels.lines import ELEMENT, broadcast, emit_converted, emit_interleaved, emit_loop
+from fastq.kernels.lines import (
+    ELEMENT,
+    MAX_BOUNDED,
+    broadcast,
+    emit_converted,
+    emit_interleaved,
+    emit_loop,
+)
 from fastq.kernels.native import native
 from fastq.kernels.norms import inverse_sums_row
 from fastq.kernels.pack import step_starts
 from fastq.kernels.pointwise import fill_row
 from fastq.kernels.products import ACTIVATIONS, block_rows
+from fastq.kernels.requantize import spell
 from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import (
     KR,
@@ -249,6 +257,8 @@ def matmul_row(
     tasks = groups * -(-panels // tile.panels)
     mc = block_rows(tile, m, a_steps[2], tasks)
     scale = np.full(groups * panels * nr, multiplier, np.float32)
+    largest = 255.0 * abs(multiplier) * (1 if mean else 255 * k)
+    epilogue = spell(out.kind, "rows" * mean, largest <= MAX_BOUNDED)
     places: dict[int, Place] = {
         block.OFFSETS: (starts * a.item).astype(np.int32),
         block.SCALE: scale,
@@ -264,7 +274,7 @@ def matmul_row(
             places[block.ROW_SCALE] = sums.place + i * sums.strides[0]
         shared = bias + i * groups * panels * nr * 4
         call.row(
-            gemm.gemm_kernel(tile, out.kind + "+rows" * mean, "affine"),
+            gemm.gemm_kernel(tile, epilogue, "affine"),
             block.FIELDS,
             tasks * -(-m // mc),
             {

@@ -43,7 +43,7 @@ from fastq.kernels.call import ITEM_BYTES
 from fastq.kernels.gemm import Tile, task_place
 from fastq.kernels.lines import emit_loop
 from fastq.kernels.native import native
-from fastq.kernels.requantize import Epilogue
+from fastq.kernels.requantize import Epilogue, spelled
 from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import (
     KR,
@@ -142,14 +142,15 @@ def emit_bands(b: Any, tile: Tile, epilogue: str, args: Any, place: Any) -> None
     simd = emitter(tile.isa)
     assert isinstance(simd, Amx)
     unit = simd if simd.native else _Emulated(b, simd, field(f.TILE_CONFIG, ptr))
-    kind, _, added = epilogue.partition("+")
+    parts = spelled(epilogue)
+    kind, added, *_ = parts
     nr = tile.nr
     first_column = b.mul(panel, i64(nr))
     count = b.udiv(b.add(field(f.N), i64(nr - 1)), i64(nr))
     at = b.add(b.mul(group, count), panel)
     weights = address(b, field(f.B, ptr), b.mul(at, field(f.B_PANEL)))
     columns = b.mul(at, i64(4 * nr))
-    end = Epilogue(b, simd, kind, nr // simd.lanes, [columns], field, added)
+    end = Epilogue(b, simd, parts, nr // simd.lanes, [columns], field)
     bias = None if kind in ("s32", "f32") else address(b, field(f.BIAS, ptr), columns)
     steps, offsets = field(f.STEPS), field(f.OFFSETS, ptr)
     step_bytes = b.udiv(field(f.B_PANEL), steps)

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from fastq.kernels import block, executor, gemm, matrix
 from fastq.kernels.call import ITEM_BYTES, Call, Place, View
 from fastq.kernels.gemm import Tile
+from fastq.kernels.lines import MAX_BOUNDED
 from fastq.kernels.pack import aligned_empty, pack_panels, pad_columns, step_starts
+from fastq.kernels.requantize import spell
 from fastq.kernels.simd import KR, emitter
 from fastq.kernels.tiles import Work, choose_nr, choose_product_tile, choose_tile, nanoseconds
 from fastq.qparams import Dequant, Epilogue, Requant
@@ -36,7 +38,10 @@ ALIGNED, READS = 64, 2
 
 
 class Layer:
-    """The operands of an epilogue, and the product's row."""
+    """The operands of an epilogue, and the product's row.
+
+    bounded  whether what is rounded stays within MAX_BOUNDED, whatever the input.
+    """
 
     kernel_size = 1, 1  # of a convolution
     fold = 1  # pixels whose channels are the columns of a row: see depthwise.py
@@ -60,13 +65,16 @@ class Layer:
                     f"epilogue: scale {scale.shape} and bias {None if bias is None else bias.shape}"
                     f" for {n} outputs; wanted ({n},) each, or a scalar scale, or no bias"
                 )
-        if isinstance(epilogue, Requant) and epilogue.bias is not None:
-            self._check_bias(filters, epilogue.bias)
+        self.bounded = True
+        if isinstance(epilogue, Requant):
+            self.bounded = self._largest(filters, epilogue) <= MAX_BOUNDED
 
-    def _check_bias(self, filters: NDArray[np.int8], bias: NDArray[np.int32]) -> None:
-        """ValueError if some input could take accumulator + bias out of int32."""
+    def _largest(self, filters: NDArray[np.int8], epilogue: Requant) -> float:
+        """The largest magnitude before it is rounded; ValueError if some input could take
+        accumulator + bias out of int32."""
         positive = np.maximum(filters, 0).sum(axis=1, dtype=np.int64)
         negative = self.col_sums - positive
+        bias = np.zeros_like(positive) if epilogue.bias is None else epilogue.bias
         zp, top = self.x_zero_point, 255 - self.x_zero_point
         highest = bias + positive * top - negative * zp
         lowest = bias + negative * top - positive * zp
@@ -77,6 +85,8 @@ class Layer:
                 f"Requant: bias[{n}] = {bias[n]} can take the accumulator out of int32; "
                 "a larger weight scale for this output makes its bias smaller"
             )
+        values = np.maximum(np.abs(highest), np.abs(lowest)) * epilogue.multiplier.astype(float)
+        return values.max(initial=0.0) + 2.0**16 * abs(epilogue.add_multiplier or 0.0)
 
     def pad_operands(self, packed: Packed, groups: int) -> None:
         """Keeps the packed weight, and the per-column operands padded to whole panels."""
@@ -186,9 +196,8 @@ class Layer:
             **self.operands,
             **given.scales,
         }
-        kind = out.kind
+        epilogue = spell(out.kind, add.kind if add else "", self.bounded)
         if add is not None:
-            kind += f"+{add.kind}"
             values |= {block.ADD_ROW: add.row, block.ADD_IMAGE: add.image}
             values[block.ADD_GROUP] = add.group
             places[block.ADD] = add.place
@@ -203,14 +212,14 @@ class Layer:
             places[block.TILE_CONFIG] = matrix.tile_config(band, packed.depth)
             firsts = np.append(firsts, firsts[-1])  # one more is read, and not used
             rows.append(Rows(x.place, x.kind, 1))  # the row's number
-            kernel, by_table = matrix.matrix_kernel(tile, kind), True
+            kernel, by_table = matrix.matrix_kernel(tile, epilogue), True
         else:
             if tile.kind == "gemm":  # which takes a K-step by fours
                 quads = np.arange(0, packed.depth, KR) * ITEM_BYTES[x.kind]
                 offsets = np.add.outer(offsets, quads).reshape(-1)
             else:
                 values |= {block.OUT_PIXEL: out.neighbour, block.ADD_PIXEL: rows[2].neighbour}
-            kernel = gemm.gemm_kernel(tile, kind, "table" if by_table else "affine")
+            kernel = gemm.gemm_kernel(tile, epilogue, "table" if by_table else "affine")
         if by_table:
             places[block.ROW_TABLE] = np.stack([r.at(firsts) for r in rows], axis=1)
         mc = block_rows(tile, m * of, row_bytes, images * groups * panels) // of

@@ -10,9 +10,9 @@
 These three may have a factor for each row: row_scale * scale instead of scale.
 
 For them, bias already holds -x_zero_point * col_sum, and accumulators begin at it. (lo, hi) =
-(qmin, qmax) - out_zero_point: clamping between integers before rounding equals clamping after it,
-and keeps the conversion in range. No operation may be contracted or reordered: the bits are part of
-the contract.
+(qmin, qmax) - out_zero_point: clamping between integers before rounding equals clamping after it.
+Where no input takes the value out of int32, it is clamped last, as bytes: the packs saturate. No
+operation may be contracted or reordered: the bits are part of the contract.
 
 Accumulators that are packed together (simd.pack) come in the order that packing undoes; the
 other epilogues restore the order themselves.
@@ -21,7 +21,7 @@ other epilogues restore the order themselves.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,8 +29,9 @@ from fastq.kernels import block
 from fastq.kernels.call import ITEM_BYTES
 from fastq.kernels.lines import ELEMENT
 from fastq.kernels.simd import (
+    add_saturated,
     address,
-    at_most,
+    between,
     clamp,
     const,
     f32,
@@ -38,7 +39,6 @@ from fastq.kernels.simd import (
     i16,
     i32,
     i64,
-    larger,
     load,
     ptr,
     rint,
@@ -51,20 +51,46 @@ from fastq.kernels.simd import (
 )
 
 
+class Spelled(NamedTuple):
+    """What an epilogue's name says: "u8+s16+unbounded".
+
+    kind     "s32", "f32", "u8", "u8x2" or "s16".
+    added    the kind of what is added, or "".
+    by_row   "rows": whether there is a factor for each row.
+    bounded  without "unbounded": no value before rounding is beyond lines.MAX_BOUNDED.
+    """
+
+    kind: str
+    added: str
+    by_row: bool
+    bounded: bool
+
+
+def spelled(epilogue: str) -> Spelled:
+    """The parts of a name: a kind, and after "+" what else there is."""
+    kind, *more = epilogue.split("+")
+    added = "".join(word for word in more if word in ITEM_BYTES)
+    return Spelled(kind, added, "rows" in more, "unbounded" not in more)
+
+
+def spell(kind: str, more: str, bounded: bool) -> str:
+    """The name; more is the kind of what is added, "rows" or ""."""
+    return kind + f"+{more}" * bool(more) + "+unbounded" * (not bounded)
+
+
 class Epilogue:
     """The epilogue of some columns: what it needs of the argument block is read here, once.
 
-    kind     "s32", "f32", "u8", "u8x2" or "s16".
+    parts    as `spelled` has them.
     columns  byte offsets into the per-column arrays, one for each panel of `vectors` vectors.
     field    field(index, type) reads the argument block.
-    more     the kind of what is added, "rows" (a factor for each), or "".
     start    what the accumulators of a row begin at, [vector].
     """
 
     def __init__(
-        self, b: Any, simd: Any, kind: str, vectors: int, columns: list[Any], field: Any, more: str
+        self, b: Any, simd: Any, parts: Spelled, vectors: int, columns: list[Any], field: Any
     ) -> None:
-        self.added, self.by_row = more if more in ITEM_BYTES else "", more == "rows"
+        kind, self.added, self.by_row, self.bounded = parts
         self.b, self.simd, self.kind, self.field = b, simd, kind, field
         self.ints, self.floats = simd.acc, vec(f32, simd.lanes)
         self.together = simd.together(vectors * simd.lanes)
@@ -86,10 +112,13 @@ class Epilogue:
         if self.together == 1:
             self.zero_point = splat(b, zero_point, simd.lanes)
         else:
-            least = b.add(b.fptosi(lowest, i32), zero_point)
             packed = i8 if self.together == 4 and kind == "u8" else i16
             count = (4 if packed is i8 else 2) * simd.lanes
-            self.least = splat(b, b.trunc(least, packed), count)
+            highest = load(b, f32, field(block.CLAMP, ptr), 4)
+            self.least, self.most = (
+                splat(b, b.trunc(b.add(b.fptosi(end, i32), zero_point), packed), count)
+                for end in (lowest, highest)
+            )
             self.zero_point = splat(b, b.trunc(zero_point, i16), 2 * simd.lanes)
         if self.added:
             self.add_scale = self._scalar(block.ADD_SCALE, f32)
@@ -151,19 +180,21 @@ class Epilogue:
             self._put(q, target, column * ITEM_BYTES[self.kind], column)
 
     def _rounded(self, group: list[Any]) -> Any:
-        """float32 vectors as integers in one; what is too small saturates, and is clamped last."""
+        """float32 vectors as integers in one."""
         b, simd = self.b, self.simd
+        if self.together == 1 or not self.bounded:
+            group = [clamp(b, value, self.lo, self.hi) for value in group]
+        q = [rint(b, value) for value in group]
         if self.together == 1:
-            return b.add(rint(b, clamp(b, group[0], self.lo, self.hi)), self.zero_point)
-        q = [simd.rint_down(b, at_most(b, value, self.hi)) for value in group]
-        q = [b.add(simd.pack(b, *pair), self.zero_point) for pair in batched(q, 2)]
+            return b.add(q[0], self.zero_point)
+        shorts = [add_saturated(b, simd.pack(b, *pair), self.zero_point) for pair in batched(q, 2)]
         if self.together == 2:
-            return larger(b, q[0], self.least)
+            return between(b, shorts[0], self.least, self.most)
         if self.kind == "s16":
-            low, high = (larger(b, x, self.least) for x in q)
+            low, high = (between(b, x, self.least, self.most) for x in shorts)
             return shuffle(b, low, high, self._halves())
-        packed = simd.pack(b, *q)
-        return b.select(b.icmp_unsigned(">", packed, self.least), packed, self.least)
+        signed = self.kind != "u8"
+        return between(b, simd.pack(b, *shorts), self.least, self.most, signed)
 
     def _halves(self) -> list[int]:
         """Where each column of a group is in two vectors of int16, packed from two accumulators

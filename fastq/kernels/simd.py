@@ -159,11 +159,6 @@ def rint(b: Any, x: Any) -> Any:
     return call(b, f"llvm.lrint.v{n}i32.v{n}f32", vec(i32, n), [x])
 
 
-def at_most(b: Any, x: Any, hi: Any) -> Any:
-    """min(x, hi) of float vectors; a NaN stays."""
-    return b.select(b.fcmp_ordered(">", x, hi), hi, x)
-
-
 def larger(b: Any, x: Any, y: Any) -> Any:
     """max(x, y) of signed integer vectors."""
     return b.select(b.icmp_signed(">", x, y), x, y)
@@ -171,8 +166,22 @@ def larger(b: Any, x: Any, y: Any) -> Any:
 
 def clamp(b: Any, x: Any, lo: Any, hi: Any) -> Any:
     """max(min(x, hi), lo) of float vectors; a NaN stays."""
-    x = at_most(b, x, hi)
+    x = b.select(b.fcmp_ordered(">", x, hi), hi, x)
     return b.select(b.fcmp_ordered("<", x, lo), lo, x)
+
+
+def between(b: Any, x: Any, lo: Any, hi: Any, signed: bool = True) -> Any:
+    """min(max(x, lo), hi) of integer vectors."""
+    for name, end in (("max", lo), ("min", hi)):
+        name = f"llvm.{'s' if signed else 'u'}{name}.v{x.type.count}i{_bits(x.type.element)}"
+        x = call(b, name, x.type, [x, end])
+    return x
+
+
+def add_saturated(b: Any, x: Any, y: Any) -> Any:
+    """x + y of signed integer vectors; what is beyond their type stays at its end."""
+    name = f"llvm.sadd.sat.v{x.type.count}i{_bits(x.type.element)}"
+    return call(b, name, x.type, [x, y])
 
 
 class Dot:
@@ -224,16 +233,6 @@ class Dot:
         """The channel in each accumulator lane after `interleave`, [vector][lane]."""
         order = self.columns(self.taps_at_once * self.lanes)
         return np.reshape(order, (-1, self.lanes)).tolist()  # type: ignore[no-any-return]
-
-    def rint_down(self, b: Any, x: Any) -> Any:
-        """To int32, ties to even, of x < 2**31; what is below -2**31 becomes very small."""
-        if self.native and self.bits == 512:
-            args = [x, const(self.acc, 0), i16(-1), i32(4)]  # 4: rounds as the CPU is set to
-            return call(b, "llvm.x86.avx512.mask.cvtps2dq.512", self.acc, args)
-        if self.native and self.bits == 256:
-            return call(b, "llvm.x86.avx.cvt.ps2dq.256", self.acc, [x])
-        least = const(x.type, -(2.0**30))
-        return rint(b, b.select(b.fcmp_ordered("<", x, least), least, x))
 
     def pack(self, b: Any, low: Any, high: Any) -> Any:
         """Two vectors as one of half the width, saturated, 128-bit lane by lane.

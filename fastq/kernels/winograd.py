@@ -47,7 +47,7 @@ from fastq.kernels.call import ITEM_BYTES, Call, Place, View
 from fastq.kernels.gemm import Tile, emit_k_loop
 from fastq.kernels.lines import emit_loop
 from fastq.kernels.native import native
-from fastq.kernels.requantize import Epilogue
+from fastq.kernels.requantize import Epilogue, spelled
 from fastq.kernels.scalar import stack_bytes
 from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import (
@@ -145,6 +145,7 @@ def winograd_row(
     out: View,
     add: View | None,
     packed: NDArray[np.int8],
+    epilogue: str,
     operands: dict[int, Place],
     label: str,
 ) -> None:
@@ -152,7 +153,7 @@ def winograd_row(
 
     operands are the epilogue's, as the products have them.
     """
-    c, kind = x.shape[3], out.kind
+    c = x.shape[3]
     tasks = min(executor.get_num_threads(), split.blocks * split.panels)
     slot = split.activations + split.filters + split.sums
     values = {
@@ -188,11 +189,10 @@ def winograd_row(
         **operands,
     }
     if add is not None:
-        kind += f"+{add.kind}"
         values |= {f.ADD_IMAGE: add.strides[0], ADD_LINE: add.strides[1], ADD_PIXEL: add.strides[2]}
         places[f.ADD] = add.place
     call.row(
-        winograd_kernel(split.tile, kind),
+        winograd_kernel(split.tile, epilogue),
         FIELDS,
         tasks,
         values,
@@ -378,7 +378,8 @@ def _two_of_four(b: Any, fours: Any, part: int) -> Any:
 def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any]) -> None:
     """y of the tile at (image, down, across), the i-th of those at `source`, and its epilogue."""
     image, down, across, panel, source, i, beyond = place
-    kind, _, added = epilogue.partition("+")
+    parts = spelled(epilogue)
+    kind, added, *_ = parts
     simd, out_bytes = emitter(tile.isa), ITEM_BYTES[kind]
     width = simd.together(tile.nr) * simd.lanes  # columns at once: what the epilogue packs together
     sums = address(b, b.inttoptr(source, ptr), b.mul(i, i64(4 * tile.nr)))
@@ -423,7 +424,7 @@ def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any
 
     def columns(v: Any) -> None:
         here = [b.mul(b.add(column, v), i64(4))]
-        end = Epilogue(b, simd, kind, width // simd.lanes, here, field, added)
+        end = Epilogue(b, simd, parts, width // simd.lanes, here, field)
         vectors = [places(b.add(v, i64(at)), OUT * OUT) for at in range(0, width, simd.lanes)]
 
         def moved(row: list[Any], item: int) -> list[Any]:
