@@ -81,7 +81,7 @@ def call_goals(seconds: float) -> list[Goal]:
     (run,) = ran  # reads x and writes y
     runs = {
         "call": lambda: layer(x),
-        "kernels": lambda: executor.run(run.table, *run.bases),
+        "kernels": lambda: executor.run(*run),
         "torch": lambda: linear(x),
     }
     call, kernels, theirs = (

@@ -142,7 +142,7 @@ def _reports(run: executor.Run) -> list[KernelReport]:
     reports = []
     for i, row in enumerate(run.table.rows):
         kernel = kernel_at(int(row[executor.KERNEL]))
-        time = _median(partial(executor.run, run.table.part(i, i + 1), *run.bases))
+        time = _median(partial(executor.run, run.table.part(i, i + 1), run.bases))
         loop = k_loop_of(kernel)
         dots, spills = (loop.dots, loop.spills) if loop else (None, None)
         tasks = int(row[executor.TASKS])

@@ -10,6 +10,7 @@ import struct
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,7 @@ from fastq.kernels.layers import (
 )
 from fastq.kernels.products import ALIGNED
 from fastq.kernels.tiles import BYTES_PER_NANOSECOND
+from fastq.kernels.workers import team
 from fastq.qparams import (
     FLT_MAX,
     FLT_MIN,
@@ -446,8 +448,8 @@ class _Known(NamedTuple):
     """A call of `linear` or `conv2d` that was checked before: its output, and what runs it.
 
     size   bytes of the output.   span  of the input: its first and its last byte, from its address.
-    idle   calls that nobody uses, or none: then layer.call(*key) makes one.
-    layer  it holds the epilogue as well: the id in a key stays that object's.
+    idle   calls that nobody uses, or none: then make() makes one. It holds the layer and with it
+           the epilogue: the id in a key stays that object's.
     """
 
     shape: tuple[int, ...]
@@ -455,17 +457,7 @@ class _Known(NamedTuple):
     size: int
     span: tuple[int, int]
     idle: list[Call]
-    layer: Any
-    key: tuple[Any, ...]
-
-    def run(self, x: int, out: int) -> None:
-        """On arrays at these addresses."""
-        try:
-            call = self.idle.pop()
-        except IndexError:
-            call = self.layer.call(*self.key)
-        call.run(x, out, 0, 0, 0)
-        self.idle.append(call)
+    make: Callable[[], Call]
 
 
 _MOST_CHECKED = 64  # that a weight keeps
@@ -475,17 +467,17 @@ def _repeat(
     name: str, kind: type, x: Any, weight: Any, epilogue: Any, zero_point: Any, add: Any, out: Any
 ) -> tuple[NDArray[Any] | None, Any]:
     """The result of a call that was checked before, or None; and a key of all that its checks
-    looked at, or None where there is no such key."""
+    looked at, or None where there is no such key. For small products it is most of the time."""
     plain = type(x) is np.ndarray and type(weight) is kind and type(zero_point) is int
     if not plain or add is not None or not (x.dtype is _UINT8 or x.dtype == _UINT8):
         return None, None
     at = address_of(x)
-    key = (x.shape, x.strides, id(epilogue), zero_point, at % ALIGNED == 0, isa.current(),
-           get_num_threads())  # fmt: skip
+    key = (x.shape, x.strides, id(epilogue), zero_point, at % ALIGNED == 0, isa.in_use,
+           team.threads)  # fmt: skip
     known = weight.checked.get(key)
     if known is None:
         return None, key
-    shape, dtype, size, (first, last), *_ = known
+    shape, dtype, size, (first, last), idle, make = known
     if out is None:
         out = np.empty(shape, dtype)
         to = address_of(out)
@@ -494,7 +486,12 @@ def _repeat(
         to = address_of(out) if fits and out.flags.carray else at
         if to + size > at + first and to <= at + last:
             to = address_of(_output(name, out, shape, dtype, x))
-    known.run(at, to)
+    try:
+        call = idle.pop()
+    except IndexError:
+        call = make()
+    call.run(at, to, 0, 0, 0)
+    idle.append(call)
     return out, key
 
 
@@ -506,7 +503,7 @@ def _remember(
     reach = [(n - 1) * step for n, step in zip(x.shape, x.strides, strict=True)]
     span = sum(min(r, 0) for r in reach), sum(max(r, 0) for r in reach)
     weight.checked[key] = _Known(
-        out.shape, out.dtype, out.nbytes, span, layer.calls.idle(call), layer, call
+        out.shape, out.dtype, out.nbytes, span, layer.calls.idle(call), partial(layer.call, *call)
     )
 
 

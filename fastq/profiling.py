@@ -301,7 +301,7 @@ def _integer_steps(bound: BoundProgram, arrays: list[Any], passes: int) -> list[
     (run,) = runs
     table = run.table
     parts = [table.part(0, 0), *(table.part(i, i + 1) for i in range(len(table.rows)))]
-    nothing, *times = medians([partial(executor.run, part, *run.bases) for part in parts], passes)
+    nothing, *times = medians([partial(executor.run, part, run.bases) for part in parts], passes)
     addresses = table.rows[:, executor.KERNEL].tolist()
     names = {address: name_of(kernel_at(address)) for address in set(addresses)}
     kernels: dict[int, list[KernelTime]] = {i: [] for i in range(len(program.steps))}

@@ -275,7 +275,7 @@ def test_tasks_are_shared_among_as_many_threads_as_set(
     for tasks in (1, 2, 5, 64):
         found = np.zeros((tasks, 2), np.int64)
         row = np.array([(write.address, found.ctypes.data, tasks, tasks)], np.int64)
-        executor.run(executor.Table(row, np.zeros((0, 3), np.int64), 0, 1e9))
+        executor.run(executor.Table(row, np.zeros((0, 3), np.int64), 0, 1e9), ())
         assert (found[:, 0] == 1).all()
         parts = min(threads, tasks)
         begins = set()
@@ -325,7 +325,7 @@ def test_a_job_is_revoked_where_no_worker_came(monkeypatch: pytest.MonkeyPatch) 
     asleep.mailbox[workers.WORD] = workers.ASLEEP  # just now
     found = np.zeros(50, np.int64)
     row = np.array([(count.address, found.ctypes.data, 50, 50)], np.int64)
-    executor.run(executor.Table(row, np.zeros((0, 3), np.int64), 0, 1e9))
+    executor.run(executor.Table(row, np.zeros((0, 3), np.int64), 0, 1e9), ())
     assert (found == 1).all()
     assert absent.mailbox[workers.WORD] == workers.IDLE
     assert asleep.mailbox[workers.WORD] == workers.ASLEEP

@@ -75,7 +75,7 @@ def test_all_kernels_of_a_call_end_what_they_started(rng: Any) -> None:
     out[:] = math.nan
     (run,) = runs
     for row in range(len(run.table.rows)):
-        executor.run(run.table.part(row, row + 1), *run.bases)
+        executor.run(run.table.part(row, row + 1), run.bases)
     np.testing.assert_array_equal(out, want)
     assert len(runs) == 1  # nothing is recorded any more
 

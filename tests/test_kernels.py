@@ -228,10 +228,10 @@ def test_every_tier_has_its_tiles() -> None:
 
 
 def test_forcing_a_tier(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isa, "_current", None)
+    monkeypatch.setattr(isa, "in_use", None)
     monkeypatch.setenv("FASTQ_ISA", "generic")
     assert isa.current() == "generic"
-    monkeypatch.setattr(isa, "_current", None)
+    monkeypatch.setattr(isa, "in_use", None)
     monkeypatch.setenv("FASTQ_ISA", "mmx")
     with pytest.raises(ValueError, match="wanted one of amx_int8"):
         isa.current()

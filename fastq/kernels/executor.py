@@ -57,11 +57,18 @@ FIELD, BASE, OFFSET, PATCH_COLUMNS = range(4)
 (E_ROWS, E_COUNT, E_PATCHES, E_PATCH_COUNT, E_JOB, E_BASES) = range(6)
 
 
+# Below this one thread is faster: to share a call takes 2 microseconds, and what one core made is
+# not in the other's cache.
+PARALLEL_NANOSECONDS = 15_000.0
+# To share one row in a call that is shared costs about a half.
+PARALLEL_ROW_NANOSECONDS = 2_000.0
+
+
 class Table:
     """Rows (n, COLUMNS) and patches (p, PATCH_COLUMNS), int64, that are run with so many bases.
 
     nanoseconds is an estimate of what they take one thread; `most` says how many threads pay in one
-    of the rows, `shared` whether these are several.
+    of the rows, `shared` whether these are several, `pays` whether it takes long enough for them.
     """
 
     def __init__(
@@ -75,6 +82,7 @@ class Table:
         self.bases, self.nanoseconds = bases, nanoseconds
         self.most = int(self.rows[:, [TASKS, THREADS]].min(1).max(initial=1))
         self.shared = self.most > 1
+        self.pays = self.shared and nanoseconds >= PARALLEL_NANOSECONDS
         self.progress = np.zeros((len(rows), MOST_WORKERS + 2) if self.shared else (0, 0), np.int64)
         self.job = np.zeros(J_MAILBOXES + MOST_WORKERS, np.int64)
         self.job[[J_ROWS, J_COUNT, J_PROGRESS, J_GIVE_WAY]] = (
@@ -84,6 +92,7 @@ class Table:
             self.rows.ctypes.data, len(rows), self.patches.ctypes.data, len(patches),
             self.job.ctypes.data,
         )  # fmt: skip
+        self.serial = serial_kernel().entry
         # the executor's block, of the bases; an error for another number of them
         self.pack = functools.partial(struct.Struct(f"{E_BASES + bases}q").pack, *first)
 
@@ -149,13 +158,6 @@ def get_num_threads() -> int:
     return team.threads
 
 
-# Below this one thread is faster: to share a call takes 2 microseconds, and what one core made is
-# not in the other's cache.
-PARALLEL_NANOSECONDS = 15_000.0
-# To share one row in a call that is shared costs about a half.
-PARALLEL_ROW_NANOSECONDS = 2_000.0
-
-
 class Run(NamedTuple):
     """What one `run` was given."""
 
@@ -180,12 +182,12 @@ def recording() -> Iterator[list[Run]]:
         _recorded = before
 
 
-def run(table: Table, *bases: int) -> None:
+def run(table: Table, bases: tuple[int, ...]) -> None:
     """Runs a table, its patches applied with these bases."""
     if _recorded is not None:
         _recorded.append(Run(table, bases))
-    if team.threads == 1 or not table.shared or table.nanoseconds < PARALLEL_NANOSECONDS:
-        serial_kernel().entry(table.pack(*bases))
+    if not table.pays or team.threads == 1:
+        table.serial(table.pack(*bases))
         return
     workers: list[Worker] = []
     try:

@@ -81,27 +81,27 @@ def runnable() -> list[str]:
     return [isa.name for isa in ISAS if not missing(isa)]
 
 
-_current: str | None = None
+in_use: str | None = None  # None before `current` was asked
 
 
 def current() -> str:
     """The tier in use: FASTQ_ISA, or the fastest that runs here."""
-    global _current
-    if _current is None:
+    global in_use
+    if in_use is None:
         forced = os.environ.get("FASTQ_ISA")
-        _current = _checked(forced) if forced else runnable()[0]
-    return _current
+        in_use = _checked(forced) if forced else runnable()[0]
+    return in_use
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
     """Uses another tier inside a `with` block, in all threads: for tests and benchmarks."""
-    global _current
-    before, _current = current(), _checked(name)
+    global in_use
+    before, in_use = current(), _checked(name)
     try:
         yield
     finally:
-        _current = before
+        in_use = before
 
 
 def _checked(name: str) -> str:
