@@ -15,7 +15,7 @@ from fastq.kernels.assembly import assembly_for, k_loops, products_of
 from fastq.kernels.depthwise import pack_depthwise, taps_of
 from fastq.kernels.executor import get_num_threads
 from fastq.kernels.gemm import TILES, Tile
-from fastq.kernels.tiles import choose_nr, choose_tile, tiles_of
+from fastq.kernels.tiles import GROUPS, choose_nr, choose_tile, group_tiles, tiles_of
 
 
 @pytest.mark.parametrize("tier", ["amx_int8", "avx512_vnni", "avx_vnni", "avx2", "generic"])
@@ -162,7 +162,11 @@ CPUS = {
 }
 
 
-@pytest.mark.parametrize("tile", [t for t in TILES if t.isa in CPUS], ids=str)
+ALL = [t for t in TILES if t.isa in CPUS]
+ALL += [t for tier in CPUS for group in GROUPS for t in group_tiles(tier, group)]
+
+
+@pytest.mark.parametrize("tile", ALL, ids=str)
 def test_assembly_of_each_tile(tile: Tile) -> None:
     """In the K loop: the dot instruction as often as there are accumulators, and no spill."""
     emit = products_of(tile, "u8", "table")

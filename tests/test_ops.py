@@ -19,8 +19,9 @@ from rows import guarded
 
 import fastq
 from fastq import ops, reference
-from fastq.kernels import call, gemm, layers, products
+from fastq.kernels import call, convolution, gemm, layers, products
 from fastq.kernels.convolution import pack_conv2d
+from fastq.kernels.tiles import GROUPS, group_tiles
 from fastq.qparams import MAX_K, Dequant, Epilogue, QParams, Requant, choose_qparams
 from fastq.weights import Conv2dWeight, LinearWeight
 
@@ -145,6 +146,12 @@ CONV_SHAPES: dict[str, tuple[Any, ...]] = {
     "groups_32": (5, 5, 128, 128, 3, 3, 1, 1, 1, 32),
     "groups_of_odd_channels": (5, 5, 15, 25, 3, 3, 2, 1, 1, 5),
     "groups_dilated": (9, 9, 24, 12, 3, 3, 1, 2, 2, 3),
+    # columns read their own group's channels: 4 or 8 of them, 2 merged, beyond a panel's end
+    "groups_of_8": (6, 5, 104, 104, 3, 3, 1, 1, 1, 13),
+    "groups_of_8_dilated": (9, 9, 16, 16, 3, 3, 1, 2, 2, 2),
+    "groups_of_4_pointwise": (4, 5, 20, 20, 1, 1, 1, 0, 1, 5),
+    "groups_of_4_stride_2": (7, 9, 68, 68, 5, 3, (2, 1), 1, 1, 17),
+    "groups_of_2": (5, 5, 24, 24, 3, 3, 2, 1, 1, 12),
     "depthwise_3x3": (9, 9, 24, 24, 3, 3, 1, 1, 1, 24),
     "depthwise_stride_2": (9, 10, 16, 16, 3, 3, 2, 1, 1, 16),
     "depthwise_5x5": (8, 8, 40, 40, 5, 5, 1, 2, 1, 40),
@@ -761,7 +768,7 @@ def test_a_weight_keeps_a_bounded_number_of_layers_and_shapes(rng: Any) -> None:
 def test_every_tile_is_exact(isa: str, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row of TILES on shapes around its own edges, whatever the cost model would choose."""
     for tile in (t for t in gemm.TILES if t.isa == isa and t.kind != "depthwise"):
-        monkeypatch.setattr(products, "choose_nr", lambda isa, n, steps, nr=tile.nr: nr)
+        monkeypatch.setattr(products, "choose_nr", lambda *_, nr=tile.nr: nr)
         monkeypatch.setattr(products, "choose_product_tile", lambda isa, nr, work, tile=tile: tile)
         for m in {1, tile.mr - 1, tile.mr, tile.mr + 1, 2 * tile.mr + 1} - {0}:
             for n in {1, tile.nr - 1, tile.nr, tile.nr + 1, 2 * tile.nr + 3, 5 * tile.nr}:
@@ -770,6 +777,15 @@ def test_every_tile_is_exact(isa: str, rng: Any, monkeypatch: pytest.MonkeyPatch
         weight_2d = Conv2dWeight(s8(rng, 40, 8, 3, 3), padding=1, groups=2)
         image = u8(rng, 2, 7, 7, 16)
         assert_same(ops.conv2d(image, weight_2d), reference.conv2d(image, weight_2d))
+    for group in GROUPS:
+        monkeypatch.setattr(convolution, "_grouping", lambda *_, group=group: (1, group))
+        for tile in group_tiles(isa, group):
+            monkeypatch.setattr(products, "choose_nr", lambda *_, nr=tile.nr: nr)
+            monkeypatch.setattr(products, "choose_tile", lambda *_, tile=tile, **__: tile)
+            for c in {group, tile.nr, tile.nr + group, 2 * tile.nr}:
+                weight_2d = Conv2dWeight(s8(rng, c, group, 3, 3), padding=1, groups=c // group)
+                image = u8(rng, 2, 7, 7, c)
+                assert_same(ops.conv2d(image, weight_2d), reference.conv2d(image, weight_2d))
 
 
 def test_what_was_checked_before_is_checked_again_where_it_differs(rng: Any) -> None:

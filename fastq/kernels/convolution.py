@@ -21,11 +21,12 @@ from fastq.kernels.pack import step_starts
 from fastq.kernels.products import ALIGNED, Given, Layer, Packed, Rows, Walk, packed_weight
 from fastq.kernels.requantize import spell
 from fastq.kernels.simd import KR, emitter
-from fastq.kernels.tiles import tiles_of
+from fastq.kernels.tiles import GROUPS, tiles_of
 from fastq.qparams import Epilogue
 from fastq.weights import Conv2dWeight
 
 EPILOGUE = 24  # what the one of a tile costs, in activations of its rows
+OWN = 1.5  # times the dot products, where each loads an activation
 # a product of matrix tiles, with its loads; a byte of a copy within the cache, and then some
 PRODUCT_NANOSECONDS, COPY_NANOSECONDS = 7.0, 0.08
 
@@ -54,12 +55,13 @@ class PackedConv2d(Layer):
     ) -> None:
         super().__init__(weight.data, epilogue, x_zero_point, isa)
         self.weight, self.kernel_size = weight, weight.kernel_size
-        groups = self.groups = _merged_groups(weight, isa)
+        self.groups, self.group = _grouping(weight, isa)
         self.by_lines = self._takes_lines()
         row = weight.kernel_size[1] if self.by_lines else 1
-        self.channels = weight.c if row * weight.c // groups >= KR else KR
-        self.pad_operands(packed_weight(weight, isa, self._filters), groups)
-        self.reads_beyond = self.packed.over_read > 0
+        self.channels = weight.c if row * weight.c // self.groups >= KR else KR
+        packed = packed_weight(weight, isa, self._filters, self.group)
+        self.pad_operands(packed, self.groups)
+        self.reads_beyond = self.packed.over_read > 0 or self.group > 0
         self.needs_dense_pixels = self.by_lines and self.channels % self.packed.depth != 0
         self.by_winograd = (
             weight.kernel_size == (3, 3)
@@ -80,7 +82,7 @@ class PackedConv2d(Layer):
         """
         weight, depth = self.weight, emitter(self.isa).depth
         (_, kw), c = weight.kernel_size, weight.c
-        if self.groups > 1 or weight.dilation[1] > 1:
+        if self.groups > 1 or self.group or weight.dilation[1] > 1:
             return False
         if depth == KR:
             return True  # by pixels it takes the same steps
@@ -88,8 +90,9 @@ class PackedConv2d(Layer):
 
     def _filters(self) -> list[NDArray[np.int8]]:
         """(N / groups, taps, run) for each group."""
-        data, groups = self.weight.data, self.groups
+        data = self.weight.data
         n, c_group, kh, kw = data.shape
+        groups = self.channels // self.group if self.group else self.groups
         merged = self.weight.groups // groups
         c = self.channels // groups
         # groups merged into one hold zeros where they do not meet
@@ -99,7 +102,7 @@ class PackedConv2d(Layer):
             dense[:, i, :, i * c_group : (i + 1) * c_group] = split[:, i]
         filters = dense.reshape(n, c, kh, kw).transpose(0, 2, 3, 1)
         shape = (n, kh, kw * c) if self.by_lines else (n, kh * kw, c)
-        return np.split(np.ascontiguousarray(filters).reshape(shape), groups)
+        return np.split(np.ascontiguousarray(filters).reshape(shape), self.groups)
 
     def append(self, call: Call, views: list[View], given: Given) -> None:
         x, out, *added = views
@@ -206,7 +209,7 @@ class PackedConv2d(Layer):
             )
         if not by_lines:
             offsets = _table(offsets, np.arange(kw) * across)
-        run = (kw if by_lines else 1) * self.channels // self.groups
+        run = self.group or (kw if by_lines else 1) * self.channels // self.groups
         return _table(offsets, step_starts(run, self.packed.depth) * item)
 
 
@@ -279,20 +282,25 @@ def _table(lines: NDArray[np.int64], pixels: NDArray[np.int64]) -> NDArray[np.in
     return np.add.outer(lines, pixels).reshape(-1)
 
 
-def _merged_groups(weight: Conv2dWeight, isa: str) -> int:
-    """Into how many groups a grouped convolution is computed.
+def _grouping(weight: Conv2dWeight, isa: str) -> tuple[int, int]:
+    """Into how many groups a grouped convolution is computed; and `group` of its tiles, or 0.
 
     Few channels a group leave most of a panel empty, and a run of under 4 activations cannot be
-    read: neighbouring groups are merged into one that holds zeros between them, where that takes
-    less time. Where it is the same, as few are merged as can be.
+    read: neighbouring groups are merged into one that holds zeros between them. Where they have as
+    many outputs as inputs and fit into a vector, the columns of a panel may each read their own
+    group's, which loads an activation for each dot product. What takes less time; where it is the
+    same, as few are merged as can be.
     """
-    (n, _, *kernel), depth = weight.data.shape, emitter(isa).depth
-    narrowest, c = min(tile.nr for tile in tiles_of(isa)), weight.c
+    (n, _, *kernel), c, depth = weight.data.shape, weight.c, emitter(isa).depth
+    narrowest, taps = min(tile.nr for tile in tiles_of(isa)), math.prod(kernel)
 
-    def cost(groups: int) -> int:
+    def cost(groups: int, group: int) -> float:
         columns = -(-n // groups // narrowest) * narrowest
-        run = -(-c // groups // depth) * depth
-        return groups * columns * (math.prod(kernel) * run + EPILOGUE)
+        run = OWN * group or -(-c // groups // depth) * depth
+        return groups * columns * (taps * run + EPILOGUE)
 
     counts = [g for g in range(weight.groups, 0, -1) if weight.groups % g == 0]
-    return min((g for g in counts if g == 1 or c // g >= KR), key=cost)
+    ways = [(g, 0) for g in counts if g == 1 or c // g >= KR]
+    if n == c and depth == KR:
+        ways += [(1, c // g) for g in counts if c // g in GROUPS]
+    return min(ways, key=lambda way: cost(*way))

@@ -69,7 +69,8 @@ from fastq.kernels.simd import (
 class Tile:
     """A register tile for one instruction set: MR rows x (`panels` panels of NR columns).
 
-    A row of a depthwise tile is a run of `outputs` neighbouring pixels.
+    A row of a depthwise tile is a run of `outputs` neighbouring pixels. With `group`, so many
+    columns side by side read so many activations of their own, of a row that has some for each.
     """
 
     isa: str
@@ -78,6 +79,7 @@ class Tile:
     kind: str = "gemm"  # or "depthwise", or "matrix" (matrix.py)
     panels: int = 1
     outputs: int = 1
+    group: int = 0
 
     @property
     def a_bytes(self) -> int:
@@ -92,9 +94,8 @@ class Tile:
     def __str__(self) -> str:
         simd = emitter(self.isa)
         kr = {"gemm": KR, "depthwise": simd.taps_at_once, "matrix": simd.depth}[self.kind]
-        return (
-            f"u8s8s32_{self.kind}_{self.mr * self.outputs}x{self.nr * self.panels}c{kr}__{self.isa}"
-        )
+        shape = f"{self.mr * self.outputs}x{self.nr * self.panels}c{kr}"
+        return f"u8s8s32_{self.kind}_{shape}{f'g{self.group}' * bool(self.group)}__{self.isa}"
 
 
 _AVX512 = (
@@ -199,7 +200,8 @@ def emit_tiles(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: A
     columns = [b.mul(index, i64(4 * tile.nr)) for index in here]
     end = Epilogue(b, simd, parts, tile.nr // simd.lanes, columns, field)
     depthwise = tile.kind == "depthwise"
-    first_channel = b.mul(panel, i64(tile.nr * tile.a_bytes)) if depthwise else i64(0)
+    own = depthwise or tile.group
+    first_channel = b.mul(panel, i64(tile.nr * tile.a_bytes)) if own else i64(0)
     a_rows = operand(f.A, 0, first_channel)
     out_rows = operand(f.OUT, 1, b.mul(first_column, i64(out_bytes)))
     add_rows = None
@@ -307,8 +309,12 @@ def emit_k_loop(
         else:
             w = [simd.load_b(b, p, at) for p in weights for at in starts]
         for row, row_sums in zip(a_rows, sums, strict=True):
-            a = simd.load_a(b, address(b, row, k * simd.a_bytes) if k else row, offset)
-            row_sums[:] = [simd.dot(b, acc, a, w[j]) for j, acc in enumerate(row_sums)]
+            first = address(b, row, k * simd.a_bytes) if k else row
+            if tile.group:
+                a = simd.load_own(b, first, offset, tile.nr, tile.group)
+            else:
+                a = [simd.load_a(b, first, offset)] * count
+            row_sums[:] = [simd.dot(b, *operands) for operands in zip(row_sums, a, w, strict=True)]
     next_step = b.add(step, i64(1))
     next_weights = [address(b, p, KR * tile.nr * weight_bytes) for p in weights]
     branch_back(b, b.icmp_signed("<", next_step, steps), loop, done)

@@ -44,6 +44,7 @@ class Layer:
     """
 
     kernel_size = 1, 1  # of a convolution
+    group = 0  # as in a Tile
     fold = 1  # pixels whose channels are the columns of a row: see depthwise.py
 
     def __init__(
@@ -131,6 +132,8 @@ class Layer:
         packed = self.packed
         if packed.kind == "depthwise":
             return choose_tile(packed.isa, packed.nr, m, steps, packed.kind)
+        if self.group:
+            return choose_tile(packed.isa, packed.nr, m, steps, group=self.group)
         bands = m // line * -(-line // matrix.ROWS)
         return choose_product_tile(packed.isa, packed.nr, Work(m, bands, steps, packed.depth))
 
@@ -316,14 +319,17 @@ class Packed:
     over_read: int = 0
 
 
-def packed_weight(weight: Any, isa: str, filters: Callable[[], list[NDArray[np.int8]]]) -> Packed:
-    """The weight packed for a tier, at the first use; filters() is (N, taps, run) a group."""
+def packed_weight(
+    weight: Any, isa: str, filters: Callable[[], list[NDArray[np.int8]]], group: int = 0
+) -> Packed:
+    """The weight packed for a tier, at the first use; filters() is (N, taps, run) a group of the
+    product, `group` that of its tiles."""
     packed = weight.panels.get(("packed", isa))
     if packed is None:
         parts = filters()
         n, taps, run = parts[0].shape
         depth = min(emitter(isa).depth, -(-run // KR) * KR)
-        nr = choose_nr(isa, n, taps * -(-run // depth))
+        nr = choose_nr(isa, n, taps * -(-run // depth), group)
         groups = [pack_panels(part, nr, isa, depth) for part in parts]
         panels = aligned_empty((len(groups) * len(groups[0]), *groups[0].shape[1:]), np.int8)
         np.concatenate(groups, out=panels)

@@ -201,6 +201,7 @@ class Dot:
     a_bytes: int
     side_by_side: int
     taps_at_once: int
+    operand: Any  # the type of a vector of activations, or weights
     depth = KR  # of the widest K-step
 
     def __init__(self, bits: int, native: bool) -> None:
@@ -212,6 +213,22 @@ class Dot:
     def masks(self) -> bool:
         """Whether stores of a part of a vector are one instruction."""
         return self.native and self.bits == 512
+
+    def load_a(self, b: Any, base: Any, offset: Any) -> Any:
+        """`side_by_side` activations of one row, for every column."""
+        return b.bitcast(splat(b, load(b, i32, base, offset), self.lanes), self.operand)
+
+    def load_own(self, b: Any, base: Any, offset: Any, nr: int, group: int) -> list[Any]:
+        """The same where each `group` columns of a panel read as many activations of their own:
+        for every vector of the panel. NR activations are read."""
+        read = load(b, vec(i32, nr * self.a_bytes // KR), base, offset)
+        words = self.own_words(nr, group)
+        return [b.bitcast(shuffle(b, read, read, lanes), self.operand) for lanes in words]
+
+    def own_words(self, nr: int, group: int) -> list[list[int]]:
+        """Which 4 bytes of what `load_own` reads are for each lane, [vector][lane]."""
+        words = np.array(self.columns(nr)) // group * (group * self.a_bytes // KR)
+        return words.reshape(-1, self.lanes).tolist()  # type: ignore[no-any-return]
 
     def together(self, nr: int) -> int:
         """How many accumulators of a panel are packed into one vector."""
@@ -274,10 +291,6 @@ class Vnni(Dot):
         self.operand = vec(i8, self.lanes * KR)
         self.name = f"llvm.x86.avx512.vpdpbusd.{bits}"
         self.of_pairs: Madd = MaddAdd(bits, native)
-
-    def load_a(self, b: Any, base: Any, offset: Any) -> Any:
-        """`side_by_side` activations of one row, for every column."""
-        return b.bitcast(splat(b, load(b, i32, base, offset), self.lanes), self.operand)
 
     def load_b(self, b: Any, base: Any, offset: Any) -> Any:
         """`side_by_side` weights of each of `cols` columns."""
@@ -357,9 +370,6 @@ class Madd(Dot):
         super().__init__(bits, native)
         self.operand = vec(i16, self.lanes * 2)
         self.of_pairs = self
-
-    def load_a(self, b: Any, base: Any, offset: Any) -> Any:
-        return b.bitcast(splat(b, load(b, i32, base, offset), self.lanes), self.operand)
 
     def load_b(self, b: Any, base: Any, offset: Any) -> Any:
         return b.sext(load(b, vec(i8, self.lanes * 2), base, offset), self.operand)

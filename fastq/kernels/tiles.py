@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import groupby
+from dataclasses import replace
 from typing import NamedTuple
 
 from fastq.kernels.gemm import TILES, Tile
@@ -21,11 +21,13 @@ class Costs(NamedTuple):
     second  of a vector of weights, from the second cache, beside which its products are free.
     ends    beside what all tiles need for an output: times the square of the accumulators. Only few
             of them are stored while the next tile's products are done.
+    own     of a shuffle within 128 bits, where columns read activations of their own.
     """
 
     load: float
     second: float = 0.0
     ends: float = 0.0
+    own: float = 0.4
 
 
 # With VNNI on Intel's CPUs, which do two dot products in a cycle: from the shares of the peak that
@@ -69,7 +71,8 @@ def only(tile: Tile) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for function in tiles_of, product_tiles, choose_nr, choose_tile, choose_product_tile:
+    for function in (tiles_of, group_tiles, product_tiles, choose_nr, choose_tile,
+                     choose_product_tile):  # fmt: skip
         function.cache_clear()
 
 
@@ -77,6 +80,15 @@ def _forget() -> None:
 def tiles_of(isa: str, kind: str = "gemm") -> tuple[Tile, ...]:
     """The tiles of a tier, in the order of the table."""
     return tuple(t for t in _offered if t.isa == isa and t.kind == kind)
+
+
+GROUPS = 4, 8  # channels, of the convolutions whose columns read their own group's
+
+
+@functools.cache
+def group_tiles(isa: str, group: int) -> tuple[Tile, ...]:
+    """The tiles of one panel, for groups of so many channels."""
+    return tuple(replace(tile, group=group) for tile in tiles_of(isa) if tile.panels == 1)
 
 
 @functools.cache
@@ -89,21 +101,17 @@ def product_tiles(isa: str) -> tuple[Tile, ...]:
 
 
 @functools.cache
-def choose_nr(isa: str, n: int, steps: int = _MANY_STEPS) -> int:
+def choose_nr(isa: str, n: int, steps: int = _MANY_STEPS, group: int = 0) -> int:
     """The panel width for n columns and so many K-steps: the least time over whole panels, then
     the widest. What the ends of a sum cost depends on the height, which is chosen later."""
     work = Work(_MANY_ROWS, _MANY_ROWS // ROWS, steps, emitter(isa).depth)
-    cost = {
-        nr: -(-n // nr) * nr * min(_column_cost(tile, work, ends=False) for tile in tiles)
-        for nr, tiles in _by_nr(isa).items()
-    }
-    return min(cost, key=lambda nr: (cost[nr], -nr))
+    tiles = group_tiles(isa, group) if group else product_tiles(isa)
 
+    def cost(nr: int) -> float:
+        least = min(_column_cost(tile, work, ends=False) for tile in tiles if tile.nr == nr)
+        return -(-n // nr) * nr * least
 
-def _by_nr(isa: str) -> dict[int, list[Tile]]:
-    """The tiles of products by their NR, the narrowest first."""
-    tiles = sorted(product_tiles(isa), key=lambda t: t.nr)
-    return {nr: list(some) for nr, some in groupby(tiles, key=lambda t: t.nr)}
+    return min({tile.nr for tile in tiles}, key=lambda nr: (cost(nr), -nr))
 
 
 class Work(NamedTuple):
@@ -117,12 +125,14 @@ class Work(NamedTuple):
 
 @functools.cache
 def choose_tile(
-    isa: str, nr: int, m: int, steps: int, kind: str = "gemm", *, one_panel: bool = False
-) -> Tile:
+    isa: str, nr: int, m: int, steps: int, kind: str = "gemm", *, one_panel: bool = False,
+    group: int = 0,
+) -> Tile:  # fmt: skip
     """The tile for m rows and K-steps of 4, of panels NR wide, or of one panel: the least time,
     then the tallest."""
-    tiles = [t for t in tiles_of(isa, kind) if t.nr == nr and (t.panels == 1 or not one_panel)]
-    return _least(tiles, Work(m, 0, steps, KR))
+    tiles = group_tiles(isa, group) if group else tiles_of(isa, kind)
+    fitting = [t for t in tiles if t.nr == nr and (t.panels == 1 or not one_panel)]
+    return _least(fitting, Work(m, 0, steps, KR))
 
 
 @functools.cache
@@ -147,8 +157,15 @@ def _column_cost(tile: Tile, work: Work, *, ends: bool = True) -> float:
     loads = tile.mr * (simd.taps_at_once if depthwise else 1) + vectors
     costs, dots = _costs(tile.isa), tile.mr * vectors
     step = max(dots, costs.second * vectors) + costs.load * loads
+    if tile.group:
+        shuffles = {tuple(words) for words in simd.own_words(tile.nr, tile.group)}
+        step += costs.own * tile.mr * sum(1 if _within_128_bits(words) else 2 for words in shuffles)
     whole = steps * depth / KR * step + (costs.ends * dots**2 if ends else 0.0)
     return -(-m // tile.mr) * whole / width
+
+
+def _within_128_bits(words: tuple[int, ...]) -> bool:
+    return all(word // 4 == lane // 4 for lane, word in enumerate(words))
 
 
 # Multiply-adds that a core does in a nanosecond, roughly: whether threads pay depends on it.
