@@ -21,7 +21,7 @@ from fastq.kernels.pack import step_starts
 from fastq.kernels.products import ALIGNED, Given, Layer, Packed, Rows, Walk, packed_weight
 from fastq.kernels.requantize import spell
 from fastq.kernels.simd import KR, emitter
-from fastq.kernels.tiles import GROUPS, tiles_of
+from fastq.kernels.tiles import GROUPS, group_tiles, tiles_of
 from fastq.qparams import Epilogue
 from fastq.weights import Conv2dWeight
 
@@ -302,5 +302,5 @@ def _grouping(weight: Conv2dWeight, isa: str) -> tuple[int, int]:
     counts = [g for g in range(weight.groups, 0, -1) if weight.groups % g == 0]
     ways = [(g, 0) for g in counts if g == 1 or c // g >= KR]
     if n == c and depth == KR:
-        ways += [(1, c // g) for g in counts if c // g in GROUPS]
+        ways += [(1, c // g) for g in counts if c // g in GROUPS and group_tiles(isa, c // g)]
     return min(ways, key=lambda way: cost(*way))

@@ -145,6 +145,7 @@ TILES = (
     Tile("avx512_vnni-emulated", 1, 64, panels=2),
     Tile("avx512_vnni-emulated", 2, 64, "depthwise", outputs=2),
     Tile("avx_vnni-emulated", 6, 16),
+    Tile("avx_vnni-emulated", 3, 16),
     Tile("avx_vnni-emulated", 1, 32, "depthwise", outputs=2),
 )
 

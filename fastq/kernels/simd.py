@@ -210,6 +210,11 @@ class Dot:
         self.acc = vec(i32, self.lanes)
 
     @property
+    def registers(self) -> int:
+        """Vectors that a loop may hold."""
+        return 32 if self.bits == 512 else 16
+
+    @property
     def masks(self) -> bool:
         """Whether stores of a part of a vector are one instruction."""
         return self.native and self.bits == 512

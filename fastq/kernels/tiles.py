@@ -87,8 +87,21 @@ GROUPS = 4, 8  # channels, of the convolutions whose columns read their own grou
 
 @functools.cache
 def group_tiles(isa: str, group: int) -> tuple[Tile, ...]:
-    """The tiles of one panel, for groups of so many channels."""
-    return tuple(replace(tile, group=group) for tile in tiles_of(isa) if tile.panels == 1)
+    """The tiles of one panel, for groups of so many channels, whose K loop needs no more registers
+    than there are."""
+    simd, tiles = emitter(isa), []
+    for tile in tiles_of(isa):
+        vectors = tile.nr // simd.cols
+        activations = 1 + len(_shuffles(isa, tile.nr, group))  # what is read of a row, and of that
+        if tile.panels == 1 and (tile.mr + 1) * vectors + activations <= simd.registers:
+            tiles.append(replace(tile, group=group))
+    return tuple(tiles)
+
+
+def _shuffles(isa: str, nr: int, group: int) -> list[list[int]]:
+    """Those of a row in a K-step, by the words that they take."""
+    words = emitter(isa).own_words(nr, group)
+    return [lanes for i, lanes in enumerate(words) if lanes not in words[:i]]
 
 
 @functools.cache
@@ -158,13 +171,13 @@ def _column_cost(tile: Tile, work: Work, *, ends: bool = True) -> float:
     costs, dots = _costs(tile.isa), tile.mr * vectors
     step = max(dots, costs.second * vectors) + costs.load * loads
     if tile.group:
-        shuffles = {tuple(words) for words in simd.own_words(tile.nr, tile.group)}
+        shuffles = _shuffles(tile.isa, tile.nr, tile.group)
         step += costs.own * tile.mr * sum(1 if _within_128_bits(words) else 2 for words in shuffles)
     whole = steps * depth / KR * step + (costs.ends * dots**2 if ends else 0.0)
     return -(-m // tile.mr) * whole / width
 
 
-def _within_128_bits(words: tuple[int, ...]) -> bool:
+def _within_128_bits(words: list[int]) -> bool:
     return all(word // 4 == lane // 4 for lane, word in enumerate(words))
 
 
