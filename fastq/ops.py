@@ -330,8 +330,8 @@ def _float_bits(value: float) -> int:
 
 def _scale(name: str, scale: ArrayLike | None) -> float | NDArray[np.float32]:
     """What `check_scale` lets pass: one number, to be rounded to float32, or an array."""
-    if isinstance(scale, float) and FLT_MIN <= scale <= FLT_MAX:
-        return scale
+    if isinstance(scale, float | np.float32) and FLT_MIN <= (number := float(scale)) <= FLT_MAX:
+        return number
     array = check_scale(name, scale)  # type: ignore[arg-type]
     return array if array.ndim else float(array)
 
@@ -339,8 +339,8 @@ def _scale(name: str, scale: ArrayLike | None) -> float | NDArray[np.float32]:
 def _zeros(name: str, zero_point: ArrayLike, dtype: np.dtype[Any]) -> int | NDArray[np.int32]:
     """What `check_zero_point` lets pass: one integer or an array."""
     least, most = limits(dtype)
-    if type(zero_point) is int and least <= zero_point <= most:
-        return zero_point
+    if type(zero_point) in (int, np.int32) and least <= (integer := int(zero_point)) <= most:  # type: ignore[arg-type]
+        return integer
     array = check_zero_point(name, zero_point, dtype)
     return array if array.ndim else int(array)
 
@@ -1519,7 +1519,9 @@ def _output(
         raise ValueError(f"{name}: out is {given}; wanted {shape} {dtype}")
     if not out.flags.carray:
         raise ValueError(f"{name}: out must be C-contiguous, writeable and aligned")
-    if np.may_share_memory(out, x):
+    at, to = address_of(x), address_of(out)
+    apart = x.flags.c_contiguous and (to + out.nbytes <= at or at + x.nbytes <= to)
+    if not apart and np.may_share_memory(out, x):  # which takes its time
         raise ValueError(f"{name}: out overlaps x; wanted memory of its own")
     return out
 

@@ -248,9 +248,11 @@ class Calls(Idle):
 
     def run(self, make: Callable[..., Call], key: tuple[Any, ...], *addresses: int) -> None:
         """Runs an idle call of this key, or a new one from make(*key), on arrays there."""
-        try:  # as `take`, in a call less
-            call = self._lists[key].pop()
+        try:  # as `take` and `give`, in a third of their time
+            kept = self._lists[key]
+            call = kept.pop()
         except LookupError:
             call = self.take(key) or make(*key)
+            kept = self.idle(key)
         call.run(*addresses)
-        self.give(key, call)
+        kept.append(call)

@@ -20,6 +20,8 @@ from fastq.kernels.call import ITEM_BYTES
 from fastq.kernels.lines import (
     ELEMENT,
     LARGE,
+    LEAST_NORMAL,
+    MOST_NORMAL,
     WIDE_LARGE,
     emit_aligned_line,
     emit_divisor,
@@ -89,7 +91,7 @@ def elementwise_line(
     def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
         x, out, count, step, zero_point, lo, hi = values[1:]
         x, out = (b.inttoptr(place, ptr) for place in (x, out))
-        divisor = emit_divisor(b, step, target) if operation == "divide" else ()
+        divisor = emit_divisor(b, step, target, normal=True) if operation == "divide" else ()
         signed = source in ("s8", "s16")
         most = WIDE_LARGE if target == "s16" else LARGE
         if target == "s8":  # uint8 with the upper half of the range turned round
@@ -163,7 +165,7 @@ def elementwise_kernel(operation: str, source: str, target: str, stores: str, la
             else:
                 step, zp = scale[p], zero_point[p]
             lo, hi = float_difference(qmin, zp), float_difference(qmax, zp)
-            if lines:
+            if lines and (config[0] != "divide" or LEAST_NORMAL <= step <= MOST_NORMAL):
                 elementwise_line(
                     config, args[A_X] + (at + first) * source_item,
                     args[A_OUT] + (at + first) * target_item, last - first, step, zp, lo, hi,

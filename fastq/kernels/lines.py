@@ -240,16 +240,23 @@ def _packed(b: Any, steps: Any, zero_point: Any) -> Any:
     return shuffle(b, packed, packed, [int(i) for i in order])
 
 
-def emit_divisor(b: Any, scale: Any, kind: str) -> tuple[Any, ...]:
+LEAST_NORMAL, MOST_NORMAL = 2.0**-60, 2.0**60  # of a scale: away from the ends of float32
+
+
+def emit_divisor(b: Any, scale: Any, kind: str, normal: bool = False) -> tuple[Any, ...]:
     """What `emit_quotient` takes for a float32 scale: once for a line; kind is the integers'.
 
-    With fused multiply-add: a power of two that brings the scale away from the ends of float32, the
-    scale times that, and the reciprocal of this.
+    With fused multiply-add: the scale and its reciprocal; and unless it is known to be normal, a
+    power of two that makes it so, before both.
     """
     if "fma" not in target_features() or kind == "s16":
         return (scale,)
-    power = b.select(b.fcmp_ordered(">", scale, f32(2.0**60)), f32(2.0**-60), f32(1.0))
-    power = b.select(b.fcmp_ordered("<", scale, f32(2.0**-60)), f32(2.0**60), power)
+    if normal:
+        return scale, b.fdiv(f32(1.0), scale)
+    large = b.fcmp_ordered(">", scale, f32(MOST_NORMAL))
+    small = b.fcmp_ordered("<", scale, f32(LEAST_NORMAL))
+    power = b.select(large, f32(LEAST_NORMAL), f32(1.0))
+    power = b.select(small, f32(MOST_NORMAL), power)
     scaled = b.fmul(scale, power)
     return power, scaled, b.fdiv(f32(1.0), scaled)
 
@@ -265,8 +272,10 @@ def emit_quotient(b: Any, x: Any, divisor: tuple[Any, ...]) -> Any:
     parts = [splat(b, part, x.type.count) for part in divisor]
     if len(parts) == 1:
         return emit_limited(b, b.fdiv(x, parts[0]), const(x.type, WIDE_LARGE))
-    power, scaled, reciprocal = parts
-    x = emit_limited(b, b.fmul(x, power), b.fmul(scaled, const(x.type, LARGE)))
+    *power, scaled, reciprocal = parts
+    for factor in power:
+        x = b.fmul(x, factor)
+    x = emit_limited(b, x, b.fmul(scaled, const(x.type, LARGE)))
     quotient = b.fmul(x, reciprocal)
     return fma(b, fma(b, b.fneg(scaled), quotient, x), reciprocal, quotient)
 
