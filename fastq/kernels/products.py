@@ -30,7 +30,9 @@ from fastq.weights import LinearWeight
 ACTIVATIONS = {1: "u8", 2: "u8x2"}
 # of a product of its own, by the dtype of its Requant
 KINDS = {np.dtype(np.uint8): "u8", np.dtype(np.int16): "s16"}
-A_BLOCK_BYTES = 128 * 1024  # of activations that a block of MC rows works on, to stay in L2
+# Bytes of activations that a block of MC rows works on, to stay in the second cache. Weights that
+# are not in a cache before they are needed are read for as many rows as can be.
+A_BLOCK_BYTES, LONG_A_BLOCK_BYTES, LARGE_WEIGHT_BYTES = 128 << 10, 512 << 10, 8 << 20
 TASKS_A_THREAD = 8
 # Matrix tiles load lines of 64 bytes: six times slower where one lies across two of the cache's.
 # An activation that is loaded more often than READS is copied to where none does.
@@ -225,13 +227,14 @@ class Layer:
             kernel = gemm.gemm_kernel(tile, epilogue, "table" if by_table else "affine")
         if by_table:
             places[block.ROW_TABLE] = np.stack([r.at(firsts) for r in rows], axis=1)
-        mc = block_rows(tile, m * of, row_bytes, images * groups * panels) // of
+        tasks = images * groups * panels
+        mc = block_rows(tile, m * of, row_bytes, tasks, packed.panels.nbytes) // of
         values |= {block.M: m, block.MC: mc, block.STEPS: len(offsets)}
         places[block.OFFSETS] = offsets.astype(np.int32)
         call.row(
             kernel,
             block.FIELDS,
-            images * -(-m // mc) * groups * panels,
+            tasks * -(-m // mc),
             values,
             places,
             nanoseconds(tile.isa, macs, tile.kind),
@@ -293,9 +296,10 @@ class Walk(NamedTuple):
     operands: list[Rows]
 
 
-def block_rows(tile: Tile, m: int, row_bytes: int, other_tasks: int) -> int:
+def block_rows(tile: Tile, m: int, row_bytes: int, other_tasks: int, weight_bytes: int = 0) -> int:
     """MC: rows that share a panel while it is in L1, and their activations in L2."""
-    blocks = -(-m // max(A_BLOCK_BYTES // max(row_bytes, 1), 8 * tile.mr))
+    block_bytes = A_BLOCK_BYTES if weight_bytes < LARGE_WEIGHT_BYTES else LONG_A_BLOCK_BYTES
+    blocks = -(-m // max(block_bytes // max(row_bytes, 1), 8 * tile.mr))
     threads = executor.get_num_threads()
     if threads > 1:  # TASKS_A_THREAD or more, all of a size, so that the threads end together
         wanted = -(-TASKS_A_THREAD * threads // max(other_tasks, 1))
