@@ -380,6 +380,23 @@ def test_quantize_dequantize_requantize(rng: Any, shape: tuple[int, ...], dtype:
     assert_same(ops.quantize(x, 1.28, dtype=dtype), reference.quantize(x, 1.28, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scales_at_the_ends_of_float32(rng: Any, dtype: Any) -> None:
+    """A loop for scales from 2**-60 to 2**60, and another one."""
+    ends = [2.0**power for power in (-126, -61, -60, 60, 61, 127)]
+    scales = np.array([*ends, np.nextafter(np.float32(2.0**-60), 0)], np.float32)
+    ties = np.arange(-4, 5)[:, None] + np.float32([0.0, 0.5, 0.49999997])
+    with np.errstate(over="ignore"):
+        x = (ties.reshape(-1, 1) * scales).astype(np.float32)
+    x[::5, ::2] = np.nan
+    for axis, some in ((1, x), (0, np.ascontiguousarray(x.T))):
+        named = {"scale": scales, "axis": axis, "dtype": dtype}
+        assert_same(ops.quantize(some, **named), reference.quantize(some, **named))
+    for scale in scales:
+        named = {"scale": scale, "zero_point": np.int32(3), "dtype": dtype}
+        assert_same(ops.quantize(x, **named), reference.quantize(x, **named))
+
+
 def test_grid(rng: Any) -> None:
     x = special(rng, (2, 5, 9, 3))
     x[0, :2] = np.ldexp(rng.integers(-600, 600, (2, 9, 3)), -1).astype(np.float32)  # all ties
@@ -763,6 +780,17 @@ def test_a_weight_keeps_a_bounded_number_of_layers_and_shapes(rng: Any) -> None:
         ops.linear(u8(rng, m, 8), weight)
     calls = [len(v.calls) for v in weight.panels.values() if isinstance(v, type(bound[0]))]
     assert max(calls) <= call.MAX_SHAPES
+
+
+def test_the_address_of_an_array_is_in_its_object(tmp_path: Any) -> None:
+    base = np.zeros((4, 6, 8), np.float32)
+    frozen = base.copy()
+    frozen.flags.writeable = False
+    mapped = np.memmap(tmp_path / "x", np.uint8, "w+", shape=(3, 5))
+    arrays = [base, base[1:, ::-2, 3], base.T, frozen, base[:0], np.zeros(()), mapped[1:],
+              np.ma.masked_array(base), base.view(np.recarray)]  # fmt: skip
+    for array in arrays:
+        assert call.address_of(array) == array.__array_interface__["data"][0]
 
 
 def test_every_tile_is_exact(isa: str, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
