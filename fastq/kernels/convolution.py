@@ -26,7 +26,7 @@ from fastq.qparams import Epilogue
 from fastq.weights import Conv2dWeight
 
 EPILOGUE = 24  # what the one of a tile costs, in activations of its rows
-OWN = 1.5  # times the dot products, where each loads an activation
+OWN = 1.5  # what a dot product costs whose column reads its own group's, in others
 # a product of matrix tiles, with its loads; a byte of a copy within the cache, and then some
 PRODUCT_NANOSECONDS, COPY_NANOSECONDS = 7.0, 0.08
 
@@ -44,6 +44,7 @@ def pack_conv2d(
 class PackedConv2d(Layer):
     """(B, HP, WP, C), padded, -> (B, OH, OW, N); channels lie side by side.
 
+    groups, group        see `_grouping`.
     channels             that are read of a pixel.
     reads_beyond         whether activations beyond the last ones may be read, and not used.
     needs_dense_pixels   whether nothing may lie between the pixels: the K-steps of a kernel line
@@ -283,13 +284,12 @@ def _table(lines: NDArray[np.int64], pixels: NDArray[np.int64]) -> NDArray[np.in
 
 
 def _grouping(weight: Conv2dWeight, isa: str) -> tuple[int, int]:
-    """Into how many groups a grouped convolution is computed; and `group` of its tiles, or 0.
+    """The way that takes the least time: in how many groups, and `group` of the tiles, or 0.
 
     Few channels a group leave most of a panel empty, and a run of under 4 activations cannot be
-    read: neighbouring groups are merged into one that holds zeros between them. Where they have as
-    many outputs as inputs and fit into a vector, the columns of a panel may each read their own
-    group's, which loads an activation for each dot product. What takes less time; where it is the
-    same, as few are merged as can be.
+    read. Neighbouring groups may be merged into one that holds zeros between them. Or all are one
+    product, whose columns read the activations of their own group: of 4 or 8 channels, merged or
+    not, with as many outputs. Of two ways as good, the one that merges fewer.
     """
     (n, _, *kernel), c, depth = weight.data.shape, weight.c, emitter(isa).depth
     narrowest, taps = min(tile.nr for tile in tiles_of(isa)), math.prod(kernel)

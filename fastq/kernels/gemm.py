@@ -7,7 +7,8 @@ im2col. A linear layer is one whose offsets are 0, 4, 8, ...
 
     a     activations, uint8 or int16 as the tier's `a_bytes` says. Row m of image i and group g
           starts at A + i*A_IMAGE + g*A_GROUP + m*A_ROW ("affine") or + ROW_TABLE[m, 0] ("table").
-          Four activations are read at each of the STEPS int32 OFFSETS, in bytes.
+          Four activations are read at each of the STEPS int32 OFFSETS, in bytes; by a tile with a
+          `group`, NR are: each `group` columns take the four that begin where theirs do.
     b     int8 panels of NR columns and STEPS steps, B_PANEL bytes each, see pack.py
     out   row m starts at OUT + i*OUT_IMAGE + g*OUT_GROUP + m*OUT_ROW or ROW_TABLE[m, 1]: int32,
           float32, uint8, uint8 values as int16, or int16.
