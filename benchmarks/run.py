@@ -62,6 +62,8 @@ def bench(
         raise click.BadParameter(f"no shape of {names} matches {pattern!r}", param_hint="--filter")
     # OpenMP and MKL read these when torch is imported, so all other imports come after
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    # NumPy checks the answers, no more; its threads would spin for a while beside what is timed
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
     from benchmarks import goals
     from benchmarks.measure import hold_to_limits, machine, measure, use_threads, write_csv
     from fastq.kernels import peak
