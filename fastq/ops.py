@@ -328,9 +328,12 @@ def _float_bits(value: float) -> int:
     return _unpack_bits(_pack_float(value))[0]  # type: ignore[no-any-return]
 
 
+_FLOATS = float, np.float32
+
+
 def _scale(name: str, scale: ArrayLike | None) -> float | NDArray[np.float32]:
     """What `check_scale` lets pass: one number, to be rounded to float32, or an array."""
-    if isinstance(scale, float | np.float32) and FLT_MIN <= (number := float(scale)) <= FLT_MAX:
+    if isinstance(scale, _FLOATS) and FLT_MIN <= (number := float(scale)) <= FLT_MAX:
         return number
     array = check_scale(name, scale)  # type: ignore[arg-type]
     return array if array.ndim else float(array)

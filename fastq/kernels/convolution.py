@@ -19,7 +19,6 @@ from fastq.kernels.call import Call, View
 from fastq.kernels.depthwise import choose_fold, pack_depthwise, taps_of
 from fastq.kernels.pack import step_starts
 from fastq.kernels.products import ALIGNED, Given, Layer, Packed, Rows, Walk, packed_weight
-from fastq.kernels.requantize import spell
 from fastq.kernels.simd import KR, emitter
 from fastq.kernels.tiles import GROUPS, group_tiles, tiles_of
 from fastq.qparams import Epilogue
@@ -111,8 +110,7 @@ class PackedConv2d(Layer):
             split = winograd.Split(self.isa, self.packed.nr, self.channels, out.shape)
             if split.pays:
                 columns, add = self.operands | given.scales, added[0] if added else None
-                epilogue = spell(out.kind, add.kind if add else "", self.bounded)
-                panels = self.packed.panels
+                panels, epilogue = self.packed.panels, self.ending(out, add)
                 winograd.winograd_row(
                     call, split, x, out, add, panels, epilogue, columns, given.label
                 )
@@ -301,6 +299,6 @@ def _grouping(weight: Conv2dWeight, isa: str) -> tuple[int, int]:
 
     counts = [g for g in range(weight.groups, 0, -1) if weight.groups % g == 0]
     ways = [(g, 0) for g in counts if g == 1 or c // g >= KR]
-    if n == c and depth == KR:
+    if n == c:
         ways += [(1, c // g) for g in counts if c // g in GROUPS and group_tiles(isa, c // g)]
     return min(ways, key=lambda way: cost(*way))

@@ -123,6 +123,10 @@ class Layer:
             block.ADD_ZERO_POINT: np.array(add[1:], np.int32),
         }
 
+    def ending(self, out: View | Rows, add: View | Rows | None) -> str:
+        """The name of the epilogue that writes `out` and adds `add`, if anything."""
+        return spell(out.kind, add.kind if add else "", self.bounded)
+
     @property
     def reads_often(self) -> bool:
         """Whether activations are loaded so often, for each panel and in each of their windows,
@@ -201,7 +205,7 @@ class Layer:
             **self.operands,
             **given.scales,
         }
-        epilogue = spell(out.kind, add.kind if add else "", self.bounded)
+        epilogue = self.ending(out, add)
         if add is not None:
             values |= {block.ADD_ROW: add.row, block.ADD_IMAGE: add.image}
             values[block.ADD_GROUP] = add.group

@@ -159,11 +159,6 @@ def rint(b: Any, x: Any) -> Any:
     return call(b, f"llvm.lrint.v{n}i32.v{n}f32", vec(i32, n), [x])
 
 
-def larger(b: Any, x: Any, y: Any) -> Any:
-    """max(x, y) of signed integer vectors."""
-    return b.select(b.icmp_signed(">", x, y), x, y)
-
-
 def clamp(b: Any, x: Any, lo: Any, hi: Any) -> Any:
     """max(min(x, hi), lo) of float vectors; a NaN stays."""
     x = b.select(b.fcmp_ordered(">", x, hi), hi, x)
@@ -270,10 +265,8 @@ class Dot:
         least, most = (-(2**15), 2**15 - 1) if wide == 32 else (0, 255)
         parts = []
         for part in (low, high):
-            part = larger(b, part, const(part.type, least))
-            top = const(part.type, most)
-            parts.append(b.trunc(b.select(b.icmp_signed("<", part, top), part, top),
-                                 vec(half.element, part.type.count)))  # fmt: skip
+            clamped = between(b, part, const(part.type, least), const(part.type, most))
+            parts.append(b.trunc(clamped, vec(half.element, part.type.count)))
         n, per_lane = low.type.count, 128 // wide
         lanes = [
             first + side + i

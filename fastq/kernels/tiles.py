@@ -88,9 +88,9 @@ GROUPS = 4, 8  # channels, of the convolutions whose columns read their own grou
 @functools.cache
 def group_tiles(isa: str, group: int) -> tuple[Tile, ...]:
     """The tiles of one panel, for groups of so many channels, whose K loop needs no more registers
-    than there are."""
+    than there are: none where a tier has tiles of matrices."""
     simd, tiles = emitter(isa), []
-    for tile in tiles_of(isa):
+    for tile in tiles_of(isa) if simd.depth == KR else ():
         vectors = tile.nr // simd.cols
         activations = 1 + len(_shuffles(isa, tile.nr, group))  # what is read of a row, and of that
         if tile.panels == 1 and (tile.mr + 1) * vectors + activations <= simd.registers:

@@ -29,9 +29,8 @@ from fastq.kernels import (
 )
 from fastq.kernels import isa as isa_room
 from fastq.kernels.call import ITEM_BYTES
-from fastq.kernels.gemm import Tile
 from fastq.kernels.native import Kernel as Native
-from fastq.kernels.simd import KR, emitter
+from fastq.kernels.simd import emitter
 from fastq.kernels.tiles import GROUPS, group_tiles, tiles_of
 
 INTEGERS = ("u8", "s8", "s16", "s32")
@@ -110,11 +109,6 @@ def _scaled_groups(tier: str) -> Iterable[tuple[Any, ...]]:
     return _lines(("affine", kind, *x, "f32", "f32") for x in _held(tier))
 
 
-def _group_tiles(tier: str) -> Iterable[Tile]:
-    if emitter(tier).depth == KR:
-        yield from (tile for group in GROUPS for tile in group_tiles(tier, group))
-
-
 def _images(tier: str) -> Iterable[tuple[Any, ...]]:
     """Those of layers, and of networks whose inputs are planes of one or three channels."""
     kind = _activations(tier)
@@ -177,7 +171,11 @@ FAMILIES = (
     Family(
         "groups",
         gemm.gemm_kernel,
-        lambda tier: product(_group_tiles(tier), _epilogues(tier), ("affine", "table")),
+        lambda tier: product(
+            (tile for group in GROUPS for tile in group_tiles(tier, group)),
+            _epilogues(tier),
+            ("affine", "table"),
+        ),
     ),
     Family(
         "linear",
