@@ -11,6 +11,7 @@ import numpy as np
 
 from fastq.qparams import (
     FLT_MAX,
+    GATES,
     MAX_FACTOR,
     MAX_FEATURES,
     MAX_WIDE_FEATURES,
@@ -121,6 +122,9 @@ NORM = {"multiplier": VECTOR, "shift": VECTOR, "epsilon": EPSILON, **REQUANTIZED
 FACTORS = Check(f"{VECTORS.wanted}, over 0", _is_factor)
 EPILOGUE = _kind(Requant, Dequant)
 
+GAIN = _real(float(np.finfo(np.float32).smallest_subnormal), MAX_FACTOR)
+CELL = Check(f"one of {', '.join(GATES)}", lambda v: isinstance(v, str) and v in GATES)
+
 # operation -> its arguments, all of them
 ARGUMENTS: dict[str, dict[str, Check]] = {
     "quantize": {"scale": SCALE, "zero_point": STEP, "axes": ORDER, "dtype": DTYPE},
@@ -136,6 +140,9 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     "mul": {"multiplier": MULTIPLIER, **TWO},
     "affine": {"multiplier": VECTOR, "shift": VECTOR, "x_zero_point": STEP, **REQUANTIZED},
     "table": {"values": _array(np.uint8, 1, 2)},
+    "recurrent": {"cell": CELL, "weight": _kind(LinearWeight), "epilogue": _kind(Dequant),
+                  "x_scale": GAIN, "multiplier": GAIN, "axis": _whole(0, 1), "reverse": FLAG,
+                  **REQUANTIZED},
     "softmax": {"scale": SCALE, "uniform": FLAG},
     "softmax_weights": {"scale": SCALE, "uniform": FLAG},
     "layer_norm": NORM,
@@ -186,7 +193,9 @@ def check_arguments(step: Any) -> None:
         clamp_of(step.name, dtype, given.get("qmin"), given.get("qmax"), given["zero_point"])
     if given.get("mean") and given["a_zero_point"]:
         raise ValueError(f"{step.name}: a mean with a_zero_point={given['a_zero_point']}; wanted 0")
-    _check_epilogue(step, epilogue)
+    _check_epilogue(step.name, epilogue)
+    if step.op == "recurrent":
+        check_cell(step.name, given["cell"], given["weight"], epilogue)
     if "padding" in given and "kernel_size" in given:
         sides = zip(given["padding"], given["kernel_size"], strict=True)
         if any(2 * before > kernel for before, kernel in sides):
@@ -200,12 +209,28 @@ def check_arguments(step: Any) -> None:
         raise ValueError(f"{step.name}: wanted output_size or scale_factor")
 
 
-def _check_epilogue(step: Any, epilogue: Any) -> None:
+def check_cell(name: str, cell: str, weight: LinearWeight, epilogue: Dequant) -> None:
+    """ValueError unless a recurrent layer's weight and epilogue are of its cell's gates, and all
+    that they give is finite: 0 times infinity is NaN."""
+    gates, features = GATES[cell], weight.k
+    if weight.n != gates * features or not features:
+        raise ValueError(
+            f"{name}: weight {weight.data.shape} of the cell {cell!r}; wanted ({gates} * H, H), H > 0"
+        )
+    _check_epilogue(name, epilogue)
+    for what, value in (("scale", epilogue.scale), ("bias", epilogue.bias)):
+        if value is not None and value.shape not in ((), (weight.n,)):
+            raise ValueError(f"{name}: Dequant.{what} {value.shape}; wanted ({weight.n},)")
+    if epilogue.bias is not None and np.abs(epilogue.bias).max() > MAX_FACTOR:
+        raise ValueError(f"{name}: Dequant.bias beyond {MAX_FACTOR:.3g}")
+
+
+def _check_epilogue(name: str, epilogue: Any) -> None:
     """ValueError for one per row, and for factors that make NaN of infinities."""
     match epilogue:
         case Dequant(scale, x_scale):
             if x_scale.ndim:
-                raise ValueError(f"{step.name}: Dequant.x_scale {x_scale.shape}; wanted a scalar")
+                raise ValueError(f"{name}: Dequant.x_scale {x_scale.shape}; wanted a scalar")
             factors = [scale.astype(np.float64) * x_scale]
         case Requant(multiplier):
             factors = [multiplier.astype(np.float64), np.array(abs(epilogue.add_multiplier or 0.0))]
@@ -214,7 +239,7 @@ def _check_epilogue(step: Any, epilogue: Any) -> None:
     largest = max(float(np.max(factor, initial=0.0)) for factor in factors)
     if largest > MAX_FACTOR:
         raise ValueError(
-            f"{step.name}: an epilogue with a factor of {largest:.3g}; "
+            f"{name}: an epilogue with a factor of {largest:.3g}; "
             f"wanted up to {MAX_FACTOR:.3g}"
         )
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastq.qparams import GATES
+
 Values = dict["Node", Any]
 POINTWISE_NAMESPACE = "fastq_pointwise"  # of operators made by `fastq.pointwise`
 
@@ -327,6 +329,31 @@ def _grid(node: Node, x: Tensor) -> Tensor:
     return _affine(node, F.pad(x, node.attrs["pad"]))
 
 
+def _recurrent(node: Node, x: Tensor) -> Tensor:
+    """The hidden states of a cell, by its products with the inputs; torch's order of gates."""
+    cell, time = node.attrs["cell"], node.attrs["time"]
+    weight, bias = node.tensors["weight"], node.tensors.get("bias")
+    steps = x.unbind(time)
+    h = c = x.new_zeros(steps[0].shape[0], weight.shape[1]) if steps else x[:0]
+    states = []
+    for given in reversed(steps) if node.attrs["reverse"] else steps:
+        xs = given.chunk(GATES[cell], -1)
+        hs = F.linear(h, weight, bias).chunk(GATES[cell], -1)
+        gates = [a + b for a, b in zip(xs, hs, strict=True)]
+        match cell:
+            case "lstm":
+                i, f, g, o = gates
+                c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+                h = o.sigmoid() * c.tanh()
+            case "gru":
+                made = (xs[2] + gates[0].sigmoid() * hs[2]).tanh()
+                h = made + gates[1].sigmoid() * (h - made)
+            case _:
+                h = gates[0].tanh() if cell == "tanh" else gates[0].relu()
+        states.append(h)
+    return torch.stack(states[::-1] if node.attrs["reverse"] else states, time)
+
+
 def _softmax(node: Node, x: Tensor, *masks: Tensor) -> Tensor:
     """Of what the mask is not 0 for; all the same, or all 0, where it is 0 for all."""
     if not masks:
@@ -387,6 +414,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "add": lambda node, x, y: torch.add(x, y, alpha=node.attrs.get("alpha", 1)),
     "mul": lambda node, x, y: x * y,
     "matmul": lambda node, x, y: torch.matmul(x, y) * node.attrs.get("factor", 1.0),
+    "recurrent": _recurrent,
     "softmax": _softmax,
     "layer_norm": lambda node, x: F.layer_norm(
         x, node.attrs["shape"], eps=node.attrs["eps"],

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastq.arguments import LINES
 from fastq.graph import PRODUCTS, Graph, Node, pointwise
-from fastq.program import NORMS, WIDE, Program, Step
+from fastq.program import NORMS, RECURRENT, WIDE, Program, Step
 from fastq.qparams import (
     MAX_K,
     MAX_WIDE_FEATURES,
@@ -49,6 +49,7 @@ MASK = QParams(np.array(1.0, np.float32))  # of what softmax takes as its mask: 
 LEAST_EPSILON = 1e-30  # of a norm, in steps: an even line gives 0, not NaN
 SUFFIX = {np.dtype(np.uint8): "u8", np.dtype(np.int16): "s16"}  # of names
 SUMS = ("add", "linear", "conv2d", "conv_transpose2d")  # make values that may be int16
+WEIGHTED = ("conv2d", "linear", "conv_transpose2d")  # products with int8 weights
 
 
 def why_float(node: Node) -> str:
@@ -57,7 +58,7 @@ def why_float(node: Node) -> str:
         return "an input"
     if node.op == "aten":
         return f"{node.attrs['target']} has no integer form"
-    if node.op in ("conv2d", "linear", "conv_transpose2d"):
+    if node.op in (*WEIGHTED, *RECURRENT):
         weight = node.tensors["weight"]
         if weight.dtype is not torch.float32 or weight.device.type != "cpu":
             return f"weight is {weight.dtype} on {weight.device}, wanted float32 on the CPU"
@@ -248,11 +249,11 @@ class Ranges:
         self.wide = self._wide(regions)
 
     def _wide(self, regions: Sequence[Region]) -> set[Node]:
-        """Sums, and what norms take, that nobody takes who cannot read int16."""
+        """Sums, and what norms and recurrent layers take, that nobody takes who cannot read int16."""
         nodes = [node for region in regions for node in region.nodes]
         sums = [node for node in nodes if node.op in SUMS and len(node.inputs) == 2]
-        normed = [node.inputs[0] for node in nodes if node.op in NORMS]
-        found = set(map(self.find, sums + normed))
+        read = [node.inputs[0] for node in nodes if node.op in (*NORMS, *RECURRENT)]
+        found = set(map(self.find, sums + read))
         for node in nodes:
             if node.op in LINES and node.shape[-1] > MAX_WIDE_FEATURES:
                 found.discard(self.find(node.inputs[0]))
@@ -493,7 +494,7 @@ class _Lowering:
         """Whether a product gives float32 itself: nobody in the region takes its value."""
         return (
             node in self.region.outputs
-            and node.op in ("conv2d", "linear", "conv_transpose2d")
+            and node.op in WEIGHTED
             and len(node.inputs) == 1
             and not self.users[node]
         )
@@ -661,6 +662,17 @@ class _Lowering:
 
     def table(self, node: Node, name: str, values: Any) -> str:
         return self.emit("table", node.name, [name], self.axes[name], node, values=values)
+
+    def lower_recurrent(self, node: Node) -> str:
+        (x,), (data, scale), bias = node.inputs, self.weights(node), self.biases(node)
+        name, own = self.features_last(x, node), self.scale(node)
+        real = None if bias is None else bias.detach().numpy()
+        return self.emit(
+            "recurrent", node.name, [name], self.axes[name], node, cell=node.attrs["cell"],
+            weight=LinearWeight(data), epilogue=Dequant(scale, np.array(own, np.float32), real),
+            x_scale=self.scale(x), multiplier=1 / own, reverse=node.attrs["reverse"],
+            axis=self.axes[name].index(node.attrs["time"]), **self.requantized(node),
+        )  # fmt: skip
 
     def lower_softmax(self, node: Node) -> str:
         x, *masks = node.inputs

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from fastq.arguments import check_cell
 from fastq.kernels import elementwise as ew
 from fastq.kernels import histogram as hg
 from fastq.kernels import isa, norms, pointwise, windows
@@ -35,12 +36,16 @@ from fastq.kernels.layers import (
     grid_call,
     range_call,
 )
-from fastq.kernels.products import ALIGNED
+from fastq.kernels.layout import copy_row
+from fastq.kernels.products import ACTIVATIONS, ALIGNED, PackedLinear
+from fastq.kernels.recurrent import recurrent_row
+from fastq.kernels.simd import emitter
 from fastq.kernels.tiles import BYTES_PER_NANOSECOND
 from fastq.kernels.workers import team
 from fastq.qparams import (
     FLT_MAX,
     FLT_MIN,
+    GATES,
     HISTOGRAM_KEYS,
     MAX_FACTOR,
     MAX_FEATURES,
@@ -80,6 +85,7 @@ __all__ = [
     "max_pool2d",
     "mul",
     "quantize",
+    "recurrent",
     "requantize",
     "rms_norm",
     "set_num_threads",
@@ -1234,6 +1240,74 @@ def matmul(
     parameters = factor, zero, bool(transpose_b), bool(mean), *clamp
     _run(products.matmul_array_row, [left, right, target], isa.current(), *parameters)
     return result
+
+
+def recurrent(
+    x: NDArray[np.int16],
+    weight: LinearWeight,
+    epilogue: Dequant,
+    *,
+    cell: str,
+    x_scale: float,
+    multiplier: float,
+    axis: int = 1,
+    reverse: bool = False,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """The hidden states of an LSTM, a GRU or a plain recurrent layer, (.., .., H) uint8.
+
+    x           int16 (.., .., gates * H): the layer's products with its inputs, for each gate of
+                the cell, with zero_point 0. Of the first two axes `axis` is the sequence.
+    weight      LinearWeight (gates * H, H), of the hidden state; gates in torch's order.
+    epilogue    Dequant of that product; its x_scale is that of the result.
+    cell        "lstm", "gru", "tanh" or "relu".
+    x_scale     of x; finite, > 0, up to 2**96.
+    multiplier  1 / scale of the result; as x_scale.
+    reverse     whether it begins at the last step. The result is in order of x.
+
+    Products are exact in int32, the cell is float32 in the order of reference.recurrent, the same
+    bits on every CPU. Raises TypeError and ValueError for other dtypes, shapes or values.
+    """
+    if not isinstance(x, np.ndarray) or x.dtype != _INT16 or x.ndim != 3:
+        given = f"{x.shape} {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
+        raise TypeError(f"recurrent: x is {given}; wanted a NumPy array of int16 of three axes")
+    if cell not in GATES:
+        raise ValueError(f"recurrent: cell={cell!r}; wanted one of {', '.join(GATES)}")
+    if not isinstance(weight, LinearWeight) or not isinstance(epilogue, Dequant):
+        kinds = f"{type(weight).__name__}, {type(epilogue).__name__}"
+        raise TypeError(f"recurrent: weight, epilogue are {kinds}; wanted LinearWeight, Dequant")
+    check_cell("recurrent", cell, weight, epilogue)
+    if x.shape[2] != weight.n:
+        raise ValueError(f"recurrent: x {x.shape}; wanted (.., .., {weight.n}), as the weight has")
+    if axis not in (0, 1):
+        raise ValueError(f"recurrent: axis={axis!r}; wanted 0 or 1")
+    factors = [_factor(f"recurrent: {what}", value)
+               for what, value in (("x_scale", x_scale), ("multiplier", multiplier))]  # fmt: skip
+    if min(factors) <= 0:
+        raise ValueError(f"recurrent: x_scale={x_scale}, multiplier={multiplier}; wanted over 0")
+    clamp = _clamp("recurrent", zero_point, qmin, qmax)
+    x = _values("recurrent: x", x)
+    result = _output("recurrent", out, (*x.shape[:2], weight.k), _UINT8, x)
+    return _run(_recurrent_row, [x, result], weight, epilogue, isa.current(), cell, *factors,
+                int(axis), bool(reverse), *clamp)  # fmt: skip
+
+
+def _recurrent_row(
+    call: Call, x: View, out: View, weight: LinearWeight, epilogue: Dequant, tier: str, cell: str,
+    x_scale: float, multiplier: float, axis: int, reverse: bool, zero_point: int, qmin: int,
+    qmax: int,
+) -> None:  # fmt: skip
+    layer = PackedLinear(weight, epilogue, 0, tier)
+    # products read beyond the end of a line
+    made = call.dense(out.shape, ACTIVATIONS[emitter(tier).a_bytes])
+    recurrent_row(
+        call, x, made, layer, cell=cell, x_scale=x_scale, multiplier=multiplier, axis=axis,
+        reverse=reverse, zero_point=zero_point, qmin=qmin, qmax=qmax,
+    )  # fmt: skip
+    copy_row(call, made, out)
 
 
 def _run(row: Callable[..., None], arrays: list[NDArray[Any]], *parameters: Any) -> NDArray[Any]:

@@ -41,6 +41,7 @@ from fastq.kernels.matmul import matmul_row
 from fastq.kernels.norms import layer_norm_row, rms_norm_row, softmax_row, softmax_weights_row
 from fastq.kernels.pointwise import add_row, affine_row, fill_row, mul_row, table_row
 from fastq.kernels.products import ACTIVATIONS, PackedLinear
+from fastq.kernels.recurrent import recurrent_row
 from fastq.kernels.simd import emitter
 from fastq.kernels.windows import (
     adaptive_avg_pool2d_row,
@@ -659,6 +660,15 @@ class _Planner:
             for view, steps in zip(views, strides, strict=True)
         ]
         self.layer(step).rows(self.call, *flat, **self.scales(step))
+
+    def row_recurrent(self, i: int, step: Step) -> None:
+        arguments = dict(step.arguments)
+        weight, epilogue = arguments.pop("weight"), arguments.pop("epilogue")
+        key = (self.isa, step.name)
+        if key not in self.packed:
+            self.packed[key] = PackedLinear(weight, epilogue, 0, self.isa)
+        x, out = self.input(i, step.inputs[0]), self.stored(step.name)
+        recurrent_row(self.call, x, out, self.packed[key], **arguments)
 
     def is_staged(self, step: Step) -> bool:
         """Whether an input is quantized as an image, with its frame, into a storage of its own."""

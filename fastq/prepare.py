@@ -17,6 +17,7 @@ from fastq.capture import Captured, capture
 from fastq.fuse import fuse
 from fastq.graph import Graph, Node
 from fastq.lower import (
+    WEIGHTED,
     Ranges,
     Region,
     bare_weights,
@@ -27,11 +28,11 @@ from fastq.lower import (
 )
 from fastq.observer import Observer, make_observer
 from fastq.processes import Processes
-from fastq.program import Program
+from fastq.program import RECURRENT, Program
 from fastq.qconfig import QConfig
 from fastq.qparams import QParams, limits, quantize_weight
 
-WEIGHTED = ("conv2d", "linear", "conv_transpose2d")
+LAYERS = (*WEIGHTED, *RECURRENT)  # have a weight that becomes integers
 DEFAULT = QConfig()
 # of the ranges of int16, whose steps are enough for outliers that calibration did not see
 HEADROOM = 2.0
@@ -106,6 +107,10 @@ class Prepared:
 
     def layers(self) -> list[Node]:
         """The nodes with weights that become integers."""
+        return [node for node in self.integer_nodes() if node.op in LAYERS]
+
+    def products(self) -> list[Node]:
+        """Those whose value is a product of their input, which remedies can make another."""
         return [node for node in self.integer_nodes() if node.op in WEIGHTED]
 
     def observe(self, arguments: Iterable[Any]) -> list[Any]:

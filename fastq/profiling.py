@@ -346,6 +346,8 @@ def _macs(step: Step, shapes: dict[str, tuple[int, ...]], apart: dict[str, str])
     weight = step.arguments.get("weight")
     if weight is None:
         return 0
+    if step.op == "recurrent":
+        return prod(shapes[step.name][:2]) * weight.data.size
     if step.inputs[0] in apart:
         return prod(shapes[apart[step.inputs[0]]][:3]) * weight.data.size
     return prod(shapes[step.name]) * weight.data[0].size

@@ -9,7 +9,7 @@ program needs no torch.
     ...         uint8 -> uint8
     dequantize  back to float32, the way out; conv2d and linear may end in float32 themselves
 
-Sums are int16 where all who take them can read it, as norms do: their values differ by
+Sums are int16 where all who take them can read it, as norms and recurrent layers do: their values differ by
 orders of magnitude, and what a network adds to layer by layer would lose a little each time.
 quantize, constant, add, conv2d and linear make int16; WIDE says who takes it.
 """
@@ -35,9 +35,10 @@ WAYS_IN = ("quantize", "grid")
 VIEWS = ("reshape", "permute", "slice")  # mostly have their input's memory
 MOVED = (*VIEWS, "concat", "pad")  # have the dtype of their inputs, which is one
 NORMS = ("layer_norm", "rms_norm", "group_norm")
+RECURRENT = ("recurrent",)  # take int16 alone
 ANY = range(2**31)  # of how many inputs there are
 # operation -> which of its inputs may be int16
-WIDE = {"dequantize": (0,), **dict.fromkeys(NORMS, (0,)), "add": (0, 1),
+WIDE = {"dequantize": (0,), **dict.fromkeys((*NORMS, *RECURRENT), (0,)), "add": (0, 1),
         "conv2d": (1,), "linear": (1,), **dict.fromkeys(MOVED, ANY)}  # fmt: skip
 MAX_VALUES = 2**44  # of one array: addresses stay within int64
 MAX_TAPS = 2**24  # of all windows along an axis: pooling lists them
@@ -126,6 +127,7 @@ class Program:
                 raise ValueError(f"Program: two values are called {step.name}")
             for i, name in enumerate(step.inputs):
                 wanted = ["float32"] if step.op in WAYS_IN else ["uint8"]
+                wanted = [] if step.op in RECURRENT else wanted
                 wanted += ["int16"] * (i in WIDE.get(step.op, ()))
                 if dtypes.get(name) not in wanted:
                     found = dtypes.get(name, "unknown")
@@ -214,6 +216,8 @@ class Program:
 
 def _dtype(step: Step, *inputs: str) -> str:
     """The dtype of a step's value, by those of its inputs."""
+    if step.op in RECURRENT:
+        return "uint8"
     epilogue = step.arguments.get("epilogue")
     if step.op == "dequantize" or isinstance(epilogue, Dequant):
         return "float32"
@@ -330,6 +334,13 @@ def _dilate(module: Any, step: Step, x: Array) -> Array:
 
 
 # ---------------------------------------------------------------------------------- and the shapes
+
+
+def _recurrent(step: Step, x: Shape) -> Shape:
+    weight = step.arguments["weight"]
+    if len(x) != 3 or x[2] != weight.n:
+        raise ValueError(f"recurrent: x {x}, wanted (.., .., {weight.n})")
+    return (*x[:2], weight.k)
 
 
 def _same(step: Step, x: Shape, *others: Shape) -> Shape:
@@ -500,6 +511,7 @@ OPERATIONS: dict[str, Operation] = {
     "mul": Operation(_plain, _broadcast),
     "affine": Operation(_plain, _same),
     "table": Operation(_plain, _same),
+    "recurrent": Operation(_plain, _recurrent),
     "softmax": Operation(_softmax, _masked),
     "softmax_weights": Operation(_softmax, _masked),
     "layer_norm": Operation(_plain, _same),

@@ -276,6 +276,15 @@ def _least_error_scale(slices: Float32, peak: Float32, qmax: int) -> Float32:
     return best
 
 
+# of a recurrent layer: how many products of the hidden state each cell takes
+GATES = {"lstm": 4, "gru": 3, "tanh": 1, "relu": 1}
+# tanh(x) as x * over(x**2) / below(x**2), from the highest power down: the ninth convergent of
+# Lambert's continued fraction x / (1 + x**2 / (3 + x**2 / (5 + ...))), 7e-6 off at most.
+TANH_LIMIT = 8.0  # of x: it is 1 from 6.4 on, and the polynomials do not overflow
+TANH_OVER = 1.0, 990.0, 135135.0, 4729725.0, 34459425.0
+TANH_BELOW = 45.0, 13860.0, 945945.0, 16216200.0, 34459425.0
+
+
 def exp_table(scale: float) -> Int32:
     """exp(-scale * d) for d = 0..255 as int32, 1.0 being 2**23: what `softmax` sums, exactly."""
     steps = np.exp(-np.float64(np.float32(scale)) * np.arange(256))

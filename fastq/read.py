@@ -108,7 +108,7 @@ class Reader:
         return Graph(self.nodes, inputs, outputs)
 
     def add(self, node: fx.Node | str, op: str, inputs: Sequence[Node] = (), **parts: Any) -> Node:
-        name = node if isinstance(node, str) else node.name
+        name = parts.get("name") or (node if isinstance(node, str) else node.name)
         while name in self.names:
             name += "_"
         self.names.add(name)
@@ -309,6 +309,79 @@ class Reader:
         attrs["groups"] = a["groups"]
         tensors = {"weight": weight, **({} if bias is None else {"bias": bias})}
         return self.add(node, "conv2d", [x], attrs=attrs, tensors=tensors)
+
+    def read_lstm(self, node: fx.Node, a: dict[str, Any]) -> list[Any] | None:
+        return self.recurrent(node, a, "lstm")
+
+    def read_gru(self, node: fx.Node, a: dict[str, Any]) -> list[Any] | None:
+        return self.recurrent(node, a, "gru")
+
+    def read_rnn_tanh(self, node: fx.Node, a: dict[str, Any]) -> list[Any] | None:
+        return self.recurrent(node, a, "tanh")
+
+    def read_rnn_relu(self, node: fx.Node, a: dict[str, Any]) -> list[Any] | None:
+        return self.recurrent(node, a, "relu")
+
+    def recurrent(self, node: fx.Node, a: dict[str, Any], cell: str) -> list[Any] | None:
+        """[all hidden states, the last ones, None] of a layer that begins with zeros: for each of
+        its layers and directions the products with all inputs, and the recurrence."""
+        x, weights = a["input"], list(a.get("params") or ())
+        directions, of = 2 if a.get("bidirectional") else 1, 4 if a.get("has_biases") else 2
+        wanted = {use.args[1] for use in node.users if use.users}
+        fits = (
+            isinstance(x, Node)
+            and len(x.shape) == 3
+            and x.shape[0] * x.shape[1] > 0
+            and len(weights) == a.get("num_layers", 0) * directions * of  # else of projections
+            and all(isinstance(w, Tensor) for w in weights)
+            and not (a.get("train") and a.get("dropout"))
+            and all(map(_is_zero, a["hx"] if isinstance(a["hx"], list) else [a["hx"]]))
+            and wanted <= {0, 1}  # and not an LSTM's cell
+        )
+        if not fits:
+            return None
+        time, last = int(bool(a.get("batch_first"))), []
+        for first in range(0, len(weights), of * directions):
+            made = []
+            for direction in range(directions):
+                given = weights[first + of * direction : first + of * (direction + 1)]
+                h = self.direction(node, x, given, cell, time, direction == 1)
+                made.append(h)
+                if 1 in wanted:
+                    last.append(self.last_state(node, h, time, direction == 1))
+            x = self.joined(node, made, 2)
+        return [x, self.joined(node, last, 0) if last else None, None]
+
+    def direction(
+        self, node: fx.Node, x: Node, weights: list[Tensor], cell: str, time: int, reverse: bool
+    ) -> Node:
+        """One layer in one direction; weights are of inputs and of states, then the biases."""
+        (of_x, of_h), (b_x, b_h) = weights[:2], weights[2:] or (None, None)
+        gates = self.add(node, "linear", [x], tensors=_tensors(of_x, b_x),
+                         name=f"{node.name}_gates", shape=(*x.shape[:2], len(of_x)))  # fmt: skip
+        attrs = {"cell": cell, "time": time, "reverse": reverse}
+        return self.add(node, "recurrent", [gates], attrs=attrs, tensors=_tensors(of_h, b_h),
+                        shape=(*x.shape[:2], of_h.shape[1]))  # fmt: skip
+
+    def last_state(self, node: fx.Node, h: Node, time: int, reverse: bool) -> Node:
+        """(1, B, H): of all states the last one that was made."""
+        ends = {"start": 0, "end": 1} if reverse else {"start": -1, "end": None}
+        shape = tuple(1 if axis == time else n for axis, n in enumerate(h.shape))
+        state = self.add(node, "slice", [h], attrs={"dim": time, "step": 1, **ends},
+                         name=f"{node.name}_last", shape=shape)  # fmt: skip
+        if time == 0:
+            return state
+        return self.add(node, "permute", [state], attrs={"dims": (1, 0, 2)},
+                        name=f"{state.name}_first", shape=(shape[1], shape[0], shape[2]))  # fmt: skip
+
+    def joined(self, node: fx.Node, parts: list[Node], dim: int) -> Node:
+        """Parts of three axes side by side."""
+        if len(parts) == 1:
+            return parts[0]
+        sizes = list(parts[0].shape)
+        sizes[dim] = sum(part.shape[dim] for part in parts)
+        return self.add(node, "concat", parts, attrs={"dim": dim}, name=f"{node.name}_joined",
+                        shape=tuple(sizes))  # fmt: skip
 
     def read_conv1d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x, weight, bias = a["input"], a["weight"], a.get("bias")
@@ -1249,6 +1322,17 @@ def _arguments(node: fx.Node, target: Any) -> dict[str, Any]:
         elif argument.has_default_value():
             given[argument.name] = argument.default_value
     return given
+
+
+def _is_zero(state: Any) -> bool:
+    """Whether a first hidden state is the zeros that torch makes where none is given."""
+    if isinstance(state, Tensor):
+        return not bool(state.any())
+    return isinstance(state, Node) and state.attrs.get("target", "").startswith("aten.zeros.")
+
+
+def _tensors(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
 
 def _off(a: dict[str, Any]) -> bool:

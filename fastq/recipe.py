@@ -24,7 +24,7 @@ from fastq.capture import Captured
 from fastq.graph import OPERATIONS, Graph, Node, check_target
 from fastq.lower import Ranges, Region, inputs_first
 from fastq.nn.network import NOTES, QuantizedModel, decode_value, encode_value
-from fastq.prepare import WEIGHTED, Prepared
+from fastq.prepare import LAYERS, Prepared
 from fastq.qconfig import QConfig
 from fastq.qparams import QParams, clamp_of, value_dtype
 
@@ -147,7 +147,7 @@ class _Reader:
         for target in [attrs["target"]] if op == "aten" else [c[0] for c in attrs.get("calls", ())]:
             check_target(target)
         keys = [
-            key for key in given["tensors"] if not (member and op in WEIGHTED and key == "weight")
+            key for key in given["tensors"] if not (member and op in LAYERS and key == "weight")
         ]
         tensors = {key: self.tensor(name, key) for key in keys}
         return Node(

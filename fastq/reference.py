@@ -17,8 +17,12 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastq.qparams import (
+    GATES,
     HISTOGRAM_KEYS,
     MAX_FACTOR,
+    TANH_BELOW,
+    TANH_LIMIT,
+    TANH_OVER,
     Dequant,
     Epilogue,
     QParams,
@@ -657,6 +661,88 @@ def matmul(
         total = np.maximum(a.sum(axis=-1, keepdims=True, dtype=np.int64), 1)
         factor = F32(1) / total.astype(F32) * factor
     return _into(out, _to_uint8(acc.astype(F32) * factor, zero_point, qmin, qmax))
+
+
+def recurrent(
+    x: NDArray[np.int16],
+    weight: LinearWeight,
+    epilogue: Dequant,
+    *,
+    cell: str,
+    x_scale: float,
+    multiplier: float,
+    axis: int = 1,
+    reverse: bool = False,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """The hidden states of a recurrent layer, whose products with its inputs are x.
+
+    x       int16, three axes, one of which, `axis` 0 or 1, are the steps; the last one holds the
+            gates of `cell` one after the other, as torch has them: lstm i f g o, gru r z n, tanh,
+            relu. Its zero point is 0.
+    result  uint8 (.., .., H), in order of x, also where `reverse` begins at the last step.
+
+    At each step hx = linear of the last result, of real zeros at first, with the epilogue; its
+    weight is (gates * H, H), its x_scale the result's scale. The gates are float32(x) * x_scale +
+    hx, and with c = h = 0 at first
+
+        lstm  c = sigmoid(f) * c + sigmoid(i) * tanh(g);  h = sigmoid(o) * tanh(c)
+        gru   m = tanh(xn + sigmoid(r) * hn);  h = m + sigmoid(z) * (h - m)
+        tanh, relu  of x * x_scale + hx
+
+        result = clip(rint(h * multiplier) + zero_point, qmin, qmax)
+
+    each operation in float32, also h's and c's. Source: torch.nn.LSTM, GRU and RNN; S. Hochreiter
+    and J. Schmidhuber, 1997; K. Cho et al., 2014, arXiv:1406.1078.
+    """
+    steps = np.moveaxis(x, axis, 0)
+    rows, h_size = steps.shape[1], weight.k
+    scale, factor = F32(x_scale), F32(multiplier)
+    h = c = np.zeros((rows, h_size), F32)
+    hidden = np.full((rows, h_size), zero_point, np.uint8)
+    result = np.empty((*x.shape[:2], h_size), np.uint8)
+    for t in reversed(range(len(steps))) if reverse else range(len(steps)):
+        hx = np.split(linear(hidden, weight, epilogue, x_zero_point=zero_point), GATES[cell], 1)
+        xs = np.split(steps[t].astype(F32) * scale, GATES[cell], 1)
+        gates = [a + b for a, b in zip(xs, hx, strict=True)]
+        match cell:
+            case "lstm":
+                i, f, g, o = gates
+                c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+                h = sigmoid(o) * tanh(c)
+            case "gru":
+                m = tanh(xs[2] + sigmoid(gates[0]) * hx[2])
+                h = m + sigmoid(gates[1]) * (h - m)
+            case "tanh":
+                h = tanh(gates[0])
+            case "relu":
+                h = np.maximum(gates[0], F32(0))
+        with np.errstate(over="ignore"):
+            hidden = _to_uint8(h * factor, zero_point, qmin, qmax)
+        np.moveaxis(result, axis, 0)[t] = hidden
+    return _into(out, result)
+
+
+def tanh(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The hyperbolic tangent by additions, products and one division, which round alike everywhere:
+    see TANH_OVER."""
+    x = np.clip(x, F32(-TANH_LIMIT), F32(TANH_LIMIT))
+    square, parts = x * x, []
+    for coefficients in (TANH_OVER, TANH_BELOW):
+        value = np.full_like(x, coefficients[0])
+        for coefficient in coefficients[1:]:
+            value = value * square + F32(coefficient)
+        parts.append(value)
+    return np.clip(x * parts[0] / parts[1], F32(-1), F32(1))
+
+
+def sigmoid(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """1 / (1 + exp(-x)) as tanh(x / 2) / 2 + 1 / 2."""
+    half = F32(0.5)
+    return tanh(x * half) * half + half
 
 
 def _steps(x: NDArray[Any], zero_point: int) -> NDArray[np.float32]:

@@ -35,8 +35,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastq.graph import Graph, Node, Values, evaluate, pixels_together, sizes_of, tensors_of
-from fastq.lower import FIXED, weight_of
-from fastq.prepare import WEIGHTED, Prepared, fake_quantize, grid_ends
+from fastq.lower import WEIGHTED, FIXED, weight_of
+from fastq.prepare import Prepared, fake_quantize, grid_ends
 from fastq.processes import ALONE, Processes
 from fastq.program import NORMS
 from fastq.qparams import quantize_weight
@@ -189,7 +189,7 @@ def _insert_grids(
 def _input_readers(prepared: Prepared, x: Node) -> list[Node]:
     """The integer products that alone read a network's input, all in the same way; or []."""
     users = prepared.graph.users()[x]
-    layers = set(prepared.layers())
+    layers = set(prepared.products())
     if x in prepared.graph.output_nodes() or not users or len(x.shape) not in (2, 4):
         return []
     op = "conv2d" if len(x.shape) == 4 else "linear"
@@ -406,7 +406,7 @@ def walk(
     Gives each layer that becomes integers before it is run; what has been made of the layer by the
     time that the next one is asked for is what the layers after it see.
     """
-    graph, layers, quantized = prepared.graph, set(prepared.layers()), prepared.quantized_values()
+    graph, layers, quantized = prepared.graph, set(prepared.products()), prepared.quantized_values()
     last = {value: node for node in graph for value in node.inputs}
     reals: list[Values] = [{} for _ in batches] if floats else []
     grids: list[Values] = [{} for _ in batches]
@@ -482,8 +482,8 @@ def bias_correction(prepared: Prepared, sample: Sequence[Batch], progress: bool 
 
     Source: M. Nagel et al., 2019, arXiv:1906.04721, section 4.2, on data as in its appendix D.
     """
-    count = len(prepared.layers())
-    wanted, quantized = _Means(prepared.layers()), prepared.quantized_values()
+    count = len(prepared.products())
+    wanted, quantized = _Means(prepared.products()), prepared.quantized_values()
 
     def within(node: Node, value: Any) -> Any:
         if node not in quantized:
@@ -537,7 +537,7 @@ def batch_norm(prepared: Prepared, sample: Sequence[Batch], progress: bool = Fal
     Source: I. Hubara et al., Improving Post Training Neural Quantization: Layer-wise Calibration
     and Integer Programming, 2020, arXiv:2006.10518, section 3.4 (batch normalization tuning).
     """
-    count = len(prepared.layers())
+    count = len(prepared.products())
     with torch.no_grad():
         for node, sides in bar(walk(prepared, sample), "re-estimate", progress, count):
             got, wanted, simulated = [], [], _simulated(prepared, node)
@@ -575,7 +575,7 @@ def balanced_rounding(prepared: Prepared, sample: Sequence[Batch], progress: boo
     Source: C. Guo et al., SQuant: On-the-Fly Data-Free Quantization via Diagonal Hessian
     Approximation, 2022, arXiv:2202.07471, its second and third stage.
     """
-    for node in bar(prepared.layers(), "balance rounding", progress):
+    for node in bar(prepared.products(), "balance rounding", progress):
         weight = _float_weight(node)
         scale, qmax = _grid(prepared, node, weight)
         shape = weight_of(node).shape
@@ -678,7 +678,7 @@ def _fit(
 ) -> None:
     """Let choose(prepared, node, rows) give the integers (G, N / G, K) and scales (G, N / G) of
     each layer, then the scale and the bias that fit them best."""
-    count = len(prepared.layers())
+    count = len(prepared.products())
     with torch.no_grad():
         for node, sides in bar(walk(prepared, sample), title, progress, count):
             if node.op == "conv_transpose2d":

@@ -1,0 +1,235 @@
+"""Recurrent layers: for each step of a sequence the product with what the step before gave, then
+the cell, one element of the hidden state at a time.
+
+    lstm    i, f, g, o   c = sigmoid(f) * c + sigmoid(i) * tanh(g)    h = sigmoid(o) * tanh(c)
+    gru     r, z, n      m = tanh(xn + sigmoid(r) * hn)               h = m + sigmoid(z) * (h - m)
+    tanh, relu                                                        h = tanh(x + h) or relu(x + h)
+
+    gates   = float32(x) * X_SCALE + hx       of each gate, but for n of a gru, which is xn and hn
+    out     = int(rint(clamp(h * MULTIPLIER, lo, hi))) + zp
+
+x holds int16, one line of all gates; hx float32, the product of the last out with its epilogue; the
+state, c or else h, stays float32 from step to step. out holds uint8 values as the tier's
+products read them. Each float operation rounds once, in the order of reference.recurrent. A task is
+a block of lines, as in lines.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+from fastq.kernels.call import ITEM_BYTES, At, Call, View
+from fastq.kernels.lines import (
+    COLUMNS,
+    ELEMENT,
+    LINES_FIELDS,
+    MAX_BOUNDED,
+    OPERAND_FIELDS,
+    SHAPE_3,
+    emit_converted,
+    emit_line,
+    emit_rounded,
+    line_address,
+    share_lines,
+    task_lines,
+)
+from fastq.kernels.native import native
+from fastq.kernels.products import Layer
+from fastq.kernels.signature import sources_digest
+from fastq.kernels.simd import clamp, const, f32, i16, i32, i64, load, ptr, splat, store, vec
+from fastq.qparams import GATES, TANH_BELOW, TANH_LIMIT, TANH_OVER
+
+OUT, X, HX, OLD, NEW, FLOATS = range(
+    LINES_FIELDS, LINES_FIELDS + 5 * OPERAND_FIELDS + 1, OPERAND_FIELDS
+)
+ZERO_POINT, FIELDS = FLOATS + 1, FLOATS + 2
+WIDTHS = (32, 8, 1)  # of vectors: a cell has many values in hand at once
+GATE_NANOSECONDS = 0.4  # of one element of a gate
+
+
+def emit_tanh(b: Any, x: Any) -> Any:
+    """reference.tanh of a vector."""
+    limit = const(x.type, TANH_LIMIT)
+    x = clamp(b, x, b.fneg(limit), limit)
+    square = b.fmul(x, x)
+
+    def polynomial(coefficients: Sequence[float]) -> Any:
+        value = const(x.type, coefficients[0])
+        for coefficient in coefficients[1:]:
+            value = b.fadd(b.fmul(value, square), const(x.type, coefficient))
+        return value
+
+    y = b.fdiv(b.fmul(x, polynomial(TANH_OVER)), polynomial(TANH_BELOW))
+    return clamp(b, y, const(x.type, -1.0), const(x.type, 1.0))
+
+
+def emit_sigmoid(b: Any, x: Any) -> Any:
+    """reference.sigmoid of a vector."""
+    half = const(x.type, 0.5)
+    return b.fadd(b.fmul(emit_tanh(b, b.fmul(x, half)), half), half)
+
+
+@intrinsic(prefer_literal=True)
+def _cell_line(
+    typingctx: Any,
+    config: Any,
+    out: Any,
+    x: Any,
+    hx: Any,
+    old: Any,
+    new: Any,
+    count: Any,
+    features: Any,
+    floats: Any,
+    zero_point: Any,
+) -> Any:
+    """`count` elements of one line at these addresses; a gate has `features` of them, and FLOATS
+    are lo, hi, MULTIPLIER and X_SCALE. config begins with cell_kernel's arguments."""
+    cell, kind, bounded = (t.literal_value for t in config.types[:3])
+    signature = types.void(config, *[types.int64] * 9)
+
+    def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
+        out, x, hx, old, new = (b.inttoptr(place, ptr) for place in values[1:6])
+        count, features = values[6:8]
+        floats, zero_point = (b.inttoptr(place, ptr) for place in values[8:10])
+        lo, hi, multiplier, x_scale = (load(b, f32, floats, 4 * i) for i in range(4))
+        zp = load(b, i32, zero_point)
+
+        def body(i: Any, width: int) -> None:
+            reals = vec(f32, width)
+            at = b.mul(i, i64(4))
+
+            def given(gate: int) -> tuple[Any, Any]:
+                """Of a gate float32(x) * X_SCALE, and hx."""
+                place = b.add(i, b.mul(features, i64(gate)))
+                steps = load(b, vec(i16, width), x, b.mul(place, i64(2)))
+                real = b.sitofp(b.sext(steps, vec(i32, width)), reals)
+                real = b.fmul(real, splat(b, x_scale, width))
+                return real, load(b, reals, hx, b.mul(place, i64(4)))
+
+            def gate(number: int) -> Any:
+                return b.fadd(*given(number))
+
+            match cell:
+                case "lstm":
+                    into, forget, change, shown = map(gate, range(GATES[cell]))
+                    kept = b.fmul(emit_sigmoid(b, forget), load(b, reals, old, at))
+                    taken = b.fmul(emit_sigmoid(b, into), emit_tanh(b, change))
+                    state = b.fadd(kept, taken)
+                    h = b.fmul(emit_sigmoid(b, shown), emit_tanh(b, state))
+                case "gru":
+                    reset, update = (emit_sigmoid(b, gate(number)) for number in range(2))
+                    xn, hn = given(2)
+                    made = emit_tanh(b, b.fadd(xn, b.fmul(reset, hn)))
+                    change = b.fsub(load(b, reals, old, at), made)
+                    h = state = b.fadd(made, b.fmul(update, change))
+                case "tanh":
+                    h = state = emit_tanh(b, gate(0))
+                case "relu":
+                    value = gate(0)
+                    zero = const(reals, 0.0)
+                    h = state = b.select(b.fcmp_ordered(">", value, zero), value, zero)
+            store(b, state, new, at)
+            value = b.fmul(h, splat(b, multiplier, width))
+            q = emit_rounded(b, value, lo, hi, zp, kind, bool(bounded))
+            store(b, emit_converted(b, q, ELEMENT[kind]), out, b.mul(i, i64(ITEM_BYTES[kind])))
+
+        emit_line(b, count, body, WIDTHS)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@functools.cache
+def cell_kernel(cell: str, kind: str, bounded: bool) -> Any:
+    """One step of a cell, a key of GATES; kind "u8" or "u8x2" of out. bounded: see emit_rounded."""
+    config = (cell, kind, int(bounded), sources_digest())
+    item = ITEM_BYTES[kind]
+
+    @native
+    def kernel(args, begin, end):  # type: ignore[no-untyped-def]
+        for task in range(begin, end):
+            i, j, row, last, column, count = task_lines(args, task)
+            for line in range(row, last):
+                _cell_line(
+                    config,
+                    line_address(args, OUT, i, j, line) + column * item,
+                    line_address(args, X, i, j, line) + column * 2,
+                    line_address(args, HX, i, j, line) + column * 4,
+                    line_address(args, OLD, i, j, line) + column * 4,
+                    line_address(args, NEW, i, j, line) + column * 4,
+                    count, args[SHAPE_3], args[FLOATS], args[ZERO_POINT],
+                )  # fmt: skip
+
+    return kernel
+
+
+def recurrent_row(
+    call: Call,
+    x: View,
+    out: View,
+    layer: Layer,
+    *,
+    cell: str,
+    x_scale: float,
+    multiplier: float,
+    axis: int,
+    reverse: bool,
+    zero_point: int,
+    qmin: int,
+    qmax: int,
+) -> None:
+    """Appends reference.recurrent: two rows for each step but the first.
+
+    x and out have three axes and side by side features; out is of the tier's kind, in memory of
+    which more may be read. layer is the product's, with a Dequant.
+    """
+    rows, features = out.shape[1 - axis], out.shape[2]
+    if 0 in out.shape:
+        return
+    ends = layer.epilogue
+    first = np.zeros(x.shape[2], np.float32)  # the product of real zeros
+    first = np.clip(first + (0 if ends.bias is None else ends.bias), ends.fmin, ends.fmax)
+    none = np.zeros(features, np.float32)
+    product, state = call.dense((rows, x.shape[2]), "f32"), call.dense((rows, features), "f32")
+    hx, old = (View(place, (rows, len(place)), (0, 4), "f32") for place in (first, none))
+    floats = np.array([qmin - zero_point, qmax - zero_point, multiplier, x_scale], np.float32)
+    zero = np.array([zero_point], np.int32)
+    bounded = cell != "relu" and abs(multiplier) <= MAX_BOUNDED
+    kernel = cell_kernel(cell, out.kind, bounded)
+    tasks, values = share_lines((1, 1, rows, features))
+    scale = np.array([ends.x_scale], np.float32)
+    steps = range(out.shape[axis])
+    before: View | None = None
+    for t in reversed(steps) if reverse else steps:
+        here = _step(out, axis, t)
+        if before is not None:
+            layer.rows(call, before, product, scale=scale, zero_point=zero)
+            hx, old = product, state
+        views = here, _step(x, axis, t), hx, old, state
+        strides = {
+            field + OPERAND_FIELDS - 1: view.strides[0]
+            for field, view in zip((OUT, X, HX, OLD, NEW), views, strict=True)
+        }
+        places = {
+            field: view.place for field, view in zip((OUT, X, HX, OLD, NEW), views, strict=True)
+        }
+        call.row(
+            kernel, FIELDS, tasks, values | strides,
+            places | {FLOATS: floats, ZERO_POINT: zero},
+            rows * x.shape[2] * GATE_NANOSECONDS, f"{cell}_{out.kind}",
+        )  # fmt: skip
+        before = here
+
+
+def _step(view: View, axis: int, t: int) -> View:
+    """(rows, features) of one step."""
+    assert isinstance(view.place, At)
+    shape, strides = ((v[1 - axis], v[2]) for v in (view.shape, view.strides))
+    return View(view.place + t * view.strides[axis], shape, strides, view.kind)
