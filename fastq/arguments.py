@@ -215,7 +215,7 @@ def check_cell(name: str, cell: str, weight: LinearWeight, epilogue: Dequant) ->
     gates, features = GATES[cell], weight.k
     if weight.n != gates * features or not features:
         raise ValueError(
-            f"{name}: weight {weight.data.shape} of the cell {cell!r}; wanted ({gates} * H, H), H > 0"
+            f"{name}: weight {weight.data.shape} of a cell {cell!r}; wanted ({gates} * H, H), H > 0"
         )
     _check_epilogue(name, epilogue)
     for what, value in (("scale", epilogue.scale), ("bias", epilogue.bias)):
@@ -239,8 +239,7 @@ def _check_epilogue(name: str, epilogue: Any) -> None:
     largest = max(float(np.max(factor, initial=0.0)) for factor in factors)
     if largest > MAX_FACTOR:
         raise ValueError(
-            f"{name}: an epilogue with a factor of {largest:.3g}; "
-            f"wanted up to {MAX_FACTOR:.3g}"
+            f"{name}: an epilogue with a factor of {largest:.3g}; wanted up to {MAX_FACTOR:.3g}"
         )
 
 

@@ -116,7 +116,7 @@ def bench(context: click.Context, what: str | None, options: tuple[str, ...]) ->
 
 
 @cli.command()
-@click.option("--network", help="Only what such networks use: bert, resnet50 or mobilenet.")
+@click.option("--network", help="Only what such networks use: bert, resnet50, mobilenet or lstm.")
 @click.option("--isa", help="Another instruction set than the fastest, as FASTQ_ISA names it.")
 def warmup(network: str | None, isa: str | None) -> None:
     """Compile the kernels now, into the disk cache, not at their first use."""

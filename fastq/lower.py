@@ -249,7 +249,7 @@ class Ranges:
         self.wide = self._wide(regions)
 
     def _wide(self, regions: Sequence[Region]) -> set[Node]:
-        """Sums, and what norms and recurrent layers take, that nobody takes who cannot read int16."""
+        """Sums, and what norms and recurrent layers take, where all can read int16."""
         nodes = [node for region in regions for node in region.nodes]
         sums = [node for node in nodes if node.op in SUMS and len(node.inputs) == 2]
         read = [node.inputs[0] for node in nodes if node.op in (*NORMS, *RECURRENT)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -137,7 +138,9 @@ class Profile:
             f"{'layer':{layers}}  {'op':{operations}}  {_HEADER}  kernels",
         ]
         for step in self.steps:
-            kernels = " + ".join(kernel.name for kernel in step.kernels) or "nothing is moved"
+            runs = Counter(kernel.name for kernel in step.kernels)
+            named = [f"{n} x {name}" if n > 1 else name for name, n in runs.items()]
+            kernels = " + ".join(named) or "nothing is moved"
             if step.why:
                 kernels = f"float: {step.why}"
             lines.append(

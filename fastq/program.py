@@ -9,8 +9,9 @@ program needs no torch.
     ...         uint8 -> uint8
     dequantize  back to float32, the way out; conv2d and linear may end in float32 themselves
 
-Sums are int16 where all who take them can read it, as norms and recurrent layers do: their values differ by
-orders of magnitude, and what a network adds to layer by layer would lose a little each time.
+Sums are int16 where all who take them can read it, as norms do: their values differ by
+orders of magnitude, and what a network adds to layer by layer would lose a little each time. So are
+the products that a recurrent layer takes, which its state sums up over a sequence.
 quantize, constant, add, conv2d and linear make int16; WIDE says who takes it.
 """
 
@@ -38,8 +39,8 @@ NORMS = ("layer_norm", "rms_norm", "group_norm")
 RECURRENT = ("recurrent",)  # take int16 alone
 ANY = range(2**31)  # of how many inputs there are
 # operation -> which of its inputs may be int16
-WIDE = {"dequantize": (0,), **dict.fromkeys((*NORMS, *RECURRENT), (0,)), "add": (0, 1),
-        "conv2d": (1,), "linear": (1,), **dict.fromkeys(MOVED, ANY)}  # fmt: skip
+WIDE = {"dequantize": (0,), **dict.fromkeys(NORMS, (0,)), "add": (0, 1),
+        "conv2d": (1,), "linear": (1,), **dict.fromkeys((*MOVED, *RECURRENT), ANY)}  # fmt: skip
 MAX_VALUES = 2**44  # of one array: addresses stay within int64
 MAX_TAPS = 2**24  # of all windows along an axis: pooling lists them
 

@@ -372,7 +372,7 @@ class Reader:
         if time == 0:
             return state
         return self.add(node, "permute", [state], attrs={"dims": (1, 0, 2)},
-                        name=f"{state.name}_first", shape=(shape[1], shape[0], shape[2]))  # fmt: skip
+                        name=f"{state.name}_first", shape=(1, shape[0], shape[2]))  # fmt: skip
 
     def joined(self, node: fx.Node, parts: list[Node], dim: int) -> Node:
         """Parts of three axes side by side."""

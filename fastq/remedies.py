@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fastq.graph import Graph, Node, Values, evaluate, pixels_together, sizes_of, tensors_of
-from fastq.lower import WEIGHTED, FIXED, weight_of
+from fastq.lower import FIXED, WEIGHTED, weight_of
 from fastq.prepare import Prepared, fake_quantize, grid_ends
 from fastq.processes import ALONE, Processes
 from fastq.program import NORMS

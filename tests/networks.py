@@ -1156,6 +1156,33 @@ CASES: dict[str, Case] = {
         ),
         images(3),
     ),
+    # recurrent
+    "lstm": Case(
+        call(
+            lambda net, x: net.head(F.relu(net.rnn(F.relu(net.conv(x)).transpose(1, 2))[0])),
+            conv=lambda: nn.Conv1d(6, 10, 3),
+            rnn=lambda: nn.LSTM(10, 12, 2, batch_first=True, bidirectional=True),
+            head=lambda: nn.Linear(24, 4),
+        ),
+        signals(6),
+    ),
+    "gru, last states": Case(
+        call(
+            lambda net, x: net.head(torch.cat(list(net.rnn(net.first(x).transpose(0, 1))[1]), 1)),
+            first=lambda: nn.Linear(6, 10),
+            rnn=lambda: nn.GRU(10, 12, bidirectional=True),
+            head=lambda: nn.Linear(24, 4),
+        ),
+        sequences(6),
+    ),
+    "rnn": Case(
+        call(
+            lambda net, x: (net.two(net.one(x)[0])[0], net.one(x)[1][-1]),
+            one=lambda: nn.RNN(6, 12, bias=False, batch_first=True),
+            two=lambda: nn.RNN(12, 8, nonlinearity="relu", batch_first=True),
+        ),
+        sequences(6),
+    ),
     # in place, shared, folded
     "dropout, identity": Case(
         lambda: nn.Sequential(

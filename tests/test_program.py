@@ -13,9 +13,9 @@ import pytest
 
 from fastq.arguments import ARGUMENTS, PADDING_MODES
 from fastq.plan import BoundProgram
-from fastq.program import OPERATIONS, WAYS_IN, Program, Step
+from fastq.program import OPERATIONS, RECURRENT, WAYS_IN, Program, Step
 from fastq.program import WIDE as TAKE_WIDE
-from fastq.qparams import Dequant, Requant
+from fastq.qparams import GATES, Dequant, Requant
 from fastq.weights import Conv2dWeight, LinearWeight
 
 Shape = tuple[int, ...]
@@ -31,10 +31,12 @@ def real(name: str, source: str) -> Step:
     return Step("dequantize", name, (source,), {"scale": 0.1, "zero_point": 7})
 
 
-def program(ranks: tuple[int, ...], *steps: Step, outputs: dict[str, int]) -> Program:
+def program(
+    ranks: tuple[int, ...], *steps: Step, outputs: dict[str, int], dtype: str = "uint8"
+) -> Program:
     """inputs x0, x1, ... of these ranks, quantized as q0, q1, ...; outputs and their ranks."""
     inputs = tuple(f"x{i}" for i in range(len(ranks)))
-    first = [quantized(f"q{i}", f"x{i}", rank) for i, rank in enumerate(ranks)]
+    first = [quantized(f"q{i}", f"x{i}", rank, dtype) for i, rank in enumerate(ranks)]
     ends = tuple((name, tuple(range(rank))) for name, rank in outputs.items())
     extents = tuple((None,) * rank for rank in ranks)
     return Program(inputs, (*first, *steps), ends, extents)
@@ -55,7 +57,9 @@ ADDING = dataclasses.replace(EPILOGUE, add_multiplier=0.7, add_zero_point=9)
 IMAGE = (2, 6, 5, 3)
 WIDE = np.dtype(np.int16)
 
-# operation -> examples: the shapes of its uint8 inputs, and its arguments
+STATES = {"x_scale": 1e-3, "multiplier": 127.0, **TO}
+
+# operation -> examples: the shapes of its inputs, uint8 (recurrent: int16), and its arguments
 EXAMPLES: dict[str, list[tuple[tuple[Shape, ...], dict[str, Any]]]] = {
     "quantize": [
         ((IMAGE,), {"scale": 0.1, "zero_point": 7, "axes": (0, 2, 3, 1), "dtype": "uint8"}),
@@ -107,6 +111,14 @@ EXAMPLES: dict[str, list[tuple[tuple[Shape, ...], dict[str, Any]]]] = {
     "table": [
         ((IMAGE,), {"values": np.arange(256, dtype=np.uint8)[::-1]}),
         ((IMAGE,), {"values": np.arange(768).reshape(3, 256).astype(np.uint8)}),
+    ],
+    "recurrent": [
+        (((2, 5, 12),), {"cell": "lstm", "weight": LinearWeight(i8(12, 3)), "axis": 1,
+                         "epilogue": Dequant(f32(0.01)[0], f32(0.1)[0]), "reverse": False,
+                         **STATES}),
+        (((5, 2, 9),), {"cell": "gru", "weight": LinearWeight(i8(9, 3)), "axis": 0,
+                        "epilogue": Dequant(f32(*range(1, 10)), bias=f32(*range(9)), fmin=-40),
+                        "reverse": True, **STATES}),
     ],
     "softmax": [
         ((IMAGE,), {"scale": 0.05, "uniform": False}),
@@ -160,15 +172,16 @@ def of(op: str, shapes: tuple[Shape, ...], arguments: dict[str, Any]) -> Program
     ranks = tuple(map(len, shapes))
     sources = ("x0",) if op in WAYS_IN else tuple(f"q{i}" for i in range(len(ranks)))
     step = Step(op, "y", sources, arguments)
+    dtype = "int16" if op in RECURRENT else "uint8"
     if op == "dequantize":
         return program(ranks, step, outputs={"y": len(shapes[0])})
     try:
-        rank = len(program(ranks, step, outputs={}).shapes(*shapes)["y"])
+        rank = len(program(ranks, step, outputs={}, dtype=dtype).shapes(*shapes)["y"])
     except ValueError as error:
         if "inputs of the program" not in str(error):
             raise
         rank = 0  # there is no such value
-    return program(ranks, step, real("out", "y"), outputs={"out": rank})
+    return program(ranks, step, real("out", "y"), outputs={"out": rank}, dtype=dtype)
 
 
 def inputs_of(shapes: tuple[Shape, ...]) -> list[np.ndarray]:
@@ -218,8 +231,9 @@ def test_arguments_are_all_there_and_no_other(op: str) -> None:
     with pytest.raises(ValueError, match=r"\['.*more.*\]; wanted"):
         of(op, shapes, {**arguments, "more": 1})
     inputs = {"concat": (), **dict.fromkeys(WAYS_IN, ("x0", "x0"))}.get(op, ("q0",) * 3)
+    dtype = "int16" if op in RECURRENT else "uint8"
     with pytest.raises(ValueError, match=r"y: .* of \d inputs; wanted"):
-        program((2,), Step(op, "y", inputs, arguments), outputs={})
+        program((2,), Step(op, "y", inputs, arguments), outputs={}, dtype=dtype)
 
 
 # what stands where something else is wanted
@@ -716,6 +730,9 @@ class Random:
     def append(self, op: str) -> None:
         names = list(self.shapes)
         x = names[-1] if self.flag(0.6) else self.one(*names)
+        if op == "recurrent":
+            self.recurrent(self.one(*(n for n in names if len(self.shapes[n]) == 3), x))
+            return
         arguments = self.arguments(op, self.shapes[x])
         if op == "dilate" and self.flag(0.8) and len(self.shapes[x]) == 4:
             self.transposed(x, arguments)
@@ -731,6 +748,21 @@ class Random:
             epilogue = self.requant(5, 6 * weight.c, False)
             given = {"weight": weight, "epilogue": epilogue, "x_zero_point": arguments["value"]}
             self.take("conv2d", (list(self.shapes)[-1],), given)
+
+    def recurrent(self, x: str) -> None:
+        """The products with all inputs, in int16, and the layer that reads them."""
+        cell, features, (*_, c) = self.one(*GATES), self.one(1, 4, 9, 17), self.shapes[x]
+        n = GATES[cell] * features
+        gates = Requant(f32(self.factor() * 40 / max(c, 1) ** 0.5)[0], dtype=WIDE)
+        arguments = {"weight": LinearWeight(self.weight(n, c)), "epilogue": gates}
+        if self.take("linear", (x,), {**arguments, "x_zero_point": self.byte()}):
+            scale = self.rng.uniform(1e-4, 1e-2, self.one((), (n,))).astype(np.float32)
+            bias = self.one(None, self.rng.normal(size=n).astype(np.float32))
+            self.take("recurrent", (list(self.shapes)[-1],), {
+                "cell": cell, "weight": LinearWeight(self.weight(n, features)),
+                "epilogue": Dequant(scale, f32(1 / 127)[0], bias), "x_scale": 2e-4,
+                "multiplier": 127.0, "axis": self.one(0, 1), "reverse": self.flag(), **self.to(),
+            })  # fmt: skip
 
     def take(self, op: str, inputs: tuple[str, ...], arguments: dict[str, Any]) -> bool:
         """Appends the step if its operands fit and its value is small."""

@@ -166,7 +166,7 @@ def test_a_kernel_that_the_cache_lacks_is_compiled(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_cannot_be_warmed_up() -> None:
-    with pytest.raises(ValueError, match="wanted one of bert, resnet50, mobilenet"):
+    with pytest.raises(ValueError, match="wanted one of bert, resnet50, mobilenet, lstm"):
         fastq.warmup("alexnet")
     with pytest.raises(ValueError, match="wanted one of amx_int8"):
         fastq.warmup(isa="mmx")

@@ -241,7 +241,7 @@ class Layer:
             tasks * -(-m // mc),
             values,
             places,
-            nanoseconds(tile.isa, macs, tile.kind),
+            nanoseconds(tile.isa, macs, tile.kind, packed.panels.nbytes),
             given.label or str(tile),
         )
 

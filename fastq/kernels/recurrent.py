@@ -26,7 +26,6 @@ from numba.extending import intrinsic
 
 from fastq.kernels.call import ITEM_BYTES, At, Call, View
 from fastq.kernels.lines import (
-    COLUMNS,
     ELEMENT,
     LINES_FIELDS,
     MAX_BOUNDED,
@@ -43,7 +42,7 @@ from fastq.kernels.native import native
 from fastq.kernels.products import Layer
 from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import clamp, const, f32, i16, i32, i64, load, ptr, splat, store, vec
-from fastq.qparams import GATES, TANH_BELOW, TANH_LIMIT, TANH_OVER
+from fastq.qparams import GATES, TANH_BELOW, TANH_LIMIT, TANH_OVER, Dequant
 
 OUT, X, HX, OLD, NEW, FLOATS = range(
     LINES_FIELDS, LINES_FIELDS + 5 * OPERAND_FIELDS + 1, OPERAND_FIELDS
@@ -194,6 +193,7 @@ def recurrent_row(
     if 0 in out.shape:
         return
     ends = layer.epilogue
+    assert isinstance(ends, Dequant)
     first = np.zeros(x.shape[2], np.float32)  # the product of real zeros
     first = np.clip(first + (0 if ends.bias is None else ends.bias), ends.fmin, ends.fmax)
     none = np.zeros(features, np.float32)

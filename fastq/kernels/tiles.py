@@ -185,9 +185,11 @@ def _within_128_bits(words: list[int]) -> bool:
 _MACS_PER_NANOSECOND = {"amx_int8": 400.0, "avx512_vnni": 400.0, "avx_vnni": 150.0, "avx2": 60.0}
 _MATRIX_RATE, _DEPTHWISE_RATE = 1.25, 0.1  # of that
 BYTES_PER_NANOSECOND = 24.0  # that a plain loop reads, in the cache
+_WEIGHT_BYTES_PER_NANOSECOND = 80.0  # that products of few rows read: they wait for their weights
 
 
-def nanoseconds(isa: str, macs: int, kind: str = "gemm") -> float:
+def nanoseconds(isa: str, macs: int, kind: str = "gemm", weight_bytes: int = 0) -> float:
     """An estimate of what this many multiply-adds take one thread, in tiles of a kind."""
     rate = {"gemm": 1.0, "matrix": _MATRIX_RATE, "depthwise": _DEPTHWISE_RATE}[kind]
-    return macs / (rate * _MACS_PER_NANOSECOND.get(isa, 20.0))
+    computed = macs / (rate * _MACS_PER_NANOSECOND.get(isa, 20.0))
+    return max(computed, weight_bytes / _WEIGHT_BYTES_PER_NANOSECOND)

@@ -22,6 +22,7 @@ from fastq.kernels import (
     matrix,
     norms,
     pointwise,
+    recurrent,
     stage,
     windows,
     winograd,
@@ -32,6 +33,7 @@ from fastq.kernels.call import ITEM_BYTES
 from fastq.kernels.native import Kernel as Native
 from fastq.kernels.simd import emitter
 from fastq.kernels.tiles import GROUPS, group_tiles, tiles_of
+from fastq.qparams import GATES
 
 INTEGERS = ("u8", "s8", "s16", "s32")
 LAYOUTS = ("tensor", "row", "column")
@@ -235,6 +237,19 @@ FAMILIES = (
     Family("norms", group_norm.channel_sums_kernel, _held),
     Family("norms", group_norm.group_scales_kernel, lambda tier: [()]),
     Family("norms", pointwise.pointwise_kernel, _scaled_groups),
+    Family(
+        "recurrent",
+        recurrent.cell_kernel,
+        lambda tier: ((cell, _activations(tier), cell != "relu") for cell in GATES),
+    ),
+    Family(
+        "recurrent", gemm.gemm_kernel, lambda tier: product(tiles_of(tier), ("s16",), ("affine",))
+    ),
+    Family(
+        "recurrent",
+        matrix.matrix_kernel,
+        lambda tier: product(tiles_of(tier, "matrix"), ("s16",)),
+    ),
     Family("array", elementwise.elementwise_kernel, _elementwise),
     Family("array", histogram.histogram_kernel, lambda tier: [(False,), (True,)]),
 )
@@ -244,6 +259,7 @@ NETWORKS = {
     "bert": ("linear", "program", "attention"),
     "resnet50": ("linear", "program", "conv"),
     "mobilenet": ("linear", "program", "conv", "depthwise"),
+    "lstm": ("linear", "program", "recurrent"),
 }
 
 Kernel = tuple[Callable[..., Any], tuple[Any, ...]]  # a factory and its arguments
@@ -286,7 +302,7 @@ def warmup(
 ) -> Warmup:
     """Compiles kernels into the disk cache, so that no first call has to.
 
-    network   "bert", "resnet50" or "mobilenet": the kernels that such networks use. None: all.
+    network   a key of NETWORKS: the kernels that such networks use. None: all.
     isa       the instruction set, as FASTQ_ISA names it; None is the one in use.
     progress  wraps the list of kernels, as tqdm.tqdm does.
 

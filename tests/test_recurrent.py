@@ -1,0 +1,247 @@
+"""Recurrent layers: the kernels give the definition's bits, the definition is close to torch's, and
+networks with them are one program, in training too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from networks import Call, by_reference, noise_ratio, quantized_case
+from numpy.testing import assert_array_equal
+from rows import guarded
+from torch import Tensor, nn
+
+import fastq
+from fastq import ops, reference
+from fastq.arguments import check_arguments
+from fastq.program import Program, Step
+from fastq.qparams import GATES, Dequant
+from fastq.remedies import REMEDIES
+from fastq.weights import LinearWeight
+
+# rows, steps, features
+SIZES = [(1, 1, 1), (1, 5, 16), (3, 4, 33), (2, 3, 100), (17, 2, 64), (0, 3, 4), (2, 0, 4)]
+REST = {"x_scale": 2e-4, "multiplier": 127.0, "zero_point": 131, "qmin": 3, "qmax": 250}
+
+
+def layer(
+    rng: Any, cell: str, features: int, bias: bool = True
+) -> tuple[LinearWeight, Dequant]:  # fmt: skip
+    n = GATES[cell] * features
+    weight = rng.choice(np.r_[-127, 127, np.arange(-127, 128)].astype(np.int8), (n, features))
+    scale = (rng.uniform(1e-3, 2e-2, n) / features**0.5).astype(np.float32)
+    added = rng.normal(size=n).astype(np.float32) if bias else None
+    return LinearWeight(weight), Dequant(scale, np.float32(1 / 127), added)
+
+
+def steps_of(rng: Any, *shape: int) -> np.ndarray:
+    return rng.choice(np.r_[-(2**15), 0, 2**15 - 1, np.arange(-(2**15), 2**15)], shape).astype(
+        np.int16
+    )
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("cell", GATES)
+def test_parity(isa: str, threads: int, rng: Any, cell: str, size: tuple[int, int, int]) -> None:
+    rows, steps, features = size
+    weight, epilogue = layer(rng, cell, features, bias=bool(steps % 2))
+    for axis, reverse in ((0, True), (1, False)):
+        lines = (rows, steps) if axis else (steps, rows)
+        x = steps_of(rng, *lines, weight.n)
+        rest = {**REST, "cell": cell, "axis": axis, "reverse": reverse}
+        want = reference.recurrent(x, weight, epilogue, **rest)
+        out = guarded(np.zeros_like(want))
+        assert ops.recurrent(guarded(x), weight, epilogue, **rest, out=out) is out
+        assert_array_equal(out, want)
+
+
+@pytest.mark.parametrize("cell", GATES)
+def test_extremes(rng: Any, cell: str) -> None:
+    """Gates far beyond where a cell is flat, and outputs beyond int32 before the clamp."""
+    weight, small = layer(rng, cell, 24)
+    huge = Dequant(small.scale * np.float32(2.0**90), small.x_scale, small.bias)
+    x = steps_of(rng, 2, 6, weight.n)
+    for epilogue in (small, huge):
+        for x_scale in (1e-30, 1.0, 2.0**96):
+            for multiplier in (1e-3, 2.0**96):
+                rest = {**REST, "cell": cell, "x_scale": x_scale, "multiplier": multiplier}
+                want = reference.recurrent(x, weight, epilogue, **rest)
+                assert_array_equal(ops.recurrent(x, weight, epilogue, **rest), want)
+
+
+def test_the_cells_functions() -> None:
+    x = np.r_[np.linspace(-12, 12, 100_001), 0.0, -0.0, 1e-30, 3e38, -3e38].astype(np.float32)
+    real = x.astype(np.float64)
+    assert np.abs(reference.tanh(x) - np.tanh(real)).max() < 8e-6
+    assert np.abs(reference.tanh(x)).max() == 1
+    with np.errstate(over="ignore"):
+        assert np.abs(reference.sigmoid(x) - 1 / (1 + np.exp(-real))).max() < 4e-6
+
+
+TORCHS = {"lstm": nn.LSTM, "gru": nn.GRU, "tanh": nn.RNN,
+          "relu": lambda *args, **kwargs: nn.RNN(*args, nonlinearity="relu", **kwargs)}  # fmt: skip
+
+
+@pytest.mark.parametrize("cell", GATES)
+def test_it_is_torchs(rng: Any, cell: str) -> None:
+    module = TORCHS[cell](10, 24, batch_first=True)
+    x = torch.randn(3, 9, 10)
+    wanted = module(x)[0].detach()
+    given = (x @ module.weight_ih_l0.T + module.bias_ih_l0).detach().numpy()
+    x_scale = np.abs(given).max() / (2**15 - 1)
+    scale = np.float32(wanted.abs().max() / 127)
+    real = module.weight_hh_l0.detach().numpy()
+    of = (np.abs(real).max(1) / 127).astype(np.float32)
+    weight = LinearWeight(np.rint(real / of[:, None]).astype(np.int8))
+    got = reference.recurrent(
+        np.rint(given / x_scale).astype(np.int16), weight,
+        Dequant(of, scale, module.bias_hh_l0.detach().numpy()), cell=cell, x_scale=x_scale,
+        multiplier=1 / scale, zero_point=128,
+    )  # fmt: skip
+    found = torch.from_numpy((got.astype(np.float32) - 128) * scale)
+    assert noise_ratio(wanted, found) > 35
+
+
+X = np.zeros((2, 3, 8), np.int16)
+WEIGHT, ENDS = LinearWeight(np.ones((8, 2), np.int8)), Dequant(np.float32(1))
+BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "dtype": ({"x": X.astype(np.uint8)}, TypeError, "int16 of three axes"),
+    "axes": ({"x": X[0]}, TypeError, "int16 of three axes"),
+    "gates": ({"x": X[..., :6]}, ValueError, r"wanted \(.., .., 8\)"),
+    "cell": ({"cell": "lstn"}, ValueError, "wanted one of lstm, gru"),
+    "weight": ({"cell": "gru"}, ValueError, r"wanted \(3 \* H, H\)"),
+    "no features": ({"weight": LinearWeight(np.ones((0, 0), np.int8))}, ValueError, "H > 0"),
+    "kind": ({"weight": WEIGHT.data}, TypeError, "wanted LinearWeight, Dequant"),
+    "epilogue": ({"epilogue": None}, TypeError, "wanted LinearWeight, Dequant"),
+    "x_scale of rows": ({"epilogue": Dequant(np.float32(1), np.ones(2))}, ValueError, "a scalar"),
+    "scales": ({"epilogue": Dequant(np.ones(3))}, ValueError, r"wanted \(8,\)"),
+    "bias": ({"epilogue": Dequant(np.float32(1), bias=np.full(8, 3e38))}, ValueError, "bias"),
+    "factor": ({"epilogue": Dequant(np.float32(1e30))}, ValueError, "a factor of 1e\\+30"),
+    "axis": ({"axis": 2}, ValueError, "wanted 0 or 1"),
+    "negative": ({"multiplier": -1.0}, ValueError, "wanted over 0"),
+    "large": ({"x_scale": 1e30}, ValueError, "up to 2\\*\\*96"),
+    "clamp": ({"qmin": 9, "qmax": 8}, ValueError, "qmin"),
+    "out": ({"out": np.zeros((2, 3, 8), np.uint8)}, ValueError, "out is"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls_say_what_is_wanted(case: str) -> None:
+    changed, error, message = BAD_CALLS[case]
+    given = {"x": X, "weight": WEIGHT, "epilogue": ENDS, "cell": "lstm", "x_scale": 1e-3,
+             "multiplier": 127.0, **changed}  # fmt: skip
+    positional = [given.pop(name) for name in ("x", "weight", "epilogue")]
+    with pytest.raises(error, match=message):
+        ops.recurrent(*positional, **given)
+
+
+def test_a_program_checks_them() -> None:
+    arguments = {"cell": "lstm", "weight": WEIGHT, "epilogue": ENDS, "x_scale": 1e-3, "axis": 1,
+                 "multiplier": 127.0, "reverse": False, "zero_point": 0, "qmin": 0,
+                 "qmax": 255}  # fmt: skip
+    check_arguments(Step("recurrent", "h", ("x",), arguments))
+    for name, wrong in (("cell", "gru"), ("cell", 3), ("axis", 2), ("x_scale", 0.0),
+                        ("epilogue", Dequant(np.ones(3)))):  # fmt: skip
+        with pytest.raises(ValueError, match="wanted"):
+            check_arguments(Step("recurrent", "h", ("x",), {**arguments, name: wrong}))
+    narrow = {"scale": 1.0, "zero_point": 0, "axes": (0, 1, 2), "dtype": "uint8"}
+    steps = Step("quantize", "q", ("x",), narrow), Step("recurrent", "h", ("q",), arguments)
+    with pytest.raises(ValueError, match="h takes q, which is uint8; wanted a int16"):
+        Program(("x",), steps, (), ((None, None, 8),))
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru, last states", "rnn"])
+def test_other_lengths_than_the_example(isa: str, name: str) -> None:
+    int8 = quantized_case(name)
+    for batch, length in ((1, 2), (3, 40)):
+        x = torch.randn(batch, 6, length + 2) if name == "lstm" else torch.randn(batch, length, 6)
+        got, want = int8(x), by_reference(int8)(x)
+        for one, other in zip(*(y if isinstance(y, tuple) else (y,) for y in (got, want)),
+                              strict=True):  # fmt: skip
+            assert torch.equal(one, other)
+
+
+def network(function: Any, rnn: nn.Module) -> nn.Module:
+    return Call(function, first=nn.Linear(6, 10), rnn=rnn, head=nn.Linear(12, 4)).eval()
+
+
+def test_what_stays_float_says_so() -> None:
+    """A cell that is asked for, a first state of the user's, a projection."""
+
+    def from_state(net: Any, x: Tensor, h: Tensor) -> Tensor:
+        return net.head(net.rnn(net.first(x), h)[0])
+
+    cases = [
+        (network(lambda net, x: net.head(net.rnn(net.first(x))[1][1][0]),
+                 nn.LSTM(10, 12, batch_first=True)), ()),
+        (network(from_state, nn.GRU(10, 12, batch_first=True)), (torch.randn(1, 8, 12),)),
+        (network(lambda net, x: net.head(net.rnn(net.first(x))[0]),
+                 nn.LSTM(10, 24, batch_first=True, proj_size=12)), ()),
+    ]  # fmt: skip
+    for model, more in cases:
+        x = torch.randn(8, 7, 6)
+        int8 = fastq.quantize_model(
+            model, [(x, *more)], forward=lambda m, given: m(*given), progress=False
+        )
+        (row,) = (row for row in fastq.summary(int8).rows if row.name == "rnn")
+        assert row.result == "float" and noise_ratio(model(x, *more).detach(), int8(x, *more)) > 25
+
+
+def test_a_first_state_of_zeros_is_none() -> None:
+    model = network(
+        lambda net, x: net.head(net.rnn(net.first(x), torch.zeros(1, x.shape[0], 12))[0]),
+        nn.GRU(10, 12, batch_first=True),
+    )
+    int8 = fastq.quantize_model(model, torch.randn(8, 7, 6), progress=False, strict=True)
+    assert [step.op for step in int8.program.steps].count("recurrent") == 1
+
+
+def test_trained_as_it_runs(tmp_path: Any) -> None:
+    """All parameters learn, and the integer network has the trained one's very outputs."""
+    model = network(
+        lambda net, x: net.head(net.rnn(net.first(x))[1][-1]), nn.GRU(10, 12, 2, batch_first=True)
+    )
+    x, classes = torch.randn(64, 7, 6), torch.randint(4, (64,))
+    start = fastq.quantize_model(model, x, progress=False)
+    fastq.save(start, tmp_path / "start.safetensors")
+    trained = fastq.prepare_qat(fastq.load(tmp_path / "start.safetensors"))
+    assert torch.equal(trained(x).detach(), start(x))
+    optimizer = torch.optim.Adam(trained.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(trained(x), classes)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and bool(p.grad.any()) for p in trained.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    trained.eval()
+    assert torch.equal(fastq.convert(trained)(x), trained(x).detach())
+
+
+def test_remedies_leave_the_recurrence() -> None:
+    """Every remedy works on the products alone."""
+    model = network(lambda net, x: net.head(net.rnn(net.first(x))[0]),
+                    nn.LSTM(10, 12, batch_first=True))  # fmt: skip
+    x = torch.randn(16, 7, 6)
+    for remedy in REMEDIES:
+        int8 = fastq.quantize_model(model, x, remedies=remedy, progress=False)
+        assert noise_ratio(model(x).detach(), int8(x)) > 25, remedy
+    table = fastq.sensitivity(model, x, progress=False)
+    assert [row.name for row in table.rows] == ["first", "rnn", "rnn", "head"]
+
+
+def test_it_is_profiled_and_reported(tmp_path: Any) -> None:
+    model = network(lambda net, x: net.head(net.rnn(net.first(x))[0]),
+                    nn.LSTM(10, 12, batch_first=True))  # fmt: skip
+    x = torch.randn(3, 7, 6)
+    int8 = fastq.quantize_model(model, x, progress=False)
+    (step,) = (step for step in fastq.profile(int8, x).steps if step.op == "recurrent")
+    assert step.macs == 3 * 7 * 48 * 12 and len(step.kernels) == 2 * 7 - 1
+    assert "7 x cell lstm" in str(fastq.profile(int8, x))
+    page = tmp_path / "report.html"
+    fastq.report(model, int8, x, path=page)
+    assert "rnn" in page.read_text()
