@@ -711,13 +711,13 @@ def recurrent(
         match cell:
             case "lstm":
                 i, f, g, o = gates
-                c = sigmoid(f) * c + sigmoid(i) * tanh(g)
-                h = sigmoid(o) * tanh(c)
+                c = _sigmoid(f) * c + _sigmoid(i) * _tanh(g)
+                h = _sigmoid(o) * _tanh(c)
             case "gru":
-                m = tanh(xs[2] + sigmoid(gates[0]) * hx[2])
-                h = m + sigmoid(gates[1]) * (h - m)
+                m = _tanh(xs[2] + _sigmoid(gates[0]) * hx[2])
+                h = m + _sigmoid(gates[1]) * (h - m)
             case "tanh":
-                h = tanh(gates[0])
+                h = _tanh(gates[0])
             case "relu":
                 h = np.maximum(gates[0], F32(0))
         with np.errstate(over="ignore"):
@@ -726,7 +726,7 @@ def recurrent(
     return _into(out, result)
 
 
-def tanh(x: NDArray[np.float32]) -> NDArray[np.float32]:
+def _tanh(x: NDArray[np.float32]) -> NDArray[np.float32]:
     """The hyperbolic tangent by additions, products and one division, which round alike everywhere:
     see TANH_OVER."""
     x = np.clip(x, F32(-TANH_LIMIT), F32(TANH_LIMIT))
@@ -739,10 +739,10 @@ def tanh(x: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.clip(x * parts[0] / parts[1], F32(-1), F32(1))
 
 
-def sigmoid(x: NDArray[np.float32]) -> NDArray[np.float32]:
+def _sigmoid(x: NDArray[np.float32]) -> NDArray[np.float32]:
     """1 / (1 + exp(-x)) as tanh(x / 2) / 2 + 1 / 2."""
     half = F32(0.5)
-    return tanh(x * half) * half + half
+    return _tanh(x * half) * half + half
 
 
 def _steps(x: NDArray[Any], zero_point: int) -> NDArray[np.float32]:

@@ -74,10 +74,10 @@ def test_extremes(rng: Any, cell: str) -> None:
 def test_the_cells_functions() -> None:
     x = np.r_[np.linspace(-12, 12, 100_001), 0.0, -0.0, 1e-30, 3e38, -3e38].astype(np.float32)
     real = x.astype(np.float64)
-    assert np.abs(reference.tanh(x) - np.tanh(real)).max() < 8e-6
-    assert np.abs(reference.tanh(x)).max() == 1
+    assert np.abs(reference._tanh(x) - np.tanh(real)).max() < 8e-6
+    assert np.abs(reference._tanh(x)).max() == 1
     with np.errstate(over="ignore"):
-        assert np.abs(reference.sigmoid(x) - 1 / (1 + np.exp(-real))).max() < 4e-6
+        assert np.abs(reference._sigmoid(x) - 1 / (1 + np.exp(-real))).max() < 4e-6
 
 
 TORCHS = {"lstm": nn.LSTM, "gru": nn.GRU, "tanh": nn.RNN,

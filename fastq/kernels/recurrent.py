@@ -53,7 +53,7 @@ GATE_NANOSECONDS = 0.4  # of one element of a gate
 
 
 def emit_tanh(b: Any, x: Any) -> Any:
-    """reference.tanh of a vector."""
+    """reference._tanh of a vector."""
     limit = const(x.type, TANH_LIMIT)
     x = clamp(b, x, b.fneg(limit), limit)
     square = b.fmul(x, x)
@@ -69,7 +69,7 @@ def emit_tanh(b: Any, x: Any) -> Any:
 
 
 def emit_sigmoid(b: Any, x: Any) -> Any:
-    """reference.sigmoid of a vector."""
+    """reference._sigmoid of a vector."""
     half = const(x.type, 0.5)
     return b.fadd(b.fmul(emit_tanh(b, b.fmul(x, half)), half), half)
 
