@@ -6,6 +6,7 @@ instruction set and for every number of threads. No function needs torch.
 
 from __future__ import annotations
 
+import functools
 import struct
 import sys
 from collections import defaultdict
@@ -154,9 +155,9 @@ def quantize(
                 "quantize: a quantize_factor has no zero_point; "
                 "scale=1/quantize_factor with zero_point= is the affine form"
             )
-    zeros = _zeros("quantize: zero_point", zero_point, kind)
-    return _elementwise("quantize", operation, real, kind, steps, zeros, axis,
-                        *limits(kind), out)  # fmt: skip
+    ends = limits(kind)
+    zeros = _zeros("quantize: zero_point", zero_point, kind, ends)
+    return _elementwise("quantize", operation, real, kind, steps, zeros, axis, ends, out)
 
 
 def grid(
@@ -221,9 +222,10 @@ def dequantize(
     integers = np.asarray(q)
     kind = _integer("dequantize: q", integers)
     steps = _scale("dequantize: scale", scale)
-    zeros = _zeros("dequantize: zero_point", zero_point, kind)
-    return _elementwise("dequantize", "dequantize", integers, _FLOAT32, steps, zeros,
-                        axis, 0, 0, out)  # fmt: skip
+    zeros = _zeros("dequantize: zero_point", zero_point, kind, limits(kind))
+    return _elementwise(
+        "dequantize", "dequantize", integers, _FLOAT32, steps, zeros, axis, (0, 0), out
+    )
 
 
 def requantize(
@@ -261,17 +263,34 @@ def requantize(
             f"<= {most} for {kind}"
         )
     steps = _scale("requantize: multiplier", multiplier)
-    zeros = _zeros("requantize: zero_point", zero_point, kind)
-    return _elementwise("requantize", "multiply", integers, kind, steps, zeros, axis,
-                        int(low), int(high), out)  # fmt: skip
+    zeros = _zeros("requantize: zero_point", zero_point, kind, (least, most))
+    ends = int(low), int(high)
+    return _elementwise("requantize", "multiply", integers, kind, steps, zeros, axis, ends, out)
 
 
 _ELEMENTWISE_BLOCK = 16 * 1024  # values per task
 _CACHE_BYTES = 16 << 20  # a larger output would not be found there again: it is streamed
-_elementwise_calls = Calls()
 _range_calls = Calls()
 _grid_calls = Calls()
 _histogram_calls = Calls()
+_MOST_CHECKED = 64  # kinds of calls that are remembered, of a weight and of whole arrays
+
+
+class _Walk(NamedTuple):
+    """How arrays of one dtype, shape and strides are walked.
+
+    params      how many scales and zero points there are along the axis.
+    dense       whether as they lie; else a copy of them.
+    idle, make  calls that nobody uses; and one more.
+    """
+
+    params: int
+    dense: bool
+    idle: list[Call]
+    make: Callable[[], Call]
+
+
+_walks: dict[tuple[Any, ...], _Walk] = {}
 
 
 def _elementwise(
@@ -282,53 +301,81 @@ def _elementwise(
     scale: float | NDArray[np.float32],
     zero_point: int | NDArray[np.int32],
     axis: int | None,
-    qmin: int,
-    qmax: int,
+    ends: tuple[int, int],
     out: NDArray[Any] | None,
 ) -> NDArray[Any]:
-    """Arrays of scales and zero points are copies: `out` may lie over what the caller gave."""
-    layout, rows, columns, params = "tensor", 1, x.size, 1
+    """ends are qmin and qmax. Arrays of scales and zero points are copies: `out` may lie over what
+    the caller gave."""
+    key = operation, x.dtype, x.shape, x.strides, dtype, axis, ends
+    walk = _walks.get(key)
+    if walk is None:
+        walk = _walk(name, operation, x, dtype, axis, ends)
+        if len(_walks) >= _MOST_CHECKED:
+            _walks.clear()
+        _walks[key] = walk
+    params, dense, idle, make = walk
     if axis is None:
         if not (isinstance(scale, float) and isinstance(zero_point, int)):
             raise ValueError(
                 f"{name}: scale {np.shape(scale)}, zero_point {np.shape(zero_point)} without "
                 "axis=; wanted scalars, or the axis that they run along"
             )
+        step, zero = _float_bits(scale), zero_point
     else:
-        if not -x.ndim <= axis < x.ndim:
-            raise ValueError(f"{name}: axis={axis} for an array of shape {x.shape}")
-        axis %= x.ndim
-        params = x.shape[axis]
         if any(np.shape(p) not in ((), (params,)) for p in (scale, zero_point)):
             raise ValueError(
                 f"{name}: scale {np.shape(scale)}, zero_point {np.shape(zero_point)} along axis "
                 f"{axis} of {x.shape}; wanted ({params},) or scalars"
             )
+        scales, zeros = np.full(params, scale, np.float32), np.full(params, zero_point, np.int32)
+        step, zero = address_of(scales), address_of(zeros)
+    result = np.empty(x.shape, dtype) if out is None else _output(name, out, x.shape, dtype, x)
+    if not result.size:
+        return result
+    at = address_of(x)
+    if not dense or at % x.itemsize:
+        x = np.require(x, requirements=["C", "A"])
+        at = address_of(x)
+    try:
+        call = idle.pop()
+    except IndexError:
+        call = make()
+    call.run(at, address_of(result), step, zero, 0)
+    idle.append(call)
+    return result
+
+
+def _walk(
+    name: str,
+    operation: str,
+    x: NDArray[Any],
+    dtype: np.dtype[Any],
+    axis: int | None,
+    ends: tuple[int, int],
+) -> _Walk:
+    layout, rows, columns, params = "tensor", 1, x.size, 1
+    if axis is not None:
+        if not -x.ndim <= axis < x.ndim:
+            raise ValueError(f"{name}: axis={axis} for an array of shape {x.shape}")
+        axis %= x.ndim
+        params = x.shape[axis]
         columns = int(np.prod(x.shape[axis + 1 :]))
         layout = "row"
         if columns == 1:
             layout, columns = "column", params
         rows = x.size // max(columns, 1)
-    result = _output(name, out, x.shape, dtype, x)
-    if x.size == 0:
-        return result
-    flags = x.flags
-    source = x if flags.c_contiguous and flags.aligned else np.require(x, requirements=["C", "A"])
-    key = (operation, _KIND[source.dtype], _KIND[dtype], layout, rows, columns, params, qmin, qmax)
-    if isinstance(scale, float) and isinstance(zero_point, int) and layout == "tensor":
-        step, zero = _float_bits(scale), zero_point
-    else:
-        scales, zeros = np.full(params, scale, np.float32), np.full(params, zero_point, np.int32)
-        step, zero = address_of(scales), address_of(zeros)
-    places = address_of(source), address_of(result), step, zero, 0
-    _elementwise_calls.run(_elementwise_call, key, *places)
-    return result
+    make = partial(
+        _elementwise_call, operation, _KIND[x.dtype], _KIND[dtype], layout, rows, columns, params,
+        *ends,
+    )  # fmt: skip
+    return _Walk(params, x.flags.c_contiguous, [], make)
 
 
 _pack_float, _unpack_float = struct.Struct("f").pack, struct.Struct("f").unpack
 _unpack_bits = struct.Struct("i").unpack
 
 
+@functools.lru_cache
 def _float_bits(value: float) -> int:
     """The bits of a float32."""
     return _unpack_bits(_pack_float(value))[0]  # type: ignore[no-any-return]
@@ -345,9 +392,11 @@ def _scale(name: str, scale: ArrayLike | None) -> float | NDArray[np.float32]:
     return array if array.ndim else float(array)
 
 
-def _zeros(name: str, zero_point: ArrayLike, dtype: np.dtype[Any]) -> int | NDArray[np.int32]:
-    """What `check_zero_point` lets pass: one integer or an array."""
-    least, most = limits(dtype)
+def _zeros(
+    name: str, zero_point: ArrayLike, dtype: np.dtype[Any], ends: tuple[int, int]
+) -> int | NDArray[np.int32]:
+    """What `check_zero_point` lets pass: one integer or an array. ends are the dtype's."""
+    least, most = ends
     if type(zero_point) in (int, np.int32) and least <= (integer := int(zero_point)) <= most:  # type: ignore[arg-type]
         return integer
     array = check_zero_point(name, zero_point, dtype)
@@ -467,9 +516,6 @@ class _Known(NamedTuple):
     span: tuple[int, int]
     idle: list[Call]
     make: Callable[[], Call]
-
-
-_MOST_CHECKED = 64  # that a weight keeps
 
 
 def _repeat(
@@ -1409,6 +1455,8 @@ def _through_numpy(function: Any, x: Any, parameter: Any, out: Any, **named: Any
 
 
 def _real(what: str, x: ArrayLike) -> NDArray[np.float32]:
+    if type(x) is np.ndarray and x.dtype is _FLOAT32:
+        return x
     array = np.asarray(x)
     if array.dtype == _FLOAT32:
         return array

@@ -436,7 +436,7 @@ def test_grid_refuses(given: dict[str, Any], error: type[Exception], message: st
 def test_wherever_an_array_lies(rng: Any, monkeypatch: Any, cache_bytes: int) -> None:
     """Stores are aligned to cache lines from the second vector on; nothing else is written."""
     monkeypatch.setattr(ops, "_CACHE_BYTES", cache_bytes)
-    monkeypatch.setattr(ops, "_elementwise_calls", ops.Calls())
+    monkeypatch.setattr(ops, "_walks", {})
     for size, start in product((1, 63, 64, 65, 127, 1000), (0, 1, 7, 16, 33, 63)):
         x = rng.normal(0, 3, start + size).astype(np.float32)[start:]
         memory = np.full(size + 200, 77, np.uint8)
