@@ -141,7 +141,7 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     "affine": {"multiplier": VECTOR, "shift": VECTOR, "x_zero_point": STEP, **REQUANTIZED},
     "table": {"values": _array(np.uint8, 1, 2)},
     "recurrent": {"cell": CELL, "weight": _kind(LinearWeight), "epilogue": _kind(Dequant),
-                  "x_scale": GAIN, "multiplier": GAIN, "axis": _whole(0, 1), "reverse": FLAG,
+                  "x_scale": GAIN, "multiplier": SCALE, "axis": _whole(0, 1), "reverse": FLAG,
                   **REQUANTIZED},
     "softmax": {"scale": SCALE, "uniform": FLAG},
     "softmax_weights": {"scale": SCALE, "uniform": FLAG},
@@ -223,6 +223,10 @@ def check_cell(name: str, cell: str, weight: LinearWeight, epilogue: Dequant) ->
             raise ValueError(f"{name}: Dequant.{what} {value.shape}; wanted ({weight.n},)")
     if epilogue.bias is not None and np.abs(epilogue.bias).max() > MAX_FACTOR:
         raise ValueError(f"{name}: Dequant.bias beyond {MAX_FACTOR:.3g}")
+    if (epilogue.fmin, epilogue.fmax) != (-np.inf, np.inf):
+        raise ValueError(
+            f"{name}: Dequant from {epilogue.fmin} to {epilogue.fmax}; wanted no clamp"
+        )
 
 
 def _check_epilogue(name: str, epilogue: Any) -> None:

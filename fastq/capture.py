@@ -30,15 +30,15 @@ class Captured:
     arguments           for each leaf of (args, kwargs) its input node, or the leaf itself if it
                         is no tensor.
     in_spec, out_spec   pytree specs of (args, kwargs) and of the result.
-    any_extent          whether images of other sizes (sequences of other lengths) may go through;
-                        the batch size may always differ.
+    extents             the axes of an image that may have other sizes; if any may, sequences of
+                        other lengths may go through. The batch size may always differ.
     """
 
     graph: Graph
     arguments: tuple[Any, ...]
     in_spec: Any
     out_spec: Any
-    any_extent: bool
+    extents: tuple[int, ...]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
         graph, arguments = copy.deepcopy((self.graph, self.arguments), memo)
@@ -81,7 +81,8 @@ def capture(
                 graph.remove_unused()
                 nodes = iter(graph.inputs)
                 arguments = tuple(next(nodes) if isinstance(x, Tensor) else x for x in leaves)
-                return Captured(graph, arguments, spec, first.out_spec, way != SAME)
+                extents = {dims: axes for dims, axes, _ in after}.get(4, ())
+                return Captured(graph, arguments, spec, first.out_spec, extents)
     except CannotCapture:
         raise
     except Exception as error:  # torch.export raises whatever its innards or the model raised
@@ -104,13 +105,16 @@ def _stretches(leaves: Sequence[Any]) -> list[list[tuple[Stretch, Stretch]]]:
 
     By an odd number first: a network that pads to even sizes is another one then, and its graph
     holds for one size only. Many networks take multiples of 32 alone, which comes second. Some
-    take no longer sequences than the example: shorter ones come last.
+    take no longer sequences than the example: shorter ones come last. One that reads the columns of
+    an image as a sequence takes any width of one height, or the other way round.
     """
     dims = {x.dim() for x in leaves if isinstance(x, Tensor)}
 
-    def stretch(axis: int, pixels: tuple[int, ...], tokens: tuple[int, ...]) -> Stretch:
-        return ((2, (1,), tokens), (3, (axis,), tokens), (4, (2, 3), pixels),
-                (5, (2, 3, 4), tokens))  # fmt: skip
+    def stretch(
+        axis: int, pixels: tuple[int, ...], tokens: tuple[int, ...], of: tuple[int, ...] = (2, 3)
+    ) -> Stretch:
+        pixels = tuple(pixels[i - 2] for i in of)
+        return ((2, (1,), tokens), (3, (axis,), tokens), (4, of, pixels), (5, (2, 3, 4), tokens))
 
     ways: list[list[tuple[Stretch, Stretch]]] = []
     for axis in (2, 1) if 3 in dims else (2,):  # (B, C, L), then (B, L, C)
@@ -119,6 +123,9 @@ def _stretches(leaves: Sequence[Any]) -> list[list[tuple[Stretch, Stretch]]]:
         if dims & {2, 3}:
             shorter = stretch(axis, (1, 2), (-1, -2, -4)), stretch(axis, (65, 67), (-8, -10, -14))
             ways[-1].append(shorter)
+    for of in ((3,), (2,)) if 4 in dims else ():
+        longer = stretch(2, (65, 67), (7, 11, 13), of), stretch(2, (64, 128), (8, 16, 20), of)
+        ways.append([((), one) for one in longer])
     return ways
 
 

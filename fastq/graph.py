@@ -334,7 +334,7 @@ def _recurrent(node: Node, x: Tensor) -> Tensor:
     cell, time = node.attrs["cell"], node.attrs["time"]
     weight, bias = node.tensors["weight"], node.tensors.get("bias")
     steps = x.unbind(time)
-    h = c = x.new_zeros(steps[0].shape[0], weight.shape[1]) if steps else x[:0]
+    h = c = x.new_zeros(x.shape[1 - time], weight.shape[1])
     states = []
     for given in reversed(steps) if node.attrs["reverse"] else steps:
         xs = given.chunk(GATES[cell], -1)

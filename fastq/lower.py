@@ -22,6 +22,7 @@ from fastq.arguments import LINES
 from fastq.graph import PRODUCTS, Graph, Node, pointwise
 from fastq.program import NORMS, RECURRENT, WIDE, Program, Step
 from fastq.qparams import (
+    MAX_FACTOR,
     MAX_K,
     MAX_WIDE_FEATURES,
     Dequant,
@@ -57,13 +58,16 @@ def why_float(node: Node) -> str:
     if node.op == "input":
         return "an input"
     if node.op == "aten":
-        return f"{node.attrs['target']} has no integer form"
+        return node.attrs.get("why") or f"{node.attrs['target']} has no integer form"
     if node.op in (*WEIGHTED, *RECURRENT):
         weight = node.tensors["weight"]
         if weight.dtype is not torch.float32 or weight.device.type != "cpu":
             return f"weight is {weight.dtype} on {weight.device}, wanted float32 on the CPU"
         if not all(bool(t.isfinite().all()) for t in node.tensors.values()):
             return "weight or bias has NaN or infinite values"
+        if node.op in RECURRENT and any(bool((t.abs() > MAX_FACTOR).any()) for t in
+                                        node.tensors.values()):  # fmt: skip
+            return "weight or bias is beyond 2**96"
         k = weight[:, 0].numel() if node.op == "conv_transpose2d" else weight[0].numel()
         if k > MAX_K:
             return f"sums {k} products, and int32 is exact up to {MAX_K}"
@@ -325,11 +329,11 @@ def lower(
     region: Region,
     qparams: Callable[[Node], QParams],
     weights: Weights = default_weights,
-    any_extent: bool = True,
+    extents: Sequence[int] = (2, 3),
     biases: Biases = default_bias,
 ) -> Program:
     """The program of a region. qparams(node) is the quantization of a value, uint8 or int16."""
-    return lowered(region, qparams, weights, any_extent, biases).program
+    return lowered(region, qparams, weights, extents, biases).program
 
 
 @dataclass(frozen=True)
@@ -351,11 +355,11 @@ def lowered(
     region: Region,
     qparams: Callable[[Node], QParams],
     weights: Weights = default_weights,
-    any_extent: bool = True,
+    extents: Sequence[int] = (2, 3),
     biases: Biases = default_bias,
 ) -> Lowered:
     """`lower`, for who follows the values."""
-    lowering = _Lowering(region, qparams, weights, any_extent, biases)
+    lowering = _Lowering(region, qparams, weights, extents, biases)
     program = lowering.program()
     return Lowered(program, lowering.names, lowering.axes, lowering.weights_only)
 
@@ -366,11 +370,11 @@ class _Lowering:
         region: Region,
         qparams: Callable[[Node], QParams],
         weights: Weights,
-        any_extent: bool,
+        extents: Sequence[int],
         biases: Biases,
     ) -> None:
         self.region, self.qparams, self.weights, self.biases = region, qparams, weights, biases
-        self.any_extent = any_extent
+        self.extents = extents
         self.steps: list[Step] = []
         self.axes: dict[str, tuple[int, ...]] = {}  # value -> the torch axis of each of its axes
         self.names: dict[Node, str] = {}
@@ -415,9 +419,12 @@ class _Lowering:
     def extent(self, node: Node) -> tuple[int | None, ...]:
         """Which sizes of an input may vary: the batch, and an image's height and width. Of a value
         in the network any: where its channels are is not known, but to the steps that take it."""
-        free = {0} | (set(range(2, len(node.shape))) if self.any_extent else set())
-        if self.any_extent and (len(node.shape) == 3 or node.op != "input"):
-            free = set(range(len(node.shape)))
+        rank = len(node.shape)
+        free = {0, *self.extents}
+        if self.extents and (rank == 3 or node.op != "input"):
+            free = set(range(rank))
+        elif self.extents and rank != 4:
+            free = {0, *range(2, rank)}
         return tuple(None if i in free else n for i, n in enumerate(node.shape))
 
     def emit(

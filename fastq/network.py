@@ -232,7 +232,11 @@ def _in_order(prepared: Prepared) -> list[Any]:
 def summarize(prepared: Prepared, model: nn.Module) -> QuantizationSummary:
     """What becomes of each layer."""
     integer = {node.layer for node in prepared.layers()}
-    floats = {node.layer: reason for node, reason in prepared.reasons.items() if node.op != "input"}
+    floats = {
+        node.layer: reason
+        for node, reason in prepared.reasons.items()
+        if node.op != "input" and node.attrs.get("target") != "getitem"
+    }
     folded = {name: node.layer for node in prepared.graph for name in node.attrs.get("folded", ())}
     inside = {node.layer for node in prepared.integer_nodes()}
     named = module_names(model)

@@ -1308,10 +1308,10 @@ def recurrent(
     x           int16 (.., .., gates * H): the layer's products with its inputs, for each gate of
                 the cell, with zero_point 0. Of the first two axes `axis` is the sequence.
     weight      LinearWeight (gates * H, H), of the hidden state; gates in torch's order.
-    epilogue    Dequant of that product; its x_scale is that of the result.
+    epilogue    Dequant of that product, without a clamp; its x_scale is that of the result.
     cell        "lstm", "gru", "tanh" or "relu".
     x_scale     of x; finite, > 0, up to 2**96.
-    multiplier  1 / scale of the result; as x_scale.
+    multiplier  1 / scale of the result; finite, > 0.
     reverse     whether it begins at the last step. The result is in order of x.
 
     Products are exact in int32, the cell is float32 in the order of reference.recurrent, the same
@@ -1330,10 +1330,12 @@ def recurrent(
         raise ValueError(f"recurrent: x {x.shape}; wanted (.., .., {weight.n}), as the weight has")
     if axis not in (0, 1):
         raise ValueError(f"recurrent: axis={axis!r}; wanted 0 or 1")
-    factors = [_factor(f"recurrent: {what}", value)
-               for what, value in (("x_scale", x_scale), ("multiplier", multiplier))]  # fmt: skip
-    if min(factors) <= 0:
-        raise ValueError(f"recurrent: x_scale={x_scale}, multiplier={multiplier}; wanted over 0")
+    factors = _scale("recurrent: x_scale", x_scale), _scale("recurrent: multiplier", multiplier)
+    if not all(isinstance(factor, float) for factor in factors) or x_scale > MAX_FACTOR:
+        raise ValueError(
+            f"recurrent: x_scale={x_scale}, multiplier={multiplier}; wanted numbers, x_scale up "
+            "to 2**96"
+        )
     clamp = _clamp("recurrent", zero_point, qmin, qmax)
     x = _values("recurrent: x", x)
     result = _output("recurrent", out, (*x.shape[:2], weight.k), _UINT8, x)

@@ -221,7 +221,7 @@ class Prepared:
     def programs(self) -> list[Program]:
         """A program for each region."""
         return [
-            lower(region, self.qparams, self.weight, self.captured.any_extent, self.bias)
+            lower(region, self.qparams, self.weight, self.captured.extents, self.bias)
             for region in self.regions
         ]
 

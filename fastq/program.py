@@ -341,6 +341,8 @@ def _recurrent(step: Step, x: Shape) -> Shape:
     weight = step.arguments["weight"]
     if len(x) != 3 or x[2] != weight.n:
         raise ValueError(f"recurrent: x {x}, wanted (.., .., {weight.n})")
+    if x[step.arguments["axis"]] == 0:
+        raise ValueError(f"recurrent: x {x}; wanted a sequence of one step or more")
     return (*x[:2], weight.k)
 
 

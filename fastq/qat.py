@@ -493,7 +493,7 @@ class _Run:
     def __init__(self, prepared: Prepared, region: Region) -> None:
         self.prepared, self.region = prepared, region
         self.lowered = lowered(
-            region, prepared.qparams, prepared.weight, prepared.captured.any_extent, prepared.bias
+            region, prepared.qparams, prepared.weight, prepared.captured.extents, prepared.bias
         )
         self.steps = {step.name: step for step in self.lowered.program.steps}
         self.arrays: dict[str, Any] = {}

@@ -72,6 +72,8 @@ class Reader:
         self.biases: set[Node] = set()  # that masks were taken out of
         self.computed: set[Node] = set()  # what products made, or was made of that
         self.place = {node: i for i, node in enumerate(program.graph.nodes)}
+        self.used = _used(program.graph)
+        self.whys: dict[fx.Node, str] = {}  # why an operator that has a name here stays float
 
     def graph(self) -> Graph:
         signature = self.program.graph_signature
@@ -245,6 +247,8 @@ class Reader:
                 args.append(held)
         name = f"{target.namespace}.{_name(target)}.{target._overloadname}"
         attrs = {"target": name, "args": tuple(args), "kwargs": kwargs}
+        if node in self.whys:
+            attrs["why"] = self.whys[node]
         return self.add(node, "aten", inputs, attrs=attrs, tensors=tensors)
 
     # ------------------------------------------------------------------ one operator each
@@ -325,22 +329,13 @@ class Reader:
     def recurrent(self, node: fx.Node, a: dict[str, Any], cell: str) -> list[Any] | None:
         """[all hidden states, the last ones, None] of a layer that begins with zeros: for each of
         its layers and directions the products with all inputs, and the recurrence."""
-        x, weights = a["input"], list(a.get("params") or ())
-        directions, of = 2 if a.get("bidirectional") else 1, 4 if a.get("has_biases") else 2
-        wanted = {use.args[1] for use in node.users if use.users}
-        fits = (
-            isinstance(x, Node)
-            and len(x.shape) == 3
-            and x.shape[0] * x.shape[1] > 0
-            and len(weights) == a.get("num_layers", 0) * directions * of  # else of projections
-            and all(isinstance(w, Tensor) for w in weights)
-            and not (a.get("train") and a.get("dropout"))
-            and all(map(_is_zero, a["hx"] if isinstance(a["hx"], list) else [a["hx"]]))
-            and wanted <= {0, 1}  # and not an LSTM's cell
-        )
-        if not fits:
+        wanted = {use.args[1] for use in node.users if use in self.used}
+        why = _not_recurrent(node, a, wanted)
+        if why:
+            self.whys[node] = why
             return None
-        time, last = int(bool(a.get("batch_first"))), []
+        x, weights, directions = a["input"], a["params"], 1 + a["bidirectional"]
+        of, time, last = 4 if a["has_biases"] else 2, int(a["batch_first"]), []
         for first in range(0, len(weights), of * directions):
             made = []
             for direction in range(directions):
@@ -365,14 +360,12 @@ class Reader:
 
     def last_state(self, node: fx.Node, h: Node, time: int, reverse: bool) -> Node:
         """(1, B, H): of all states the last one that was made."""
-        ends = {"start": 0, "end": 1} if reverse else {"start": -1, "end": None}
-        shape = tuple(1 if axis == time else n for axis, n in enumerate(h.shape))
-        state = self.add(node, "slice", [h], attrs={"dim": time, "step": 1, **ends},
-                         name=f"{node.name}_last", shape=shape)  # fmt: skip
+        state = self.part(f"{node.name}_last", h, time, *((0, 1) if reverse else (-1, None)))
         if time == 0:
             return state
+        b, _, features = state.shape
         return self.add(node, "permute", [state], attrs={"dims": (1, 0, 2)},
-                        name=f"{state.name}_first", shape=(1, shape[0], shape[2]))  # fmt: skip
+                        name=f"{state.name}_first", shape=(1, b, features))  # fmt: skip
 
     def joined(self, node: fx.Node, parts: list[Node], dim: int) -> Node:
         """Parts of three axes side by side."""
@@ -1115,6 +1108,10 @@ class Reader:
         return found
 
     def part(self, name: str, x: Node, dim: int, start: int, end: int | None) -> Node:
+        """Some places of an axis."""
+        found = _concatenated(x, dim, start, end)
+        if found is not None:
+            return found
         shape = list(x.shape)
         shape[dim] = len(range(*slice(start, end).indices(shape[dim])))
         attrs = {"dim": dim, "start": start, "end": end, "step": 1}
@@ -1163,8 +1160,9 @@ class Reader:
             end = None
         if (start, end, step) == (0, None, 1):
             return x
+        found = _concatenated(x, dim, start, end) if step == 1 else None
         attrs = {"dim": dim, "start": start, "end": end, "step": step}
-        return self.add(node, "slice", [x], attrs=attrs)
+        return self.add(node, "slice", [x], attrs=attrs) if found is None else found
 
     def read_select(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x = a["self"]
@@ -1299,6 +1297,15 @@ def _name(target: Any) -> str:
     return "" if schema is None else schema.name.split("::")[1]
 
 
+def _used(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that the results depend on."""
+    used: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node in used:
+            used.update((node, *node.all_input_nodes))
+    return used
+
+
 def _shape(node: fx.Node) -> tuple[int, ...]:
     """Of a node's value, in the example that was traced; () if that is no tensor."""
     value = node.meta.get("val")
@@ -1324,11 +1331,45 @@ def _arguments(node: fx.Node, target: Any) -> dict[str, Any]:
     return given
 
 
-def _is_zero(state: Any) -> bool:
-    """Whether a first hidden state is the zeros that torch makes where none is given."""
-    if isinstance(state, Tensor):
-        return not bool(state.any())
-    return isinstance(state, Node) and state.attrs.get("target", "").startswith("aten.zeros.")
+def _not_recurrent(node: fx.Node, a: dict[str, Any], wanted: set[Any]) -> str:
+    """Why a recurrent layer, of whose results some are wanted, stays float; "" if it does not."""
+    if "batch_sizes" in a:
+        return "its sequences are packed"
+    weights = a["params"]
+    if not isinstance(a["input"], Node) or not all(isinstance(w, Tensor) for w in weights):
+        return "its input is a constant, or its weights are none"
+    if len(weights) != a["num_layers"] * (1 + a["bidirectional"]) * (4 if a["has_biases"] else 2):
+        return "it has a projection"
+    if a["train"] and a["dropout"]:
+        return "its dropout is on"
+    states: Any = _arguments(node, node.target)["hx"]
+    if not all(map(_is_zero, states if isinstance(states, list | tuple) else [states])):
+        return "it is given its first state"
+    return "its cell is asked for" if 2 in wanted else ""
+
+
+def _is_zero(state: fx.Node) -> bool:
+    """Whether a tensor is made of zeros, whatever its shape; a parameter may become another."""
+    name = _name(state.target)
+    if name in ("full", "new_full", "full_like"):
+        return bool(state.args[-1] == 0)
+    moved = name in (*_GROWING, "unsqueeze", "reshape", "view", "to", "_to_copy", *_SAME)
+    return name in ("zeros", "new_zeros", "zeros_like") or (moved and _is_zero(state.args[0]))  # type: ignore[arg-type]
+
+
+def _concatenated(x: Node, dim: int, start: int, end: int | None) -> Node | None:
+    """What was concatenated to be just these places of an axis: it need not share its range with
+    its neighbours."""
+    if x.op != "concat" or x.attrs["dim"] != dim:
+        return None
+    ends, place = slice(start, end).indices(x.shape[dim])[:2], 0
+    for value in x.inputs:
+        size = value.shape[dim]
+        fits = value.shape == (*x.shape[:dim], size, *x.shape[dim + 1 :])
+        if ends == (place, place + size) and fits:
+            return value
+        place += size
+    return None
 
 
 def _tensors(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ programs it is a network that can be trained, or lowered again.
              regions  [{nodes, inputs, outputs}, ...]: by name, one for each program
              values   {name: [scale, zero_point, dtype]}, for the nodes that stand for a range
              bits     {layer: bits of its weight}
-             any_extent
+             extents
     tensors  "node.real_scale" of a layer's weight, "node.real_bias", "node.real_factor", ...
 """
 
@@ -76,7 +76,7 @@ def write_recipe(prepared: Prepared) -> tuple[dict[str, Any], dict[str, Tensor]]
             name: [float(q.scale), int(q.zero_point), q.dtype.name] for name, q in values.items()
         },
         "bits": {node.name: prepared.config(node).weight_bits for node in layers},
-        "any_extent": prepared.captured.any_extent,
+        "extents": list(prepared.captured.extents),
     }
     return recipe, tensors
 
@@ -114,7 +114,7 @@ class _Reader:
             for i, name in enumerate(layout.inputs)
         )
         captured = Captured(
-            graph, arguments, network.in_spec, network.out_spec, bool(recipe["any_extent"])
+            graph, arguments, network.in_spec, network.out_spec, tuple(recipe["extents"])
         )
         regions = [
             Region(*([self.nodes[n] for n in given[k]] for k in ("nodes", "inputs", "outputs")))

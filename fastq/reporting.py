@@ -440,9 +440,7 @@ class _Comparison:
                     "from"
                 )
         self.lowered = [
-            lowered(
-                region, self.recipe.qparams, self.recipe.weight, self.recipe.captured.any_extent
-            )
+            lowered(region, self.recipe.qparams, self.recipe.weight, self.recipe.captured.extents)
             for region in self.recipe.regions
         ]
         self.node_of = {name: node.name for low in self.lowered for node, name in low.names.items()}

@@ -89,25 +89,37 @@ A: dict[str, Callable[[], nn.Module]] = {"a": conv(3, 4, 3, padding=1)}
 
 def test_the_extent_is_the_examples_where_nothing_depends_on_it() -> None:
     captured = check(call(lambda net, x: F.relu(net.a(x)).mean((2, 3)), **A)(), image())
-    assert captured.any_extent
+    assert captured.extents
     model = call(lambda net, x: F.relu(net.a(x)).mean((2, 3)), **A)().eval()
     captured, larger = capture(model, (image(),)), torch.randn(3, 3, 12, 30)
     with torch.no_grad():
         same(model(larger), run(captured, larger))
 
 
-EXTENTS: dict[str, Callable[[Call, Tensor], Any]] = {
-    "pads to even sizes": lambda net, x: net.a(F.pad(x, (0, -x.shape[3] % 2, 0, 0))),
-    "a size in the values": lambda net, x: net.a(x) / x.shape[2],
-    "a branch": lambda net, x: net.a(x) if x.shape[2] < 50 else F.relu(net.a(x)),
-    "a loop": lambda net, x: sum(net.a(x)[:, :, i] for i in range(x.shape[2])),
-    "rows of features": lambda net, x: F.linear(net.a(x).flatten(1), torch.ones(2, 4 * 8 * 7)),
-}
+# networks, and the axes that they do not depend on
+EXTENTS: dict[str, tuple[Callable[[Call, Tensor], Any], tuple[int, ...]]] = {
+    "pads to even sizes": (lambda net, x: net.a(F.pad(x, (0, -x.shape[3] % 2, 0, 0))), (2,)),
+    "a size in the values": (lambda net, x: net.a(x) / x.shape[2], (3,)),
+    "a branch": (lambda net, x: net.a(x) if x.shape[2] < 50 else F.relu(net.a(x)), (3,)),
+    "a loop": (lambda net, x: sum(net.a(x)[:, :, i] for i in range(x.shape[2])), (3,)),
+    "both": (lambda net, x: net.a(x) / (x.shape[2] + x.shape[3]), ()),
+    "rows of features": (
+        lambda net, x: F.linear(net.a(x).flatten(1), torch.ones(2, 4 * 8 * 7)), ()),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EXTENTS)
 def test_a_graph_that_depends_on_the_extent_holds_for_it(name: str) -> None:
-    assert not check(call(EXTENTS[name], **A)(), image()).any_extent
+    function, free = EXTENTS[name]
+    assert check(call(function, **A)(), image()).extents == free
+    if not free:
+        return
+    model, sizes = call(function, **A)().eval(), list(image().shape)
+    captured = capture(model, (image(),))
+    sizes[free[0]] += 6
+    with torch.no_grad():
+        larger = torch.randn(sizes)
+        same(model(larger), run(captured, larger))
 
 
 FOLLOWING: dict[str, Callable[[Call, Tensor], Any]] = {
@@ -127,7 +139,7 @@ FOLLOWING: dict[str, Callable[[Call, Tensor], Any]] = {
 def test_numbers_that_follow_the_extent(name: str) -> None:
     model = call(FOLLOWING[name], **A)()
     captured = check(model, image())
-    assert captured.any_extent
+    assert captured.extents
     for size in ((8, 8), (11, 20), (21, 12)):
         larger = torch.randn(3, 3, *size)
         with torch.no_grad():
@@ -181,7 +193,7 @@ class Squares(nn.Module):
 
 @pytest.mark.parametrize("length", [10, 14, 77])
 def test_a_product_of_sizes_follows_none(length: int) -> None:
-    assert not check(Squares(), torch.randn(2, length, 4), batches=(1, 6)).any_extent
+    assert not check(Squares(), torch.randn(2, length, 4), batches=(1, 6)).extents
 
 
 def test_inputs_of_two_lengths() -> None:
@@ -189,7 +201,7 @@ def test_inputs_of_two_lengths() -> None:
         return net.a(y) + torch.arange(y.shape[1])[:, None] + net.a(x).mean(1, keepdim=True)
 
     model = call(forward, a=lambda: nn.Linear(4, 3))()
-    assert not check(model, torch.randn(2, 10, 4), torch.randn(2, 6, 4)).any_extent
+    assert not check(model, torch.randn(2, 10, 4), torch.randn(2, 6, 4)).extents
 
 
 @pytest.mark.parametrize("length", [2, 3])
@@ -199,7 +211,7 @@ def test_a_sequence_that_is_too_short_to_be_shortened(length: int) -> None:
         a=lambda: nn.Linear(4, 3),
         p=lambda: nn.Embedding(length, 4),
     )()
-    assert not check(model, torch.randn(2, length, 4)).any_extent
+    assert not check(model, torch.randn(2, length, 4)).extents
 
 
 def test_a_sequence_of_one_that_may_not_grow() -> None:
@@ -209,7 +221,7 @@ def test_a_sequence_of_one_that_may_not_grow() -> None:
         return net.a(x)
 
     model = call(forward, a=lambda: nn.Linear(4, 3))()
-    assert not check(model, torch.randn(2, 1, 4)).any_extent
+    assert not check(model, torch.randn(2, 1, 4)).extents
 
 
 ROWS: dict[str, Callable[[Call, Tensor], Tensor]] = {
@@ -225,7 +237,7 @@ def test_linear_layers_of_rows(name: str) -> None:
     model = call(ROWS[name], a=lambda: nn.Linear(16, 8), b=lambda: nn.Linear(1, 1))
     captured = check(model(), torch.randn(2, 10, 16))
     if name == "joined, and parted":
-        assert captured.any_extent and ops(captured) == ["linear"]
+        assert captured.extents and ops(captured) == ["linear"]
 
 
 def test_a_mask_of_many_layers_is_found_in_time() -> None:

@@ -117,7 +117,7 @@ EXAMPLES: dict[str, list[tuple[tuple[Shape, ...], dict[str, Any]]]] = {
                          "epilogue": Dequant(f32(0.01)[0], f32(0.1)[0]), "reverse": False,
                          **STATES}),
         (((5, 2, 9),), {"cell": "gru", "weight": LinearWeight(i8(9, 3)), "axis": 0,
-                        "epilogue": Dequant(f32(*range(1, 10)), bias=f32(*range(9)), fmin=-40),
+                        "epilogue": Dequant(f32(*range(1, 10)), bias=f32(*range(9))),
                         "reverse": True, **STATES}),
     ],
     "softmax": [
@@ -217,7 +217,8 @@ def test_empty_batches(op: str, i: int) -> None:
     shapes, arguments = EXAMPLES[op][i]
     if shapes and len({len(shape) for shape in shapes}) == 1 and op != "matmul":
         empty = tuple((0, *shape[1:]) for shape in shapes)
-        if not arguments.get("ones"):
+        no_steps = op in RECURRENT and arguments["axis"] == 0
+        if not arguments.get("ones") and not no_steps:
             check(of(op, empty, arguments), *inputs_of(empty))
 
 

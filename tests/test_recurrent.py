@@ -16,13 +16,15 @@ from torch import Tensor, nn
 import fastq
 from fastq import ops, reference
 from fastq.arguments import check_arguments
+from fastq.kernels.recurrent import BLOCK
 from fastq.program import Program, Step
 from fastq.qparams import GATES, Dequant
 from fastq.remedies import REMEDIES
 from fastq.weights import LinearWeight
 
 # rows, steps, features
-SIZES = [(1, 1, 1), (1, 5, 16), (3, 4, 33), (2, 3, 100), (17, 2, 64), (0, 3, 4), (2, 0, 4)]
+SIZES = [(1, 1, 1), (1, 5, 16), (3, 4, 33), (2, 3, 100), (17, 2, 64), (0, 3, 4), (2, 0, 4),
+         (300, 3, 40), (3, 2, BLOCK + 6)]  # fmt: skip
 REST = {"x_scale": 2e-4, "multiplier": 127.0, "zero_point": 131, "qmin": 3, "qmax": 250}
 
 
@@ -118,9 +120,11 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "x_scale of rows": ({"epilogue": Dequant(np.float32(1), np.ones(2))}, ValueError, "a scalar"),
     "scales": ({"epilogue": Dequant(np.ones(3))}, ValueError, r"wanted \(8,\)"),
     "bias": ({"epilogue": Dequant(np.float32(1), bias=np.full(8, 3e38))}, ValueError, "bias"),
+    "a clamp": ({"epilogue": Dequant(np.float32(1), fmin=0.0)}, ValueError, "no clamp"),
     "factor": ({"epilogue": Dequant(np.float32(1e30))}, ValueError, "a factor of 1e\\+30"),
     "axis": ({"axis": 2}, ValueError, "wanted 0 or 1"),
-    "negative": ({"multiplier": -1.0}, ValueError, "wanted over 0"),
+    "negative": ({"multiplier": -1.0}, ValueError, "greater than 0"),
+    "of rows": ({"multiplier": [1.0, 2.0]}, ValueError, "wanted numbers"),
     "large": ({"x_scale": 1e30}, ValueError, "up to 2\\*\\*96"),
     "clamp": ({"qmin": 9, "qmax": 8}, ValueError, "qmin"),
     "out": ({"out": np.zeros((2, 3, 8), np.uint8)}, ValueError, "out is"),
@@ -167,35 +171,137 @@ def network(function: Any, rnn: nn.Module) -> nn.Module:
     return Call(function, first=nn.Linear(6, 10), rnn=rnn, head=nn.Linear(12, 4)).eval()
 
 
-def test_what_stays_float_says_so() -> None:
-    """A cell that is asked for, a first state of the user's, a projection."""
-
-    def from_state(net: Any, x: Tensor, h: Tensor) -> Tensor:
-        return net.head(net.rnn(net.first(x), h)[0])
-
-    cases = [
-        (network(lambda net, x: net.head(net.rnn(net.first(x))[1][1][0]),
-                 nn.LSTM(10, 12, batch_first=True)), ()),
-        (network(from_state, nn.GRU(10, 12, batch_first=True)), (torch.randn(1, 8, 12),)),
-        (network(lambda net, x: net.head(net.rnn(net.first(x))[0]),
-                 nn.LSTM(10, 24, batch_first=True, proj_size=12)), ()),
-    ]  # fmt: skip
-    for model, more in cases:
-        x = torch.randn(8, 7, 6)
-        int8 = fastq.quantize_model(
-            model, [(x, *more)], forward=lambda m, given: m(*given), progress=False
-        )
-        (row,) = (row for row in fastq.summary(int8).rows if row.name == "rnn")
-        assert row.result == "float" and noise_ratio(model(x, *more).detach(), int8(x, *more)) > 25
+def all_states(net: Any, x: Tensor, *state: Tensor) -> Tensor:
+    return net.head(net.rnn(net.first(x), *state)[0])
 
 
-def test_a_first_state_of_zeros_is_none() -> None:
+def of_packed(net: Any, x: Tensor) -> Tensor:
+    packed = nn.utils.rnn.pack_padded_sequence(net.first(x), torch.tensor([7] * 8), True)
+    return net.head(nn.utils.rnn.pad_packed_sequence(net.rnn(packed)[0], True)[0])
+
+
+class Learned(nn.GRU):
+    """Its first state is a parameter, which begins at zero."""
+
+    def __init__(self) -> None:
+        super().__init__(10, 12, batch_first=True)
+        self.state = nn.Parameter(torch.zeros(1, 1, 12))
+
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x, self.state.expand(1, x.shape[0], 12).contiguous())
+
+
+def beyond(rnn: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        next(p for name, p in rnn.named_parameters() if name.startswith("bias_hh"))[3] = 1e30
+    return rnn
+
+
+FLOATS: dict[str, tuple[Any, Any, str]] = {
+    "cell": (lambda net, x: net.head(net.rnn(net.first(x))[1][1][0]),
+             lambda: nn.LSTM(10, 12, batch_first=True), "its cell is asked for"),
+    "state": (lambda net, x: all_states(net, x, x[None, :, 0, :1].expand(1, -1, 12).contiguous()),
+              lambda: nn.GRU(10, 12, batch_first=True), "it is given its first state"),
+    "parameter": (all_states, Learned, "it is given its first state"),
+    "projection": (all_states, lambda: nn.LSTM(10, 24, batch_first=True, proj_size=12),
+                   "it has a projection"),
+    "large": (all_states, lambda: beyond(nn.GRU(10, 12, batch_first=True)), "beyond 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_what_stays_float_says_why(name: str) -> None:
+    function, build, why = FLOATS[name]
+    model, x = network(function, build()), torch.randn(8, 7, 6)
+    int8 = fastq.quantize_model(model, x, progress=False)
+    (row,) = (row for row in fastq.summary(int8).rows if row.name == "rnn")
+    assert row.result == "float" and why in row.reason
+    assert noise_ratio(model(x).detach(), int8(x)) > 25
+
+
+def test_packed_sequences_stay_float() -> None:
+    model, x = network(of_packed, nn.LSTM(10, 12, batch_first=True)), torch.randn(8, 7, 6)
+    int8 = fastq.quantize_model(model, x, progress=False)
+    (row,) = (row for row in fastq.summary(int8).rows if row.name == "rnn")
+    assert row.result == "float"
+    assert noise_ratio(model(x).detach(), int8(x)) > 25
+
+
+@pytest.mark.parametrize(
+    "zeros",
+    [
+        lambda x: torch.zeros(1, x.shape[0], 12),
+        lambda x: x.new_zeros(1, x.shape[0], 12),
+        lambda x: torch.zeros(x.shape[0], 12).unsqueeze(0),
+        lambda x: torch.full((1, x.shape[0], 12), 0.0),
+        lambda x: torch.zeros_like(x[None, :, 0, :1]).expand(1, x.shape[0], 12),
+    ],
+    ids=["zeros", "new_zeros", "unsqueeze", "full", "zeros_like"],
+)
+def test_a_first_state_of_zeros_is_none(zeros: Any) -> None:
     model = network(
-        lambda net, x: net.head(net.rnn(net.first(x), torch.zeros(1, x.shape[0], 12))[0]),
+        lambda net, x: net.head(net.rnn(net.first(x), zeros(x))[0]),
         nn.GRU(10, 12, batch_first=True),
     )
     int8 = fastq.quantize_model(model, torch.randn(8, 7, 6), progress=False, strict=True)
     assert [step.op for step in int8.program.steps].count("recurrent") == 1
+
+
+def test_a_sequence_without_a_batch() -> None:
+    for rnn in (nn.LSTM(10, 12), nn.GRU(10, 12)):
+        model, x = network(all_states, rnn), torch.randn(9, 6)
+        int8 = fastq.quantize_model(
+            model, [(x,)], forward=lambda m, given: m(*given), progress=False, strict=True
+        )
+        assert noise_ratio(model(x).detach(), int8(x)) > 25
+
+
+def test_layers_of_other_ranges_do_not_share_them() -> None:
+    """Of all last states one is wanted: it has the grid of its own layer."""
+    for last in (lambda y, h: h[-1], lambda y, h: list(h)[-1], lambda y, h: h[2:][0]):
+        rnn = nn.RNN(10, 12, 3, batch_first=True, nonlinearity="relu")
+        with torch.no_grad():
+            rnn.weight_ih_l0 *= 8
+            for name, p in rnn.named_parameters():
+                if name in ("weight_ih_l2", "bias_ih_l2", "bias_hh_l2"):
+                    p *= 0.02
+        model = network(lambda net, x, last=last: last(*net.rnn(net.first(x))), rnn)
+        x = torch.randn(64, 7, 6)
+        int8 = fastq.quantize_model(model, x, progress=False)
+        assert noise_ratio(model(x).detach(), int8(x)) > 28
+
+
+def test_tiny_states() -> None:
+    for rnn in (nn.GRU(10, 12, batch_first=True), nn.LSTM(10, 12, batch_first=True)):
+        with torch.no_grad():
+            for p in rnn.parameters():
+                p *= 1e-33
+        model, x = network(all_states, rnn), torch.randn(8, 7, 6)
+        int8 = fastq.quantize_model(model, x, progress=False)
+        assert_array_equal(int8(x).numpy(), by_reference(int8)(x).numpy())
+
+
+def test_a_sequence_of_no_steps_is_refused() -> None:
+    int8 = quantized_case("rnn")
+    with pytest.raises(ValueError, match="wanted a sequence of one step or more"):
+        int8(torch.zeros(3, 0, 6))
+
+
+def test_columns_of_an_image_are_a_sequence() -> None:
+    """Any width goes through, of one height."""
+
+    def read(net: Any, x: Tensor) -> Tensor:
+        y = torch.relu(net.conv(x)).permute(0, 3, 1, 2).flatten(2)
+        return net.head(net.rnn(y)[0])
+
+    model = Call(read, conv=nn.Conv2d(3, 4, 3, padding=1, stride=2), head=nn.Linear(24, 5),
+                 rnn=nn.LSTM(4 * 8, 12, bidirectional=True, batch_first=True)).eval()  # fmt: skip
+    int8 = fastq.quantize_model(model, torch.randn(8, 3, 16, 40), progress=False)
+    for width in (40, 23, 64):
+        x = torch.randn(2, 3, 16, width)
+        assert int8(x).shape == model(x).shape and noise_ratio(model(x).detach(), int8(x)) > 25
+    with pytest.raises(ValueError, match=r"wanted \(any, 3, 16, any\)"):
+        int8(torch.randn(2, 3, 18, 40))
 
 
 def test_trained_as_it_runs(tmp_path: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -135,8 +135,9 @@ class Call:
     def __init__(self, arguments: int) -> None:
         self.nanoseconds = 0.0  # that it takes one thread, roughly
         self.labels: list[str] = []  # of the rows
-        self._rows: list[tuple[int, int, int, int]] = []
-        self._patches: list[tuple[int, int, int]] = []
+        self._rows: list[NDArray[np.int64]] = []
+        self._blocks: list[tuple[NDArray[np.int64], float]] = []  # of `row`s, with nanoseconds
+        self._patches: list[NDArray[np.int64]] = []
         self._arguments = arguments
         self._table: executor.Table | None = None
         self._kept: list[Any] = []  # what the table and the blocks point to
@@ -179,21 +180,52 @@ class Call:
         for field, place in places.items():
             if isinstance(place, At):
                 base = place.base - SCRATCH
-                self._patches.append((address_of(block) + 8 * field, base, place.offset))
+                patch = address_of(block) + 8 * field, base, place.offset
+                self._patches.append(np.array([patch], np.int64))
             else:
                 block[field] = address_of(place)
                 self._kept.append(place)
         self._kept += [kernel, block]
         threads = 1 if nanoseconds < executor.PARALLEL_ROW_NANOSECONDS else tasks
-        self._rows.append((kernel.address, address_of(block), tasks, threads))
+        row = kernel.address, address_of(block), tasks, threads
+        self._rows.append(np.array([row], np.int64))
+        self._blocks.append((block, nanoseconds))
         self.labels.append(label)
         self.nanoseconds += nanoseconds
         self._table = None
 
+    def repeat(self, count: int, times: int, moves: Mapping[tuple[int, int], int]) -> None:
+        """Appends the last `count` rows `times` times more, for the next steps of a sequence.
+
+        moves  (row, field) -> by how many bytes an operand moves on each time.
+        """
+        if times <= 0:
+            return
+        rows = np.tile(np.concatenate(self._rows[-count:]), (times, 1, 1))
+        patches = np.concatenate(self._patches)
+        further = np.arange(1, times + 1)[:, None]
+        for number, (block, nanoseconds) in enumerate(self._blocks[-count:]):
+            copies = np.tile(block, (times, 1))
+            addresses = address_of(copies) + block.nbytes * np.arange(times)
+            rows[:, number, executor.ARGS] = addresses
+            at = patches[:, executor.FIELD] - address_of(block)
+            own = patches[(at >= 0) & (at < block.nbytes)]
+            fields = own[:, executor.FIELD] - address_of(block)
+            steps = np.array([moves.get((number, field // 8), 0) for field in fields.tolist()])
+            more = np.tile(own, (times, 1, 1))
+            more[:, :, executor.FIELD] = addresses[:, None] + fields
+            more[:, :, executor.OFFSET] += further * steps
+            self._patches.append(more.reshape(-1, executor.PATCH_COLUMNS))
+            self._kept.append(copies)
+            self.nanoseconds += times * nanoseconds
+        self._rows.append(rows.reshape(-1, executor.COLUMNS))
+        self.labels += self.labels[-count:] * times
+        self._table = None
+
     def _built(self) -> executor.Table:
         rows, patches = (
-            np.array(values, np.int64).reshape(-1, columns)
-            for values, columns in (
+            np.concatenate([np.zeros((0, columns), np.int64), *parts])
+            for parts, columns in (
                 (self._rows, executor.COLUMNS),
                 (self._patches, executor.PATCH_COLUMNS),
             )

@@ -24,18 +24,22 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from fastq.kernels.call import ITEM_BYTES, At, Call, View
+from fastq.kernels import block
+from fastq.kernels.call import ITEM_BYTES, At, Call, Place, View
 from fastq.kernels.lines import (
+    COLUMNS,
     ELEMENT,
     LINES_FIELDS,
     MAX_BOUNDED,
     OPERAND_FIELDS,
+    ROWS,
+    SHAPE_1,
+    SHAPE_2,
     SHAPE_3,
     emit_converted,
     emit_line,
     emit_rounded,
     line_address,
-    share_lines,
     task_lines,
 )
 from fastq.kernels.native import native
@@ -50,6 +54,7 @@ OUT, X, HX, OLD, NEW, FLOATS = range(
 ZERO_POINT, FIELDS = FLOATS + 1, FLOATS + 2
 WIDTHS = (32, 8, 1)  # of vectors: a cell has many values in hand at once
 GATE_NANOSECONDS = 0.4  # of one element of a gate
+BLOCK = 1024  # elements of the state in a task, roughly
 
 
 def emit_tanh(b: Any, x: Any) -> Any:
@@ -194,38 +199,41 @@ def recurrent_row(
         return
     ends = layer.epilogue
     assert isinstance(ends, Dequant)
-    first = np.zeros(x.shape[2], np.float32)  # the product of real zeros
-    first = np.clip(first + (0 if ends.bias is None else ends.bias), ends.fmin, ends.fmax)
-    none = np.zeros(features, np.float32)
     product, state = call.dense((rows, x.shape[2]), "f32"), call.dense((rows, features), "f32")
-    hx, old = (View(place, (rows, len(place)), (0, 4), "f32") for place in (first, none))
-    floats = np.array([qmin - zero_point, qmax - zero_point, multiplier, x_scale], np.float32)
-    zero = np.array([zero_point], np.int32)
-    bounded = cell != "relu" and abs(multiplier) <= MAX_BOUNDED
-    kernel = cell_kernel(cell, out.kind, bounded)
-    tasks, values = share_lines((1, 1, rows, features))
+    first = np.zeros(x.shape[2], np.float32)  # the product of real zeros
+    first = first if ends.bias is None else first + ends.bias
+    hx, old = (View(place, (rows, len(place)), (0, 4), "f32")
+               for place in (first, np.zeros(features, np.float32)))  # fmt: skip
+    parameters: dict[int, Place] = {
+        FLOATS: np.array([qmin - zero_point, qmax - zero_point, multiplier, x_scale], np.float32),
+        ZERO_POINT: np.array([zero_point], np.int32),
+    }
     scale = np.array([ends.x_scale], np.float32)
-    steps = range(out.shape[axis])
-    before: View | None = None
-    for t in reversed(steps) if reverse else steps:
-        here = _step(out, axis, t)
-        if before is not None:
-            layer.rows(call, before, product, scale=scale, zero_point=zero)
-            hx, old = product, state
-        views = here, _step(x, axis, t), hx, old, state
-        strides = {
-            field + OPERAND_FIELDS - 1: view.strides[0]
-            for field, view in zip((OUT, X, HX, OLD, NEW), views, strict=True)
-        }
-        places = {
-            field: view.place for field, view in zip((OUT, X, HX, OLD, NEW), views, strict=True)
-        }
-        call.row(
-            kernel, FIELDS, tasks, values | strides,
-            places | {FLOATS: floats, ZERO_POINT: zero},
-            rows * x.shape[2] * GATE_NANOSECONDS, f"{cell}_{out.kind}",
-        )  # fmt: skip
-        before = here
+    kernel = cell_kernel(cell, out.kind, cell != "relu" and multiplier <= MAX_BOUNDED)
+    columns = min(features, BLOCK)
+    lines = min(max(BLOCK // columns, 1), rows)
+    tasks = -(-rows // lines) * -(-features // columns)
+    shape = {SHAPE_1: 1, SHAPE_2: rows, SHAPE_3: features, ROWS: lines, COLUMNS: columns}
+
+    def append(now: int, hx: View, old: View) -> None:
+        values, places = dict(shape), dict(parameters)
+        views = _step(out, axis, now), _step(x, axis, now), hx, old, state
+        for field, view in zip((OUT, X, HX, OLD, NEW), views, strict=True):
+            places[field] = view.place
+            values[field + OPERAND_FIELDS - 1] = view.strides[0]
+        time = rows * x.shape[2] * GATE_NANOSECONDS
+        call.row(kernel, FIELDS, tasks, values, places, time, f"{cell}_{out.kind}")
+
+    steps = out.shape[axis]
+    begin, ahead = (steps - 1, -1) if reverse else (0, 1)
+    append(begin, hx, old)
+    if steps > 1:
+        before = _step(out, axis, begin)
+        layer.rows(call, before, product, scale=scale, zero_point=parameters[ZERO_POINT])
+        append(begin + ahead, product, state)
+        along = {(0, block.A): out, (1, OUT): out, (1, X): x}
+        moves = {place: ahead * view.strides[axis] for place, view in along.items()}
+        call.repeat(2, steps - 2, moves)
 
 
 def _step(view: View, axis: int, t: int) -> View:

@@ -420,7 +420,7 @@ def decode_layout(given: Any) -> Layout:
     return layout
 
 
-NOTES = ("folded", "norm")  # of a graph, not needed to run it
+NOTES = ("folded", "norm", "why")  # of a graph, not needed to run it
 
 
 def encode_value(value: Any) -> Any:
