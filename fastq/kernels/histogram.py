@@ -52,7 +52,7 @@ PACKED_BYTES = 2 * 8 * HISTOGRAM_KEYS  # of a lane
 GROUP = 64  # bins that are looked at together
 LANES = 16  # values that are compressed at once
 BUFFER_BYTES = 4 * (BLOCK + LANES)
-PAYS = 8 * HISTOGRAM_KEYS  # values of a lane that are worth the clearing and the adding
+PAYS = 4 * HISTOGRAM_KEYS  # values of a lane that are worth the clearing and the adding
 
 
 @intrinsic
@@ -83,7 +83,7 @@ def _nonzero(typingctx: Any, x: Any, count: Any, out: Any) -> Any:
 
 def histogram_kernel(packs: bool) -> Any:
     """The histogram of each lane's share; `packs` says whether it uses H_PACKED."""
-    return _histogram_kernel(packs, packs and "avx512f" in target_features())
+    return _histogram_kernel(packs, "avx512f" in target_features())
 
 
 @functools.cache
@@ -108,16 +108,14 @@ def _histogram_kernel(packs: bool, presses: bool) -> Any:
                 lo, hi = finite_range(args[H_X] + 4 * first, count)
                 ends[2 * lane] = smaller(ends[2 * lane], lo)
                 ends[2 * lane + 1] = larger(ends[2 * lane + 1], hi)
-                done = 0
+                values, found, done = pointer(args[H_X] + 4 * first, "u32"), count, count
+                if config[1]:
+                    done = count // LANES * LANES
+                    buffer = stack_bytes(BUFFER_BYTES)
+                    found = _nonzero(args[H_X] + 4 * first, done, buffer)
+                    values = pointer(buffer, "u32")
+                    bins[0] += done - found
                 if config[0]:
-                    values, found = pointer(args[H_X] + 4 * first, "u32"), count
-                    done = count
-                    if config[1]:
-                        done = count // LANES * LANES
-                        buffer = stack_bytes(BUFFER_BYTES)
-                        found = _nonzero(args[H_X] + 4 * first, done, buffer)
-                        values = pointer(buffer, "u32")
-                        even[0] += (done - found) << REST_BITS
                     for i in range(0, found - 1, 2):
                         one, two = int64(values[i]), int64(values[i + 1])
                         even[one >> 16] += (1 << REST_BITS) + (one & REST_MASK)
@@ -126,16 +124,23 @@ def _histogram_kernel(packs: bool, presses: bool) -> Any:
                         one = int64(values[found - 1])
                         even[one >> 16] += (1 << REST_BITS) + (one & REST_MASK)
                     held += done
+                else:
+                    for i in range(found):
+                        _add_value(bins, values[i])
                 for i in range(first + done, first + count):
-                    value = int64(bits[i])
-                    at = 2 * (value >> 16)
-                    bins[at] += 1
-                    bins[at + 1] += value & REST_MASK
+                    _add_value(bins, bits[i])
                 if config[0] and (held >= MOST or first + count == last):
                     _add_packed(even, odd, bins)
                     held = 0
 
     return kernel
+
+
+@njit
+def _add_value(bins, bits):  # type: ignore[no-untyped-def]
+    at = 2 * (int64(bits) >> 16)
+    bins[at] += 1
+    bins[at + 1] += int64(bits) & REST_MASK
 
 
 @njit
