@@ -169,14 +169,15 @@ def emit_aligned_line(
 ) -> None:
     """Emits body(i, width, aligned) over elements 0..count of a line at `out`, `item` bytes each.
 
-    What lies before the first whole cache line is in a vector of its own, and the following ones
-    are stored from there on, which takes half the time. Elements of both are computed twice: `out`
-    must not be an operand.
+    What lies before the first whole vector, or cache line, is in a vector of its own, and the
+    following ones are stored from there on, which takes half the time. Elements of both are
+    computed twice: `out` must not be an operand.
     """
     width = widest()
+    whole = min(CACHE_LINE, width * item)
     start = b.block
     with b.if_then(b.icmp_signed(">=", count, i64(width))):
-        before = b.urem(b.neg(b.ptrtoint(out, i64)), i64(CACHE_LINE))
+        before = b.urem(b.neg(b.ptrtoint(out, i64)), i64(whole))
         with b.if_then(b.icmp_unsigned("!=", before, i64(0))):
             body(i64(0), width, False)
         aligned, _ = emit_loop(
