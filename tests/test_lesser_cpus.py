@@ -1,8 +1,8 @@
 """The kernels as lesser CPUs than this one get them.
 
-A tier says which dot product there is, which `FASTQ_ISA` chooses; how wide all other vectors are, and
-how tables are read, LLVM takes from the CPU. So a process of its own compiles for one without
-AVX-512, and one without AVX, and runs the tests of what is done to whole arrays.
+`FASTQ_ISA` chooses a tier, and with it the dot product; how wide all other vectors are, and how
+tables are read, depends on the CPU. So a process of its own compiles for one without AVX-512, and
+for one without AVX, and runs the tests of what is done to whole arrays.
 """
 
 from __future__ import annotations
