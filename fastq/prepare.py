@@ -229,7 +229,10 @@ class Prepared:
         self, arguments: Iterable[Any], watch: Callable[[Node, Any], Any] | None = None
     ) -> list[Any]:
         """The network with its values and weights on their grids, in float: what the integers
-        compute but for rounding in the last bit. `watch` sees each value after quantization."""
+        compute but for rounding in the last bit, and for the states of a recurrent layer, which are
+        on the grid as it gives them, not from step to step. `watch` sees each value after
+        quantization.
+        """
         quantized = self.quantized_values()
         twins = {node: self.simulated_tensors(node) for node in self.layers()}
 

@@ -311,7 +311,7 @@ class Reader:
             sides = [(p, p) for p in _two(padding)]
         attrs = {"stride": stride, "padding": tuple(sides), "dilation": dilation}
         attrs["groups"] = a["groups"]
-        tensors = {"weight": weight, **({} if bias is None else {"bias": bias})}
+        tensors = _tensors(weight, bias)
         return self.add(node, "conv2d", [x], attrs=attrs, tensors=tensors)
 
     def read_lstm(self, node: fx.Node, a: dict[str, Any]) -> list[Any] | None:
@@ -387,7 +387,7 @@ class Reader:
             sides = (_one(a["padding"]),) * 2
         attrs = {"stride": (1, _one(a["stride"])), "padding": ((0, 0), sides),
                  "dilation": (1, _one(a["dilation"])), "groups": a["groups"]}  # fmt: skip
-        tensors = {"weight": weight.unsqueeze(2), **({} if bias is None else {"bias": bias})}
+        tensors = _tensors(weight.unsqueeze(2), bias)
         return self.line(node, "conv2d", x, attrs, tensors)
 
     def line(
@@ -413,7 +413,7 @@ class Reader:
         if not isinstance(bias, Tensor | None):
             return None
         attrs = {key: _two(a[key]) for key in ("stride", "padding", "output_padding", "dilation")}
-        tensors = {"weight": weight, **({} if bias is None else {"bias": bias})}
+        tensors = _tensors(weight, bias)
         return self.add(node, "conv_transpose2d", [x], attrs={**attrs, "groups": a["groups"]},
                         tensors=tensors)  # fmt: skip
 
@@ -423,7 +423,7 @@ class Reader:
             return None
         along = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
         attrs: dict[str, Any] = {key: (none, _one(a[key])) for key, none in along.items()}
-        tensors = {"weight": weight.unsqueeze(2), **({} if bias is None else {"bias": bias})}
+        tensors = _tensors(weight.unsqueeze(2), bias)
         return self.line(node, "conv_transpose2d", a["input"],
                          {**attrs, "groups": a["groups"]}, tensors)  # fmt: skip
 
@@ -433,7 +433,7 @@ class Reader:
             return None
         if bias is not None and not isinstance(bias, Tensor):
             return None
-        tensors = {"weight": weight, **({} if bias is None else {"bias": bias})}
+        tensors = _tensors(weight, bias)
         return self.linear(node, x, tensors)
 
     def linear(self, node: fx.Node, x: Node, tensors: dict[str, Tensor]) -> Node:
@@ -1337,7 +1337,7 @@ def _not_recurrent(node: fx.Node, a: dict[str, Any], wanted: set[Any]) -> str:
         return "its sequences are packed"
     weights = a["params"]
     if not isinstance(a["input"], Node) or not all(isinstance(w, Tensor) for w in weights):
-        return "its input is a constant, or its weights are none"
+        return "its input is a constant, or its weights are computed"
     if len(weights) != a["num_layers"] * (1 + a["bidirectional"]) * (4 if a["has_biases"] else 2):
         return "it has a projection"
     if a["train"] and a["dropout"]:
@@ -1373,6 +1373,7 @@ def _concatenated(x: Node, dim: int, start: int, end: int | None) -> Node | None
 
 
 def _tensors(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """Of a node with a weight and, perhaps, a bias."""
     return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
 
