@@ -596,7 +596,8 @@ class _Planner:
         if key not in self.packed:
             a = step.arguments
             pack = pack_conv2d if step.op == "conv2d" else PackedLinear
-            self.packed[key] = pack(a["weight"], a["epilogue"], a["x_zero_point"], self.isa)
+            zero_point = a.get("x_zero_point", 0)  # packed with a Requant, which not all have
+            self.packed[key] = pack(a["weight"], a["epilogue"], zero_point, self.isa)
         return self.packed[key]
 
     def layers(self, step: Step) -> list[Any]:
@@ -662,13 +663,9 @@ class _Planner:
         self.layer(step).rows(self.call, *flat, **self.scales(step))
 
     def row_recurrent(self, i: int, step: Step) -> None:
-        arguments = dict(step.arguments)
-        weight, epilogue = arguments.pop("weight"), arguments.pop("epilogue")
-        key = (self.isa, step.name)
-        if key not in self.packed:
-            self.packed[key] = PackedLinear(weight, epilogue, 0, self.isa)
+        rest = {k: v for k, v in step.arguments.items() if k not in ("weight", "epilogue")}
         x, out = self.input(i, step.inputs[0]), self.stored(step.name)
-        recurrent_row(self.call, x, out, self.packed[key], **arguments)
+        recurrent_row(self.call, x, out, self.layer(step), **rest)
 
     def is_staged(self, step: Step) -> bool:
         """Whether an input is quantized as an image, with its frame, into a storage of its own."""

@@ -349,11 +349,8 @@ def _macs(step: Step, shapes: dict[str, tuple[int, ...]], apart: dict[str, str])
     weight = step.arguments.get("weight")
     if weight is None:
         return 0
-    if step.op == "recurrent":
-        return prod(shapes[step.name][:2]) * weight.data.size
-    if step.inputs[0] in apart:
-        return prod(shapes[apart[step.inputs[0]]][:3]) * weight.data.size
-    return prod(shapes[step.name]) * weight.data[0].size
+    places = shapes[apart.get(step.inputs[0], step.name)][:-1]
+    return prod(places) * weight.data.size
 
 
 def medians(runs: list[Callable[[], Any]], passes: int, seconds: float = math.inf) -> list[float]:

@@ -127,8 +127,8 @@ class Program:
             if step.name in dtypes:
                 raise ValueError(f"Program: two values are called {step.name}")
             for i, name in enumerate(step.inputs):
-                wanted = ["float32"] if step.op in WAYS_IN else ["uint8"]
-                wanted = [] if step.op in RECURRENT else wanted
+                narrow = ["uint8"] * (step.op not in RECURRENT)
+                wanted = ["float32"] if step.op in WAYS_IN else narrow
                 wanted += ["int16"] * (i in WIDE.get(step.op, ()))
                 if dtypes.get(name) not in wanted:
                     found = dtypes.get(name, "unknown")

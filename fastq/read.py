@@ -315,18 +315,6 @@ class Reader:
         return self.add(node, "conv2d", [x], attrs=attrs, tensors=tensors)
 
     def read_lstm(self, node: fx.Node, a: dict[str, Any]) -> list[Any] | None:
-        return self.recurrent(node, a, "lstm")
-
-    def read_gru(self, node: fx.Node, a: dict[str, Any]) -> list[Any] | None:
-        return self.recurrent(node, a, "gru")
-
-    def read_rnn_tanh(self, node: fx.Node, a: dict[str, Any]) -> list[Any] | None:
-        return self.recurrent(node, a, "tanh")
-
-    def read_rnn_relu(self, node: fx.Node, a: dict[str, Any]) -> list[Any] | None:
-        return self.recurrent(node, a, "relu")
-
-    def recurrent(self, node: fx.Node, a: dict[str, Any], cell: str) -> list[Any] | None:
         """[all hidden states, the last ones, None] of a layer that begins with zeros: for each of
         its layers and directions the products with all inputs, and the recurrence."""
         wanted = {use.args[1] for use in node.users if use in self.used}
@@ -334,6 +322,7 @@ class Reader:
         if why:
             self.whys[node] = why
             return None
+        cell = _name(node.target).removeprefix("rnn_")
         x, weights, directions = a["input"], a["params"], 1 + a["bidirectional"]
         of, time, last = 4 if a["has_biases"] else 2, int(a["batch_first"]), []
         for first in range(0, len(weights), of * directions):
@@ -346,6 +335,8 @@ class Reader:
                     last.append(self.last_state(node, h, time, direction == 1))
             x = self.joined(node, made, 2)
         return [x, self.joined(node, last, 0) if last else None, None]
+
+    read_gru = read_rnn_tanh = read_rnn_relu = read_lstm
 
     def direction(
         self, node: fx.Node, x: Node, weights: list[Tensor], cell: str, time: int, reverse: bool

@@ -209,8 +209,8 @@ class Call:
             addresses = address_of(copies) + block.nbytes * np.arange(times)
             rows[:, number, executor.ARGS] = addresses
             at = patches[:, executor.FIELD] - address_of(block)
-            own = patches[(at >= 0) & (at < block.nbytes)]
-            fields = own[:, executor.FIELD] - address_of(block)
+            inside = (at >= 0) & (at < block.nbytes)
+            own, fields = patches[inside], at[inside]
             steps = np.array([moves.get((number, field // 8), 0) for field in fields.tolist()])
             more = np.tile(own, (times, 1, 1))
             more[:, :, executor.FIELD] = addresses[:, None] + fields
