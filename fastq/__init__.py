@@ -37,7 +37,17 @@ from fastq.weights import Conv2dWeight, LinearWeight
 if TYPE_CHECKING:
     from fastq.custom import pointwise
     from fastq.layerwise import sensitivity
-    from fastq.nn import QConv2d, QLinear, QuantizedModel
+    from fastq.nn import (
+        QGRU,
+        QLSTM,
+        QRNN,
+        QConv2d,
+        QGRUCell,
+        QLinear,
+        QLSTMCell,
+        QRNNCell,
+        QuantizedModel,
+    )
     from fastq.profiling import profile
     from fastq.qat import QATModel, convert, prepare_qat
     from fastq.quantization import quantize_model
@@ -50,7 +60,13 @@ __version__ = "0.1.0"
 _NEEDS_TORCH = {
     "QATModel": "fastq.qat",
     "QConv2d": "fastq.nn",
+    "QGRU": "fastq.nn",
+    "QGRUCell": "fastq.nn",
+    "QLSTM": "fastq.nn",
+    "QLSTMCell": "fastq.nn",
     "QLinear": "fastq.nn",
+    "QRNN": "fastq.nn",
+    "QRNNCell": "fastq.nn",
     "QuantizedModel": "fastq.nn",
     "convert": "fastq.qat",
     "load": "fastq.serialize",
@@ -77,8 +93,14 @@ __all__ = [
     "QATModel",
     "QConfig",
     "QConv2d",
+    "QGRU",
+    "QGRUCell",
+    "QLSTM",
+    "QLSTMCell",
     "QLinear",
     "QParams",
+    "QRNN",
+    "QRNNCell",
     "QuantizedModel",
     "Requant",
     "choose_qparams",

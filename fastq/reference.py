@@ -701,29 +701,84 @@ def recurrent(
     steps = np.moveaxis(x, axis, 0)
     rows, h_size = steps.shape[1], weight.k
     scale, factor = F32(x_scale), F32(multiplier)
-    h = c = np.zeros((rows, h_size), F32)
+    state = np.zeros((rows, h_size), F32)
     hidden = np.full((rows, h_size), zero_point, np.uint8)
     result = np.empty((*x.shape[:2], h_size), np.uint8)
     for t in reversed(range(len(steps))) if reverse else range(len(steps)):
-        hx = np.split(linear(hidden, weight, epilogue, x_zero_point=zero_point), GATES[cell], 1)
-        xs = np.split(steps[t].astype(F32) * scale, GATES[cell], 1)
-        gates = [a + b for a, b in zip(xs, hx, strict=True)]
-        match cell:
-            case "lstm":
-                i, f, g, o = gates
-                c = _sigmoid(f) * c + _sigmoid(i) * _tanh(g)
-                h = _sigmoid(o) * _tanh(c)
-            case "gru":
-                m = _tanh(xs[2] + _sigmoid(gates[0]) * hx[2])
-                h = m + _sigmoid(gates[1]) * (h - m)
-            case "tanh":
-                h = _tanh(gates[0])
-            case "relu":
-                h = np.maximum(gates[0], F32(0))
+        hx = linear(hidden, weight, epilogue, x_zero_point=zero_point)
+        h, state = _cell(cell, steps[t].astype(F32) * scale, hx, state)
         with np.errstate(over="ignore"):
             hidden = _to_uint8(h * factor, zero_point, qmin, qmax)
         np.moveaxis(result, axis, 0)[t] = hidden
     return _into(out, result)
+
+
+def recurrent_float(
+    x: NDArray[np.float32],
+    weight: LinearWeight,
+    epilogue: Dequant,
+    *,
+    cell: str,
+    hidden: NDArray[np.float32] | None = None,
+    state: NDArray[np.float32] | None = None,
+    axis: int = 1,
+    reverse: bool = False,
+    x_qparams: QParams | None = None,
+    projection: tuple[LinearWeight, Dequant, QParams | None] | None = None,
+    out: NDArray[np.float32] | None = None,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The hidden states of a recurrent layer between float layers, and its last state.
+
+    x           float32, the axes and gates of `recurrent`.
+    hidden      the first hidden state, float32 (rows, H), or (rows, P) with a projection; state,
+                of an lstm, the first c (rows, H). None: zeros.
+    projection  the arguments of `linear_float` for weight (P, H): the hidden state is this product
+                of what the cell gives.
+    result      float32 (.., .., H), or P, in order of x; and the last c of an lstm, the last hidden
+                state of the others, (rows, H).
+
+    At each step hx = linear_float(last hidden state, weight, epilogue, x_qparams=x_qparams), and the
+    cell is that of `recurrent`. x, hx and the state are clamped to +-2**96 first, NaN is 0.
+    """
+    steps = np.moveaxis(x, axis, 0)
+    zeros = np.zeros((steps.shape[1], weight.n // GATES[cell]), F32)
+    width = weight.k
+    h = np.zeros((len(zeros), width), F32) if hidden is None else hidden
+    state = (zeros if state is None else state) if cell == "lstm" else h
+    result = np.empty((*x.shape[:2], width), F32)
+    for t in reversed(range(len(steps))) if reverse else range(len(steps)):
+        hx = linear_float(h, weight, epilogue, x_qparams=x_qparams)
+        h, state = _cell(cell, *map(_limited, (steps[t], hx, state)))
+        if projection is not None:
+            h = linear_float(h, *projection[:2], x_qparams=projection[2])
+        np.moveaxis(result, axis, 0)[t] = h
+    return _into(out, result), state
+
+
+def _cell(
+    cell: str, x: NDArray[np.float32], hx: NDArray[np.float32], state: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The hidden state and what is kept beside it, by the products with the input and with the
+    last hidden state, and what was kept."""
+    xs, hs = np.split(x, GATES[cell], 1), np.split(hx, GATES[cell], 1)
+    gates = [a + b for a, b in zip(xs, hs, strict=True)]
+    match cell:
+        case "lstm":
+            i, f, g, o = gates
+            c = _sigmoid(f) * state + _sigmoid(i) * _tanh(g)
+            return _sigmoid(o) * _tanh(c), c
+        case "gru":
+            m = _tanh(xs[2] + _sigmoid(gates[0]) * hs[2])
+            h = m + _sigmoid(gates[1]) * (state - m)
+        case "tanh":
+            h = _tanh(gates[0])
+        case _:
+            h = np.maximum(gates[0], F32(0))
+    return h, h
+
+
+def _limited(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.clip(np.where(np.isnan(x), F32(0), x), F32(-MAX_FACTOR), F32(MAX_FACTOR))
 
 
 def _tanh(x: NDArray[np.float32]) -> NDArray[np.float32]:

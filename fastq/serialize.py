@@ -12,7 +12,7 @@ That of a model with int8 layers says which layers of a float model they replace
 
     sha256   the digest, see below
     format   "fastq"            version  1
-    layers   {name: {"type": "QLinear" or "QConv2d", and the arguments it was built with}}
+    layers   {name: {"type": "QLinear", or another of TYPES, and the arguments it was built with}}
     folded   [names of batch norms that were folded away]
     rebuilt  [names of layers rebuilt from torch's own, see QuantizationSummary]
     tied     {name: the tensor in the file that has its values}
@@ -45,6 +45,7 @@ from fastq.encode import VERSION, Parts, digest, read_header
 from fastq.nn import QConv2d, QLinear, QuantizedModel
 from fastq.nn.layer import QLayer
 from fastq.nn.network import decode_layout, encode_layout
+from fastq.nn.recurrent import RECURRENT, Recurrent
 from fastq.swap import (
     QuantizationSummary,
     Result,
@@ -56,7 +57,7 @@ from fastq.swap import (
 )
 
 # type -> (the float layer it stands for, the arguments that both have, bias aside)
-TYPES: dict[str, tuple[type[nn.Module], type[QLayer], tuple[str, ...]]] = {
+TYPES: dict[str, tuple[type[nn.Module], type[nn.Module], tuple[str, ...]]] = {
     "QLinear": (nn.Linear, QLinear, ("in_features", "out_features")),
     "QConv2d": (
         nn.Conv2d,
@@ -72,6 +73,7 @@ TYPES: dict[str, tuple[type[nn.Module], type[QLayer], tuple[str, ...]]] = {
             "padding_mode",
         ),
     ),
+    **{kind.__name__: (kind.FLOAT, kind, kind.ARGUMENTS) for kind in RECURRENT},
 }
 
 HEADER = {
@@ -107,10 +109,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if isinstance(model, QuantizedModel):
         _save_network(model, report, path)
         return
+    recurrent = [(name, m) for name, m in model.named_modules() if isinstance(m, Recurrent)]
+    within = {f"{name}.{part}".lstrip(".") for name, m in recurrent for part, _ in m.named_children()}
     layers = {
         names[0]: _arguments(module)
         for module, names in module_names(model).items()
-        if isinstance(module, QLayer)
+        if isinstance(module, QLayer | Recurrent) and names[0] not in within
     }
     if not layers:
         raise ValueError(
@@ -209,7 +213,7 @@ def _arguments(module: Any) -> dict[str, Any]:
     for kind, (float_type, q_type, shared) in TYPES.items():
         if isinstance(module, float_type | q_type):
             given = {name: getattr(module, name) for name in shared}
-            entry = {"type": kind, **given, "bias": module.bias is not None}
+            entry = {"type": kind, **given, "bias": module.bias not in (None, False)}
             result: dict[str, Any] = json.loads(json.dumps(entry))  # tuples are lists there
             return result
     raise ValueError(f"save: {type(module).__name__} has no place in a file; {', '.join(TYPES)} do")
@@ -306,7 +310,7 @@ def _mismatch(where: str, name: str, module: nn.Module, wanted: str) -> ValueErr
     )
 
 
-def _empty_layer(where: str, name: str, module: nn.Module, arguments: Any) -> QLayer:
+def _empty_layer(where: str, name: str, module: nn.Module, arguments: Any) -> nn.Module:
     """The int8 layer for a float layer. The geometry is the model's; the file has to agree."""
     kind = arguments.get("type") if isinstance(arguments, dict) else None
     if not isinstance(kind, str) or kind not in TYPES:

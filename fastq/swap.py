@@ -23,6 +23,7 @@ from tqdm import tqdm
 from fastq.batches import Batches, arguments_of, explain
 from fastq.nn import QConv2d, QLinear
 from fastq.nn.layer import QLayer
+from fastq.nn.recurrent import RECURRENT, Recurrent
 from fastq.observer import MinMaxObserver, Observer
 from fastq.processes import Processes
 from fastq.qparams import MAX_K
@@ -32,7 +33,9 @@ Selector = str | type[nn.Module]
 Result = Literal["int8 static", "int8 dynamic", "folded", "float"]
 Names = dict[nn.Module, list[str]]
 
-SWAPS: dict[type[nn.Module], Any] = {nn.Linear: QLinear, nn.Conv2d: QConv2d}
+STATIC: dict[type[nn.Module], Any] = {nn.Linear: QLinear, nn.Conv2d: QConv2d}
+DYNAMIC: dict[type[nn.Module], Any] = {kind.FLOAT: kind for kind in RECURRENT}
+SWAPS = STATIC | DYNAMIC
 
 # What a summary lists: layers that multiply by weights, and batch norm. Not embeddings, which
 # look up, nor layer norm, which has no weights to sum over: int8 would win nothing there.
@@ -119,6 +122,8 @@ def quantize_layers(
 ) -> nn.Module:
     """The model with int8 layers: same class, same call, in eval mode, for inference.
 
+    Every nn.LSTM, nn.GRU, nn.RNN, and their cells, becomes a QLSTM, ..., which takes the range of
+    each row of its inputs and states as it comes (dynamic).
     Every nn.Linear and nn.Conv2d becomes a QLinear or QConv2d, after the batch norm that follows
     it, if any, was folded into it; a subclass too, if its forward is no more than one of them
     between other modules. The calibration data fixes the ranges of their inputs
@@ -235,8 +240,9 @@ def _quantize(
         result = replace(result, batch_norm.names, nn.Identity())
     for layer in plan:
         if layer.becomes_int8():
-            qparams = layer.observer.qparams() if layer.result == "int8 static" else None
-            swap = SWAPS[type(layer.module)].from_float(layer.module, input_qparams=qparams)
+            static = layer.result == "int8 static"
+            given = {"input_qparams": layer.observer.qparams()} if static else {}
+            swap = SWAPS[type(layer.module)].from_float(layer.module, **given)
             result = replace(result, layer.names, swap)
     for parameter in result.parameters():
         parameter.requires_grad = False
@@ -351,16 +357,19 @@ def _outlook(module: nn.Module) -> tuple[Result, str]:
         if isinstance(module, nn.Linear | nn.Conv2d):
             parent = "nn.Linear" if isinstance(module, nn.Linear) else "nn.Conv2d"
             return "float", f"a subclass of {parent} that computes something else, or may"
-        return "float", "no int8 form; only nn.Linear and nn.Conv2d have one"
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    if weight.dtype is not torch.float32 or weight.device.type != "cpu":
-        return "float", f"weight is {weight.dtype} on {weight.device}, wanted float32 on the CPU"
-    if prod(weight.shape[1:]) > MAX_K:
-        return "float", (
-            f"sums {prod(weight.shape[1:])} products, and int32 is exact up to {MAX_K}"
-        )
-    if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
-        return "float", "weight or bias has NaN or infinite values"
+        return "float", f"no int8 form; {', '.join(f'nn.{k.__name__}' for k in SWAPS)} have one"
+    for weight in module.parameters():
+        if weight.dtype is not torch.float32 or weight.device.type != "cpu":
+            on = f"{weight.dtype} on {weight.device}"
+            return "float", f"weight is {on}, wanted float32 on the CPU"
+        if prod(weight.shape[1:]) > MAX_K:
+            return "float", (
+                f"sums {prod(weight.shape[1:])} products, and int32 is exact up to {MAX_K}"
+            )
+        if not bool(weight.isfinite().all()):
+            return "float", "weight or bias has NaN or infinite values"
+    if kind in DYNAMIC:
+        return "int8 dynamic", "a recurrent layer makes half of its inputs itself"
     return "int8 static", ""
 
 
@@ -386,7 +395,7 @@ def _refuse_nothing(model: nn.Module, plan: list[_Layer]) -> None:
     table = f"\n{QuantizationSummary(tuple(x.row() for x in plan))}" if plan else ""
     raise ValueError(
         f"quantize_layers: no layer of this {type(model).__name__} can become int8; wanted at "
-        f"least one plain nn.Linear or nn.Conv2d, float32, on the CPU{table}"
+        f"least one plain nn.Linear, nn.Conv2d or recurrent layer, float32, on the CPU{table}"
     )
 
 
@@ -441,7 +450,7 @@ def _calibrate(
                 handles = [
                     layer.module.register_forward_pre_hook(layer.watch, with_kwargs=True)
                     for layer in plan
-                    if layer.becomes_int8()
+                    if layer.becomes_int8() and type(layer.module) in STATIC
                 ]
             _run(model, batch, forward, f"the float model, on calibration batch {number}")
     finally:

@@ -95,15 +95,30 @@ class BoundLinear:
         added: str = "",
     ) -> Call:  # fmt: skip
         """A call for m rows, of the layer's five arguments."""
-        call, layer = Call(ARGUMENTS), self.layer
-        epilogue, k = layer.epilogue, layer.k
+        call = Call(ARGUMENTS)
+        x = View(X, (m, self.layer.k), (row_stride, 1), "u8" if self.source == "u8" else "f32")
+        out, add = _output(self.layer, added, m, self.layer.n)
+        self.rows(call, x, out, add, aligned, zero_point)
+        return call
+
+    def rows(
+        self,
+        call: Call,
+        x: View,
+        out: View,
+        add: View | None = None,
+        aligned: bool = True,
+        zero_point: Any = 0,
+    ) -> None:
+        """Appends the rows of a call; of a float32 source there are two."""
+        layer, (m, k), row_stride = self.layer, x.shape, x.strides[0]
+        epilogue, given = layer.epilogue, x.place
         x_scales = getattr(epilogue, "x_scale", np.ones(()))
         per_row = self.source == "dynamic" or bool(np.ndim(zero_point) or np.ndim(x_scales))
         rows = m if per_row else 1
         scale, zero = x_operands(call, epilogue, self.source, self.x_qparams, rows, zero_point)
         kind = ACTIVATIONS[emitter(layer.isa).a_bytes]
         item = ITEM_BYTES[kind]
-        x = View(X, (m, k), (row_stride, 1), "u8")
         by_matrix = layer.tile(m, m, -(-k // layer.packed.depth)).kind == "matrix"
         fits = k >= KR and not layer.packed.over_read
         fits = fits and (aligned or not by_matrix or not layer.reads_often)
@@ -123,16 +138,14 @@ class BoundLinear:
                     stage.R_OUT_K: width,
                 },
                 {
-                    stage.R_X: X,
+                    stage.R_X: given,
                     stage.R_OUT: x.place,
                     stage.R_SCALE: scale,
                     stage.R_ZERO_POINT: zero,
                 },
                 m * k * 4 / BYTES_PER_NANOSECOND,
             )
-        out, add = _output(layer, added, m, layer.n)
         layer.rows(call, x, out, add, scale=scale, zero_point=zero, per_row=per_row)
-        return call
 
 
 class BoundConv2d:

@@ -240,7 +240,7 @@ FAMILIES = (
     Family(
         "recurrent",
         recurrent.cell_kernel,
-        lambda tier: ((cell, _activations(tier), cell != "relu") for cell in GATES),
+        lambda tier: ((cell, "s16", _activations(tier), cell != "relu") for cell in GATES),
     ),
     Family(
         "recurrent", gemm.gemm_kernel, lambda tier: product(tiles_of(tier), ("s16",), ("affine",))

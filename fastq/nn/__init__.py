@@ -3,5 +3,16 @@
 from fastq.nn.conv import QConv2d
 from fastq.nn.linear import QLinear
 from fastq.nn.network import QuantizedModel
+from fastq.nn.recurrent import QGRU, QLSTM, QRNN, QGRUCell, QLSTMCell, QRNNCell
 
-__all__ = ["QConv2d", "QLinear", "QuantizedModel"]
+__all__ = [
+    "QGRU",
+    "QLSTM",
+    "QRNN",
+    "QConv2d",
+    "QGRUCell",
+    "QLSTMCell",
+    "QLinear",
+    "QRNNCell",
+    "QuantizedModel",
+]

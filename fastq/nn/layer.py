@@ -281,8 +281,8 @@ def operands_of(as_weight: Callable[[Any], Any], geometry: Hashable, state: Stat
     return operands
 
 
-def accept(name: str, x: Tensor, expected: str, fits: bool) -> Tensor:
-    """x without its gradient; or the reason why it is not accepted, as an error.
+def accept(name: str, x: Tensor, expected: str, fits: bool, what: str = "x") -> Tensor:
+    """x, or what it is called, without its gradient; or the reason why it is not accepted, as an error.
 
     Autocast hands over what its float layers made, in half precision: that becomes float32 here.
     """
@@ -291,18 +291,18 @@ def accept(name: str, x: Tensor, expected: str, fits: bool) -> Tensor:
     if x.dtype != torch.float32 or not fits:
         dtype, shape = str(x.dtype).removeprefix("torch."), tuple(x.shape)
         if fits:
-            hint = "x.float() works"
+            hint = f"{what}.float() works"
             if not x.is_floating_point():
                 hint = (
                     "the model probably converts to the dtype of a layer's weight: "
                     "quantize_model(..., skip=) keeps that layer float"
                 )
-            raise TypeError(f"{name}: x is {dtype} {shape}, wanted float32; {hint}")
-        raise ValueError(f"{name}: x is {dtype} {shape}, wanted float32 {expected}")
+            raise TypeError(f"{name}: {what} is {dtype} {shape}, wanted float32; {hint}")
+        raise ValueError(f"{name}: {what} is {dtype} {shape}, wanted float32 {expected}")
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
-            f"{name}: x requires grad, and this layer is for inference: it has no gradient; "
-            "call it under torch.no_grad() or give it x.detach()"
+            f"{name}: {what} requires grad, and this layer is for inference: it has no gradient; "
+            f"call it under torch.no_grad() or give it {what}.detach()"
         )
     return x.detach()
 
