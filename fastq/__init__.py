@@ -82,6 +82,9 @@ _NEEDS_TORCH = {
 }
 
 __all__ = [
+    "QGRU",
+    "QLSTM",
+    "QRNN",
     "Conv2dWeight",
     "Dequant",
     "EntropyObserver",
@@ -93,13 +96,10 @@ __all__ = [
     "QATModel",
     "QConfig",
     "QConv2d",
-    "QGRU",
     "QGRUCell",
-    "QLSTM",
     "QLSTMCell",
     "QLinear",
     "QParams",
-    "QRNN",
     "QRNNCell",
     "QuantizedModel",
     "Requant",

@@ -1379,8 +1379,8 @@ def recurrent_float(
     reverse     whether it begins at the last step. The result is in order of x.
     x_qparams   uint8, per tensor, of the hidden state; None quantizes each of its rows by its own
                 range, at each step.
-    projection  of an lstm: weight (P, H), Dequant and qparams as linear_float takes them. The hidden
-                state is this product, (rows, P), and `weight` is (gates * H, P).
+    projection  of an lstm: weight (P, H), Dequant and qparams, as linear_float takes them. The
+                hidden state is this product, (rows, P), and `weight` is (gates * H, P).
 
     Returns the hidden states, float32 (.., .., H or P), and the state after the last step, (rows,
     H): c of an lstm, the hidden state of the others. A sequence in parts, each begun with what the

@@ -737,8 +737,8 @@ def recurrent_float(
     result      float32 (.., .., H), or P, in order of x; and the last c of an lstm, the last hidden
                 state of the others, (rows, H).
 
-    At each step hx = linear_float(last hidden state, weight, epilogue, x_qparams=x_qparams), and the
-    cell is that of `recurrent`. x, hx and the state are clamped to +-2**96 first, NaN is 0.
+    At each step hx = linear_float(last hidden state, weight, epilogue, x_qparams=x_qparams), and
+    the cell is that of `recurrent`. x, hx and the state are clamped to +-2**96 first, NaN is 0.
     """
     steps = np.moveaxis(x, axis, 0)
     zeros = np.zeros((steps.shape[1], weight.n // GATES[cell]), F32)

@@ -109,12 +109,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if isinstance(model, QuantizedModel):
         _save_network(model, report, path)
         return
-    recurrent = [(name, m) for name, m in model.named_modules() if isinstance(m, Recurrent)]
-    within = {f"{name}.{part}".lstrip(".") for name, m in recurrent for part, _ in m.named_children()}
+    within = {part for m in model.modules() if isinstance(m, Recurrent) for part in m.children()}
     layers = {
         names[0]: _arguments(module)
         for module, names in module_names(model).items()
-        if isinstance(module, QLayer | Recurrent) and names[0] not in within
+        if isinstance(module, QLayer | Recurrent) and module not in within
     }
     if not layers:
         raise ValueError(
@@ -213,7 +212,8 @@ def _arguments(module: Any) -> dict[str, Any]:
     for kind, (float_type, q_type, shared) in TYPES.items():
         if isinstance(module, float_type | q_type):
             given = {name: getattr(module, name) for name in shared}
-            entry = {"type": kind, **given, "bias": module.bias not in (None, False)}
+            bias: Any = module.bias  # the bias, or whether there is one
+            entry = {"type": kind, **given, "bias": bias is not None and bias is not False}
             result: dict[str, Any] = json.loads(json.dumps(entry))  # tuples are lists there
             return result
     raise ValueError(f"save: {type(module).__name__} has no place in a file; {', '.join(TYPES)} do")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from fastq.batches import Batches, arguments_of, explain
 from fastq.nn import QConv2d, QLinear
 from fastq.nn.layer import QLayer
-from fastq.nn.recurrent import RECURRENT, Recurrent
+from fastq.nn.recurrent import RECURRENT
 from fastq.observer import MinMaxObserver, Observer
 from fastq.processes import Processes
 from fastq.qparams import MAX_K

@@ -208,6 +208,8 @@ def _conv2d(
     def as_weight(data: Any) -> Conv2dWeight:
         return _weight(data, stride, padding, dilation, groups)
 
+    c = weight.shape[1] * groups
+    x = accept("fastq::conv2d", x, f"(B, {c}, H, W)", x.dim() == 4 and x.shape[1] == c)
     state = (weight, weight_scale, bias, input_scale, input_zero_point)
     geometry = (*stride, *padding, *dilation, groups)
     return _run(x, operands_of(as_weight, geometry, state))

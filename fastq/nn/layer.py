@@ -282,10 +282,12 @@ def operands_of(as_weight: Callable[[Any], Any], geometry: Hashable, state: Stat
 
 
 def accept(name: str, x: Tensor, expected: str, fits: bool, what: str = "x") -> Tensor:
-    """x, or what it is called, without its gradient; or the reason why it is not accepted, as an error.
+    """x, called `what`, without its gradient; or the reason why it is not accepted, as an error.
 
     Autocast hands over what its float layers made, in half precision: that becomes float32 here.
     """
+    if fits and x.dtype is torch.float32 and not x.requires_grad:
+        return x
     if x.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled("cpu"):
         x = x.float()
     if x.dtype != torch.float32 or not fits:

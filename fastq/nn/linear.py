@@ -92,7 +92,7 @@ class QLinear(QLayer):
                 self.input_zero_point,
             )
             return y
-        return _run(x, shape, self.out_features, self._operands())
+        return run(x, shape, self.out_features, self._operands())
 
     def extra_repr(self) -> str:
         return (
@@ -101,7 +101,8 @@ class QLinear(QLayer):
         )
 
 
-def _run(x: Tensor, shape: torch.Size, n: int, operands: Operands) -> Tensor:
+def run(x: Tensor, shape: torch.Size, n: int, operands: Operands) -> Tensor:
+    """x (*, K) times the operands' weight (n, K), checked by the caller."""
     if len(shape) == 2:  # the most usual, and half a microsecond faster
         m, k = shape
         sizes: tuple[int, ...] = m, n
@@ -126,8 +127,10 @@ def _linear(
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
 ) -> Tensor:
+    k = weight.shape[-1]
+    x = accept("fastq::linear", x, f"(*, {k})", x.dim() > 0 and x.shape[-1] == k)
     state = (weight, weight_scale, bias, input_scale, input_zero_point)
-    return _run(x, x.shape, len(weight), operands_of(LinearWeight, (), state))
+    return run(x, x.shape, len(weight), operands_of(LinearWeight, (), state))
 
 
 @_linear.register_fake

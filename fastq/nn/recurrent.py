@@ -1,7 +1,8 @@
 """QLSTM, QGRU, QRNN and their cells: torch's recurrent layers with int8 weights.
 
 Each product with a weight is a QLinear: of the inputs (ih), of the hidden state (hh), of an LSTM's
-projection (hr). What is between them, the cell, is `fastq.ops.recurrent_float`.
+projection (hr). What is between them, the cell, is `fastq.ops.recurrent_float`. torch.compile and
+torch.export see one operator for all layers, `fastq::recurrent`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from fastq.nn.layer import State, accept, as_array, operands_of
+from fastq.nn.layer import STATE, State, accept, as_array, operands_of
 from fastq.nn.linear import QLinear
-from fastq.ops import recurrent_float
+from fastq.nn.linear import run as linear
+from fastq.ops import Operands, recurrent_float
 from fastq.qparams import GATES
 from fastq.weights import LinearWeight
 
@@ -28,91 +30,134 @@ from fastq.weights import LinearWeight
 class _Products(NamedTuple):
     """Of one layer in one direction: products of inputs, of hidden states, of what a cell gives."""
 
-    ih: QLinear
-    hh: QLinear
-    hr: QLinear | None = None
-
-    def recur(
-        self, cell: str, gates: Tensor, first: Sequence[Tensor], axis: int, reverse: bool
-    ) -> tuple[Tensor, Tensor]:
-        """recurrent_float of these products, begun with h, and c of an LSTM."""
-        hidden, state = (*first, None)[:2]
-        if is_compiling() or type(gates) is not Tensor or _get_tracing_state():
-            projection = [None] * 5 if self.hr is None else _state(self.hr)
-            result: tuple[Tensor, Tensor] = torch.ops.fastq.recurrent(
-                gates, *_state(self.hh), *projection, hidden, state, cell, axis, reverse
-            )
-            return result
-        of_hr = None if self.hr is None else self.hr._operands()
-        return _run(gates, self.hh._operands(), of_hr, hidden, state, cell, axis, reverse)
+    ih: Operands
+    hh: Operands
+    hr: Operands | None = None
 
 
-def _state(layer: QLinear) -> State:
-    return layer.weight, layer.weight_scale, layer.bias, layer.input_scale, layer.input_zero_point
+class _Plan(NamedTuple):
+    """How layers are put together.
+
+    sizes  rows of each step of packed sequences, no more than of the one before; () for sequences
+           of one length, whose steps are axis `time` of three.
+    """
+
+    cell: str
+    sizes: Sequence[int]
+    time: int
+    bidirectional: bool
+    dropout: float
 
 
-def _run(
-    gates: Tensor, hh: Any, hr: Any, hidden: Tensor, state: Tensor | None, cell: str, axis: int,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    projection = None if hr is None else (hr.weight, hr.epilogue, hr.x_qparams)
+def _layers(
+    x: Tensor, states: Sequence[Tensor], products: Sequence[_Products], plan: _Plan
+) -> list[Tensor]:
+    """All layers: the last one's hidden states, then for all layers and directions the last ones,
+    and the last c of an LSTM; states has their first ones."""
+    ends, made = [], []
+    for number, product in enumerate(products):
+        reverse = plan.bidirectional and number % 2 == 1
+        first = [state[number] for state in states]
+        gates = linear(x, x.shape, product.ih.weight.n, product.ih)
+        y, *last = _direction(gates, first, product, plan, reverse)
+        made.append(y)
+        ends.append(last)
+        if len(made) == 1 + plan.bidirectional:
+            x = y if len(made) == 1 else torch.cat(made, -1)
+            made = []
+            if plan.dropout and number + 1 < len(products):
+                x = F.dropout(x, plan.dropout)
+    if len(ends) == 1:
+        return [x, *(state.unsqueeze(0) for state in ends[0])]
+    return [x, *(torch.stack(parts) for parts in zip(*ends, strict=True))]
+
+
+def _direction(
+    gates: Tensor, states: list[Tensor], products: _Products, plan: _Plan, reverse: bool
+) -> list[Tensor]:
+    """One layer in one direction: its hidden states, the last of them, the last c of an LSTM."""
+    if not plan.sizes:
+        return _steps(gates, states, products, plan.cell, plan.time, reverse)
+    # as many steps at once as have the same rows
+    counts = [(rows, len(list(steps))) for rows, steps in itertools.groupby(plan.sizes)]
+    ends = list(itertools.accumulate(rows * steps for rows, steps in counts))
+    states = [state.clone() for state in states]
+    y = gates.new_empty(len(gates), states[0].shape[1])
+    for (rows, steps), end in list(zip(counts, ends, strict=True))[:: -1 if reverse else 1]:
+        part = slice(end - rows * steps, end)
+        part_gates = gates[part].unflatten(0, (steps, rows))
+        first = [state[:rows] for state in states]
+        made, *last = _steps(part_gates, first, products, plan.cell, 0, reverse)
+        y[part] = made.flatten(0, 1)
+        for state, now in zip(states, last, strict=True):
+            state[:rows] = now
+    return [y, *states]
+
+
+def _steps(
+    gates: Tensor, states: list[Tensor], products: _Products, cell: str, time: int, reverse: bool
+) -> list[Tensor]:
+    """The same of sequences of one length: recurrent_float."""
+    _, hh, hr = products
+    hidden, state = (*map(as_array, states), None)[:2]
     y, last = recurrent_float(
-        as_array(gates), hh.weight, hh.epilogue, cell=cell, hidden=as_array(hidden),
-        state=None if state is None else as_array(state), axis=axis, reverse=reverse,
-        x_qparams=hh.x_qparams, projection=projection,
+        as_array(gates), hh.weight, hh.epilogue, cell=cell, hidden=hidden, state=state,
+        axis=time, reverse=reverse, x_qparams=hh.x_qparams,
+        projection=None if hr is None else (hr.weight, hr.epilogue, hr.x_qparams),
     )  # fmt: skip
-    return torch.from_numpy(y), torch.from_numpy(last)
+    made = torch.from_numpy(y)
+    return [made, made.select(time, 0 if reverse else -1), torch.from_numpy(last)][
+        : 1 + len(states)
+    ]
 
 
 @torch.library.custom_op("fastq::recurrent", mutates_args=(), device_types="cpu")
 def _recurrent(
-    gates: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    hr_weight: Tensor | None,
-    hr_weight_scale: Tensor | None,
-    hr_bias: Tensor | None,
-    hr_input_scale: Tensor | None,
-    hr_input_zero_point: Tensor | None,
-    hidden: Tensor,
-    state: Tensor | None,
+    x: Tensor,
+    states: Sequence[Tensor],
+    layers: Sequence[Tensor | None],
+    projected: bool,
     cell: str,
-    axis: int,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    hr = None
-    if hr_weight is not None and hr_weight_scale is not None:
-        of_hr = hr_weight, hr_weight_scale, hr_bias, hr_input_scale, hr_input_zero_point
-        hr = operands_of(LinearWeight, (), of_hr)
-    of_hh = weight, weight_scale, bias, input_scale, input_zero_point
-    hh = operands_of(LinearWeight, (), of_hh)
-    return _run(gates, hh, hr, hidden, state, cell, axis, reverse)
+    sizes: Sequence[int],
+    time: int,
+    bidirectional: bool,
+    dropout: float,
+) -> list[Tensor]:
+    """_layers; `layers` has the five tensors of each QLinear, one after the other."""
+    parts = [operands_of(LinearWeight, (), _state(*layers[i : i + 5]))
+             for i in range(0, len(layers), 5)]  # fmt: skip
+    products, features = _grouped(parts, projected), parts[0].weight.k
+    x = accept("fastq::recurrent", x, f"(.., .., {features})", x.shape[-1] == features)
+    y, *last = _layers(x, states, products, _Plan(cell, sizes, time, bidirectional, dropout))
+    return [y, *(state.clone() for state in last)]  # which may be parts of y
 
 
 @_recurrent.register_fake
 def _(
-    gates: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    hr_weight: Tensor | None,
-    hr_weight_scale: Tensor | None,
-    hr_bias: Tensor | None,
-    hr_input_scale: Tensor | None,
-    hr_input_zero_point: Tensor | None,
-    hidden: Tensor,
-    state: Tensor | None,
+    x: Tensor,
+    states: Sequence[Tensor],
+    layers: Sequence[Tensor | None],
+    projected: bool,
     cell: str,
-    axis: int,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    shape = gates.shape[0], gates.shape[1], hidden.shape[1]
-    return gates.new_empty(shape), torch.empty_like(hidden if state is None else state)
+    sizes: Sequence[int],
+    time: int,
+    bidirectional: bool,
+    dropout: float,
+) -> list[Tensor]:
+    width = states[0].shape[-1] * (1 + bidirectional)
+    return [x.new_empty(*x.shape[:-1], width), *map(torch.empty_like, states)]
+
+
+def _state(*tensors: Tensor | None) -> State:
+    weight, weight_scale, bias, input_scale, input_zero_point = tensors
+    if weight is None or weight_scale is None:
+        raise ValueError("fastq::recurrent: wanted weight and weight_scale of each QLinear")
+    return weight, weight_scale, bias, input_scale, input_zero_point
+
+
+def _grouped(parts: Sequence[Operands], projected: bool) -> list[_Products]:
+    each = 2 + projected
+    return [_Products(*parts[i : i + each]) for i in range(0, len(parts), each)]
 
 
 class Recurrent(nn.Module):
@@ -133,7 +178,6 @@ class Recurrent(nn.Module):
         """sizes: of the inputs of the products with this suffix, as torch's parameters have it."""
         super().__init__()
         self.hidden_size, self.proj_size, self.bias = hidden_size, proj_size, bias
-        self.suffixes = tuple(sizes)
         n, width, where = GATES[self.cell] * hidden_size, proj_size or hidden_size, (device, dtype)
         for suffix, inputs in sizes.items():
             self.add_module(f"ih{suffix}", QLinear(inputs, n, bias, *where))
@@ -141,10 +185,17 @@ class Recurrent(nn.Module):
             if proj_size:
                 self.add_module(f"hr{suffix}", QLinear(hidden_size, proj_size, False, *where))
 
-    def products(self, suffix: str) -> _Products:
-        """Those of one suffix."""
-        fields = _Products._fields[: 2 + bool(self.proj_size)]
-        return _Products(*(getattr(self, f"{name}{suffix}") for name in fields))
+    def run(self, x: Tensor, states: Sequence[Tensor], plan: _Plan) -> list[Tensor]:
+        """All hidden states and the last states, of inputs and first states."""
+        linears: Any = self._modules.values()
+        if is_compiling() or type(x) is not Tensor or _get_tracing_state():
+            tensors = [linear._buffers[name] for linear in linears for name in STATE]
+            results: list[Tensor] = torch.ops.fastq.recurrent(
+                x, states, tensors, bool(self.proj_size), *plan
+            )
+            return results
+        parts = [linear._operands() for linear in linears]
+        return _layers(x, states, _grouped(parts, bool(self.proj_size)), plan)
 
     @classmethod
     def from_float(cls, module: Any) -> Self:
@@ -159,18 +210,21 @@ class Recurrent(nn.Module):
             )
         made = cls(**{name: getattr(module, name) for name in cls.ARGUMENTS}, bias=module.bias)
         for name, product in made.named_children():
+            one: Any = product
             weight, bias = (getattr(module, f"{kind}_{name}", None) for kind in ("weight", "bias"))
             linear: Any = SimpleNamespace(weight=weight, bias=bias, training=module.training)
-            product._quantize(linear, None)
+            one._quantize(linear, None)
         return made.train(module.training)
 
     def to_float(self) -> Any:
         """torch's module with the dequantized weights, and the biases."""
-        module = self.FLOAT(**{name: getattr(self, name) for name in self.ARGUMENTS},
+        float_type: Any = self.FLOAT
+        module = float_type(**{name: getattr(self, name) for name in self.ARGUMENTS},
                             bias=self.bias)  # fmt: skip
         with torch.no_grad():
             for name, product in self.named_children():
-                for kind, value in product.to_float().named_parameters():
+                linear: Any = product
+                for kind, value in linear.to_float().named_parameters():
                     getattr(module, f"{kind}_{name}").copy_(value)
         return module.train(self.training)
 
@@ -184,7 +238,8 @@ class Recurrent(nn.Module):
             return [like.new_zeros(*lead, size) for size in sizes]
         given = hx if self.cell == "lstm" else (hx,)
         name = type(self).__name__
-        if not isinstance(given, tuple | list) or [type(x) for x in given] != [Tensor] * len(sizes):
+        fits = isinstance(given, tuple | list) and len(given) == len(sizes)
+        if not fits or not all(isinstance(x, Tensor) for x in given):
             wanted = "a tuple (h_0, c_0) of tensors" if self.cell == "lstm" else "a tensor"
             raise TypeError(f"{name}: hx is a {type(hx).__name__}; wanted {wanted}, or None")
         return [
@@ -251,70 +306,27 @@ class QRecurrent(Recurrent):
         fits = x.dim() in ((2,) if packed else (2, 3)) and x.shape[-1] == k
         x = accept(name, x, wanted, fits)
         time = int(self.batch_first and batched and not packed)
-        sizes = input.batch_sizes.tolist() if packed else None
+        sizes = input.batch_sizes.tolist() if packed else ()
         if not batched:
             x = x.unsqueeze(1)
         if not packed and not x.shape[time]:
             raise ValueError(f"{name}: x {tuple(x.shape)} has no steps; wanted one or more")
-        rows = sizes[0] if packed else x.shape[1 - time]
-        states = self._states(hx, (len(self.suffixes), *((rows,) if batched else ())), x)
+        rows = sizes[0] if sizes else x.shape[1 - time]
+        number = self.num_layers * (1 + self.bidirectional)
+        states = self._states(hx, (number, rows) if batched else (number,), x)
         if not batched:
             states = [state.unsqueeze(1) for state in states]
         if packed and input.sorted_indices is not None:
             states = [state[:, input.sorted_indices] for state in states]
-        last, made = [], []
-        for number, suffix in enumerate(self.suffixes):
-            products, reverse = self.products(suffix), suffix.endswith("_reverse")
-            first = [state[number] for state in states]
-            gates = products.ih(x)
-            if packed:
-                y, *ends = self._run_packed(products, gates, first, sizes, reverse)
-            else:
-                y, *ends = self._run(products, gates, first, time, reverse)
-            made.append(y)
-            last.append(ends)
-            if len(made) == 1 + self.bidirectional:
-                x = made[0] if len(made) == 1 else torch.cat(made, -1)
-                made = []
-                if self.dropout and self.training and number + 1 < len(self.suffixes):
-                    x = F.dropout(x, self.dropout)
-        states = [torch.stack(parts) for parts in zip(*last, strict=True)]
-        if packed:
-            if input.unsorted_indices is not None:
-                states = [state[:, input.unsorted_indices] for state in states]
-            x = PackedSequence(x, *input[1:])
+        dropout = self.dropout if self.training else 0.0
+        plan = _Plan(self.cell, sizes, time, self.bidirectional, dropout)
+        y, *states = self.run(x, states, plan)
+        if packed and input.unsorted_indices is not None:
+            states = [state[:, input.unsorted_indices] for state in states]
         if not batched:
-            x, states = x.squeeze(1), [state.squeeze(1) for state in states]
-        return x, (tuple(states) if self.cell == "lstm" else states[0])
-
-    def _run(
-        self, products: _Products, gates: Tensor, first: Sequence[Tensor], time: int, reverse: bool
-    ) -> list[Tensor]:
-        """One layer in one direction: its hidden states, the last of them, the last c of an LSTM.
-
-        gates has three axes, of which `time` is the sequence; first are h and c.
-        """
-        y, state = products.recur(self.cell, gates, first, time, reverse)
-        return [y, y.select(time, 0 if reverse else -1), state][: 1 + len(first)]
-
-    def _run_packed(
-        self, products: _Products, gates: Tensor, first: Sequence[Tensor], sizes: list[int],
-        reverse: bool,
-    ) -> list[Tensor]:  # fmt: skip
-        """The same of gates (sum of sizes, ..), whose step t has sizes[t] rows, no more than the
-        one before: as many steps of one size as there are at once."""
-        states = [state.clone() for state in first]
-        counts = [(rows, len(list(steps))) for rows, steps in itertools.groupby(sizes)]
-        ends = list(itertools.accumulate(rows * steps for rows, steps in counts))
-        y = gates.new_empty(len(gates), states[0].shape[1])
-        for (rows, steps), end in list(zip(counts, ends, strict=True))[:: -1 if reverse else 1]:
-            part = slice(end - rows * steps, end)
-            part_gates = gates[part].unflatten(0, (steps, rows))
-            made, *last = self._run(products, part_gates, [s[:rows] for s in states], 0, reverse)
-            y[part] = made.flatten(0, 1)
-            for state, now in zip(states, last, strict=True):
-                state[:rows] = now
-        return [y, *states]
+            y, states = y.squeeze(1), [state.squeeze(1) for state in states]
+        result = PackedSequence(y, *input[1:]) if packed else y
+        return result, (tuple(states) if self.cell == "lstm" else states[0])
 
 
 class QRecurrentCell(Recurrent):
@@ -339,14 +351,11 @@ class QRecurrentCell(Recurrent):
         k = self.input_size
         fits = input.dim() in (1, 2) and input.shape[-1] == k
         x = accept(type(self).__name__, input, f"(B, {k}) or ({k},)", fits)
-        products, batched = self.products(""), x.dim() == 2
-        states = self._states(hx, tuple(x.shape[:-1]), x)
-        if not batched:
-            x, states = x.unsqueeze(0), [state.unsqueeze(0) for state in states]
-        y, state = products.recur(self.cell, products.ih(x).unsqueeze(0), states, 0, False)
-        results = [y[0], state][: len(states)]
-        if not batched:
-            results = [result.squeeze(0) for result in results]
+        lead = tuple(x.shape[:-1])
+        states = [state.reshape(1, -1, self.hidden_size) for state in self._states(hx, lead, x)]
+        plan = _Plan(self.cell, (), 0, False, 0.0)
+        _, *results = self.run(x.reshape(1, -1, k), states, plan)
+        results = [result.reshape(*lead, self.hidden_size) for result in results]
         return tuple(results) if self.cell == "lstm" else results[0]
 
 
