@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,8 @@ class Captured:
     """A graph, how its flat inputs and outputs are arranged, and which extents it holds for.
 
     arguments           for each leaf of (args, kwargs) its input node, or the leaf itself if it
-                        is no tensor.
+                        is no tensor. "batch" in its attrs is the axis that grows with the batch,
+                        if it is not the first.
     in_spec, out_spec   pytree specs of (args, kwargs) and of the result.
     extents             the axes of an image that may have other sizes; if any may, sequences of
                         other lengths may go through. The batch size may always differ.
@@ -53,8 +54,19 @@ def capture(
     Raises CannotCapture when torch.export cannot follow the model, or when the graph depends on
     the batch size in a way that has no name here.
     """
-    kwargs = dict(kwargs or {})
-    leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
+    failed = None
+    for states in _states(leaves):
+        try:
+            return _capture(model, leaves, spec, states)
+        except CannotCapture as error:
+            failed = failed or error
+    raise failed or AssertionError("there is one way at least")
+
+
+def _capture(model: nn.Module, plain: Sequence[Any], spec: Any, states: States) -> Captured:
+    """`capture` of leaves of which some are states."""
+    leaves = [_Leaf(x, follows) for x, follows in zip(plain, states, strict=True)]
     try:
         exported: dict[Stretch, _Exported] = {(): _export(model, leaves, spec, BATCHES[0], ())}
         for ways in (*_stretches(leaves), (SAME,)):
@@ -80,7 +92,10 @@ def capture(
                     break
                 graph.remove_unused()
                 nodes = iter(graph.inputs)
-                arguments = tuple(next(nodes) if isinstance(x, Tensor) else x for x in leaves)
+                arguments = tuple(next(nodes) if isinstance(x, Tensor) else x for x in plain)
+                for node, leaf in zip(arguments, leaves, strict=True):
+                    if leaf.follows is not None:
+                        node.attrs = {"batch": 1 if leaf.follows == 0 else None}
                 extents = {dims: axes for dims, axes, _ in after}.get(4, ())
                 return Captured(graph, arguments, spec, first.out_spec, extents)
     except CannotCapture:
@@ -91,6 +106,35 @@ def capture(
     raise AssertionError("the last way returns or raises")
 
 
+class _Leaf(NamedTuple):
+    """An example of one input; of a state, (layers, B, features), which axis of the first input its
+    axis 1 is as long as."""
+
+    x: Any
+    follows: int | None = None
+
+
+States = tuple[int | None, ...]
+
+
+def _states(leaves: Sequence[Any]) -> list[States]:
+    """Which leaves may be first states of recurrent layers: none, those whose axis 1 is the batch
+    of (B, ..), or those where it is of (L, B, ..)."""
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    ways: list[States] = [(None,) * len(leaves)]
+    for axis in (0, 1):
+        if len(tensors) > 1 and tensors[0].dim() > 1:
+            like, size = tensors[0], tensors[0].shape[axis]
+            found = tuple(
+                axis
+                if isinstance(x, Tensor) and x is not like and x.dim() == 3 and x.shape[1] == size
+                else None
+                for x in leaves
+            )
+            ways += [found] * (axis in found)
+    return ways
+
+
 # A size that is in one capture 8/5 of what it is in the other follows the batch: 3/5 of a size are
 # none of the numbers in `_stretches`, which 3 does not divide.
 BATCHES = (5, 8)
@@ -99,7 +143,7 @@ Stretch = tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
 SAME: tuple[Stretch, Stretch] = ((), ())  # only the batch differs
 
 
-def _stretches(leaves: Sequence[Any]) -> list[list[tuple[Stretch, Stretch]]]:
+def _stretches(leaves: Sequence[_Leaf]) -> list[list[tuple[Stretch, Stretch]]]:
     """Ways to change the examples of both captures. Each axis grows by another number, so that it
     is known which one a size follows.
 
@@ -108,7 +152,7 @@ def _stretches(leaves: Sequence[Any]) -> list[list[tuple[Stretch, Stretch]]]:
     take no longer sequences than the example: shorter ones come last. One that reads the columns of
     an image as a sequence takes any width of one height, or the other way round.
     """
-    dims = {x.dim() for x in leaves if isinstance(x, Tensor)}
+    dims = {leaf.x.dim() for leaf in leaves if isinstance(leaf.x, Tensor) and leaf.follows is None}
 
     def stretch(
         axis: int, pixels: tuple[int, ...], tokens: tuple[int, ...], of: tuple[int, ...] = (2, 3)
@@ -129,14 +173,19 @@ def _stretches(leaves: Sequence[Any]) -> list[list[tuple[Stretch, Stretch]]]:
     return ways
 
 
-def _resized(x: Any, batch: int, stretch: Stretch) -> Any:
+def _resized(leaf: _Leaf, batch: int, stretch: Stretch) -> Any:
     """An example of another batch size, and of a greater extent."""
+    x, follows = leaf
     if not isinstance(x, Tensor) or x.dim() == 0:
         return x
-    repeats = -(-batch // max(len(x), 1))
-    x = torch.cat([x] * repeats)[:batch]
+    if follows != 1:
+        axis = 0 if follows is None else 1
+        repeats = -(-batch // max(x.shape[axis], 1))
+        x = torch.cat([x] * repeats, axis).narrow(axis, 0, batch)
     for dim, axes, more in stretch:
         if dim != x.dim() or (dim == 2 and x.is_floating_point()):
+            continue
+        if follows == 0 or (follows == 1 and axes != (1,)):
             continue
         for axis, count in zip(axes, more, strict=False):
             if count < 0:
@@ -147,9 +196,10 @@ def _resized(x: Any, batch: int, stretch: Stretch) -> Any:
     return x.clone()
 
 
-def _sizes(leaves: Sequence[Any], batch: int, stretch: Stretch) -> Sizes:
+def _sizes(leaves: Sequence[_Leaf], batch: int, stretch: Stretch) -> Sizes:
     """`sizes_of` an example; 0, which nothing follows, where its inputs have different ones."""
-    inputs = [x for x in (_resized(x, batch, stretch) for x in leaves) if isinstance(x, Tensor)]
+    resized = [_resized(leaf, batch, stretch) for leaf in leaves if leaf.follows is None]
+    inputs = [x for x in resized if isinstance(x, Tensor)]
     return tuple(
         size if axis == 0 or all(x.shape[axis] == size for x in inputs if x.dim() > axis) else 0
         for axis, size in enumerate(sizes_of(inputs))
@@ -184,9 +234,9 @@ class _Exported:
 
 
 def _export(
-    model: nn.Module, leaves: Sequence[Any], spec: Any, batch: int, stretch: Stretch
+    model: nn.Module, leaves: Sequence[_Leaf], spec: Any, batch: int, stretch: Stretch
 ) -> _Exported:
-    example = pytree.tree_unflatten([_resized(x, batch, stretch) for x in leaves], spec)
+    example = pytree.tree_unflatten([_resized(leaf, batch, stretch) for leaf in leaves], spec)
     with quiet(), torch.no_grad():
         program = torch.export.export(twin(model), example[0], example[1], strict=False)
     return _Exported(model, program)

@@ -250,7 +250,7 @@ def check_target(name: Any) -> None:
     parts = name.split(".") if isinstance(name, str) else []
     if name == "getitem":
         return
-    known = parts[:1] in (["aten"], [POINTWISE_NAMESPACE])
+    known = parts[:1] in (["aten"], [POINTWISE_NAMESPACE]) or name in INT8_OPERATORS
     if len(parts) == 3 and known and parts[1] not in TOUCH_FILES:
         packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
         if isinstance(packet, torch._ops.OpOverloadPacket) and parts[2] in packet.overloads():
@@ -262,6 +262,8 @@ def check_target(name: Any) -> None:
 
 
 TOUCH_FILES = ("from_file",)
+RECURRENT_LAYER = "fastq.recurrent.default"
+INT8_OPERATORS = ("fastq.linear.default", "fastq.conv2d.default", RECURRENT_LAYER)
 
 
 def pointwise(calls: list[Any], x: Tensor) -> Tensor:

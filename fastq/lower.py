@@ -417,14 +417,15 @@ class _Lowering:
         return Program(names, tuple(self.steps), tuple(outputs), extents)
 
     def extent(self, node: Node) -> tuple[int | None, ...]:
-        """Which sizes of an input may vary: the batch, and an image's height and width. Of a value
-        in the network any: where its channels are is not known, but to the steps that take it."""
+        """Which sizes of an input may vary: the batch, which a state has on its axis "batch", and
+        an image's height and width. Of a value in the network any: where its channels are is not
+        known, but to the steps that take it."""
         rank = len(node.shape)
-        free = {0, *self.extents}
+        free = {node.attrs.get("batch", 0), *self.extents}
         if self.extents and (rank == 3 or node.op != "input"):
             free = set(range(rank))
         elif self.extents and rank != 4:
-            free = {0, *range(2, rank)}
+            free = {node.attrs.get("batch", 0), *range(2, rank)}
         return tuple(None if i in free else n for i, n in enumerate(node.shape))
 
     def emit(

@@ -109,6 +109,12 @@ def prepare_qat(
                 "prepare_qat: got data, config or skip with a quantized model, which has its "
                 "ranges, bits and layers already; wanted prepare_qat(quantized)"
             )
+        if model.has_layers_alone:
+            raise ValueError(
+                "prepare_qat: this network has int8 layers between its programs, which have no "
+                "gradient; wanted the float model, in which they stay float: prepare_qat(model, "
+                "data)"
+            )
         prepared = read_recipe(model)
         return QATModel(prepared, _parts(prepared), model.layout.names, summary(model), learned)
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule | QATModel):

@@ -104,7 +104,11 @@ def quantize_model(
     try:
         # without a name: the first batch is not to be held while the others are observed
         prepared = prepare_model(
-            model, *call_of(model, batches.first(), forward), config=config, skip=skip
+            model,
+            *call_of(model, batches.first(), forward),
+            config=config,
+            skip=skip,
+            alone=True,
         )
     except CannotCapture as error:
         why = str(error)

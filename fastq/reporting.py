@@ -24,11 +24,12 @@ from tqdm import tqdm
 
 from fastq import ops
 from fastq.batches import Batches
+from fastq.capture import Captured
 from fastq.graph import Graph, Node, Sizes, evaluate
 from fastq.kernels import isa
 from fastq.layerwise import ratio
 from fastq.lower import MOVES, lowered, normalized, weight_of
-from fastq.network import call_of, prepare_model
+from fastq.network import as_float, call_of, prepare_model
 from fastq.nn.network import QuantizedModel, Stage
 from fastq.observer import HistogramObserver
 from fastq.page import Bars, Block, Details, Heading, Histogram, Table, Text, html, markdown
@@ -307,7 +308,8 @@ def report(
     first = batches.first()
     twin = copy.deepcopy(float_model).eval()
     args, kwargs = call_of(twin, first, forward)
-    comparison = _Comparison(prepare_model(twin, args, kwargs).graph, int8)
+    prepared = prepare_model(twin, args, kwargs, alone=int8.has_layers_alone)
+    comparison = _Comparison(as_float(prepared, twin), int8)
     seen = _Outputs()
     bar = tqdm(batches, "compare", unit="batch", total=batches.total, disable=_off(progress))
     with torch.no_grad(), bar:
@@ -319,7 +321,7 @@ def report(
         scores[ACCURACY] = seen.accuracy(torch.as_tensor(labels))
     if evaluate is not None:
         scores["score"] = float(evaluate(twin)), float(evaluate(int8))
-    calls = {n: _resized((args, kwargs), n) for n in batch_sizes}
+    calls = {n: _resized((args, kwargs), n, prepared.captured) for n in batch_sizes}
     bar = tqdm(total=len(calls) + 1, desc="measure", unit="part", disable=_off(progress))
     load = _load()
     with _same_threads() as threads, bar:
@@ -619,15 +621,17 @@ def _batch_size(call: Any) -> int:
     return len(tensors[0]) if tensors else 1
 
 
-def _resized(call: tuple[Any, Any], n: int) -> tuple[Any, Any]:
+def _resized(call: tuple[Any, Any], n: int, captured: Captured) -> tuple[Any, Any]:
     """The arguments with n inputs instead; tensors of another length stay."""
     size = _batch_size(call)
     index = torch.arange(n) % size
-
-    def resize(x: Any) -> Any:
-        return x[index] if isinstance(x, Tensor) and x.dim() and len(x) == size else x
-
-    return pytree.tree_map(resize, call)
+    leaves, spec = pytree.tree_flatten(call)
+    resized = []
+    for x, node in zip(leaves, captured.arguments, strict=True):
+        axis = node.attrs.get("batch", 0) if isinstance(node, Node) else None
+        fits = axis is not None and x.dim() > axis and x.shape[axis] == size
+        resized.append(x.index_select(axis, index) if fits else x)
+    return pytree.tree_unflatten(resized, spec)
 
 
 def _as_batch(call: tuple[Any, Any], quantized: QuantizedModel) -> Any:

@@ -198,7 +198,7 @@ def _quantize(
             rebuilt.append(paths[0])
             left_dynamic |= set(plain.modules()) if module in left_dynamic else set()
     names = module_names(result)
-    plan = [_Layer(m, paths, *_outlook(m)) for m, paths in names.items() if isinstance(m, LISTED)]
+    plan = [_Layer(m, paths, *outlook(m)) for m, paths in names.items() if isinstance(m, LISTED)]
     for layer in plan:
         if layer.module in skipped:
             layer.keep_float(ASKED, asked=True)
@@ -332,7 +332,7 @@ class _Layer:
         return Row(self.name, type(self.module).__name__, self.result, self.reason)
 
 
-def _outlook(module: nn.Module) -> tuple[Result, str]:
+def outlook(module: nn.Module) -> tuple[Result, str]:
     """What a layer can become as far as it is known without running the model, and why."""
     if isinstance(module, QLayer):
         static = module.input_qparams is not None

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fastq.encode import decode_program, encode_program
 from fastq.graph import (
+    INT8_OPERATORS,
     OPERATIONS,
     Node,
     Ref,
@@ -109,6 +110,11 @@ class QuantizedModel(nn.Module):
         return [bound.program for bound in self._bound()]
 
     @property
+    def has_layers_alone(self) -> bool:
+        """Whether int8 layers compute between the programs; they have no gradient."""
+        return any(stage.attrs.get("target") in INT8_OPERATORS for stage in self.layout.stages)
+
+    @property
     def program(self) -> Program:
         """The one integer program of the network; ValueError if there are several."""
         programs = self.programs
@@ -202,9 +208,11 @@ class QuantizedModel(nn.Module):
         there for the state only."""
         steps = sum(len(p.steps) for p in self.programs)
         floats = [stage for stage in self.layout.stages if stage.program < 0]
+        layers = sum(stage.attrs.get("target") in INT8_OPERATORS for stage in floats)
+        between = f"{layers} int8 layer(s) of their own, " if layers else ""
         head = (
-            f"{len(self.layout.programs)} integer program(s) of {steps} steps, "
-            f"{len(floats)} float operator(s)"
+            f"{len(self.layout.programs)} integer program(s) of {steps} steps, {between}"
+            f"{len(floats) - layers} float operator(s)"
         )
         lines = [
             f"{stage.outputs[0]}{f' in {stage.layer!r}' if stage.layer else ''}: {stage.why}"
