@@ -238,11 +238,16 @@ def _filler(inputs: list[Any], tensors: dict[str, Tensor], sizes: Sizes) -> Call
 
 
 def _target(name: str) -> Any:
-    """The function of an "aten" node: "getitem", or an operator by "namespace.name.overload"."""
-    if name == "getitem":
-        return lambda values, index: values[index]
+    """The function of an "aten" node: one of FUNCTIONS, or an operator by
+    "namespace.name.overload"."""
+    if name in FUNCTIONS:
+        return FUNCTIONS[name]
     namespace, packet, overload = name.split(".")
     return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+
+
+# those that are called past torch's dispatcher, which takes as long as a small layer
+FUNCTIONS: dict[str, Callable[..., Any]] = {"getitem": lambda values, index: values[index]}
 
 
 def check_target(name: Any) -> None:

@@ -1504,7 +1504,7 @@ def _bound(
     """The layer bound to these, kept with the weight; it holds them, so their ids stay theirs."""
     folded = zero_point if isinstance(epilogue, Requant) else 0
     tier = isa.current()
-    key = (source, tier, id(epilogue), id(x_qparams), folded)
+    key = (kind, source, tier, id(epilogue), id(x_qparams), folded)
     layer = weight.panels.get(key)
     if layer is None:
         layer = kind(weight, epilogue, source, x_qparams, folded, tier)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fastq.batches import arguments_of
-from fastq.graph import Sizes
+from fastq.graph import INT8_OPERATORS, Sizes
 from fastq.kernels import executor, isa, peak
 from fastq.kernels.assembly import kernel_at, name_of
 from fastq.kernels.call import address_of
@@ -283,15 +283,17 @@ def _float_step(
     model: QuantizedModel, stage: Stage, inputs: list[Any], sizes: Sizes, passes: int
 ) -> StepProfile:
     (time,) = medians([lambda: model.evaluate(stage, inputs, sizes)], passes)
+    op = stage.attrs.get("target", stage.op)
+    int8 = op in INT8_OPERATORS
     return StepProfile(
         name=stage.outputs[0],
         layer=stage.layer,
-        op=stage.attrs.get("target", stage.op),
-        kernels=(KernelTime("torch", time),),
+        op=op,
+        kernels=(KernelTime("int8 layer" if int8 else "torch", time),),
         macs=0,
         read=_tensor_bytes(inputs),
         written=_tensor_bytes([model.evaluate(stage, inputs, sizes)]),
-        why=stage.why,
+        why="" if int8 else stage.why,
     )
 
 

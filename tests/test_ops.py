@@ -121,6 +121,19 @@ def test_linear_float(isa: str, rng: Any, m: int, n: int, k: int) -> None:
         assert_same(ops.linear_float(x, weight, last, x_qparams=q), want)
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["static", "dynamic"])
+def test_linear_float_of_any_range(isa: str, rng: Any, given: bool) -> None:
+    """Rows of subnormal and of huge values, each with an infinity."""
+    weight, last = LinearWeight(np.eye(40, dtype=np.int8)), Dequant(np.float32(1))
+    random = np.ldexp(rng.uniform(1, 2, 20), rng.integers(-149, 118, 20))
+    for scale in np.float32([1e-45, 1.2e-38, 2.0**-60, 2.0**60, 1.3e36, *random]):
+        x = (rng.integers(-300, 300, (3, 40)) / 2 * np.float64(scale)).astype(np.float32)
+        x[:, 7] = np.inf
+        q = QParams(max(scale, np.float32(1.2e-38)), np.int32(100)) if given else None
+        want = reference.linear_float(x, weight, last, x_qparams=q)
+        assert_same(ops.linear_float(x, weight, last, x_qparams=q), want)
+
+
 # (h, w, c, n, kh, kw, stride, padding, dilation, groups)
 CONV_SHAPES: dict[str, tuple[Any, ...]] = {
     "one_pixel": (1, 1, 1, 1, 1, 1, 1, 0, 1, 1),

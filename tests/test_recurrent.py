@@ -18,13 +18,18 @@ from fastq import ops, reference
 from fastq.arguments import check_arguments
 from fastq.kernels.recurrent import BLOCK
 from fastq.program import Program, Step
-from fastq.qparams import GATES, Dequant
+from fastq.qparams import GATES, Dequant, QParams
 from fastq.remedies import REMEDIES
 from fastq.weights import LinearWeight
 
 # rows, steps, features
 SIZES = [(1, 1, 1), (1, 5, 16), (3, 4, 33), (2, 3, 100), (17, 2, 64), (0, 3, 4), (2, 0, 4),
          (300, 3, 40), (3, 2, BLOCK + 6)]  # fmt: skip
+X = np.zeros((2, 3, 8), np.int16)
+ONE = Dequant(np.float32(1))
+WEIGHT, GRU_WEIGHT, PROJECTION, WIDE_WEIGHT, NO_WEIGHT = (
+    LinearWeight(np.ones(shape, np.int8)) for shape in ((8, 2), (6, 2), (2, 2), (8, 5), (0, 0))
+)
 REST = {"x_scale": 2e-4, "multiplier": 127.0, "zero_point": 131, "qmin": 3, "qmax": 250}
 
 
@@ -57,6 +62,123 @@ def test_parity(isa: str, threads: int, rng: Any, cell: str, size: tuple[int, in
         out = guarded(np.zeros_like(want))
         assert ops.recurrent(guarded(x), weight, epilogue, **rest, out=out) is out
         assert_array_equal(out, want)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("cell", GATES)
+def test_float_parity(
+    isa: str, threads: int, rng: Any, cell: str, size: tuple[int, int, int]
+) -> None:
+    """Between float layers, with and without first states, ranges of each row or given ones."""
+    rows, steps, features = size
+    for axis, reverse, projected in ((0, True, 0), (1, False, 0), (1, True, 5)):
+        if projected and cell != "lstm":
+            continue
+        width = projected or features
+        weight, epilogue = float_layer(rng, GATES[cell] * features, width, bias=bool(steps % 2))
+        rest: dict[str, Any] = {"cell": cell, "axis": axis, "reverse": reverse}
+        if reverse:
+            rest["hidden"] = guarded(rng.normal(size=(rows, width)).astype(np.float32))
+            if cell == "lstm":
+                rest["state"] = guarded(rng.normal(size=(rows, features)).astype(np.float32))
+        if axis:
+            rest["x_qparams"] = QParams(np.float32(1 / 100), np.int32(120))
+        if projected:
+            of_rows = rest["x_qparams"] if steps % 2 else None
+            rest["projection"] = *float_layer(rng, projected, features), of_rows
+        x = rng.normal(0, 3, (rows, steps, weight.n)).astype(np.float32)
+        x = guarded(x if axis else np.ascontiguousarray(x.swapaxes(0, 1)))
+        wanted = reference.recurrent_float(x, weight, epilogue, **rest)
+        out = guarded(np.zeros_like(wanted[0]))
+        given = {name: np.copy(rest[name]) for name in ("hidden", "state") if name in rest}
+        found = ops.recurrent_float(x, weight, epilogue, **rest, out=out)
+        assert found[0] is out
+        assert_array_equal(out, wanted[0])
+        assert_array_equal(found[1], wanted[1])
+        for name, before in given.items():
+            assert_array_equal(rest[name], before)
+
+
+def float_layer(rng: Any, n: int, k: int, bias: bool = True) -> tuple[LinearWeight, Dequant]:
+    weight = rng.choice(np.r_[-127, 127, np.arange(-127, 128)].astype(np.int8), (n, k))
+    scale = (rng.uniform(1e-3, 2e-2, n) / max(k, 1) ** 0.5).astype(np.float32)
+    added = rng.normal(size=n).astype(np.float32) if bias else None
+    return LinearWeight(weight), Dequant(scale, bias=added)
+
+
+@pytest.mark.parametrize("cell", GATES)
+def test_float_extremes(rng: Any, cell: str) -> None:
+    """NaN, infinities and what overflows, in gates, states and products."""
+    weight, small = float_layer(rng, GATES[cell] * 24, 24)
+    huge = Dequant(small.scale * np.float32(1e38), bias=small.bias)
+    strange = np.array([np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-40, 0.0, -0.0], np.float32)
+    x = rng.normal(size=(4, 6, weight.n)).astype(np.float32)
+    x.reshape(-1)[::3] = rng.choice(strange, x.size // 3)
+    hidden, state = (rng.choice(strange, (4, 24)) for _ in range(2))
+    for epilogue in (small, huge):
+        rest = {"cell": cell, "hidden": hidden, "state": state if cell == "lstm" else None}
+        with np.errstate(all="ignore"):
+            wanted = reference.recurrent_float(x, weight, epilogue, **rest)
+        found = ops.recurrent_float(x, weight, epilogue, **rest)
+        assert_array_equal(found[0], wanted[0])
+        assert_array_equal(found[1], wanted[1])
+        assert not np.isnan(found[0]).any()
+
+
+@pytest.mark.parametrize("cell", GATES)
+def test_float_strides_and_parts(rng: Any, cell: str) -> None:
+    """Lines that are apart, and a sequence in two calls."""
+    weight, epilogue = float_layer(rng, GATES[cell] * 20, 20)
+    x = rng.normal(size=(6, 9, 2 * weight.n)).astype(np.float32)[::2, :, : weight.n]
+    whole = ops.recurrent_float(x, weight, epilogue, cell=cell)
+    contiguous = ops.recurrent_float(np.ascontiguousarray(x), weight, epilogue, cell=cell)
+    assert_array_equal(whole[0], contiguous[0])
+    every_second = x[:, :, ::-1][:, :, ::-1]
+    assert_array_equal(ops.recurrent_float(every_second, weight, epilogue, cell=cell)[0], whole[0])
+    begun, kept = ops.recurrent_float(x[:, :4], weight, epilogue, cell=cell)
+    states = {"hidden": begun[:, -1], "state": kept if cell == "lstm" else None}
+    rest = ops.recurrent_float(x[:, 4:], weight, epilogue, cell=cell, **states)
+    assert_array_equal(np.concatenate([begun, rest[0]], 1), whole[0])
+    assert_array_equal(rest[1], whole[1])
+
+
+FLOAT_X = np.zeros((2, 3, 8), np.float32)
+BAD_FLOAT_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "dtype": ({"x": X}, TypeError, "float32 of three axes"),
+    "gates": ({"x": FLOAT_X[..., :6]}, ValueError, r"wanted \(.., .., 8\)"),
+    "cell": ({"cell": ["lstm"]}, ValueError, "wanted one of lstm, gru"),
+    "weight": ({"cell": "tanh"}, ValueError, r"wanted \(1 \* H, H\)"),
+    "no features": ({"weight": NO_WEIGHT}, ValueError, "H > 0"),
+    "kind": ({"weight": FLOAT_X}, TypeError, "LinearWeight"),
+    "epilogue": ({"epilogue": None}, TypeError, "wanted a Dequant"),
+    "qparams": ({"x_qparams": 3}, TypeError, "wanted a QParams"),
+    "axis": ({"axis": 2}, ValueError, "wanted 0 or 1"),
+    "hidden": ({"hidden": FLOAT_X[0]}, ValueError, r"hidden .*wanted None or float32 \(2, 2\)"),
+    "hidden's dtype": ({"hidden": np.zeros((2, 2))}, ValueError, "wanted None or float32"),
+    "hidden's kind": ({"hidden": [[0.0]]}, ValueError, "wanted None or float32"),
+    "state": ({"state": FLOAT_X}, ValueError, "state .*wanted None or float32"),
+    "state of a gru": (
+        {"cell": "gru", "weight": GRU_WEIGHT, "x": FLOAT_X[..., :6], "state": FLOAT_X[0, :2, :2]},
+        ValueError, "its first hidden state alone",
+    ),
+    "projection of a gru": (
+        {"cell": "gru", "weight": GRU_WEIGHT, "x": FLOAT_X[..., :6],
+         "projection": (PROJECTION, ONE, None)}, ValueError, "wanted an lstm's",
+    ),
+    "projection": ({"projection": (WEIGHT, ONE, None), "weight": WIDE_WEIGHT}, ValueError,
+                   r"wanted \(4 \* H, 8\)"),
+    "projection's features": ({"projection": (WIDE_WEIGHT, ONE, None)}, ValueError, "wanted 2"),
+    "out": ({"out": np.zeros((2, 3, 8), np.float32)}, ValueError, "out is"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_FLOAT_CALLS)
+def test_bad_float_calls_say_what_is_wanted(case: str) -> None:
+    changed, error, message = BAD_FLOAT_CALLS[case]
+    given = {"x": FLOAT_X, "weight": WEIGHT, "epilogue": ONE, "cell": "lstm", **changed}
+    positional = [given.pop(name) for name in ("x", "weight", "epilogue")]
+    with pytest.raises(error, match=message):
+        ops.recurrent_float(*positional, **given)
 
 
 @pytest.mark.parametrize("cell", GATES)
@@ -106,8 +228,6 @@ def test_it_is_torchs(rng: Any, cell: str) -> None:
     assert noise_ratio(wanted, found) > 35
 
 
-X = np.zeros((2, 3, 8), np.int16)
-WEIGHT, ENDS = LinearWeight(np.ones((8, 2), np.int8)), Dequant(np.float32(1))
 BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dtype": ({"x": X.astype(np.uint8)}, TypeError, "int16 of three axes"),
     "axes": ({"x": X[0]}, TypeError, "int16 of three axes"),
@@ -134,7 +254,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize("case", BAD_CALLS)
 def test_bad_calls_say_what_is_wanted(case: str) -> None:
     changed, error, message = BAD_CALLS[case]
-    given = {"x": X, "weight": WEIGHT, "epilogue": ENDS, "cell": "lstm", "x_scale": 1e-3,
+    given = {"x": X, "weight": WEIGHT, "epilogue": ONE, "cell": "lstm", "x_scale": 1e-3,
              "multiplier": 127.0, **changed}  # fmt: skip
     positional = [given.pop(name) for name in ("x", "weight", "epilogue")]
     with pytest.raises(error, match=message):
@@ -142,7 +262,7 @@ def test_bad_calls_say_what_is_wanted(case: str) -> None:
 
 
 def test_a_program_checks_them() -> None:
-    arguments = {"cell": "lstm", "weight": WEIGHT, "epilogue": ENDS, "x_scale": 1e-3, "axis": 1,
+    arguments = {"cell": "lstm", "weight": WEIGHT, "epilogue": ONE, "x_scale": 1e-3, "axis": 1,
                  "multiplier": 127.0, "reverse": False, "zero_point": 0, "qmin": 0,
                  "qmax": 255}  # fmt: skip
     check_arguments(Step("recurrent", "h", ("x",), arguments))

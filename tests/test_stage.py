@@ -138,6 +138,8 @@ def test_any_scale(fused: bool, rng: Any, monkeypatch: pytest.MonkeyPatch, tmp_p
             x = (steps * np.float64(scale)).astype(np.float32)
         x = np.stack([np.nextafter(x, np.float32(-np.inf)), x, np.nextafter(x, np.float32(np.inf))])
         check_image(x[None, :, None].transpose(0, 2, 3, 1), 3, "u8", scale=scale)
+        x[:, ::50] = np.inf
+        check_image(x[None, :, None], x.shape[1], "u8", scale=scale)
     stage.stage_image_kernel.cache_clear()
     lines.widest.cache_clear()
 

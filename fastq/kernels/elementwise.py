@@ -82,7 +82,8 @@ def elementwise_line(
     """`count` elements with one scale and zero point; config begins with elementwise_kernel's
     operation, source, target and stores.
 
-    lo and hi are qmin and qmax less the zero point.
+    lo and hi are qmin and qmax less the zero point. To divide, step is within LEAST_NORMAL and
+    MOST_NORMAL.
     """
     operation, source, target, stores = (t.literal_value for t in config.types[:4])
     numbers = [types.float32, types.int32, types.float32, types.float32]

@@ -28,6 +28,8 @@ from fastq.kernels.elementwise import elementwise_line
 from fastq.kernels.isa import target_features
 from fastq.kernels.lines import (
     ELEMENT,
+    LEAST_NORMAL,
+    MOST_NORMAL,
     emit_converted,
     emit_divisor,
     emit_interleaved,
@@ -176,7 +178,12 @@ def stage_rows_kernel(source: str, target: str) -> Any:
                     s = m
                 step, zp = scale[s], zero_point[s]
                 lo, hi = float_difference(0, zp), float_difference(255, zp)
-                elementwise_line(line, row, args[R_OUT] + at * item, k, step, zp, lo, hi)
+                if LEAST_NORMAL <= step <= MOST_NORMAL:
+                    elementwise_line(line, row, args[R_OUT] + at * item, k, step, zp, lo, hi)
+                else:
+                    x = pointer(row, "f32")
+                    for i in range(k):
+                        out[at + i] = quantize_step(x[i], step, lo, hi) + zp
                 for i in range(k, out_k):
                     out[at + i] = 0
 
@@ -336,7 +343,7 @@ def stage_image_kernel(source: str, target: str, planes: int = 0, whole: int = 0
                         for c in range(run):
                             value = pointer(pixel + c * args[I_XC], "f32")[0]
                             out[at + c] = grid_step(value, factors[c], shifts[c])
-                    elif args[I_XC] == 4 and run >= SHORT:
+                    elif args[I_XC] == 4 and run >= SHORT and LEAST_NORMAL <= step <= MOST_NORMAL:
                         place = args[I_OUT] + at * item
                         elementwise_line(line, pixel, place, run, step, zp, lo, hi)
                     else:

@@ -207,16 +207,18 @@ class QuantizedModel(nn.Module):
         """The programs, and each float operator with its reason. Not the modules, which are
         there for the state only."""
         steps = sum(len(p.steps) for p in self.programs)
-        floats = [stage for stage in self.layout.stages if stage.program < 0]
-        layers = sum(stage.attrs.get("target") in INT8_OPERATORS for stage in floats)
-        between = f"{layers} int8 layer(s) of their own, " if layers else ""
+        between = [stage for stage in self.layout.stages if stage.program < 0]
+        targets = [stage.attrs.get("target", stage.op) for stage in between]
+        shown = [stage for stage, t in zip(between, targets, strict=True) if t != "getitem"]
+        layers = sum(target in INT8_OPERATORS for target in targets)
         head = (
-            f"{len(self.layout.programs)} integer program(s) of {steps} steps, {between}"
-            f"{len(floats) - layers} float operator(s)"
+            f"{len(self.layout.programs)} integer program(s) of {steps} steps, "
+            + (f"{layers} int8 layer(s) of their own, " if layers else "")
+            + f"{len(shown) - layers} float operator(s)"
         )
         lines = [
             f"{stage.outputs[0]}{f' in {stage.layer!r}' if stage.layer else ''}: {stage.why}"
-            for stage in floats
+            for stage in shown
         ]
         return "\n  ".join([f"{type(self).__name__}(", head, *lines]) + "\n)"
 

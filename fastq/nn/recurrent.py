@@ -19,6 +19,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from fastq.graph import FUNCTIONS, RECURRENT_LAYER
 from fastq.nn.layer import STATE, State, accept, as_array, operands_of
 from fastq.nn.linear import QLinear
 from fastq.nn.linear import run as linear
@@ -111,7 +112,6 @@ def _steps(
     ]
 
 
-@torch.library.custom_op("fastq::recurrent", mutates_args=(), device_types="cpu")
 def _recurrent(
     x: Tensor,
     states: Sequence[Tensor],
@@ -132,7 +132,13 @@ def _recurrent(
     return [y, *(state.clone() for state in last)]  # which may be parts of y
 
 
-@_recurrent.register_fake
+_operator = torch.library.custom_op(
+    "fastq::recurrent", _recurrent, mutates_args=(), device_types="cpu"
+)
+FUNCTIONS[RECURRENT_LAYER] = _recurrent
+
+
+@_operator.register_fake
 def _(
     x: Tensor,
     states: Sequence[Tensor],
