@@ -87,22 +87,23 @@ def prepare_model(
     twin = copy.deepcopy(model).eval()
     leave_fast_path(twin)
 
-    def prepared() -> Prepared:
-        captured = capture(twin, args, kwargs)
+    def prepared(network: nn.Module) -> Prepared:
+        captured = capture(network, args, kwargs)
         fuse(captured.graph)
         return prepare_graph(captured, lambda node: wanted.get(node.layer, QConfig()))
 
-    result = prepared()
+    result = prepared(twin)
     left = _left_recurrent(result, twin) if alone else {}
-    if left:
-        for name in left:
-            module, names = next((m, n) for m, n in module_names(twin).items() if name in n)
+    if not left:
+        return result
+    for module, names in module_names(twin).items():
+        if not left.keys().isdisjoint(names):
             twin = replace(twin, names, DYNAMIC[type(module)].from_float(module))
-        result = prepared()
-        result.alone.update(left)
-        for node in result.graph:
-            if node.attrs.get("target") == RECURRENT_LAYER:
-                result.reasons[node] = f"an int8 layer of its own: {left.get(node.layer)}"
+    result = prepared(twin)
+    result.alone.update(left)
+    for node in result.graph:
+        if node.attrs.get("target") == RECURRENT_LAYER:
+            result.reasons[node] = f"an int8 layer of its own: {left.get(node.layer)}"
     return result
 
 

@@ -317,33 +317,51 @@ def beyond(rnn: nn.Module) -> nn.Module:
     return rnn
 
 
-FLOATS: dict[str, tuple[Any, Any, str]] = {
+ALONE: dict[str, tuple[Any, Any, str]] = {
     "cell": (lambda net, x: net.head(net.rnn(net.first(x))[1][1][0]),
              lambda: nn.LSTM(10, 12, batch_first=True), "its cell is asked for"),
     "state": (lambda net, x: all_states(net, x, x[None, :, 0, :1].expand(1, -1, 12).contiguous()),
               lambda: nn.GRU(10, 12, batch_first=True), "it is given its first state"),
-    "parameter": (all_states, Learned, "it is given its first state"),
     "projection": (all_states, lambda: nn.LSTM(10, 24, batch_first=True, proj_size=12),
                    "it has a projection"),
-    "large": (all_states, lambda: beyond(nn.GRU(10, 12, batch_first=True)), "beyond 2"),
 }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("name", ALONE)
+def test_what_no_program_has_is_a_layer_of_its_own(name: str) -> None:
+    function, build, why = ALONE[name]
+    model, x = network(function, build()), torch.randn(8, 7, 6)
+    int8 = fastq.quantize_model(model, x, strict=True, progress=False)
+    (row,) = (row for row in fastq.summary(int8).rows if row.name == "rnn")
+    assert row.result == "int8 dynamic" and why in row.reason
+    assert f"an int8 layer of its own: {row.reason}" in repr(int8)
+    assert "1 int8 layer(s) of their own" in repr(int8)
+    assert noise_ratio(model(x).detach(), int8(x)) > 25
+
+
+FLOATS: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
+    "parameter": (all_states, Learned, {}, "it is given its first state"),
+    "as asked": (all_states, lambda: nn.GRU(10, 12, batch_first=True), {"skip": "rnn"}, "as asked"),
+    "large": (all_states, lambda: beyond(nn.GRU(10, 12, batch_first=True)), {}, "beyond 2"),
+}
 
 
 @pytest.mark.parametrize("name", FLOATS)
 def test_what_stays_float_says_why(name: str) -> None:
-    function, build, why = FLOATS[name]
+    function, build, given, why = FLOATS[name]
     model, x = network(function, build()), torch.randn(8, 7, 6)
-    int8 = fastq.quantize_model(model, x, progress=False)
+    int8 = fastq.quantize_model(model, x, progress=False, **given)
+    assert isinstance(int8, fastq.QuantizedModel)
     (row,) = (row for row in fastq.summary(int8).rows if row.name == "rnn")
     assert row.result == "float" and why in row.reason
     assert noise_ratio(model(x).detach(), int8(x)) > 25
 
 
-def test_packed_sequences_stay_float() -> None:
+def test_packed_sequences_are_for_layers() -> None:
     model, x = network(of_packed, nn.LSTM(10, 12, batch_first=True)), torch.randn(8, 7, 6)
     int8 = fastq.quantize_model(model, x, progress=False)
-    (row,) = (row for row in fastq.summary(int8).rows if row.name == "rnn")
-    assert row.result == "float"
+    assert [row.result for row in fastq.summary(int8).rows].count("int8 dynamic") == 1
     assert noise_ratio(model(x).detach(), int8(x)) > 25
 
 
