@@ -27,11 +27,12 @@ from fastq.remedies import calibrate as apply_remedies
 from fastq.swap import (
     ASKED,
     DYNAMIC,
-    LISTED,
+    INT8,
     QuantizationSummary,
     Row,
     Selector,
     leave_fast_path,
+    listed,
     module_names,
     outlook,
     replace,
@@ -303,11 +304,11 @@ def summarize(prepared: Prepared, model: nn.Module) -> QuantizationSummary:
         if isinstance(module, nn.MultiheadAttention)
     }
     rows = []
-    for module, (name, *_) in named.items():
-        if not isinstance(module, LISTED):
-            continue
+    for module, (name, *_) in listed(named).items():
         kind = type(module).__name__
-        if name in folded:
+        if isinstance(module, INT8):
+            rows.append(Row(name, kind, *outlook(module)))
+        elif name in folded:
             target = folded[name]
             if target in integer:
                 rows.append(Row(name, kind, "folded", f"into '{target}'"))

@@ -43,14 +43,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastq.encode import VERSION, Parts, digest, read_header
 from fastq.nn import QConv2d, QLinear, QuantizedModel
-from fastq.nn.layer import QLayer
 from fastq.nn.network import decode_layout, encode_layout
-from fastq.nn.recurrent import RECURRENT, Recurrent
+from fastq.nn.recurrent import RECURRENT
 from fastq.swap import (
+    INT8,
     QuantizationSummary,
     Result,
     Row,
     leave_fast_path,
+    listed,
     module_names,
     rebuild,
     replace,
@@ -109,11 +110,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if isinstance(model, QuantizedModel):
         _save_network(model, report, path)
         return
-    within = {part for m in model.modules() if isinstance(m, Recurrent) for part in m.children()}
     layers = {
         names[0]: _arguments(module)
-        for module, names in module_names(model).items()
-        if isinstance(module, QLayer | Recurrent) and module not in within
+        for module, names in listed(module_names(model)).items()
+        if isinstance(module, INT8)
     }
     if not layers:
         raise ValueError(

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from fastq.batches import Batches, arguments_of, explain
 from fastq.nn import QConv2d, QLinear
 from fastq.nn.layer import QLayer
-from fastq.nn.recurrent import RECURRENT
+from fastq.nn.recurrent import RECURRENT, Recurrent
 from fastq.observer import MinMaxObserver, Observer
 from fastq.processes import Processes
 from fastq.qparams import MAX_K
@@ -39,8 +39,9 @@ SWAPS = STATIC | DYNAMIC
 
 # What a summary lists: layers that multiply by weights, and batch norm. Not embeddings, which
 # look up, nor layer norm, which has no weights to sum over: int8 would win nothing there.
+INT8 = (QLayer, Recurrent)
 LISTED = (
-    QLayer,
+    *INT8,
     nn.Linear,
     _ConvNd,
     nn.Bilinear,
@@ -122,13 +123,12 @@ def quantize_layers(
 ) -> nn.Module:
     """The model with int8 layers: same class, same call, in eval mode, for inference.
 
-    Every nn.LSTM, nn.GRU, nn.RNN, and their cells, becomes a QLSTM, ..., which takes the range of
-    each row of its inputs and states as it comes (dynamic).
     Every nn.Linear and nn.Conv2d becomes a QLinear or QConv2d, after the batch norm that follows
     it, if any, was folded into it; a subclass too, if its forward is no more than one of them
     between other modules. The calibration data fixes the ranges of their inputs
     (static); a layer that it never reaches, or all of them without calibration data, take the
-    range of each input as it comes (dynamic). `fastq.summary(result)` says for each layer what
+    range of each input as it comes (dynamic), and so does always what nn.LSTM, nn.GRU, nn.RNN and
+    their cells become (QLSTM, ...). `fastq.summary(result)` says for each layer what
     it became and why. What stays float gets requires_grad=False, since int8 layers
     have no gradient to pass on.
 
@@ -198,7 +198,7 @@ def _quantize(
             rebuilt.append(paths[0])
             left_dynamic |= set(plain.modules()) if module in left_dynamic else set()
     names = module_names(result)
-    plan = [_Layer(m, paths, *outlook(m)) for m, paths in names.items() if isinstance(m, LISTED)]
+    plan = [_Layer(m, paths, *outlook(m)) for m, paths in listed(names).items()]
     for layer in plan:
         if layer.module in skipped:
             layer.keep_float(ASKED, asked=True)
@@ -312,7 +312,7 @@ class _Layer:
         return type(self.module) in SWAPS and self.result != "float"
 
     def keep_float(self, reason: str, asked: bool = False) -> None:
-        if isinstance(self.module, QLayer):
+        if isinstance(self.module, INT8):
             return
         if self.result != "float" or not self.reason:  # the first reason stands
             self.result, self.reason = "float", reason
@@ -334,8 +334,8 @@ class _Layer:
 
 def outlook(module: nn.Module) -> tuple[Result, str]:
     """What a layer can become as far as it is known without running the model, and why."""
-    if isinstance(module, QLayer):
-        static = module.input_qparams is not None
+    if isinstance(module, INT8):
+        static = isinstance(module, QLayer) and module.input_qparams is not None
         return ("int8 static" if static else "int8 dynamic"), "int8 already"
     kind = type(module)
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
@@ -416,10 +416,10 @@ def select(names: Names, selectors: Any, argument: str) -> set[nn.Module]:
                 "'*.attn.*', or classes of modules"
             )
         if not found:
-            listed = [name for name, module in modules.items() if isinstance(module, LISTED)]
+            layers = [name for paths in listed(names).values() for name in paths]
             raise ValueError(
                 f"quantize_layers: {argument} has {selector!r}, which matches nothing; "
-                f"the layers are {', '.join(map(repr, listed))}"
+                f"the layers are {', '.join(map(repr, layers))}"
             )
         hits |= found
 
@@ -565,6 +565,12 @@ def module_names(model: nn.Module) -> Names:
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
     return names
+
+
+def listed(names: Names) -> Names:
+    """Those that a summary lists: not what a recurrent layer is made of."""
+    within = {part for m in names if isinstance(m, Recurrent) for part in m.children()}
+    return {m: paths for m, paths in names.items() if isinstance(m, LISTED) and m not in within}
 
 
 def replace(model: nn.Module, names: list[str], new: nn.Module) -> nn.Module:

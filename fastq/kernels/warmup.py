@@ -240,7 +240,11 @@ FAMILIES = (
     Family(
         "recurrent",
         recurrent.cell_kernel,
-        lambda tier: ((cell, "s16", _activations(tier), cell != "relu") for cell in GATES),
+        lambda tier: (
+            (cell, *kinds)
+            for cell in GATES
+            for kinds in (("s16", _activations(tier), cell != "relu"), ("f32", "f32", True))
+        ),
     ),
     Family(
         "recurrent", gemm.gemm_kernel, lambda tier: product(tiles_of(tier), ("s16",), ("affine",))
