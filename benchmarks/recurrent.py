@@ -2,7 +2,8 @@
 
 A network is one nn.LSTM or nn.GRU and a linear layer on all of its states, with the weights that
 torch begins with. The peers quantize without data, as they do for these layers: torch.ao each step,
-ONNX Runtime each sequence. All are called in turns; the answers are compared with float32's first.
+ONNX Runtime each sequence; so does "fastq layers" (quantize_layers), where "fastq" is one program
+whose ranges are the input's. All are called in turns; the answers are compared with float32's first.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ def peers(model: Network, x: Tensor, threads: int, folder: Path) -> Iterator[tup
 
     int8 = fastq.quantize_model(model, x, progress=False)
     yield "fastq", (lambda: int8(x), lambda y: y.numpy())
+    layers = fastq.quantize_layers(model, progress=False)
+    yield "fastq layers", (lambda: layers(x), lambda y: y.numpy())
     yield "torch float32", (lambda: model(x), lambda y: y.numpy())
     kinds = {type(model.rnn), nn.Linear}
     plain, narrow = (str(folder / f"{name}.onnx") for name in ("float32", "int8"))
@@ -120,7 +123,7 @@ def main(threads: tuple[int, ...], seconds: float, csv_path: Path | None) -> Non
         for name in CASES:
             own, *others = found = measure(name, count, seconds)
             rows += found
-            best = min(other.median for other in others)
+            best = min(row.median for row in others if not row.peer.startswith("fastq"))
             shown = "  ".join(f"{r.peer} {r.median:.3g} ms ({r.snr:.0f} dB)" for r in found)
             click.echo(f"{count} x {best / own.median:5.2f}  {name:36} {shown}")
     if csv_path:
