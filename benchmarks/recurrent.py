@@ -3,7 +3,8 @@
 A network is one nn.LSTM or nn.GRU and a linear layer on all of its states, with the weights that
 torch begins with. The peers quantize without data, as they do for these layers: torch.ao each step,
 ONNX Runtime each sequence; so does "fastq layers" (quantize_layers), where "fastq" is one program
-whose ranges are the input's. All are called in turns; the answers are compared with float32's first.
+with the ranges of this input. All are called in turns; the answers are compared with float32's
+first.
 """
 
 from __future__ import annotations
