@@ -40,8 +40,8 @@ def quantize_model(
     data fix the ranges of the values between operations. What has an integer form is computed in
     integers, in one native call without Python between the layers; what has none stays a float
     operator between two programs, or, if it is a recurrent layer whose states are given to it or
-    asked for, becomes an int8 layer there. `fastq.summary(result)` says for each layer what it became and
-    why. A model that torch.export cannot follow gets int8 layers in its place instead:
+    asked for, becomes an int8 layer there. `fastq.summary(result)` says for each layer what it
+    became and why. A model that torch.export cannot follow gets int8 layers in its place instead:
     `quantize_layers`, which is also what is used without calibration data.
 
     calibration_data  one batch (a tensor or a dict), or an iterable of batches, such as a
