@@ -388,6 +388,26 @@ def test_an_equalized_input_is_saved_and_trained(tmp_path: Path) -> None:
         assert torch.equal(network(data), int8(data))
 
 
+@pytest.mark.parametrize("remedy", REMEDIES)
+def test_a_quotient_of_what_was_rounded_to_zero(remedy: str) -> None:
+    """A float operator between two programs gives 0 / 0, where the float network has 1."""
+
+    class Quotient(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x).sigmoid()
+            return self.last(y / y.flip(0))
+
+    model, x = Quotient().eval(), images(1)
+    with torch.no_grad():
+        model.first.bias[:4] -= 12
+    int8 = fastq.quantize_model(model, x, remedies=remedy, progress=False)
+    assert "div" in repr(int8) and int8(x).isfinite().all()
+
+
 def test_walk_takes_arguments_that_are_no_tensors() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
