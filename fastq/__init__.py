@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         QLSTM,
         QRNN,
         QConv2d,
+        QEmbedding,
         QGRUCell,
         QLinear,
         QLSTMCell,
@@ -60,6 +61,7 @@ __version__ = "0.1.0"
 _NEEDS_TORCH = {
     "QATModel": "fastq.qat",
     "QConv2d": "fastq.nn",
+    "QEmbedding": "fastq.nn",
     "QGRU": "fastq.nn",
     "QGRUCell": "fastq.nn",
     "QLSTM": "fastq.nn",
@@ -96,6 +98,7 @@ __all__ = [
     "QATModel",
     "QConfig",
     "QConv2d",
+    "QEmbedding",
     "QGRUCell",
     "QLSTMCell",
     "QLinear",

@@ -253,7 +253,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {"getitem": lambda values, index: val
 def check_target(name: Any) -> None:
     """ValueError unless this names an operator that only computes: a file may have named it."""
     parts = name.split(".") if isinstance(name, str) else []
-    if name == "getitem":
+    if parts and name in FUNCTIONS:
         return
     known = parts[:1] in (["aten"], [POINTWISE_NAMESPACE]) or name in INT8_OPERATORS
     if len(parts) == 3 and known and parts[1] not in TOUCH_FILES:
@@ -268,7 +268,10 @@ def check_target(name: Any) -> None:
 
 TOUCH_FILES = ("from_file",)
 RECURRENT_LAYER = "fastq.recurrent.default"
-INT8_OPERATORS = ("fastq.linear.default", "fastq.conv2d.default", RECURRENT_LAYER)
+CELL_LAYER, EMBEDDING_LAYER = "fastq.recurrent_cell.default", "fastq.embedding.default"
+INT8_OPERATORS = (
+    "fastq.linear.default", "fastq.conv2d.default", RECURRENT_LAYER, CELL_LAYER, EMBEDDING_LAYER,
+)  # fmt: skip
 
 
 def pointwise(calls: list[Any], x: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastq.alone import make_alone
 from fastq.batches import Batches, arguments_of
 from fastq.capture import capture
 from fastq.fuse import fuse
-from fastq.graph import RECURRENT_LAYER, Graph, Node
+from fastq.graph import Node
 from fastq.lower import Region
-from fastq.masks import operator_of
 from fastq.nn.network import QuantizedModel, Stage, assemble
 from fastq.prepare import Prepared, prepare_graph
 from fastq.processes import ALONE, Processes
@@ -26,7 +26,6 @@ from fastq.remedies import Remedies
 from fastq.remedies import calibrate as apply_remedies
 from fastq.swap import (
     ASKED,
-    DYNAMIC,
     INT8,
     QuantizationSummary,
     Row,
@@ -35,7 +34,6 @@ from fastq.swap import (
     listed,
     module_names,
     outlook,
-    replace,
     select,
 )
 from fastq.trace import Forward
@@ -80,65 +78,18 @@ def prepare_model(
 ) -> Prepared:
     """The network of a model, captured and fused, not calibrated yet.
 
-    alone  whether recurrent layers that no program can have, as their states are given or asked
-           for, become the int8 layers of `fastq.nn`, which compute outside of the programs.
+    alone  whether operators that no program can have become int8 layers: see alone.py.
     Raises CannotCapture when torch.export cannot follow the model.
     """
     wanted = choose(model, config, skip)
     twin = copy.deepcopy(model).eval()
     leave_fast_path(twin)
-
-    def prepared(network: nn.Module) -> Prepared:
-        captured = capture(network, args, kwargs)
-        fuse(captured.graph)
-        return prepare_graph(captured, lambda node: wanted.get(node.layer, QConfig()))
-
-    result = prepared(twin)
-    left = _left_recurrent(result, twin) if alone else {}
-    if not left:
-        return result
-    for module, names in module_names(twin).items():
-        if not left.keys().isdisjoint(names):
-            twin = replace(twin, names, DYNAMIC[type(module)].from_float(module))
-    result = prepared(twin)
-    result.alone.update(left)
-    for node in result.graph:
-        if node.attrs.get("target") == RECURRENT_LAYER:
-            result.reasons[node] = f"an int8 layer of its own: {left.get(node.layer)}"
-    return result
-
-
-def _left_recurrent(prepared: Prepared, model: nn.Module) -> dict[str, str]:
-    """The recurrent layers that stay float though nobody asked for it, and why."""
-    layers = {n: module for module, names in module_names(model).items() for n in names}
-    left = {}
-    for node, reason in prepared.reasons.items():
-        name = operator_of(node) if node.op == "aten" else ""
-        module = layers.get(node.layer)
-        known = name.removesuffix("_cell") in RECURRENT_OPERATORS
-        if known and reason != ASKED and module and outlook(module)[0] == "int8 dynamic":
-            left[node.layer] = "its state is given to it" if "_cell" in name else reason
-    return left
-
-
-RECURRENT_OPERATORS = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # torch's
-
-
-def as_float(prepared: Prepared, model: nn.Module) -> Graph:
-    """The graph, in which layers that are int8 on their own are the float model's operators."""
-    layers: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
-    for node in prepared.graph:
-        if node.attrs.get("target") == RECURRENT_LAYER:
-            module = layers[node.layer]
-            x, states, given, projected, cell, _, time, both, _ = node.attrs["args"]
-            weights = getattr(module, "_flat_weights", None) or list(module.parameters())
-            node.tensors = {f"weight_{i}": weight.detach() for i, weight in enumerate(weights)}
-            count = len(given) // (5 * (2 + projected) * (1 + both))
-            args = (x, states if cell == "lstm" else states[0], [f"%{n}" for n in node.tensors],
-                    module.bias, count, 0.0, False, both, bool(time))  # fmt: skip
-            name = cell if cell in ("lstm", "gru") else f"rnn_{cell}"
-            node.attrs = {"target": f"aten.{name}.input", "args": args, "kwargs": {}}
-    return prepared.graph
+    captured = capture(twin, args, kwargs)
+    fuse(captured.graph)
+    prepared = prepare_graph(captured, lambda node: wanted.get(node.layer, QConfig()))
+    if alone:
+        make_alone(prepared)
+    return prepared
 
 
 def choose(
@@ -315,7 +266,7 @@ def summarize(prepared: Prepared, model: nn.Module) -> QuantizationSummary:
             else:
                 rows.append(Row(name, kind, "float", f"in '{target}', which stays float"))
         elif name in prepared.alone:
-            rows.append(Row(name, kind, "int8 dynamic", prepared.alone[name]))
+            rows.append(Row(name, kind, *prepared.alone[name]))
         elif name in floats:
             rows.append(Row(name, kind, "float", floats[name]))
         elif name in inside or of_attention.get(module) in integer:

@@ -80,7 +80,8 @@ class Prepared:
     chosen     weights that a remedy has chosen: node -> (int8 data, float32 scale per output),
                outputs first as in `weight_of`. All others are rounded to nearest.
     biases     float32 biases that a remedy has chosen, instead of the float network's own.
-    alone      layers that are int8 on their own between the programs -> why they are in none.
+    alone      layers that are int8 on their own between the programs -> what they are in a summary,
+               and why they are in no program.
     """
 
     captured: Captured
@@ -92,7 +93,7 @@ class Prepared:
     channels: dict[Node, ChannelEnds] = field(default_factory=dict)
     chosen: dict[Node, Weight] = field(default_factory=dict)
     biases: dict[Node, Tensor] = field(default_factory=dict)
-    alone: dict[str, str] = field(default_factory=dict)
+    alone: dict[str, tuple[Any, str]] = field(default_factory=dict)
     _rounded: dict[Node, tuple[Any, Weight]] = field(default_factory=dict)
     _qparams: dict[Node, QParams] = field(default_factory=dict)
 

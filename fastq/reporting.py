@@ -29,7 +29,7 @@ from fastq.graph import Graph, Node, Sizes, evaluate
 from fastq.kernels import isa
 from fastq.layerwise import ratio
 from fastq.lower import MOVES, lowered, normalized, weight_of
-from fastq.network import as_float, call_of, prepare_model
+from fastq.network import call_of, prepare_model
 from fastq.nn.network import QuantizedModel, Stage
 from fastq.observer import HistogramObserver
 from fastq.page import Bars, Block, Details, Heading, Histogram, Table, Text, html, markdown
@@ -308,8 +308,8 @@ def report(
     first = batches.first()
     twin = copy.deepcopy(float_model).eval()
     args, kwargs = call_of(twin, first, forward)
-    prepared = prepare_model(twin, args, kwargs, alone=int8.has_layers_alone)
-    comparison = _Comparison(as_float(prepared, twin), int8)
+    prepared = prepare_model(twin, args, kwargs)
+    comparison = _Comparison(prepared.graph, int8)
     seen = _Outputs()
     bar = tqdm(batches, "compare", unit="batch", total=batches.total, disable=_off(progress))
     with torch.no_grad(), bar:

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastq.encode import VERSION, Parts, digest, read_header
-from fastq.nn import QConv2d, QLinear, QuantizedModel
+from fastq.nn import QConv2d, QEmbedding, QLinear, QuantizedModel
 from fastq.nn.network import decode_layout, encode_layout
 from fastq.nn.recurrent import RECURRENT
 from fastq.swap import (
@@ -74,7 +74,7 @@ TYPES: dict[str, tuple[type[nn.Module], type[nn.Module], tuple[str, ...]]] = {
             "padding_mode",
         ),
     ),
-    **{kind.__name__: (kind.FLOAT, kind, kind.ARGUMENTS) for kind in RECURRENT},
+    **{kind.__name__: (kind.FLOAT, kind, kind.ARGUMENTS) for kind in (*RECURRENT, QEmbedding)},
 }
 
 HEADER = {
@@ -212,7 +212,7 @@ def _arguments(module: Any) -> dict[str, Any]:
     for kind, (float_type, q_type, shared) in TYPES.items():
         if isinstance(module, float_type | q_type):
             given = {name: getattr(module, name) for name in shared}
-            bias: Any = module.bias  # the bias, or whether there is one
+            bias: Any = getattr(module, "bias", None)  # the bias, or whether there is one
             entry = {"type": kind, **given, "bias": bias is not None and bias is not False}
             result: dict[str, Any] = json.loads(json.dumps(entry))  # tuples are lists there
             return result
@@ -325,7 +325,7 @@ def _empty_layer(where: str, name: str, module: nn.Module, arguments: Any) -> nn
     if not isinstance(bias, bool) or arguments != {**_arguments(module), "bias": bias}:
         raise _mismatch(where, name, module, f"{arguments!r:.300}")
     geometry: dict[str, Any] = {key: getattr(module, key) for key in shared}
-    return q_type(**geometry, bias=bias)
+    return q_type(**geometry, **({"bias": bias} if q_type is not QEmbedding else {}))
 
 
 def _fill(

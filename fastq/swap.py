@@ -21,7 +21,8 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from fastq.batches import Batches, arguments_of, explain
-from fastq.nn import QConv2d, QLinear
+from fastq.nn import QConv2d, QEmbedding, QLinear
+from fastq.nn.embedding import LEAST_ROW
 from fastq.nn.layer import QLayer
 from fastq.nn.recurrent import RECURRENT, Recurrent
 from fastq.observer import MinMaxObserver, Observer
@@ -30,21 +31,22 @@ from fastq.qparams import MAX_K
 from fastq.trace import Forward, Trace, plain_layer, trace
 
 Selector = str | type[nn.Module]
-Result = Literal["int8 static", "int8 dynamic", "folded", "float"]
+Result = Literal["int8 static", "int8 dynamic", "int8 weight", "folded", "float"]
 Names = dict[nn.Module, list[str]]
 
 STATIC: dict[type[nn.Module], Any] = {nn.Linear: QLinear, nn.Conv2d: QConv2d}
 DYNAMIC: dict[type[nn.Module], Any] = {kind.FLOAT: kind for kind in RECURRENT}
-SWAPS = STATIC | DYNAMIC
+SWAPS = {**STATIC, **DYNAMIC, nn.Embedding: QEmbedding}
 
-# What a summary lists: layers that multiply by weights, and batch norm. Not embeddings, which
-# look up, nor layer norm, which has no weights to sum over: int8 would win nothing there.
+# What a summary lists: layers that multiply by weights or look them up, and batch norm. Not layer
+# norm, which has no weights to sum over: int8 would win nothing there.
 INT8 = (QLayer, Recurrent)
 LISTED = (
     *INT8,
     nn.Linear,
     _ConvNd,
     nn.Bilinear,
+    nn.Embedding,
     nn.RNNBase,
     nn.RNNCellBase,
     nn.MultiheadAttention,
@@ -59,7 +61,8 @@ class Row:
 
     name    as in `named_modules()`, the first one of a module that has several.
     kind    its class in the model that was given.
-    result  'int8 static', 'int8 dynamic', 'folded' (batch norm, into another layer) or 'float'.
+    result  'int8 static', 'int8 dynamic', 'int8 weight' (an embedding, whose input are tokens),
+            'folded' (batch norm, into another layer) or 'float'.
     reason  why it is float or dynamic, or where it was folded; may be empty for int8.
     """
 
@@ -127,10 +130,10 @@ def quantize_layers(
     it, if any, was folded into it; a subclass too, if its forward is no more than one of them
     between other modules. The calibration data fixes the ranges of their inputs
     (static); a layer that it never reaches, or all of them without calibration data, take the
-    range of each input as it comes (dynamic), and so does always what nn.LSTM, nn.GRU, nn.RNN and
-    their cells become (QLSTM, ...). `fastq.summary(result)` says for each layer what
-    it became and why. What stays float gets requires_grad=False, since int8 layers
-    have no gradient to pass on.
+    range of each input as it comes (dynamic). So do always nn.LSTM, nn.GRU, nn.RNN and their cells
+    (QLSTM, ...); of an nn.Embedding the rows become int8 (QEmbedding). `fastq.summary(result)` says
+    for each layer what it became and why. What stays float gets requires_grad=False, since int8
+    layers have no gradient to pass on.
 
     calibration_data  one batch (a tensor or a dict), or an iterable of batches, such as a
         DataLoader. A batch is a tensor: model(batch); a dict: model(**batch); or a tuple or list
@@ -319,7 +322,7 @@ class _Layer:
         self.asked |= asked
 
     def keep_dynamic(self, reason: str) -> None:
-        if self.becomes_int8() and self.result != "int8 dynamic":
+        if self.becomes_int8() and self.result == "int8 static":
             self.result, self.reason = "int8 dynamic", reason
 
     def watch(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -334,6 +337,8 @@ class _Layer:
 
 def outlook(module: nn.Module) -> tuple[Result, str]:
     """What a layer can become as far as it is known without running the model, and why."""
+    if isinstance(module, QEmbedding):
+        return "int8 weight", "int8 already"
     if isinstance(module, INT8):
         static = isinstance(module, QLayer) and module.input_qparams is not None
         return ("int8 static" if static else "int8 dynamic"), "int8 already"
@@ -368,6 +373,8 @@ def outlook(module: nn.Module) -> tuple[Result, str]:
             )
         if not bool(weight.isfinite().all()):
             return "float", "weight or bias has NaN or infinite values"
+    if kind is nn.Embedding:
+        return "int8 weight", ""
     if kind in DYNAMIC:
         return "int8 dynamic", "a recurrent layer makes half of its inputs itself"
     return "int8 static", ""
@@ -395,7 +402,8 @@ def _refuse_nothing(model: nn.Module, plan: list[_Layer]) -> None:
     table = f"\n{QuantizationSummary(tuple(x.row() for x in plan))}" if plan else ""
     raise ValueError(
         f"quantize_layers: no layer of this {type(model).__name__} can become int8; wanted at "
-        f"least one plain nn.Linear, nn.Conv2d or recurrent layer, float32, on the CPU{table}"
+        "least one plain nn.Linear, nn.Conv2d, nn.Embedding or recurrent layer, float32, on the "
+        f"CPU{table}"
     )
 
 
@@ -568,9 +576,10 @@ def module_names(model: nn.Module) -> Names:
 
 
 def listed(names: Names) -> Names:
-    """Those that a summary lists: not what a recurrent layer is made of."""
-    within = {part for m in names if isinstance(m, Recurrent) for part in m.children()}
-    return {m: paths for m, paths in names.items() if isinstance(m, LISTED) and m not in within}
+    """Those that a summary lists: not what a recurrent layer is made of, nor short embeddings."""
+    without = {part for m in names if isinstance(m, Recurrent) for part in m.children()}
+    without |= {m for m in names if isinstance(m, nn.Embedding) and m.embedding_dim < LEAST_ROW}
+    return {m: paths for m, paths in names.items() if isinstance(m, LISTED) and m not in without}
 
 
 def replace(model: nn.Module, names: list[str], new: nn.Module) -> nn.Module:

@@ -44,6 +44,7 @@ ORDER = [
     "prepare",
     "recipe",
     "remedies",
+    "alone",
     "network",
     "layerwise",
     "ladder",

@@ -322,6 +322,7 @@ ALONE: dict[str, tuple[Any, Any, str]] = {
              lambda: nn.LSTM(10, 12, batch_first=True), "its cell is asked for"),
     "state": (lambda net, x: all_states(net, x, x[None, :, 0, :1].expand(1, -1, 12).contiguous()),
               lambda: nn.GRU(10, 12, batch_first=True), "it is given its first state"),
+    "parameter": (all_states, Learned, "it is given its first state"),
     "projection": (all_states, lambda: nn.LSTM(10, 24, batch_first=True, proj_size=12),
                    "it has a projection"),
 }  # fmt: skip
@@ -341,7 +342,6 @@ def test_what_no_program_has_is_a_layer_of_its_own(name: str) -> None:
 
 
 FLOATS: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
-    "parameter": (all_states, Learned, {}, "it is given its first state"),
     "as asked": (all_states, lambda: nn.GRU(10, 12, batch_first=True), {"skip": "rnn"}, "as asked"),
     "large": (all_states, lambda: beyond(nn.GRU(10, 12, batch_first=True)), {}, "beyond 2"),
 }

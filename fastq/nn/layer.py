@@ -75,7 +75,7 @@ class QLayer(nn.Module):
         """`data`, int8, as the weight object that ops wants."""
         raise NotImplementedError
 
-    def _quantize(self, module: nn.Linear | nn.Conv2d, input_qparams: QParams | None) -> Self:
+    def _quantize(self, module: Any, input_qparams: QParams | None) -> Self:
         """Take over the weight, bias and mode of a float module of the same shape."""
         data, scale = quantize_weight(module.weight.detach().to("cpu", torch.float32).numpy())
         with torch.no_grad():
@@ -87,7 +87,7 @@ class QLayer(nn.Module):
         self._prepare()  # a bias that is not finite is refused here, not at the first call
         return self.train(module.training)
 
-    def _dequantize(self, module: nn.Linear | nn.Conv2d) -> None:
+    def _dequantize(self, module: Any) -> None:
         """Give the weight, bias and mode to a float module of the same shape."""
         scale = self.weight_scale.reshape(-1, *[1] * (self.weight.dim() - 1))
         with torch.no_grad():

@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from fastq.graph import FUNCTIONS, RECURRENT_LAYER
+from fastq.graph import CELL_LAYER, FUNCTIONS, RECURRENT_LAYER
 from fastq.nn.layer import STATE, State, accept, as_array, operands_of
 from fastq.nn.linear import QLinear
 from fastq.nn.linear import run as linear
@@ -136,6 +136,16 @@ _operator = torch.library.custom_op(
     "fastq::recurrent", _recurrent, mutates_args=(), device_types="cpu"
 )
 FUNCTIONS[RECURRENT_LAYER] = _recurrent
+
+
+def _cell(x: Tensor, states: Sequence[Tensor], layers: Sequence[Tensor | None], cell: str) -> Any:
+    """One step of a cell: its states, as torch's operator gives them."""
+    first = [state[None] for state in states]
+    _, *last = _recurrent(x[None], first, layers, False, cell, (), 0, False, 0.0)
+    return [state[0] for state in last] if cell == "lstm" else last[0][0]
+
+
+FUNCTIONS[CELL_LAYER] = _cell
 
 
 @_operator.register_fake

@@ -1,0 +1,111 @@
+"""Int8 layers of their own: float operators of a captured network that no program can have, and
+`fastq.nn` has as layers. They compute between the programs, float32 in and out.
+
+    recurrent layers and cells, whose states are given or asked for     as QLSTM, QLSTMCell, ...
+    embeddings                                                          as QEmbedding
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastq.graph import CELL_LAYER, EMBEDDING_LAYER, RECURRENT_LAYER, Node
+from fastq.masks import operator_of
+from fastq.nn.embedding import LEAST_ROW
+from fastq.nn.layer import STATE
+from fastq.prepare import Prepared
+from fastq.qparams import MAX_K, quantize_weight
+from fastq.swap import ASKED
+
+CELLS = ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")  # torch's operators
+LAYERS = tuple(f"aten.{cell.removesuffix('_cell')}.input" for cell in CELLS)  # not of packed ones
+
+
+def make_alone(prepared: Prepared) -> None:
+    """Makes such operators int8, but those that were asked to stay float.
+
+    They are named as before; `prepared.alone` has their modules, and why no program has them.
+    """
+    for node in prepared.graph:
+        reason = prepared.reasons.get(node, "")
+        if node.op != "aten" or reason == ASKED:
+            continue
+        name = operator_of(node)
+        if name == "embedding" and _fits(node, LEAST_ROW):
+            _embedding(node)
+            prepared.alone[node.layer], reason = ("int8 weight", ""), ""
+        elif (name in CELLS or node.attrs["target"] in LAYERS) and _fits(node):
+            _recurrent(node)
+            reason = "its state is given to it" if name in CELLS else reason
+            prepared.alone[node.layer] = "int8 dynamic", reason
+        else:
+            continue
+        prepared.reasons[node] = f"an int8 layer of its own{reason and f': {reason}'}"
+
+
+def _fits(node: Node, least: int = 0) -> bool:
+    """Whether its weights can be int8, and have so many values in a row."""
+    weights = list(node.tensors.values())
+    return bool(weights) and all(
+        w.dtype is torch.float32
+        and w.device.type == "cpu"
+        and bool(w.isfinite().all())
+        and least <= w.shape[-1] <= MAX_K
+        for w in weights
+    )
+
+
+def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    data, scale = quantize_weight(weight.detach().numpy())
+    return torch.from_numpy(data), torch.tensor(np.asarray(scale, np.float32))
+
+
+def _embedding(node: Node) -> None:
+    (weight,), (_, tokens, *_) = node.tensors.values(), node.attrs["args"]
+    node.tensors = dict(zip(("weight", "weight_scale"), _quantized(weight), strict=True))
+    args = tokens, "%weight", "%weight_scale"
+    node.attrs = {"target": EMBEDDING_LAYER, "args": args, "kwargs": {}}
+
+
+def _recurrent(node: Node) -> None:
+    name, args = operator_of(node), node.attrs["args"]
+    cell = name.removesuffix("_cell").removeprefix("rnn_")
+    if name in CELLS:
+        x, hx, *given = args
+        parameters = [p for p in given if p is not None]
+        biases, count = len(parameters) == 4, 1
+    else:
+        x, hx, parameters, biases, layers, _, _, both, time = args
+        count = layers * (1 + both)
+    states = list(hx) if cell == "lstm" else [hx]
+    each = len(parameters) // count
+    projected = each == 3 + 2 * biases
+    tensors: dict[str, Tensor] = {}
+
+    def product(weight: str, bias: str | None) -> list[str | None]:
+        data, scale = _quantized(node.tensors[weight[1:]])
+        made = {"weight": data, "weight_scale": scale}
+        if bias is not None:
+            made["bias"] = node.tensors[bias[1:]].detach()
+        number = len(tensors)
+        tensors.update({f"{key}_{number}": value for key, value in made.items()})
+        return [f"%{key}_{number}" if key in made else None for key in STATE]
+
+    linears: list[str | None] = []
+    for first in range(0, len(parameters), each):
+        ih, hh, *more = parameters[first : first + each]
+        b_ih, b_hh = more[:2] if biases else (None, None)
+        linears += product(ih, b_ih) + product(hh, b_hh)
+        linears += product(more[-1], None) if projected else []
+    for state in states:  # of the network, not of an input
+        if isinstance(state, str):
+            tensors[state[1:]] = node.tensors[state[1:]]
+    node.tensors = tensors
+    if name in CELLS:
+        target, args = CELL_LAYER, (x, states, linears, cell)
+    else:
+        target = RECURRENT_LAYER
+        args = x, states, linears, projected, cell, [], int(time), bool(both), 0.0
+    node.attrs = {"target": target, "args": args, "kwargs": {}}
