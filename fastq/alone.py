@@ -16,6 +16,7 @@ from fastq.masks import operator_of
 from fastq.nn.embedding import LEAST_ROW
 from fastq.nn.layer import STATE
 from fastq.prepare import Prepared
+from fastq.qconfig import QConfig
 from fastq.qparams import MAX_K, quantize_weight
 from fastq.swap import ASKED
 
@@ -34,10 +35,10 @@ def make_alone(prepared: Prepared) -> None:
             continue
         name = operator_of(node)
         if name == "embedding" and _fits(node, LEAST_ROW):
-            _embedding(node)
+            _embedding(node, prepared.config(node))
             prepared.alone[node.layer], reason = ("int8 weight", ""), ""
         elif (name in CELLS or node.attrs["target"] in LAYERS) and _fits(node):
-            _recurrent(node)
+            _recurrent(node, prepared.config(node))
             reason = "its state is given to it" if name in CELLS else reason
             prepared.alone[node.layer] = "int8 dynamic", reason
         else:
@@ -57,19 +58,20 @@ def _fits(node: Node, least: int = 0) -> bool:
     )
 
 
-def _quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    data, scale = quantize_weight(weight.detach().numpy())
+def _quantized(weight: Tensor, config: QConfig) -> tuple[Tensor, Tensor]:
+    real = weight.detach().numpy()
+    data, scale = quantize_weight(real, range=config.weight_range, bits=config.weight_bits)
     return torch.from_numpy(data), torch.tensor(np.asarray(scale, np.float32))
 
 
-def _embedding(node: Node) -> None:
+def _embedding(node: Node, config: QConfig) -> None:
     (weight,), (_, tokens, *_) = node.tensors.values(), node.attrs["args"]
-    node.tensors = dict(zip(("weight", "weight_scale"), _quantized(weight), strict=True))
+    node.tensors = dict(zip(("weight", "weight_scale"), _quantized(weight, config), strict=True))
     args = tokens, "%weight", "%weight_scale"
     node.attrs = {"target": EMBEDDING_LAYER, "args": args, "kwargs": {}}
 
 
-def _recurrent(node: Node) -> None:
+def _recurrent(node: Node, config: QConfig) -> None:
     name, args = operator_of(node), node.attrs["args"]
     cell = name.removesuffix("_cell").removeprefix("rnn_")
     if name in CELLS:
@@ -82,18 +84,18 @@ def _recurrent(node: Node) -> None:
     states = list(hx) if cell == "lstm" else [hx]
     each = len(parameters) // count
     projected = each == 3 + 2 * biases
-    tensors: dict[str, Tensor] = {}
+    tensors = {"absent": torch.empty(0)}
 
-    def product(weight: str, bias: str | None) -> list[str | None]:
-        data, scale = _quantized(node.tensors[weight[1:]])
+    def product(weight: str, bias: str | None) -> list[str]:
+        data, scale = _quantized(node.tensors[weight[1:]], config)
         made = {"weight": data, "weight_scale": scale}
         if bias is not None:
             made["bias"] = node.tensors[bias[1:]].detach()
         number = len(tensors)
         tensors.update({f"{key}_{number}": value for key, value in made.items()})
-        return [f"%{key}_{number}" if key in made else None for key in STATE]
+        return [f"%{key}_{number}" if key in made else "%absent" for key in STATE]
 
-    linears: list[str | None] = []
+    linears: list[str] = []
     for first in range(0, len(parameters), each):
         ih, hh, *more = parameters[first : first + each]
         b_ih, b_hh = more[:2] if biases else (None, None)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastq.graph import Graph, Ref, Size, Sizes, sizes_of
+from fastq.graph import Graph, Node, Ref, Size, Sizes, sizes_of
 from fastq.read import CannotCapture, Folded, Indirect, Reader
 from fastq.trace import quiet, twin
 
@@ -28,8 +28,8 @@ class Captured:
     """A graph, how its flat inputs and outputs are arranged, and which extents it holds for.
 
     arguments           for each leaf of (args, kwargs) its input node, or the leaf itself if it
-                        is no tensor. "batch" in its attrs is the axis that grows with the batch,
-                        if it is not the first.
+                        is no tensor. "free" in its attrs are the axes that may have other sizes,
+                        "batch" is the one that grows with the batch, if it is not the first.
     in_spec, out_spec   pytree specs of (args, kwargs) and of the result.
     extents             the axes of an image that may have other sizes; if any may, sequences of
                         other lengths may go through. The batch size may always differ.
@@ -94,8 +94,15 @@ def _capture(model: nn.Module, plain: Sequence[Any], spec: Any, states: States) 
                 nodes = iter(graph.inputs)
                 arguments = tuple(next(nodes) if isinstance(x, Tensor) else x for x in plain)
                 for node, leaf in zip(arguments, leaves, strict=True):
-                    if leaf.follows is not None:
-                        node.attrs = {"batch": 1 if leaf.follows == 0 else None}
+                    if isinstance(node, Node):
+                        shapes = (
+                            _resized(leaf, batch, stretch).shape
+                            for batch, stretch in zip(BATCHES, way, strict=True)
+                        )
+                        pairs = enumerate(zip(*shapes, strict=True))
+                        node.attrs["free"] = tuple(i for i, (a, b) in pairs if a != b)
+                        if leaf.follows is not None:
+                            node.attrs["batch"] = 1 if leaf.follows == 0 else None
                 extents = {dims: axes for dims, axes, _ in after}.get(4, ())
                 return Captured(graph, arguments, spec, first.out_spec, extents)
     except CannotCapture:

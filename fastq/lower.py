@@ -417,15 +417,12 @@ class _Lowering:
         return Program(names, tuple(self.steps), tuple(outputs), extents)
 
     def extent(self, node: Node) -> tuple[int | None, ...]:
-        """Which sizes of an input may vary: the batch, which a state has on its axis "batch", and
-        an image's height and width. Of a value in the network any: where its channels are is not
-        known, but to the steps that take it."""
-        rank = len(node.shape)
-        free = {node.attrs.get("batch", 0), *self.extents}
-        if self.extents and (rank == 3 or node.op != "input"):
-            free = set(range(rank))
-        elif self.extents and rank != 4:
-            free = {node.attrs.get("batch", 0), *range(2, rank)}
+        """Which sizes of an input may vary: those that were other ones in the second capture. Of a
+        value in the network any, where some may: where its channels are is not known, but to the
+        steps that take it."""
+        free = set(node.attrs["free"]) if "free" in node.attrs else {0}
+        if node.op != "input" and self.extents:
+            free = set(range(len(node.shape)))
         return tuple(None if i in free else n for i, n in enumerate(node.shape))
 
     def emit(

@@ -216,7 +216,11 @@ class Report:
     def _floats(self) -> list[Block]:
         layers = [row for row in self.summary.rows if row.result == "float"]
         listed = {row.name for row in layers}
-        operators = [step for step in self.steps if step.why and step.layer not in listed]
+        operators = [
+            step
+            for step in self.steps
+            if step.why and step.layer not in listed and step.op != "getitem"
+        ]
         if not layers and not operators:
             return [Text("Nothing: every layer and operator runs in integers.")]
         rows = [(row.name or "(model)", row.kind, row.reason) for row in layers]

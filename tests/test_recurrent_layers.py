@@ -191,7 +191,7 @@ def test_compile_export_and_torchs_checks(name: str) -> None:
     assert equal(program.module()(x, hx), wanted)
     check_target("fastq.recurrent.default")
     if name != "gru cell":
-        tensors = [part._buffers[key] for part in layer.children() for key in STATE]
+        tensors = tensors_of(layer)
         plan = layer.cell, [], int(layer.batch_first), layer.bidirectional, 0.0
         torch.library.opcheck(
             torch.ops.fastq.recurrent.default,
@@ -271,9 +271,10 @@ def test_bad_layers_are_refused() -> None:
 def test_operators_check_what_they_are_given() -> None:
     """A file or an exported program may hold anything."""
     _, layer = pair("lstm")
-    tensors = [part._buffers[key] for part in layer.children() for key in STATE]
+    tensors = tensors_of(layer)
     x, h = torch.zeros(4, 3, K), torch.zeros(1, 3, H)
     plan = "lstm", [], 0, False, 0.0
+    other = tensors_of(QLSTM.from_float(nn.LSTM(5 * K, H)))
     run = torch.ops.fastq.recurrent
     assert len(run(x, [h, h], tensors, False, *plan)) == 3
     wrong = [
@@ -283,7 +284,13 @@ def test_operators_check_what_they_are_given() -> None:
         (x, [h, h.double()], tensors, False, *plan),
         (x, [h, h], tensors[:9], False, *plan),
         (x, [h, h], tensors[:5], False, *plan),
-        (x, [h, h], [None, *tensors[1:]], False, *plan),
+        (x, [h, h], [torch.empty(0), *tensors[1:]], False, *plan),
+        (x, [h], tensors, False, *plan),
+        (x, [h, h, h], tensors, False, *plan),
+        (x, [h.expand(2, 3, H), h.expand(2, 3, H)], tensors, False, *plan),
+        (x, [h, h], [], False, *plan),
+        (x, [h.expand(2, 3, H)] * 2, tensors + tensors, False, *plan),  # of layers that do not fit
+        (x, [h.expand(2, 3, H)] * 2, tensors + other, False, "lstm", [], 0, True, 0.0),
         (x, [h, h], [tensors[0].float(), *tensors[1:]], False, *plan),
         (x, [h, h], [*tensors[:5], tensors[5][:, :7], *tensors[6:]], False, *plan),
         (x, [h, h], tensors, False, "gru", [], 0, False, 0.0),
@@ -291,6 +298,9 @@ def test_operators_check_what_they_are_given() -> None:
         (x[0], [h, h], tensors, False, "lstm", [2, 3], 0, False, 0.0),
         (x[0], [h, h], tensors, False, "lstm", [9], 0, False, 0.0),
         (x[0], [h, h], tensors, False, "lstm", [-3], 0, False, 0.0),
+        (x[0], [h, h], tensors, False, "lstm", [2], 0, False, 0.0),
+        (x[0], [h, h], tensors, False, "lstm", [1, 2], 0, False, 0.0),
+        (x[0], [h, h], tensors, False, "lstm", [3, 0], 0, False, 0.0),
         (x[0], [h, h], tensors, False, *plan),
     ]
     for arguments in wrong:
@@ -305,6 +315,42 @@ def test_operators_check_what_they_are_given() -> None:
     for bad in (torch.zeros(1, 3, 9, 9), torch.zeros(4, 9, 9), torch.zeros(1, 4, 9, 9).double()):
         with pytest.raises((ValueError, TypeError), match="fastq::conv2d: x is"):
             torch.ops.fastq.conv2d(bad, *of_conv, [1, 1], [0, 0, 0, 0], [1, 1], 1)
+
+
+def tensors_of(layer: Any) -> list[Tensor]:
+    """As the operator takes them."""
+    found = [part._buffers[key] for part in layer.children() for key in STATE]
+    return [torch.empty(0) if tensor is None else tensor for tensor in found]
+
+
+def test_packed_sizes_are_checked() -> None:
+    _, layer = pair("lstm, both ways")
+    data = torch.randn(10, K)
+    for sizes in ([5, 4], [4, 4, 4], [2, 3, 5], [10, 0]):
+        with pytest.raises(ValueError, match="sum up to the rows"):
+            layer(PackedSequence(data, torch.tensor(sizes)))
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *CELLS])
+def test_results_have_memory_of_their_own(name: str) -> None:
+    _, layer = pair(name)
+    for x, hx in inputs(layer):
+        results = flat(layer(x, hx))
+        kept = [result.clone() for result in results]
+        for i, result in enumerate(results):
+            result.fill_(7)
+            for j, other in enumerate(results):
+                assert j <= i or torch.equal(other, kept[j])
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+def test_jit_trace_and_flatten_parameters() -> None:
+    for name in ("projection", "gru"):
+        _, layer = pair(name)
+        layer.flatten_parameters()
+        x, _ = inputs(layer)[0]
+        traced = torch.jit.trace(lambda x, layer=layer: layer(x)[0], x, check_trace=False)
+        assert torch.equal(traced(-x), layer(-x)[0])
 
 
 # ------------------------------------------------------------------------------ in whole models
@@ -406,6 +452,43 @@ def test_networks_with_layers_of_their_own(name: str, tmp_path: Path) -> None:
     assert "int8 layer" in str(profile)
     with pytest.raises(ValueError, match="wanted the float model"):
         fastq.prepare_qat(int8)
+
+
+class Loop(nn.Module):
+    """A cell that is called for each step in Python: a graph of so many steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.LSTMCell(6, H), nn.Linear(H, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = c = x.new_zeros(x.shape[0], H)
+        for i in range(x.shape[1]):
+            h, c = self.cell(x[:, i], (h, c))
+        y: Tensor = self.head(h)
+        return y
+
+
+@pytest.mark.parametrize("skip", [(), "cell"])
+def test_a_loop_has_the_steps_of_the_example(skip: Any, tmp_path: Path) -> None:
+    model, x = Loop().eval(), torch.randn(4, 5, 6)
+    int8 = fastq.quantize_model(model, x, skip=skip, progress=False)
+    fastq.save(int8, tmp_path / "loop.safetensors")
+    for network in (int8, fastq.load(tmp_path / "loop.safetensors")):
+        assert noise_ratio(model(x[:3]), network(x[:3])) > 25
+        for wrong in (torch.randn(4, 7, 6), torch.randn(4, 3, 6), torch.randn(4, 5)):
+            with pytest.raises(ValueError, match=r"wanted \(any, 5, 6\)"):
+                network(wrong)
+
+
+def test_bits_of_weights_hold_for_layers_of_their_own() -> None:
+    model, data = Streaming(), streamed(4, 5)
+    config = {nn.LSTM: fastq.QConfig(weight_bits=3)}
+    int8 = fastq.quantize_model(
+        model, [data], forward=lambda net, batch: net(*batch), config=config, progress=False
+    )
+    weights = [t for name, t in int8.state_dict().items() if "rnn" in name or "lstm" in name]
+    assert {int(w.abs().max()) for w in weights if w.dtype is torch.int8} == {3}
 
 
 def test_training_keeps_them_float() -> None:

@@ -51,6 +51,7 @@ class Layout:
     """How a network is put together; with the tensors of its state it is all of it.
 
     inputs    a name for each leaf of (args, kwargs); None for one that is no tensor.
+    extents   the sizes that each input must have, None for any; None for one that is no tensor.
     constants the leaves that are no tensors, by their place.
     outputs   for each leaf of the result a name, or ("constant", value).
     specs     of (args, kwargs) and of the result, as pytree's JSON.
@@ -61,6 +62,7 @@ class Layout:
     stages: tuple[Stage, ...]
     programs: tuple[Mapping[str, Any], ...]
     inputs: tuple[str | None, ...]
+    extents: tuple[tuple[int | None, ...] | None, ...]
     constants: Mapping[str, Any]
     outputs: tuple[Any, ...]
     specs: tuple[str, str]
@@ -103,6 +105,17 @@ class QuantizedModel(nn.Module):
         if any(spec.num_leaves != len(names) for spec, names in sides):
             raise ValueError(f"specs {self.layout.specs} for {sides[0][1]} and {sides[1][1]}")
         self._single = self.in_spec == ONE_TENSOR and self.out_spec.is_leaf()
+        # programs check what they take
+        floats = {
+            name for stage in self.layout.stages if stage.program < 0 for name in stage.inputs
+        }
+        self._checked = [
+            (i, name, extent)
+            for i, (name, extent) in enumerate(
+                zip(self.layout.inputs, self.layout.extents, strict=True)
+            )
+            if name in floats and extent is not None
+        ]
 
     @property
     def programs(self) -> list[Program]:
@@ -174,6 +187,8 @@ class QuantizedModel(nn.Module):
                 values[name] = leaf
             else:
                 check_constant(self, i, leaf, layout.constants[str(i)])
+        for i, name, extent in self._checked:
+            check_extent(f"{type(self).__name__}: {name}", leaves[i], extent)
         sizes = sizes_of(leaves)
         for stage in layout.stages:
             results = compute(stage, [values[name] for name in stage.inputs], sizes)
@@ -278,6 +293,18 @@ def as_input(name: str, x: Any, extent: Sequence[int | None]) -> Any:
     return as_array(x)
 
 
+def check_extent(name: str, x: Tensor, extent: Sequence[int | None]) -> None:
+    """ValueError unless x has these sizes, None being any."""
+    if x.dim() != len(extent) or any(
+        e is not None and n != e for n, e in zip(x.shape, extent, strict=True)
+    ):
+        wanted = ", ".join("any" if n is None else str(n) for n in extent)
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}; wanted ({wanted}). Sizes that are fixed are part "
+            "of the network, as it was captured"
+        )
+
+
 def check_constant(network: nn.Module, number: int, leaf: Any, wanted: Any) -> None:
     """ValueError unless an argument that is no tensor is the one that the network was made with."""
     if leaf != wanted:
@@ -292,6 +319,7 @@ def assemble(
     programs: Sequence[Program],
     float_tensors: Mapping[str, Tensor],
     inputs: Sequence[str | None],
+    extents: Sequence[tuple[int | None, ...] | None],
     constants: Mapping[str, Any],
     outputs: Sequence[Any],
     specs: tuple[Any, Any],
@@ -309,6 +337,7 @@ def assemble(
         tuple(stages),
         tuple(encode_program(program, keep) for program in programs),
         tuple(inputs),
+        tuple(extents),
         constants,
         tuple(outputs),
         (_spec_text(specs[0]), _spec_text(specs[1])),
@@ -386,6 +415,7 @@ def encode_layout(layout: Layout) -> dict[str, Any]:
         "stages": stages,
         "programs": list(layout.programs),
         "inputs": list(layout.inputs),
+        "extents": [None if e is None else list(e) for e in layout.extents],
         "constants": {k: encode_value(v) for k, v in layout.constants.items()},
         "outputs": [
             out if isinstance(out, str) else [encode_value(out[1])] for out in layout.outputs
@@ -415,6 +445,7 @@ def decode_layout(given: Any) -> Layout:
             stages,
             tuple(given["programs"]),
             tuple(given["inputs"]),
+            tuple(None if e is None else tuple(e) for e in given["extents"]),
             {k: decode_value(v) for k, v in given["constants"].items()},
             tuple(
                 out if isinstance(out, str) else ("constant", decode_value(out[0]))
@@ -484,6 +515,13 @@ def _check(layout: Layout) -> None:
     texts = [*layout.specs, *layout.names, *known]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("names and specs are strings")
+    fits = len(layout.extents) == len(layout.inputs) and all(
+        (name is None) == (extent is None)
+        and all(n is None or type(n) is int for n in extent or ())
+        for name, extent in zip(layout.inputs, layout.extents, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"extents {layout.extents!r:.80} for inputs {layout.inputs}")
     wanted = {str(i) for i, name in enumerate(layout.inputs) if name is None}
     if wanted != layout.constants.keys():
         raise ValueError(f"constants {sorted(layout.constants)} for inputs {layout.inputs}")

@@ -54,11 +54,33 @@ def _layers(
     x: Tensor, states: Sequence[Tensor], products: Sequence[_Products], plan: _Plan
 ) -> list[Tensor]:
     """All layers: the last one's hidden states, then for all layers and directions the last ones,
-    and the last c of an LSTM; states has their first ones."""
+    and the last c of an LSTM; states has their first ones.
+
+    ValueError for what does not fit together: products take addresses.
+    """
+    count = 1 + (plan.cell == "lstm")
+    if len(states) != count or any(len(state) != len(products) for state in states):
+        raise ValueError(
+            f"recurrent: states {[tuple(state.shape) for state in states]}; wanted {count}, of "
+            f"{len(products)} layers and directions"
+        )
+    sizes = plan.sizes
+    if sizes and (
+        sum(sizes) != len(x) or min(sizes) < 1 or sorted(sizes, reverse=True) != [*sizes]
+    ):
+        raise ValueError(
+            f"recurrent: batch_sizes {list(sizes)!s:.60} for {len(x)} rows; wanted sizes greater "
+            "than 0 that do not grow, and that sum up to the rows"
+        )
     ends, made = [], []
     for number, product in enumerate(products):
         reverse = plan.bidirectional and number % 2 == 1
         first = [state[number] for state in states]
+        if x.shape[-1] != product.ih.weight.k:
+            raise ValueError(
+                f"recurrent: layer {number} takes {product.ih.weight.k} features, and is given "
+                f"{x.shape[-1]}"
+            )
         gates = linear(x, x.shape, product.ih.weight.n, product.ih)
         y, *last = _direction(gates, first, product, plan, reverse)
         made.append(y)
@@ -106,16 +128,16 @@ def _steps(
         axis=time, reverse=reverse, x_qparams=hh.x_qparams,
         projection=None if hr is None else (hr.weight, hr.epilogue, hr.x_qparams),
     )  # fmt: skip
-    made = torch.from_numpy(y)
-    return [made, made.select(time, 0 if reverse else -1), torch.from_numpy(last)][
-        : 1 + len(states)
-    ]
+    made, state_after = torch.from_numpy(y), torch.from_numpy(last)
+    if cell != "lstm":
+        return [made, state_after]
+    return [made, made.select(time, 0 if reverse else -1).clone(), state_after]
 
 
 def _recurrent(
     x: Tensor,
     states: Sequence[Tensor],
-    layers: Sequence[Tensor | None],
+    layers: Sequence[Tensor],
     projected: bool,
     cell: str,
     sizes: Sequence[int],
@@ -123,13 +145,13 @@ def _recurrent(
     bidirectional: bool,
     dropout: float,
 ) -> list[Tensor]:
-    """_layers; `layers` has the five tensors of each QLinear, one after the other."""
+    """_layers; `layers` has the five tensors of each QLinear, one after the other, an empty one for
+    what it has not: torch.jit.trace knows no lists with None."""
     parts = [operands_of(LinearWeight, (), _state(*layers[i : i + 5]))
              for i in range(0, len(layers), 5)]  # fmt: skip
-    products, features = _grouped(parts, projected), parts[0].weight.k
-    x = accept("fastq::recurrent", x, f"(.., .., {features})", x.shape[-1] == features)
-    y, *last = _layers(x, states, products, _Plan(cell, sizes, time, bidirectional, dropout))
-    return [y, *(state.clone() for state in last)]  # which may be parts of y
+    x = accept("fastq::recurrent", x, "(steps, B, ..) or (sum of sizes, ..)", x.dim() in (2, 3))
+    plan = _Plan(cell, sizes, time, bidirectional, dropout)
+    return _layers(x, states, _grouped(parts, projected), plan)
 
 
 _operator = torch.library.custom_op(
@@ -138,7 +160,7 @@ _operator = torch.library.custom_op(
 FUNCTIONS[RECURRENT_LAYER] = _recurrent
 
 
-def _cell(x: Tensor, states: Sequence[Tensor], layers: Sequence[Tensor | None], cell: str) -> Any:
+def _cell(x: Tensor, states: Sequence[Tensor], layers: Sequence[Tensor], cell: str) -> Any:
     """One step of a cell: its states, as torch's operator gives them."""
     first = [state[None] for state in states]
     _, *last = _recurrent(x[None], first, layers, False, cell, (), 0, False, 0.0)
@@ -152,7 +174,7 @@ FUNCTIONS[CELL_LAYER] = _cell
 def _(
     x: Tensor,
     states: Sequence[Tensor],
-    layers: Sequence[Tensor | None],
+    layers: Sequence[Tensor],
     projected: bool,
     cell: str,
     sizes: Sequence[int],
@@ -164,11 +186,9 @@ def _(
     return [x.new_empty(*x.shape[:-1], width), *map(torch.empty_like, states)]
 
 
-def _state(*tensors: Tensor | None) -> State:
-    weight, weight_scale, bias, input_scale, input_zero_point = tensors
-    if weight is None or weight_scale is None:
-        raise ValueError("fastq::recurrent: wanted weight and weight_scale of each QLinear")
-    return weight, weight_scale, bias, input_scale, input_zero_point
+def _state(weight: Tensor, scale: Tensor, *rest: Tensor) -> State:
+    bias, input_scale, input_zero_point = (t if t.shape != (0,) else None for t in rest)
+    return weight, scale, bias, input_scale, input_zero_point
 
 
 def _grouped(parts: Sequence[Operands], projected: bool) -> list[_Products]:
@@ -205,7 +225,12 @@ class Recurrent(nn.Module):
         """All hidden states and the last states, of inputs and first states."""
         linears: Any = self._modules.values()
         if is_compiling() or type(x) is not Tensor or _get_tracing_state():
-            tensors = [linear._buffers[name] for linear in linears for name in STATE]
+            absent = x.new_empty(0)
+            tensors = [
+                absent if linear._buffers[name] is None else linear._buffers[name]
+                for linear in linears
+                for name in STATE
+            ]
             results: list[Tensor] = torch.ops.fastq.recurrent(
                 x, states, tensors, bool(self.proj_size), *plan
             )
@@ -246,6 +271,9 @@ class Recurrent(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)}" for name in (*self.ARGUMENTS, "bias"))
+
+    def flatten_parameters(self) -> None:
+        """As of torch's layer: some networks call it before each forward. Nothing is to be done."""
 
     def _states(self, hx: Any, lead: tuple[int, ...], like: Tensor) -> list[Tensor]:
         """The first hidden state, and c of an LSTM, of these leading sizes."""
