@@ -481,6 +481,26 @@ def test_a_loop_has_the_steps_of_the_example(skip: Any, tmp_path: Path) -> None:
                 network(wrong)
 
 
+def test_a_file_of_weights_that_do_not_fit_is_refused(tmp_path: Path) -> None:
+    """Each int8 weight in turn has more or fewer columns than what it multiplies."""
+    data = streamed(4, 5)
+    int8 = fastq.quantize_model(
+        Streaming().eval(), [data], forward=lambda net, batch: net(*batch), progress=False
+    )
+    state = int8.state_dict()
+    names = [name for name in state if "rnn" in name or "lstm" in name]
+    weights = [name for name in names if state[name].dtype is torch.int8]
+    assert len(weights) == 4
+    for name in weights:
+        for k in (1, K + 1, 40 * K):
+            made = torch.ones(len(state[name]), k, dtype=torch.int8)
+            wrong = {**state, name: made} if made.shape != state[name].shape else None
+            assert wrong is not None
+            network = fastq.QuantizedModel(int8.layout, wrong)
+            with pytest.raises(ValueError, match="wanted|takes"):
+                network(*data)
+
+
 def test_bits_of_weights_hold_for_layers_of_their_own() -> None:
     model, data = Streaming(), streamed(4, 5)
     config = {nn.LSTM: fastq.QConfig(weight_bits=3)}
