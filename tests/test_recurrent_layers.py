@@ -343,7 +343,7 @@ def test_results_have_memory_of_their_own(name: str) -> None:
                 assert j <= i or torch.equal(other, kept[j])
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore")  # deprecated, and what it says of sizes
 def test_jit_trace_and_flatten_parameters() -> None:
     for name in ("projection", "gru"):
         _, layer = pair(name)
