@@ -497,7 +497,7 @@ def test_a_file_of_weights_that_do_not_fit_is_refused(tmp_path: Path) -> None:
             wrong = {**state, name: made} if made.shape != state[name].shape else None
             assert wrong is not None
             network = fastq.QuantizedModel(int8.layout, wrong)
-            with pytest.raises(ValueError, match="wanted|takes"):
+            with pytest.raises(ValueError, match=r"wanted|takes"):
                 network(*data)
 
 
