@@ -265,6 +265,9 @@ def summarize(prepared: Prepared, model: nn.Module) -> QuantizationSummary:
         kind = type(module).__name__
         if isinstance(module, INT8):
             rows.append(Row(name, kind, *outlook(module)))
+        elif isinstance(module, nn.Embedding) and name not in prepared.alone:
+            # its rows may be a constant by now, as those of positions are
+            rows += [Row(name, kind, "float", ASKED)] if floats.get(name) == ASKED else []
         elif name in folded:
             target = folded[name]
             if target in integer:

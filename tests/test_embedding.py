@@ -170,6 +170,27 @@ def test_a_table_that_is_read_otherwise_stays_float() -> None:
     assert torch.equal(int8(tokens), model(tokens))
 
 
+def test_strict_is_not_for_tables_that_are_read_otherwise() -> None:
+    class Positions(Words):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions = nn.Embedding(20, 24)
+            self.others = nn.Embedding(20, 40)
+
+        def forward(self, words: Tensor) -> Tensor:
+            x = torch.cat([self.words(words) + self.others.weight[: words.shape[1]],
+                           self.kinds(words % 4)], -1)  # fmt: skip
+            y: Tensor = self.last(self.first(x).relu())
+            return y
+
+    model, tokens = Positions().eval(), torch.randint(0, 60, (4, 7))
+    for function in (fastq.quantize_model, fastq.quantize_layers):
+        int8 = function(model, tokens, strict=True, progress=False)  # type: ignore[operator]
+        assert rows_of(int8)["words"] == "int8 weight"
+        assert rows_of(int8).get("others", "float") == "float"
+        assert noise_ratio(model(tokens), int8(tokens)) > 28
+
+
 def test_look_up_is_one_function() -> None:
     weight, scale = torch.tensor([[127, -127]], dtype=torch.int8), torch.tensor([0.1])
     assert torch.equal(look_up(torch.tensor([0]), weight, scale), weight * scale)
