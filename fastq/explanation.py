@@ -127,9 +127,9 @@ def _prepared(layer: Any, shape: tuple[int, ...]) -> tuple[Any, Callable[[], Any
         return weight, lambda: function(x, weight, EPILOGUE), 1
     import torch
 
-    from fastq.nn.layer import QLayer
+    from fastq.nn import QConv2d, QLinear
 
-    if not isinstance(layer, QLayer):
+    if not isinstance(layer, QLinear | QConv2d):
         raise TypeError(
             f"explain: got a {type(layer).__name__}; wanted a QLinear, QConv2d, LinearWeight or "
             "Conv2dWeight; fastq.profile takes what quantize_model returns"

@@ -141,7 +141,7 @@ def test_a_network(tmp_path: Path) -> None:
             int8(data[0] + 60)
         kept = fastq.quantize_model(model, data, skip="words", progress=False)
         assert rows_of(kept)["words"] == "float"
-        report = fastq.report(model, int8, data[:1], passes=1, progress=False)
+        report = fastq.report(model, int8, data[:1], passes=1, path=None, progress=False)
     (step,) = (step for step in report.steps if step.op == "fastq.embedding.default")
     assert not step.why and step.snr is not None and step.snr > 40
     assert "words" not in rows_of(fastq.convert(fastq.prepare_qat(model, data)))

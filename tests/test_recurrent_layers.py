@@ -441,7 +441,7 @@ def test_networks_with_layers_of_their_own(name: str, tmp_path: Path) -> None:
             found = int8(*given)
             assert noise_ratio(flat(model(*given))[0], flat(found)[0]) > 22
             assert equal(loaded(*given), found)
-    report = fastq.report(model, int8, data[:1], forward=run, passes=1, progress=False)
+    report = fastq.report(model, int8, data[:1], forward=run, passes=1, path=None, progress=False)
     assert {step.layer for step in report.steps if "recurrent" in step.op} == alone
     assert all(not step.why for step in report.steps
                if step.op.startswith("fastq"))  # fmt: skip

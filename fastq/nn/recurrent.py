@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -221,16 +221,18 @@ class Recurrent(nn.Module):
             if proj_size:
                 self.add_module(f"hr{suffix}", QLinear(hidden_size, proj_size, False, *where))
 
+    @property
+    def products(self) -> dict[str, QLinear]:
+        """By the names that torch's parameters have after "weight_" and "bias_"."""
+        return cast(dict[str, QLinear], self._modules)
+
     def run(self, x: Tensor, states: Sequence[Tensor], plan: _Plan) -> list[Tensor]:
         """All hidden states and the last states, of inputs and first states."""
-        linears: Any = self._modules.values()
+        linears = self.products.values()
         if is_compiling() or type(x) is not Tensor or _get_tracing_state():
             absent = x.new_empty(0)
-            tensors = [
-                absent if linear._buffers[name] is None else linear._buffers[name]
-                for linear in linears
-                for name in STATE
-            ]
+            held = (linear._buffers[name] for linear in linears for name in STATE)
+            tensors = [absent if tensor is None else tensor for tensor in held]
             results: list[Tensor] = torch.ops.fastq.recurrent(
                 x, states, tensors, bool(self.proj_size), *plan
             )
@@ -250,11 +252,10 @@ class Recurrent(nn.Module):
                 f"torch.nn.{cls.FLOAT.__name__}"
             )
         made = cls(**{name: getattr(module, name) for name in cls.ARGUMENTS}, bias=module.bias)
-        for name, product in made.named_children():
-            one: Any = product
+        for name, product in made.products.items():
             weight, bias = (getattr(module, f"{kind}_{name}", None) for kind in ("weight", "bias"))
-            linear: Any = SimpleNamespace(weight=weight, bias=bias, training=module.training)
-            one._quantize(linear, None)
+            linear = SimpleNamespace(weight=weight, bias=bias, training=module.training)
+            product._quantize(linear, None)
         return made.train(module.training)
 
     def to_float(self) -> Any:
@@ -263,9 +264,8 @@ class Recurrent(nn.Module):
         module = float_type(**{name: getattr(self, name) for name in self.ARGUMENTS},
                             bias=self.bias)  # fmt: skip
         with torch.no_grad():
-            for name, product in self.named_children():
-                linear: Any = product
-                for kind, value in linear.to_float().named_parameters():
+            for name, product in self.products.items():
+                for kind, value in product.to_float().named_parameters():
                     getattr(module, f"{kind}_{name}").copy_(value)
         return module.train(self.training)
 
