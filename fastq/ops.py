@@ -1443,7 +1443,8 @@ def _first_state(what: str, given: Any, shape: tuple[int, ...]) -> NDArray[np.fl
     if not isinstance(given, np.ndarray) or given.dtype != _FLOAT32 or given.shape != shape:
         found = f"{given.shape} {given.dtype}" if isinstance(given, np.ndarray) else given
         raise ValueError(f"{what} is {found!r:.60}; wanted None or float32 {shape}")
-    return np.require(given, requirements=["C", "A"])
+    flags = given.flags
+    return given if flags.c_contiguous and flags.aligned else np.array(given, order="C")
 
 
 def _run(row: Callable[..., None], arrays: list[NDArray[Any]], *parameters: Any) -> NDArray[Any]:
