@@ -80,6 +80,12 @@ class Node:
     kind: str = ""
     shape: tuple[int, ...] = ()
 
+    @property
+    def extent(self) -> tuple[int | None, ...]:
+        """Of an input: its sizes, None for those that may be other ones: "free", or else the first."""
+        free = self.attrs.get("free", (0,))
+        return tuple(None if i in free else n for i, n in enumerate(self.shape))
+
     def __repr__(self) -> str:
         inputs = ", ".join(node.name for node in self.inputs)
         return f"{self.name} = {self.op}({inputs})"

@@ -417,13 +417,11 @@ class _Lowering:
         return Program(names, tuple(self.steps), tuple(outputs), extents)
 
     def extent(self, node: Node) -> tuple[int | None, ...]:
-        """Which sizes of an input may vary: those that were other ones in the second capture. Of a
-        value in the network any, where some may: where its channels are is not known, but to the
-        steps that take it."""
-        free = set(node.attrs["free"]) if "free" in node.attrs else {0}
+        """Which sizes of a program's input may vary. Of a value in the network any, where some of
+        the network's may: where its channels are is not known, but to the steps that take it."""
         if node.op != "input" and self.extents:
-            free = set(range(len(node.shape)))
-        return tuple(None if i in free else n for i, n in enumerate(node.shape))
+            return (None,) * len(node.shape)
+        return node.extent
 
     def emit(
         self,

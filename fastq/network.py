@@ -189,12 +189,7 @@ def build(prepared: Prepared, names: Sequence[str], report: QuantizationSummary)
     recipe, kept = write_recipe(prepared)
     tensors |= kept
     arguments = [node.name if isinstance(node, Node) else None for node in captured.arguments]
-    extents = [
-        tuple(None if i in node.attrs["free"] else n for i, n in enumerate(node.shape))
-        if isinstance(node, Node)
-        else None
-        for node in captured.arguments
-    ]
+    extents = [node.extent if isinstance(node, Node) else None for node in captured.arguments]
     outputs = [v.name if isinstance(v, Node) else ("constant", v) for v in graph.outputs]
     constants = {
         str(i): leaf for i, leaf in enumerate(captured.arguments) if not isinstance(leaf, Node)

@@ -181,16 +181,9 @@ class Program:
 
     def check(self, inputs: Sequence[Shape]) -> None:
         """ValueError unless the inputs have these shapes."""
-        fits = len(inputs) == len(self.extents) and all(
-            len(shape) == len(extent)
-            and all(e is None or n == e for n, e in zip(shape, extent, strict=True))
-            for shape, extent in zip(inputs, self.extents, strict=False)
-        )
-        if not fits:
-            wanted = ", ".join(
-                "(" + ", ".join("any" if n is None else str(n) for n in e) + ")"
-                for e in self.extents
-            )
+        fit = len(inputs) == len(self.extents) and all(map(fits, inputs, self.extents))
+        if not fit:
+            wanted = ", ".join(map(extent_text, self.extents))
             raise ValueError(
                 f"program: inputs {', '.join(map(str, inputs))}; wanted {wanted}. Sizes that are "
                 "fixed are part of the network, as it was captured"
@@ -213,6 +206,18 @@ class Program:
     def __str__(self) -> str:
         lines = [f"program({', '.join(self.inputs)})", *(f"  {step}" for step in self.steps)]
         return "\n".join([*lines, f"  return {', '.join(name for name, _ in self.outputs)}"])
+
+
+def fits(shape: Sequence[int], extent: Sequence[int | None]) -> bool:
+    """Whether a shape has the sizes of an extent, of which None is any."""
+    return len(shape) == len(extent) and all(
+        e is None or n == e for n, e in zip(shape, extent, strict=True)
+    )
+
+
+def extent_text(extent: Sequence[int | None]) -> str:
+    """An extent as an error shows it."""
+    return "(" + ", ".join("any" if n is None else str(n) for n in extent) + ")"
 
 
 def _dtype(step: Step, *inputs: str) -> str:

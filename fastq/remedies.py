@@ -445,9 +445,8 @@ def walk(
                 ]
         for grid, value in zip(grids, made, strict=True):
             if node in quantized and isinstance(value, Tensor):
-                if (
-                    node in prepared.reasons
-                ):  # may be 0 / 0, which the way into a program takes as 0
+                # a float operator may give 0 / 0, which the way into a program takes as 0
+                if node in prepared.reasons:
                     value = value.nan_to_num(0.0, math.inf, -math.inf)
                 # a product is new memory, whose pages cost more than what is computed in them
                 out = value if node in layers else None

@@ -26,7 +26,7 @@ from fastq.graph import (
 )
 from fastq.nn.layer import accept, as_array, stay
 from fastq.plan import BoundProgram
-from fastq.program import Program
+from fastq.program import Program, extent_text, fits
 
 
 @dataclass(frozen=True)
@@ -286,8 +286,7 @@ def as_input(name: str, x: Any, extent: Sequence[int | None]) -> Any:
     """The array that a program takes; TypeError or ValueError for what it does not."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; wanted a float32 tensor")
-    sizes = ", ".join("any" if n is None else str(n) for n in extent)
-    x = accept(name, x, f"({sizes})", x.dim() == len(extent))
+    x = accept(name, x, extent_text(extent), x.dim() == len(extent))
     if x.device.type != "cpu":
         raise ValueError(f"{name} is on {x.device}, wanted the CPU")
     return as_array(x)
@@ -295,13 +294,10 @@ def as_input(name: str, x: Any, extent: Sequence[int | None]) -> Any:
 
 def check_extent(name: str, x: Tensor, extent: Sequence[int | None]) -> None:
     """ValueError unless x has these sizes, None being any."""
-    if x.dim() != len(extent) or any(
-        e is not None and n != e for n, e in zip(x.shape, extent, strict=True)
-    ):
-        wanted = ", ".join("any" if n is None else str(n) for n in extent)
+    if not fits(x.shape, extent):
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; wanted ({wanted}). Sizes that are fixed are part "
-            "of the network, as it was captured"
+            f"{name} has shape {tuple(x.shape)}; wanted {extent_text(extent)}. Sizes that are "
+            "fixed are part of the network, as it was captured"
         )
 
 
