@@ -82,7 +82,7 @@ class Node:
 
     @property
     def extent(self) -> tuple[int | None, ...]:
-        """Of an input: its sizes, None for those that may be other ones: "free", or else the first."""
+        """Of an input: its sizes, None for those that may be other ones."""
         free = self.attrs.get("free", (0,))
         return tuple(None if i in free else n for i, n in enumerate(self.shape))
 
