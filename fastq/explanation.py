@@ -87,9 +87,9 @@ class Explanation:
 def explain(layer: Any, shape: tuple[int, ...]) -> Explanation:
     """Runs a layer on random input of this shape and says which kernels it took, and how long.
 
-    layer  QLinear or QConv2d: float32 to float32, statically or dynamically as it is set.
+    layer  QLinear, QConv1d or QConv2d: float32 to float32, statically or dynamically as it is set.
            LinearWeight or Conv2dWeight: uint8 to uint8.
-    shape  of the input: (*, K); (B, C, H, W) of a QConv2d, (B, H, W, C) of a Conv2dWeight.
+    shape  of the input: (*, K); (B, C, H, W) of a QConv2d, (B, H, W, C) of a Conv2dWeight, ...
 
     Takes seconds: it measures the machine's limits, and compiles the kernels anew to read their
     assembly. Raises TypeError for another layer, and what the layer raises for a wrong shape.
@@ -127,15 +127,19 @@ def _prepared(layer: Any, shape: tuple[int, ...]) -> tuple[Any, Callable[[], Any
         return weight, lambda: function(x, weight, EPILOGUE), 1
     import torch
 
-    from fastq.nn import QConv2d, QLinear
+    from fastq.nn import QConv1d, QConv2d, QLinear
 
-    if not isinstance(layer, QLinear | QConv2d):
+    if not isinstance(layer, QLinear | QConv1d | QConv2d):
         raise TypeError(
-            f"explain: got a {type(layer).__name__}; wanted a QLinear, QConv2d, LinearWeight or "
-            "Conv2dWeight; fastq.profile takes what quantize_model returns"
+            f"explain: got a {type(layer).__name__}; wanted a QLinear, QConv1d, QConv2d, "
+            "LinearWeight or Conv2dWeight; fastq.profile takes what quantize_model returns"
         )
     real = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
-    return layer._operands().weight, lambda: layer(real).numpy(), 4
+    weight = layer._operands().weight
+    if isinstance(layer, QLinear):
+        return weight, lambda: layer(real).numpy(), 4
+    padded = layer.padded(real)  # held: the kernels are run again, one by one
+    return weight, lambda: layer.convolved(padded).numpy(), 4
 
 
 def _reports(run: executor.Run) -> list[KernelReport]:

@@ -276,7 +276,8 @@ TOUCH_FILES = ("from_file",)
 RECURRENT_LAYER = "fastq.recurrent.default"
 CELL_LAYER, EMBEDDING_LAYER = "fastq.recurrent_cell.default", "fastq.embedding.default"
 INT8_OPERATORS = (
-    "fastq.linear.default", "fastq.conv2d.default", RECURRENT_LAYER, CELL_LAYER, EMBEDDING_LAYER,
+    "fastq.linear.default", "fastq.convolution.default", RECURRENT_LAYER, CELL_LAYER,
+    EMBEDDING_LAYER,
 )  # fmt: skip
 
 

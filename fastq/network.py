@@ -249,12 +249,6 @@ def summarize(prepared: Prepared, model: nn.Module) -> QuantizationSummary:
     folded = {name: node.layer for node in prepared.graph for name in node.attrs.get("folded", ())}
     inside = {node.layer for node in prepared.integer_nodes()}
     named = module_names(model)
-    # attention takes the weight of its out_proj and does not call it
-    of_attention: dict[nn.Module, str] = {
-        module.out_proj: names[0]
-        for module, names in named.items()
-        if isinstance(module, nn.MultiheadAttention)
-    }
     rows = []
     for module, (name, *_) in listed(named).items():
         kind = type(module).__name__
@@ -273,7 +267,7 @@ def summarize(prepared: Prepared, model: nn.Module) -> QuantizationSummary:
             rows.append(Row(name, kind, *prepared.alone[name]))
         elif name in floats:
             rows.append(Row(name, kind, "float", floats[name]))
-        elif name in inside or of_attention.get(module) in integer:
+        elif name in inside:
             rows.append(Row(name, kind, "int8 static"))
         else:
             rows.append(Row(name, kind, "float", _elsewhere(name, prepared)))

@@ -726,21 +726,26 @@ class Operands:
         # floats are staged, aligned or not
         return self._bound(BoundLinear).call(m, row_stride, True, 0, threads)  # type: ignore[no-any-return]
 
-    def conv2d(self, shape: tuple[int, ...], strides: tuple[int, ...], x: int, out: int) -> None:
+    def conv2d(
+        self, shape: tuple[int, ...], strides: tuple[int, ...], planes: bool, x: int, out: int
+    ) -> None:
         """`conv2d_float` on memory: x and out are addresses.
 
         x is float32 (B, C, H, W), dense in some order of its axes, strides in elements; out
-        float32 (B, OH, OW, N), contiguous and not empty.
+        float32 (B, OH, OW, N), or (B, N, OH, OW) with `planes`, contiguous and not empty.
         """
-        key = shape, strides, isa.current(), get_num_threads()
+        key = shape, strides, planes, isa.current(), get_num_threads()
         self._calls.run(self._conv2d_call, key, x, out, 0, 0, 0)
 
     def _conv2d_call(
-        self, shape: tuple[int, ...], strides: tuple[int, ...], tier: str, threads: int
-    ) -> Call:
+        self, shape: tuple[int, ...], strides: tuple[int, ...], planes: bool, tier: str,
+        threads: int,
+    ) -> Call:  # fmt: skip
         (b, c, h, w), (sb, sc, sh, sw) = shape, (4 * stride for stride in strides)
         layer = self._bound(BoundConv2d)
-        return layer.call((b, h, w, c), (sb, sh, sw, sc), True, 0, threads)  # type: ignore[no-any-return]
+        return layer.call(  # type: ignore[no-any-return]
+            (b, h, w, c), (sb, sh, sw, sc), True, 0, threads, planes=planes
+        )
 
     def _bound(self, kind: Any) -> Any:
         return _bound(kind, self.weight, self.epilogue, self._source, self.x_qparams, 0)

@@ -42,9 +42,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastq.encode import VERSION, Parts, digest, read_header
-from fastq.nn import QConv2d, QEmbedding, QLinear, QuantizedModel
+from fastq.nn import LAYERS, QuantizedModel
 from fastq.nn.network import decode_layout, encode_layout
-from fastq.nn.recurrent import RECURRENT
 from fastq.swap import (
     INT8,
     QuantizationSummary,
@@ -57,25 +56,7 @@ from fastq.swap import (
     replace,
 )
 
-# type -> (the float layer it stands for, the arguments that both have, bias aside)
-TYPES: dict[str, tuple[type[nn.Module], type[nn.Module], tuple[str, ...]]] = {
-    "QLinear": (nn.Linear, QLinear, ("in_features", "out_features")),
-    "QConv2d": (
-        nn.Conv2d,
-        QConv2d,
-        (
-            "in_channels",
-            "out_channels",
-            "kernel_size",
-            "stride",
-            "padding",
-            "dilation",
-            "groups",
-            "padding_mode",
-        ),
-    ),
-    **{kind.__name__: (kind.FLOAT, kind, kind.ARGUMENTS) for kind in (*RECURRENT, QEmbedding)},
-}
+TYPES: dict[str, Any] = {kind.__name__: kind for kind in LAYERS}
 
 HEADER = {
     "format": str,
@@ -165,7 +146,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         module, names = _find(where, result, name)
         plain = rebuild(module)
         if plain is None:
-            raise _mismatch(where, name, module, "a subclass of nn.Linear or nn.Conv2d")
+            raise _mismatch(where, name, module, "a subclass of nn.Linear or of a convolution")
         result = replace(result, names, plain)
     for name in header["folded"]:
         module, names = _find(where, result, name)
@@ -209,11 +190,9 @@ def _load_network(where: str, header: dict[str, Any], tensors: dict[str, Tensor]
 
 def _arguments(module: Any) -> dict[str, Any]:
     """The header's entry of an int8 layer, or of a float one as if it were int8."""
-    for kind, (float_type, q_type, shared) in TYPES.items():
-        if isinstance(module, float_type | q_type):
-            given = {name: getattr(module, name) for name in shared}
-            bias: Any = getattr(module, "bias", None)  # the bias, or whether there is one
-            entry = {"type": kind, **given, "bias": bias is not None and bias is not False}
+    for name, kind in TYPES.items():
+        if isinstance(module, kind.FLOAT | kind):
+            entry = {"type": name, **kind.made_with(module)}
             result: dict[str, Any] = json.loads(json.dumps(entry))  # tuples are lists there
             return result
     raise ValueError(f"save: {type(module).__name__} has no place in a file; {', '.join(TYPES)} do")
@@ -312,20 +291,23 @@ def _mismatch(where: str, name: str, module: nn.Module, wanted: str) -> ValueErr
 
 def _empty_layer(where: str, name: str, module: nn.Module, arguments: Any) -> nn.Module:
     """The int8 layer for a float layer. The geometry is the model's; the file has to agree."""
-    kind = arguments.get("type") if isinstance(arguments, dict) else None
-    if not isinstance(kind, str) or kind not in TYPES:
+    name_of_kind = arguments.get("type") if isinstance(arguments, dict) else None
+    if not isinstance(name_of_kind, str) or name_of_kind not in TYPES:
         raise ValueError(
             f"{where}: layer '{name}' is {arguments!r:.80}; wanted one of {', '.join(TYPES)} and "
             "its arguments"
         )
-    float_type, q_type, shared = TYPES[kind]
-    if type(module) is not float_type:
-        raise _mismatch(where, name, module, f"nn.{float_type.__name__}")
-    bias = arguments.get("bias")  # may differ: folding gives one to layers that had none
-    if not isinstance(bias, bool) or arguments != {**_arguments(module), "bias": bias}:
+    kind = TYPES[name_of_kind]
+    if type(module) is not kind.FLOAT:
+        raise _mismatch(where, name, module, f"nn.{kind.FLOAT.__name__}")
+    wanted = _arguments(module)
+    may_differ = {"bias"} & set(wanted)  # folding gives one to layers that had none
+    own = {name: arguments.get(name) for name in may_differ}
+    fits = all(isinstance(value, bool) for value in own.values())
+    if not fits or arguments != {**wanted, **own}:
         raise _mismatch(where, name, module, f"{arguments!r:.300}")
-    geometry: dict[str, Any] = {key: getattr(module, key) for key in shared}
-    return q_type(**geometry, **({"bias": bias} if q_type is not QEmbedding else {}))
+    made: nn.Module = kind(**{**kind.made_with(module), **own})
+    return made.train(module.training)  # dropout is off
 
 
 def _fill(

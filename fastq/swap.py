@@ -21,10 +21,11 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from fastq.batches import Batches, arguments_of, explain
-from fastq.nn import QConv2d, QEmbedding, QLinear
-from fastq.nn.embedding import LEAST_ROW
+from fastq.nn import LAYERS, QMultiheadAttention
+from fastq.nn.conv import outputs_first
+from fastq.nn.embedding import LEAST_ROW, QTable
 from fastq.nn.layer import QLayer
-from fastq.nn.recurrent import RECURRENT, Recurrent
+from fastq.nn.recurrent import Recurrent
 from fastq.observer import MinMaxObserver, Observer
 from fastq.processes import Processes
 from fastq.qparams import MAX_K
@@ -34,25 +35,31 @@ Selector = str | type[nn.Module]
 Result = Literal["int8 static", "int8 dynamic", "int8 weight", "folded", "float"]
 Names = dict[nn.Module, list[str]]
 
-STATIC: dict[type[nn.Module], Any] = {nn.Linear: QLinear, nn.Conv2d: QConv2d}
-DYNAMIC: dict[type[nn.Module], Any] = {kind.FLOAT: kind for kind in RECURRENT}
-SWAPS = {**STATIC, **DYNAMIC, nn.Embedding: QEmbedding}
+SWAPS: dict[type[nn.Module], Any] = {kind.FLOAT: kind for kind in LAYERS}
+# layers of which not all inputs can be seen from outside, and why
+DYNAMIC = {
+    Recurrent: "a recurrent layer makes half of its inputs itself",
+    QMultiheadAttention: "attention makes the input of its last product itself",
+}
 
 # What a summary lists: layers that multiply by weights or look them up, and batch norm. Not layer
 # norm, which has no weights to sum over: int8 would win nothing there.
-INT8 = (QLayer, Recurrent)
+INT8 = (QLayer, *DYNAMIC)
 LISTED = (
     *INT8,
     nn.Linear,
     _ConvNd,
     nn.Bilinear,
     nn.Embedding,
+    nn.EmbeddingBag,
     nn.RNNBase,
     nn.RNNCellBase,
     nn.MultiheadAttention,
     _BatchNorm,
 )
+TABLES = (nn.Embedding, nn.EmbeddingBag)
 ASKED = "as asked"
+TRANSPOSED_LINEAR = "transformers.pytorch_utils", "Conv1D"  # GPT-2's, whose weight is (K, N)
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,9 @@ class QuantizationSummary:
     """What became of each layer that computes with weights. Printed, it is a table.
 
     note     what else there is to say of the whole model.
-    rebuilt  the modules of a class derived from nn.Linear or nn.Conv2d that were first rebuilt
-             from torch's own layers: an nn.Conv2d that pads in its forward, for example.
+    rebuilt  the modules of a class derived from nn.Linear or a convolution, and the Conv1D of
+             transformers, that were first rebuilt from torch's own layers: an nn.Conv2d that pads
+             in its forward, for example.
     """
 
     rows: tuple[Row, ...]
@@ -126,14 +134,15 @@ def quantize_layers(
 ) -> nn.Module:
     """The model with int8 layers: same class, same call, in eval mode, for inference.
 
-    Every nn.Linear and nn.Conv2d becomes a QLinear or QConv2d, after the batch norm that follows
-    it, if any, was folded into it; a subclass too, if its forward is no more than one of them
-    between other modules. The calibration data fixes the ranges of their inputs
-    (static); a layer that it never reaches, or all of them without calibration data, take the
-    range of each input as it comes (dynamic). So do always nn.LSTM, nn.GRU, nn.RNN and their cells
-    (QLSTM, ...); of an nn.Embedding the rows become int8 (QEmbedding). `fastq.summary(result)` says
-    for each layer what it became and why. What stays float gets requires_grad=False, since int8
-    layers have no gradient to pass on.
+    Every nn.Linear and convolution, transposed or not, becomes a QLinear or QConv2d (QConv1d, ...),
+    after the batch norm that follows it, if any, was folded into it; a subclass too, if its forward
+    is no more than one of them between other modules and padding. The calibration data fixes the
+    ranges of their inputs (static); a layer that it never reaches, or all of them without
+    calibration data, take the range of each input as it comes (dynamic). So do always nn.LSTM,
+    nn.GRU, nn.RNN, their cells (QLSTM, ...) and nn.MultiheadAttention (QMultiheadAttention). Of an
+    nn.Embedding or nn.EmbeddingBag the rows become int8 (QEmbedding, QEmbeddingBag).
+    `fastq.summary(result)` says for each layer what it became and why. What stays float gets
+    requires_grad=False, since int8 layers have no gradient to pass on.
 
     calibration_data  one batch (a tensor or a dict), or an iterable of batches, such as a
         DataLoader. A batch is a tensor: model(batch); a dict: model(**batch); or a tuple or list
@@ -233,7 +242,7 @@ def _quantize(
     folds = _choose_folds(plan, traced)
     report = QuantizationSummary(tuple(layer.row() for layer in plan), tuple(rebuilt))
     left = [layer for layer in plan if layer.result == "float" and not layer.asked]
-    if strict and not all(isinstance(layer.module, nn.Embedding) for layer in left):
+    if strict and not all(isinstance(layer.module, TABLES) for layer in left):
         raise ValueError(
             "quantize_layers: strict=True, and layers stay float; name them in skip= to accept "
             f"that\n{report}"
@@ -338,7 +347,7 @@ class _Layer:
 
 def outlook(module: nn.Module) -> tuple[Result, str]:
     """What a layer can become as far as it is known without running the model, and why."""
-    if isinstance(module, QEmbedding):
+    if isinstance(module, QTable):
         return "int8 weight", "int8 already"
     if isinstance(module, INT8):
         static = isinstance(module, QLayer) and module.input_qparams is not None
@@ -360,10 +369,12 @@ def outlook(module: nn.Module) -> tuple[Result, str]:
     if kind not in SWAPS:
         if isinstance(module, NonDynamicallyQuantizableLinear):
             return "float", "nn.MultiheadAttention computes with its weight itself"
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            parent = "nn.Linear" if isinstance(module, nn.Linear) else "nn.Conv2d"
-            return "float", f"a subclass of {parent} that computes something else, or may"
-        return "float", f"no int8 form; {', '.join(f'nn.{k.__name__}' for k in SWAPS)} have one"
+        for parent in SWAPS:
+            if isinstance(module, parent):
+                return "float", (
+                    f"a subclass of nn.{parent.__name__} that computes something else, or may"
+                )
+        return "float", "no int8 form"
     for weight in module.parameters():
         if weight.dtype is not torch.float32 or weight.device.type != "cpu":
             on = f"{weight.dtype} on {weight.device}"
@@ -374,10 +385,11 @@ def outlook(module: nn.Module) -> tuple[Result, str]:
             )
         if not bool(weight.isfinite().all()):
             return "float", "weight or bias has NaN or infinite values"
-    if kind is nn.Embedding:
+    if kind in TABLES:
         return "int8 weight", ""
-    if kind in DYNAMIC:
-        return "int8 dynamic", "a recurrent layer makes half of its inputs itself"
+    for family, reason in DYNAMIC.items():
+        if issubclass(SWAPS[kind], family):
+            return "int8 dynamic", reason
     return "int8 static", ""
 
 
@@ -386,12 +398,18 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def rebuild(module: nn.Module) -> nn.Module | None:
-    """A subclass of nn.Linear or nn.Conv2d said with torch's own layers; None for all else."""
-    if not isinstance(module, nn.Linear | nn.Conv2d) or type(module) in SWAPS:
+    """A subclass of nn.Linear or of a convolution said with torch's own layers, and the Conv1D of
+    transformers, which is an nn.Linear; None for all else."""
+    if parametrize.is_parametrized(module) or any(map(_hooked, module.modules())):
+        return None
+    if (type(module).__module__, type(module).__name__) == TRANSPOSED_LINEAR:
+        weight, bias = (module.get_parameter(name) for name in ("weight", "bias"))
+        linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
+        linear.weight, linear.bias = nn.Parameter(weight.detach().T.contiguous()), bias
+        return linear.train(module.training)
+    if not isinstance(module, nn.Linear | _ConvNd) or type(module) in SWAPS:
         return None
     if isinstance(module, LazyModuleMixin | NonDynamicallyQuantizableLinear):
-        return None
-    if parametrize.is_parametrized(module) or any(map(_hooked, module.modules())):
         return None
     return plain_layer(module)
 
@@ -403,8 +421,8 @@ def _refuse_nothing(model: nn.Module, plan: list[_Layer]) -> None:
     table = f"\n{QuantizationSummary(tuple(x.row() for x in plan))}" if plan else ""
     raise ValueError(
         f"quantize_layers: no layer of this {type(model).__name__} can become int8; wanted at "
-        "least one plain nn.Linear, nn.Conv2d, nn.Embedding or recurrent layer, float32, on the "
-        f"CPU{table}"
+        "least one plain nn.Linear, convolution, embedding, recurrent or attention layer, "
+        f"float32, on the CPU{table}"
     )
 
 
@@ -459,7 +477,7 @@ def _calibrate(
                 handles = [
                     layer.module.register_forward_pre_hook(layer.watch, with_kwargs=True)
                     for layer in plan
-                    if layer.becomes_int8() and type(layer.module) in STATIC
+                    if layer.result == "int8 static"
                 ]
             _run(model, batch, forward, f"the float model, on calibration batch {number}")
     finally:
@@ -518,10 +536,11 @@ def _choose_folds(plan: list[_Layer], traced: Trace) -> list[tuple[_Layer, _Laye
 
 
 def _same_channels(layer: _Layer, batch_norm: _Layer) -> bool:
-    """Whether the batch norm's channels, axis 1, are the layer's outputs in all that was seen."""
-    if isinstance(layer.module, nn.Conv2d):
-        return isinstance(batch_norm.module, nn.BatchNorm2d) or layer.axes == {4}
-    return layer.axes == {2}  # after (B, L, N), batch norm runs along L
+    """Whether the batch norm's channels, axis 1, are the layer's outputs in all that was seen:
+    after (B, L, N) of a linear layer, or (N, L) of a convolution, it would run along L."""
+    rank = layer.module.weight.dim()  # that of a batch
+    certain = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(rank, ())  # these take no other
+    return layer.axes == {rank} or isinstance(batch_norm.module, certain)
 
 
 def _affine(batch_norm: Any) -> tuple[Tensor, Tensor]:
@@ -543,16 +562,19 @@ def _folds_to_finite(batch_norm: Any) -> bool:
 
 
 def fold_batch_norm(layer: Any, batch_norm: Any) -> None:
-    """Give nn.Linear or nn.Conv2d the weight and bias that do the work of its batch norm as well.
+    """Give a layer the weight and bias that do the work of its batch norm as well.
 
     weight * factor per output and bias * factor + shift, computed in float64; new parameters, so
     that another layer with the same parameter keeps it.
     """
     factor, shift = _affine(batch_norm)
+    groups = layer.groups if getattr(layer, "transposed", False) else 0
     weight = layer.weight.detach().double()
-    per_output = factor.reshape(-1, *[1] * (weight.dim() - 1))
+    weight = outputs_first(weight, groups) if groups else weight
+    weight = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
+    weight = outputs_first(weight, groups) if groups else weight
     bias = shift if layer.bias is None else layer.bias.detach().double() * factor + shift
-    layer.weight = nn.Parameter((weight * per_output).float())
+    layer.weight = nn.Parameter(weight.float())
     layer.bias = nn.Parameter(bias.float())
 
 
@@ -577,9 +599,10 @@ def module_names(model: nn.Module) -> Names:
 
 
 def listed(names: Names) -> Names:
-    """Those that a summary lists: not what a recurrent layer is made of, nor short embeddings."""
-    without = {part for m in names if isinstance(m, Recurrent) for part in m.children()}
-    without |= {m for m in names if isinstance(m, nn.Embedding) and m.embedding_dim < LEAST_ROW}
+    """Those that a summary lists: not what a layer is made of, nor short embeddings."""
+    whole = (*DYNAMIC, nn.MultiheadAttention)
+    without = {part for m in names if isinstance(m, whole) for part in m.children()}
+    without |= {m for m in names if isinstance(m, TABLES) and m.embedding_dim < LEAST_ROW}
     return {m: paths for m, paths in names.items() if isinstance(m, LISTED) and m not in without}
 
 

@@ -84,11 +84,18 @@ def trace(
     return Trace(reason="; ".join(failures))
 
 
-def plain_layer(module: nn.Linear | nn.Conv2d) -> nn.Module | None:
-    """What a subclass of nn.Linear or nn.Conv2d does, said with torch's own layers, or None.
+# what a subclass may come down to
+CALLS: dict[Any, Any] = {
+    F.linear: nn.Linear, F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d,
+}  # fmt: skip
+ZERO_PADS: dict[int, Any] = {2: nn.ZeroPad1d, 4: nn.ZeroPad2d, 6: nn.ZeroPad3d}
 
-    A plain layer with the same parameters if its forward comes down to one F.linear or F.conv2d
-    with them; an nn.Sequential if it also calls modules before or after that, such as a padding.
+
+def plain_layer(module: nn.Module) -> nn.Module | None:
+    """What a subclass of nn.Linear or of a convolution does, said with torch's own layers, or None.
+
+    A plain layer with the same parameters if its forward comes down to one F.linear, F.conv1d, ..
+    with them; an nn.Sequential if it also pads with zeros or calls modules before or after that.
     None if it does anything else.
     """
     try:
@@ -104,11 +111,13 @@ def plain_layer(module: nn.Linear | nn.Conv2d) -> nn.Module | None:
         if node.op == "call_module" and node.args == (before,) and not node.kwargs:
             part = module.get_submodule(str(node.target))
             parts += [] if type(part) is nn.Identity else [part]
-        elif node.target in (F.linear, F.conv2d):
+        elif node.target is F.pad:
+            parts.append(_zero_pad(node))
+        elif node.target in CALLS:
             parts.append(_plain_call(module, node))
         elif node.op != "output":
             return None
-    if sum(node.target in (F.linear, F.conv2d) for node in chain) != 1 or None in parts:
+    if sum(node.target in CALLS for node in chain) != 1 or None in parts:
         return None
     match parts:
         case [nn.ZeroPad2d(padding=(left, right, top, bottom)), nn.Conv2d(padding=(0, 0)) as conv]:
@@ -118,8 +127,21 @@ def plain_layer(module: nn.Linear | nn.Conv2d) -> nn.Module | None:
     return parts[0] if len(parts) == 1 else nn.Sequential(*parts)
 
 
+def _zero_pad(node: fx.Node) -> nn.Module | None:
+    """The module for one call of F.pad with zeros."""
+    given = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
+    zeros = given.get("mode", "constant") == "constant" and given.get("value") in (None, 0)
+    widths = given["pad"]
+    if not zeros or not isinstance(widths, tuple | list) or len(widths) not in ZERO_PADS:
+        return None
+    if not all(isinstance(width, int) for width in widths):
+        return None
+    made: nn.Module = ZERO_PADS[len(widths)](tuple(widths))
+    return made
+
+
 def _plain_call(module: Any, node: fx.Node) -> nn.Module | None:
-    """The layer for one call of F.linear or F.conv2d, if it takes the module's own parameters."""
+    """The layer for one such call, if it takes the module's own parameters."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
     del given["input"]
@@ -140,7 +162,7 @@ def _plain_call(module: Any, node: fx.Node) -> nn.Module | None:
                 for name, value in given.items()
             }
             shape = (module.in_channels, module.out_channels, module.kernel_size)
-            layer = nn.Conv2d(*shape, bias=module.bias is not None, **geometry)
+            layer = CALLS[node.target](*shape, bias=module.bias is not None, **geometry)
     if layer.weight.shape != module.weight.shape:
         return None
     layer.weight, layer.bias = module.weight, module.bias

@@ -79,41 +79,49 @@ class LinearWeight(_Panels):
 LARGEST = 2**20  # of a stride, a padding or a dilation: products of sizes stay within int64
 
 
-def pair(name: str, value: Pair, least: int) -> tuple[int, int]:
-    """An int or a pair of ints as a pair, each from `least` to LARGEST."""
-    both: Any = (value, value) if isinstance(value, int | np.integer) else value
+def several(name: str, value: Any, count: int, least: int) -> tuple[int, ...]:
+    """An int or so many ints as a tuple of them, each from `least` to LARGEST."""
+    each: Any = (value,) * count if isinstance(value, int | np.integer) else value
     if (
-        not isinstance(both, tuple | list)
-        or len(both) != 2
-        or not all(isinstance(v, int | np.integer) and least <= v <= LARGEST for v in both)
+        not isinstance(each, tuple | list)
+        or len(each) != count
+        or not all(isinstance(v, int | np.integer) and least <= v <= LARGEST for v in each)
     ):
         raise ValueError(
-            f"{name}: got {value!r}, wanted an int or two ints, at least {least}, at most {LARGEST}"
+            f"{name}: got {value!r}, wanted an int or {count} in a tuple, at least {least}, at "
+            f"most {LARGEST}"
         )
-    return int(both[0]), int(both[1])
+    return tuple(int(v) for v in each)
+
+
+def pair(name: str, value: Pair, least: int) -> tuple[int, int]:
+    """An int or a pair of ints as a pair, each from `least` to LARGEST."""
+    first, second = several(name, value, 2, least)
+    return first, second
 
 
 def explicit_padding(
-    padding: Padding, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Any accepted padding as ((top, bottom), (left, right))."""
+    padding: Padding | tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> tuple[tuple[int, int], ...]:
+    """Any accepted padding as (before, after) of each axis: ((top, bottom), (left, right))."""
+    axes = len(kernel)
     if isinstance(padding, str):
         if padding == "valid":
-            return (0, 0), (0, 0)
+            return ((0, 0),) * axes
         if padding != "same":
             raise ValueError(f"padding: got {padding!r}, wanted 'same', 'valid' or numbers")
-        if stride != (1, 1):
+        if set(stride) != {1}:
             raise ValueError(f"padding='same' wants stride 1, got {stride}")
         total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        # torch puts the odd one at the end
-        return (total[0] // 2, total[0] - total[0] // 2), (total[1] // 2, total[1] - total[1] // 2)
+        return tuple((t // 2, t - t // 2) for t in total)  # torch puts the odd one at the end
     if isinstance(padding, tuple | list) and any(isinstance(p, tuple | list) for p in padding):
-        if len(padding) != 2:
+        if len(padding) != axes:
             raise ValueError(f"padding: got {padding!r}, wanted ((top, bottom), (left, right))")
-        rows, cols = padding
-        return pair("padding", rows, 0), pair("padding", cols, 0)  # type: ignore[arg-type]
-    ph, pw = pair("padding", padding, 0)  # type: ignore[arg-type]
-    return (ph, ph), (pw, pw)
+        return tuple(pair("padding", sides, 0) for sides in padding)  # type: ignore[arg-type]
+    return tuple((p, p) for p in several("padding", padding, axes, 0))
 
 
 @dataclass(frozen=True, eq=False)

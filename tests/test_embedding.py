@@ -1,5 +1,5 @@
-"""QEmbedding: torch's arguments and results, and its place in models that are quantized as layers
-or as one network."""
+"""QEmbedding and QEmbeddingBag: torch's arguments and results, and their place in models that are
+quantized as layers or as one network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from networks import noise_ratio
 from torch import Tensor, nn
 
 import fastq
-from fastq import QEmbedding
+from fastq import QEmbedding, QEmbeddingBag
 from fastq.nn.embedding import LEAST_ROW, look_up
 
 TOKENS = torch.tensor([[0, 3, 7], [49, 3, 0]])
@@ -104,6 +104,80 @@ def test_what_is_refused() -> None:
         QEmbedding(2, 3, 5)
     with pytest.raises(RuntimeError, match="int8"):
         layer.load_state_dict({"weight": torch.zeros(50, 40), "weight_scale": torch.ones(50)})
+
+
+BAGS: list[dict[str, Any]] = [
+    {},
+    {"mode": "sum"},
+    {"mode": "max"},
+    {"mode": "sum", "padding_idx": 3},
+    {"mode": "mean", "padding_idx": -1},
+    {"mode": "max", "padding_idx": 3},
+    {"mode": "sum", "include_last_offset": True},
+    {"mode": "mean", "include_last_offset": True, "padding_idx": 3},
+]
+
+
+@pytest.mark.parametrize("given", BAGS, ids=str)
+def test_a_bag_returns_what_torchs_does(given: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = nn.EmbeddingBag(50, 40, **given).eval()
+    layer = QEmbeddingBag.from_float(module)
+    back = layer.to_float()
+    assert layer.made_with(back) == layer.made_with(module)
+    tokens, offsets = torch.randint(0, 50, (20,)), torch.tensor([0, 4, 4, 9])
+    tokens[::4] = 3
+    if given.get("include_last_offset"):
+        offsets = torch.cat([offsets, torch.tensor([20])])
+    calls: list[tuple[Any, ...]] = [
+        (tokens, offsets), (tokens.int(), offsets.int()), (tokens[:0], torch.tensor([0, 0])),
+    ]  # fmt: skip
+    if given.get("mode") == "sum":
+        calls.append((tokens, offsets, torch.rand(20)))
+    if not given.get("include_last_offset"):
+        calls.append((tokens.reshape(4, 5),))
+    for call in calls:
+        with torch.no_grad():
+            wanted, found = module(*call), layer(*call)
+            assert torch.equal(found, back(*call))
+        assert not wanted.any() or noise_ratio(wanted, found) > 38
+    fastq.save(layer, tmp_path / "bag")
+    assert torch.equal(fastq.load(tmp_path / "bag", module)(*calls[0]), layer(*calls[0]))
+    other = nn.EmbeddingBag(50, 40, mode="sum" if module.mode != "sum" else "max")
+    with pytest.raises(ValueError, match="mode"):
+        fastq.load(tmp_path / "bag", other)
+
+
+def test_bags_that_are_refused() -> None:
+    layer = QEmbeddingBag.from_float(nn.EmbeddingBag(50, 40, max_norm=1.0))
+    assert float((layer.weight * layer.weight_scale[:, None]).norm(dim=1).max()) < 1.01
+    with pytest.raises(TypeError, match=r"QEmbeddingBag: input is .*; wanted int64"):
+        layer(torch.zeros(2, 3))
+    with pytest.raises(IndexError):
+        layer(torch.tensor([[50]]))
+    with pytest.raises(TypeError, match=r"wanted torch\.nn\.EmbeddingBag"):
+        QEmbeddingBag.from_float(nn.Embedding(2, 3))
+    with pytest.raises(TypeError, match="tokens, not quantized"):
+        layer.set_input_qparams(fastq.choose_qparams(0.0, 1.0))
+    assert repr(layer) == "QEmbeddingBag(50, 40, mode=mean, weight=int8 per row)"
+
+
+def test_bags_in_a_model() -> None:
+    class Clicks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag, self.short = nn.EmbeddingBag(60, 40), nn.EmbeddingBag(60, LEAST_ROW - 1)
+            self.last = nn.Linear(40 + LEAST_ROW - 1, 2)
+
+        def forward(self, tokens: Tensor, offsets: Tensor) -> Tensor:
+            bags = self.bag(tokens, offsets), self.short(tokens, offsets)
+            return self.last(torch.cat(bags, -1))  # type: ignore[no-any-return]
+
+    model, data = Clicks().eval(), (torch.randint(0, 60, (20,)), torch.tensor([0, 3, 11]))
+    got = fastq.quantize_layers(model, strict=True)
+    assert rows_of(got) == {"bag": "int8 weight", "last": "int8 dynamic"}
+    assert isinstance(got.bag, QEmbeddingBag) and type(got.short) is nn.EmbeddingBag
+    assert noise_ratio(model(*data).detach(), got(*data)) > 28
 
 
 class Words(nn.Module):

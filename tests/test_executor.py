@@ -167,7 +167,9 @@ with team.hiring:  # a signal's handler calls in the middle of it
     work(1)
     assert not team.workers
 team.workers.append(worker)
+work(1)  # it is awake
 team.dismiss()
+worker.join(60)
 assert not worker.is_alive()
 work(1)  # at the end of the interpreter: alone
 assert not team.workers

@@ -56,7 +56,12 @@ def test_convolutions() -> None:
     layer = fastq.QConv2d.from_float(nn.Conv2d(16, 32, 3, padding=1).requires_grad_(False))
     result = explained(layer, (1, 16, 8, 9))
     assert result.macs == 8 * 9 * 32 * 16 * 9 and result.bound == "compute"
-    assert len(result.kernels) == 4  # range, its parameters, stage, product
+    assert len(result.kernels) == 5  # range, its parameters, stage, product, channel by channel
+    layer = fastq.QConv1d.from_float(nn.Conv1d(16, 32, 3, padding=2, padding_mode="circular"))
+    for shape in ((1, 16, 9), (16, 9)):
+        assert explained(layer, shape).macs == 11 * 32 * 16 * 3
+    with pytest.raises(TypeError, match="QConvTranspose1d; wanted a QLinear, QConv1d, QConv2d"):
+        fastq.explain(fastq.QConvTranspose1d(1, 1, 1), (1, 1, 1))
     weight = fastq.Conv2dWeight(np.ones((64, 1, 3, 3), np.int8), stride=2, groups=64)
     result = explained(weight, (3, 9, 11, 64))
     assert result.macs == 3 * 4 * 5 * 64 * 9

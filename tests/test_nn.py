@@ -171,7 +171,11 @@ def test_conv_is_its_definition(arguments, qparams):
     layer = QConv2d.from_float(module, input_qparams=qparams)
     y, exact = layer(x), module(x).detach()
     np.testing.assert_array_equal(y.numpy(), definition_conv(module, x, qparams))
-    assert y.is_contiguous(memory_format=torch.channels_last)
+    for order in (torch.contiguous_format, torch.channels_last):  # as torch's does
+        ordered = x.contiguous(memory_format=order)
+        if module.padding_mode != "circular":  # torch's is contiguous then
+            assert layer(ordered).stride() == module(ordered).stride()
+        assert torch.equal(layer(ordered), y)
     assert sqnr(y, exact) > 28
     assert torch.equal(layer(x[0]), layer(x[:1])[0])  # unbatched
     np.testing.assert_array_equal(layer.to_float()(x).detach(), dequantized(module)(x).detach())
@@ -663,7 +667,8 @@ def test_every_call_hands_over_the_same_objects(handed_over, qparams):
 def operator(layer, x, tensors):
     if isinstance(layer, QLinear):
         return torch.ops.fastq.linear(x, *tensors)
-    return torch.ops.fastq.conv2d(x, *tensors, [1, 1], [1, 1, 1, 1], [1, 1], 1)
+    geometry = [1, 1], [1, 1, 1, 1], [1, 1], False, 1, [0, 0]
+    return torch.ops.fastq.convolution(x, *tensors, *geometry)
 
 
 @pytest.mark.parametrize("name", ["weight", "weight_scale", "bias", "input_scale"])
@@ -685,7 +690,8 @@ def test_operators_tell_geometries_of_one_weight_apart():
     tensors = (layer.weight, layer.weight_scale, layer.bias, None, None)
     for _ in range(2):
         assert operator(layer, x, tensors).shape == (2, 5, 6, 6)
-        plain = torch.ops.fastq.conv2d(x, *tensors, [1, 1], [0, 0, 0, 0], [1, 1], 1)
+        geometry = [1, 1], [0, 0, 0, 0], [1, 1], False, 1, [0, 0]
+        plain = torch.ops.fastq.convolution(x, *tensors, *geometry)
         assert torch.equal(plain, layer(x))
 
 
@@ -706,8 +712,8 @@ def test_operators_satisfy_torch():
                 torch.library.opcheck(torch.ops.fastq.linear.default, (x, *tensors))
                 torch.library.opcheck(torch.ops.fastq.linear.default, (x[0], *tensors))
             else:
-                geometry = ([1, 2], [0, 1, 2, 3], [2, 1], 1)
-                torch.library.opcheck(torch.ops.fastq.conv2d.default, (x, *tensors, *geometry))
+                geometry = ([1, 2], [0, 1, 2, 3], [2, 1], False, 1, [0, 0])
+                torch.library.opcheck(torch.ops.fastq.convolution.default, (x, *tensors, *geometry))
 
 
 def network(qparams=None):
@@ -757,7 +763,9 @@ def test_export(strict, qparams):
     shapes = ({0: batch, 2: size, 3: size},)
     program = torch.export.export(model, (x,), strict=strict, dynamic_shapes=shapes)
     names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert names.count("fastq.conv2d.default") == 2 and names.count("fastq.linear.default") == 1
+    assert (
+        names.count("fastq.convolution.default") == 2 and names.count("fastq.linear.default") == 1
+    )
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)

@@ -171,7 +171,9 @@ def test_copies_and_files(name: str, tmp_path: Path) -> None:
     assert noise_ratio(flat(module(x, hx))[0], flat(again(x, hx))[0]) > 28
     path = tmp_path / "layer.safetensors"
     fastq.save(nn.Sequential(layer), path)
-    assert equal(fastq.load(path, nn.Sequential(module))[0](x, hx), wanted)  # type: ignore[index]
+    loaded = fastq.load(path, nn.Sequential(module))
+    assert equal(loaded[0](x, hx), wanted)  # type: ignore[index]
+    assert not any(part.training for part in loaded.modules())  # dropout is off
     fastq.save(layer, path)
     assert equal(fastq.load(path, module)(x, hx), wanted)
     with pytest.raises(ValueError, match="wanted"):
@@ -313,8 +315,10 @@ def test_operators_check_what_they_are_given() -> None:
     conv = fastq.QConv2d.from_float(nn.Conv2d(4, 8, 3))
     of_conv = [conv._buffers[key] for key in STATE]
     for bad in (torch.zeros(1, 3, 9, 9), torch.zeros(4, 9, 9), torch.zeros(1, 4, 9, 9).double()):
-        with pytest.raises((ValueError, TypeError), match="fastq::conv2d: x is"):
-            torch.ops.fastq.conv2d(bad, *of_conv, [1, 1], [0, 0, 0, 0], [1, 1], 1)
+        with pytest.raises((ValueError, TypeError), match="fastq::convolution: x is"):
+            torch.ops.fastq.convolution(
+                bad, *of_conv, [1, 1], [0, 0, 0, 0], [1, 1], False, 1, [0, 0]
+            )
 
 
 def tensors_of(layer: Any) -> list[Tensor]:

@@ -256,7 +256,7 @@ def test_the_bar_is_silent_when_asked(capsys: pytest.CaptureFixture[str]) -> Non
 # --- which layers
 
 
-@pytest.mark.parametrize("model", [nn.ReLU(), nn.Conv1d(2, 2, 1)], ids=["no layer", "conv1d"])
+@pytest.mark.parametrize("model", [nn.ReLU(), nn.Bilinear(2, 2, 1)], ids=["no layer", "bilinear"])
 def test_a_model_without_a_layer_to_quantize_is_refused(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="no layer of this"):
         quantize_layers(model)
@@ -312,10 +312,18 @@ def test_a_name_that_matches_nothing_is_refused() -> None:
 
 
 def test_strict_lists_what_stays_float() -> None:
-    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Flatten(), nn.Linear(8, 2))
-    assert results(quantize_layers(model, torch.randn(2, 3, 2)))["0"] == "float"
-    with pytest.raises(ValueError, match=r"(?s)strict.*0 .*Conv1d .*no int8 form"):
-        quantize_layers(model, torch.randn(2, 3, 2), strict=True)
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both, self.last = nn.Bilinear(3, 3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.both(x, x))  # type: ignore[no-any-return]
+
+    model = Net()
+    assert results(quantize_layers(model, torch.randn(2, 3)))["both"] == "float"
+    with pytest.raises(ValueError, match=r"(?s)strict.*both .*Bilinear .*no int8 form"):
+        quantize_layers(model, torch.randn(2, 3), strict=True)
 
 
 def test_strict_leaves_an_inplace_model_unchanged() -> None:
@@ -495,11 +503,11 @@ def test_transformer_encoder(batch_first: bool) -> None:
         assert sqnr(model(x), got(x)) > 30
     attention = "layers.0.self_attn"
     assert results(got)["layers.1.linear1"] == results(got)["layers.0.linear2"] == "int8 static"
-    assert results(got)[attention] == results(got)[f"{attention}.out_proj"] == "float"
-    assert "MultiheadAttention" in reasons(got)[f"{attention}.out_proj"]
-    with pytest.raises(ValueError, match="strict"):
-        quantize_layers(model, x, strict=True)
-    quantize_layers(model, x, strict=True, skip=nn.MultiheadAttention)
+    assert results(got)[attention] == "int8 dynamic"
+    assert "its last product itself" in reasons(got)[attention]
+    quantize_layers(model, x, strict=True)
+    kept = quantize_layers(model, x, strict=True, skip=nn.MultiheadAttention)
+    assert results(kept)[attention] == "float"
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -509,11 +517,12 @@ def test_padding_in_a_transformer_encoder_gives_what_it_gives_in_float(nested: b
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).eval()
     x, mask = torch.randn(4, 5, 16), torch.arange(5) >= torch.tensor([[5], [4], [3], [2]])
     for data in (None, x, {"src": x, "src_key_padding_mask": mask}):
-        got = quantize_layers(model, data, skip=nn.MultiheadAttention, strict=True)
-        with torch.no_grad():
-            wanted, padded = (m(x, src_key_padding_mask=mask) for m in (model, got))
-        assert sqnr(wanted, padded) > 30
-        assert bool((padded[mask] == 0).all()) is nested
+        for skip in ((), nn.MultiheadAttention):
+            got = quantize_layers(model, data, skip=skip, strict=True)
+            with torch.no_grad():
+                wanted, padded = (m(x, src_key_padding_mask=mask) for m in (model, got))
+            assert sqnr(wanted, padded) > 30
+            assert bool((padded[mask] == 0).all()) is nested
 
 
 def test_a_layer_that_is_int8_already_stays() -> None:
@@ -720,21 +729,37 @@ def test_a_batch_norm_that_cannot_fold_says_why(batch_norm: nn.Module, reason: s
 @pytest.mark.parametrize(
     ("layer", "batch_norm"),
     [
-        (nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)),
-        (nn.Conv3d(4, 4, 1, padding="same"), nn.BatchNorm3d(4)),
-        (nn.ConvTranspose1d(4, 4, 1), nn.BatchNorm1d(4)),
-        (nn.ConvTranspose2d(4, 4, 1), nn.BatchNorm2d(4)),
-        (nn.ConvTranspose3d(4, 4, 1), nn.BatchNorm3d(4)),
+        (nn.Conv1d(4, 6, 3, groups=2), nn.BatchNorm1d(6)),
+        (nn.Conv3d(4, 6, 1, padding="same", bias=False), nn.BatchNorm3d(6)),
+        (nn.ConvTranspose1d(4, 6, 3, groups=2), nn.BatchNorm1d(6)),
+        (nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2, bias=False), nn.BatchNorm2d(6)),
+        (nn.ConvTranspose3d(4, 6, 1), nn.BatchNorm3d(6)),
     ],
     ids=lambda module: type(module).__name__,
 )
-def test_a_batch_norm_after_a_layer_that_stays_float_says_so(
+def test_a_batch_norm_folds_into_any_convolution(
     layer: nn.Module, batch_norm: nn.Module, with_data: bool
 ) -> None:
-    axes = layer.weight.dim() - 1  # type: ignore[operator, union-attr]
-    model = nn.Sequential(layer, batch_norm, nn.Flatten(), nn.Linear(4, 2))
-    x = torch.randn(3, 4, *[1] * (axes - 1))
+    axes = layer.weight.dim() - 2  # type: ignore[operator, union-attr]
+    model = nn.Sequential(layer, batch_norm)
+    x = torch.randn(8, 4, *[5] * axes) + torch.arange(4.0).reshape(-1, *[1] * axes)
+    for _ in range(20):
+        model(x)  # in training mode: running statistics
+    model.eval()
     got = quantize_layers(model, x if with_data else None)
+    assert results(got)["0"] == ("int8 static" if with_data else "int8 dynamic")
+    if with_data or axes > 1:
+        assert reasons(got)["1"] == "into '0'" and type(got[1]) is nn.Identity  # type: ignore[index]
+    else:
+        wanted = "not folded: no calibration data shows the shape of the input of '0'"
+        assert reasons(got)["1"] == wanted
+    assert sqnr(model(x).detach(), got(x)) > 30
+
+
+def test_a_batch_norm_after_a_layer_that_stays_float_says_so() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    model[0].register_forward_hook(lambda *_: None)
+    got = quantize_layers(model, torch.randn(3, 4, 1, 1))
     assert reasons(got)["1"] == "'0' before it stays float"
 
 

@@ -8,6 +8,7 @@ Such a layer brings its input into form first, and keeps a call for each input s
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ from fastq.kernels.call import (
     dense_strides,
 )
 from fastq.kernels.convolution import pack_conv2d
+from fastq.kernels.layout import copy_row
 from fastq.kernels.products import ACTIVATIONS, ALIGNED, Layer, PackedLinear
 from fastq.kernels.simd import KR, emitter
 from fastq.kernels.tiles import BYTES_PER_NANOSECOND
@@ -178,9 +180,12 @@ class BoundConv2d:
 
     def call(
         self, shape: tuple[int, ...], strides: tuple[int, ...], aligned: bool, zero_point: int,
-        threads: int, added: str = "",
+        threads: int, added: str = "", planes: bool = False,
     ) -> Call:  # fmt: skip
-        """A call for x of this shape and these strides, of the layer's five arguments."""
+        """A call for x of this shape and these strides, of the layer's five arguments.
+
+        With `planes` out is (B, N, OH, OW) in memory.
+        """
         batch, h, w, c = shape
         (top, bottom), (left, right) = self.weight.padding
         call, layer = Call(ARGUMENTS), self.layer
@@ -198,7 +203,12 @@ class BoundConv2d:
             stage_image(call, x, View(place, padded, staged, kind), (top, left), scale, zero)
             x = View(place, padded, staged, kind)
         out, add = _output(layer, added, batch, *self.weight.output_size(h, w), self.weight.n)
-        layer.rows(call, x, out, add, scale=scale, zero_point=zero)
+        made = call.dense(out.shape, out.kind) if planes else out
+        layer.rows(call, x, made, add, scale=scale, zero_point=zero)
+        if planes:
+            _, oh, ow, n = out.shape
+            image, plane, line, value = dense_strides((batch, n, oh, ow), out.item)
+            copy_row(call, made, replace(out, strides=(image, line, value, plane)))
         return call
 
 

@@ -7,7 +7,7 @@ that follow each other find it awake, and it is no burden where there is nothing
     IDLE --- a job is put in ---> the job --- the worker comes ---> TAKEN --- all is done ---> IDLE
      | ^                             |
      | +--- it has not come: revoked +
-     +--- nothing for long ---> ASLEEP --- woken ---> IDLE
+     +--- nothing for long, or dismissed ---> ASLEEP --- woken ---> IDLE
 
 A call takes workers that no other call has, wakes them, puts its job into their mailboxes and sets
 to work itself. Nobody waits for a worker that has not come when all is done: one that has to be
@@ -204,6 +204,8 @@ def worker_kernel() -> Kernel:
         looks = 0
         while looks < LOOKS + MORE_LOOKS or not _replace(mailbox, IDLE, ASLEEP):
             word = _read(mailbox)
+            if word == ASLEEP:  # dismissed
+                break
             if word > ASLEEP and _replace(mailbox, word, TAKEN):
                 _run_job(word, pointer(mailbox, "s64")[ME])
                 _write(mailbox, IDLE)
@@ -298,6 +300,7 @@ class Team:
         workers, self.workers, self.idle = self.workers, [], []
         for worker in workers:
             worker.leaves = True
+            worker.mailbox[WORD] = ASLEEP  # at its next look, however long others keep the core
             with contextlib.suppress(RuntimeError):  # it was just woken
                 worker.wake.release()
         for worker in workers:

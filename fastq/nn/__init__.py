@@ -1,20 +1,41 @@
 """Modules with int8 weights: layers that take the place of torch's own, and whole networks."""
 
-from fastq.nn.conv import QConv2d
-from fastq.nn.embedding import QEmbedding
+from fastq.nn.attention import QMultiheadAttention
+from fastq.nn.conv import (
+    CONVOLUTIONS,
+    QConv1d,
+    QConv2d,
+    QConv3d,
+    QConvTranspose1d,
+    QConvTranspose2d,
+    QConvTranspose3d,
+)
+from fastq.nn.embedding import QEmbedding, QEmbeddingBag
 from fastq.nn.linear import QLinear
 from fastq.nn.network import QuantizedModel
-from fastq.nn.recurrent import QGRU, QLSTM, QRNN, QGRUCell, QLSTMCell, QRNNCell
+from fastq.nn.recurrent import QGRU, QLSTM, QRNN, RECURRENT, QGRUCell, QLSTMCell, QRNNCell
+
+LAYERS = (
+    QLinear, *CONVOLUTIONS, *RECURRENT, QMultiheadAttention, QEmbedding, QEmbeddingBag,
+)  # fmt: skip
 
 __all__ = [
+    "LAYERS",
     "QGRU",
     "QLSTM",
     "QRNN",
+    "QConv1d",
     "QConv2d",
+    "QConv3d",
+    "QConvTranspose1d",
+    "QConvTranspose2d",
+    "QConvTranspose3d",
     "QEmbedding",
+    "QEmbeddingBag",
     "QGRUCell",
     "QLSTMCell",
     "QLinear",
+    "QMultiheadAttention",
     "QRNNCell",
     "QuantizedModel",
 ]

@@ -1,6 +1,7 @@
-"""QEmbedding: torch.nn.Embedding with int8 rows."""
+"""QEmbedding and QEmbeddingBag: torch's with int8 rows."""
 
-from typing import Any, ClassVar, Self
+from types import SimpleNamespace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,75 @@ from fastq.qparams import QParams
 LEAST_ROW = 32
 
 
-class QEmbedding(QLayer):
+class QTable(QLayer):
+    """What both share: int8 rows, each with a scale of its own, symmetric."""
+
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
+    max_norm: float | None
+    norm_type: float
+
+    def __init__(self, like: Any, device: Any, dtype: Any) -> None:
+        """like: torch's layer, made with the arguments."""
+        shape = like.num_embeddings, like.embedding_dim
+        super().__init__(shape, like.num_embeddings, False, device, dtype)
+        for name, value in self.made_with(like).items():
+            setattr(self, name, value)
+
+    @classmethod
+    def made_with(cls, module: Any) -> dict[str, Any]:
+        """The arguments that make a layer like this one, int8 or torch's."""
+        return {name: getattr(module, name) for name in cls.ARGUMENTS}
+
+    @classmethod
+    def from_float(cls, module: Any, *, input_qparams: QParams | None = None) -> Self:
+        """Quantize a float layer, each row by its own range; input_qparams must be None.
+
+        Raises TypeError unless `module` is torch's of this kind, ValueError if it is not finite.
+        """
+        cls._check_kind(module)
+        weight = module.weight.detach()
+        if module.max_norm is not None:  # torch shortens the rows that it looks up
+            weight, rows = weight.clone(), torch.arange(module.num_embeddings)
+            torch.embedding_renorm_(weight, rows, module.max_norm, module.norm_type)
+        real = SimpleNamespace(weight=weight, training=module.training)
+        return cls(**cls.made_with(module))._quantize(real, input_qparams)
+
+    def to_float(self) -> Any:
+        """torch's layer with the dequantized rows, weight * weight_scale."""
+        module = self.FLOAT(**self.made_with(self))
+        self._dequantize(module)
+        return module
+
+    def set_input_qparams(self, qparams: QParams | None) -> None:
+        """There is no input to quantize: TypeError for anything but None."""
+        if qparams is not None:
+            raise TypeError(
+                f"{type(self).__name__}: got input_qparams; its input are tokens, not quantized"
+            )
+        super().set_input_qparams(None)
+
+    def _as_weight(self, data: Any) -> Any:
+        return data
+
+    def _rows(self, tokens: Tensor) -> Tensor:
+        """float32 (*, embedding_dim)."""
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(
+                f"{type(self).__name__}: input is {tokens.dtype}; wanted int64 or int32 tokens"
+            )
+        return look_up(tokens, self.weight, self.weight_scale)
+
+    def extra_repr(self) -> str:
+        text = f"{self.num_embeddings}, {self.embedding_dim}"
+        for name in ("padding_idx", "mode", "include_last_offset"):
+            if getattr(self, name, None):
+                text += f", {name}={getattr(self, name)}"
+        return f"{text}, weight=int8 per row"
+
+
+class QEmbedding(QTable):
     """torch.nn.Embedding in int8: tokens (*), int64 or int32 -> float32 (*, embedding_dim).
 
     Each row of the weight is int8 with a scale of its own, symmetric; its result is weight * scale,
@@ -27,7 +96,7 @@ class QEmbedding(QLayer):
     A call raises IndexError for a token that has no row, TypeError unless tokens are integers.
     """
 
-    FLOAT: ClassVar[Any] = nn.Embedding
+    FLOAT = nn.Embedding
     ARGUMENTS = "num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type"
 
     def __init__(
@@ -42,55 +111,67 @@ class QEmbedding(QLayer):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__((num_embeddings, embedding_dim), False, device, dtype)
-        like = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device="meta")
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx, self.max_norm, self.norm_type = like.padding_idx, max_norm, norm_type
-
-    @classmethod
-    def from_float(cls, module: nn.Embedding) -> Self:
-        """Quantize a float layer, each row by its own range.
-
-        Raises TypeError unless `module` is an nn.Embedding, ValueError if it is not finite.
-        """
-        if not isinstance(module, nn.Embedding):
-            raise TypeError(
-                f"{cls.__name__}.from_float: got {type(module).__name__}, wanted torch.nn.Embedding"
-            )
-        if module.max_norm is not None:  # torch shortens the rows that it looks up
-            rows = torch.arange(module.num_embeddings)
-            weight = module.weight.detach().clone()
-            torch.embedding_renorm_(weight, rows, module.max_norm, module.norm_type)
-            module = nn.Embedding.from_pretrained(weight).train(module.training)
-        made = cls(**{name: getattr(module, name) for name in cls.ARGUMENTS})
-        return made._quantize(module, None)
-
-    def to_float(self) -> nn.Embedding:
-        """An nn.Embedding with the dequantized rows, weight * weight_scale."""
-        module = nn.Embedding(**{name: getattr(self, name) for name in self.ARGUMENTS})
-        self._dequantize(module)
-        return module
-
-    def set_input_qparams(self, qparams: QParams | None) -> None:
-        """There is no input to quantize: TypeError for anything but None."""
-        if qparams is not None:
-            raise TypeError("QEmbedding: got input_qparams; its input are tokens, not quantized")
-        super().set_input_qparams(None)
-
-    def _as_weight(self, data: Any) -> Any:
-        return data
+        like = nn.Embedding(
+            num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, device="meta"
+        )
+        super().__init__(like, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"QEmbedding: input is {input.dtype}; wanted int64 or int32 tokens")
-        return look_up(input, self.weight, self.weight_scale)
+        return self._rows(input)
 
-    def extra_repr(self) -> str:
-        return ", ".join(
-            [f"{self.num_embeddings}, {self.embedding_dim}"]
-            + [f"padding_idx={self.padding_idx}"] * (self.padding_idx is not None)
-            + ["weight=int8 per row"]
-        )
+
+class QEmbeddingBag(QTable):
+    """torch.nn.EmbeddingBag in int8: the sum, mean or maximum of the rows of each bag, float32.
+
+    Arguments, inputs (offsets, per_sample_weights, padding_idx) and results as of nn.EmbeddingBag;
+    all else as in QEmbedding.
+    """
+
+    FLOAT = nn.EmbeddingBag
+    ARGUMENTS = (
+        "num_embeddings", "embedding_dim", "max_norm", "norm_type", "mode", "include_last_offset",
+        "padding_idx",
+    )  # fmt: skip
+    mode: str
+    include_last_offset: bool
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = False,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        like = nn.EmbeddingBag(
+            num_embeddings, embedding_dim, max_norm, norm_type, mode=mode,
+            include_last_offset=include_last_offset, padding_idx=padding_idx, device="meta",
+        )  # fmt: skip
+        super().__init__(like, device, dtype)
+
+    def forward(
+        self,
+        input: Tensor,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        rows = self._rows(input.flatten())
+        own = torch.arange(input.numel(), dtype=input.dtype).reshape(input.shape)
+        rows = torch.cat([rows, rows.new_zeros(1, self.embedding_dim)])  # of what is padding
+        padding = None
+        if self.padding_idx is not None:
+            padding = input.numel()
+            own = own.masked_fill(input == self.padding_idx, padding)
+        return F.embedding_bag(
+            own, rows, offsets, mode=self.mode, per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset, padding_idx=padding,
+        )  # fmt: skip
 
 
 def look_up(tokens: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

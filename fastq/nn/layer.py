@@ -1,4 +1,5 @@
-"""What QLinear and QConv2d share: their state, and the operands derived from it.
+"""What QLinear, the convolutions and QEmbedding share: their state, and the operands derived from
+it.
 
 The state is five plain tensors. What `fastq.ops` wants (weight object, epilogue, qparams) is
 derived from them once and kept: ops packs panels for those very objects, so new objects would
@@ -8,11 +9,12 @@ mean packing again.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastq.ops import Operands
@@ -33,6 +35,9 @@ State = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 class QLayer(nn.Module):
     """The state of a quantized layer.
 
+    FLOAT      torch's class.
+    ARGUMENTS  that both are made with, `bias` aside; attributes of both.
+
     weight            int8, the shape of the float layer's weight; symmetric, full range.
     weight_scale      float32 (N,), finite, > 0.
     bias              float32 (N,), finite, or None.
@@ -44,13 +49,18 @@ class QLayer(nn.Module):
     assignment) is seen by the next call; a write through `.data` or a NumPy view is not.
     """
 
+    FLOAT: ClassVar[Any]
+    ARGUMENTS: ClassVar[tuple[str, ...]]
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
 
-    def __init__(self, weight_shape: tuple[int, ...], bias: bool, device: Any, dtype: Any) -> None:
+    def __init__(
+        self, weight_shape: tuple[int, ...], n: int, bias: bool, device: Any, dtype: Any
+    ) -> None:
+        """n: of outputs, each of which has a scale."""
         super().__init__()
         name = type(self).__name__
         if device is not None and torch.device(device).type != "cpu":
@@ -62,8 +72,8 @@ class QLayer(nn.Module):
                 f"{name}: got dtype {dtype}, wanted None or torch.float32, the dtype of "
                 "its input and output; the weight is always int8"
             )
-        n = weight_shape[0]
         self._ready: tuple[Any, Operands] | None = None
+        self._repeats = 1  # outputs of the operands' weight for each of the layer's
         self.register_buffer("weight", torch.zeros(weight_shape, dtype=torch.int8, device="cpu"))
         self.register_buffer("weight_scale", torch.ones(n, dtype=torch.float32, device="cpu"))
         zeros = torch.zeros(n, dtype=torch.float32, device="cpu") if bias else None
@@ -75,11 +85,46 @@ class QLayer(nn.Module):
         """`data`, int8, as the weight object that ops wants."""
         raise NotImplementedError
 
+    def _outputs_first(self, weight: Tensor) -> Tensor:
+        """The weight with the axis of its outputs in front; its inverse, too."""
+        return weight
+
+    @classmethod
+    def made_with(cls, module: Any) -> dict[str, Any]:
+        """The arguments that make a layer like this one, int8 or torch's."""
+        given = {name: getattr(module, name) for name in cls.ARGUMENTS}
+        return {**given, "bias": module.bias is not None}
+
+    @classmethod
+    def from_float(cls, module: Any, *, input_qparams: QParams | None = None) -> Self:
+        """Quantize a float layer; its weight per output, its bias stays float32.
+
+        input_qparams  uint8 QParams per tensor of the input, or None to quantize it dynamically.
+        Raises TypeError unless `module` is torch's of this kind, ValueError if it is not finite.
+        """
+        cls._check_kind(module)
+        return cls(**cls.made_with(module))._quantize(module, input_qparams)
+
+    @classmethod
+    def _check_kind(cls, module: Any) -> None:
+        if not isinstance(module, cls.FLOAT):
+            raise TypeError(
+                f"{cls.__name__}.from_float: got {type(module).__name__}, wanted "
+                f"torch.nn.{cls.FLOAT.__name__}"
+            )
+
+    def to_float(self) -> Any:
+        """torch's layer with the dequantized weight, weight * weight_scale, and the bias."""
+        module = skip_init(self.FLOAT, **self.made_with(self), device="cpu", dtype=torch.float32)
+        self._dequantize(module)
+        return module
+
     def _quantize(self, module: Any, input_qparams: QParams | None) -> Self:
         """Take over the weight, bias and mode of a float module of the same shape."""
-        data, scale = quantize_weight(module.weight.detach().to("cpu", torch.float32).numpy())
+        weight = self._outputs_first(module.weight.detach().to("cpu", torch.float32))
+        data, scale = quantize_weight(weight.numpy())
         with torch.no_grad():
-            self.weight.copy_(torch.from_numpy(data))
+            self.weight.copy_(self._outputs_first(torch.from_numpy(data)))
             self.weight_scale.copy_(torch.tensor(scale))
             if self.bias is not None and module.bias is not None:
                 self.bias.copy_(module.bias)
@@ -89,9 +134,10 @@ class QLayer(nn.Module):
 
     def _dequantize(self, module: Any) -> None:
         """Give the weight, bias and mode to a float module of the same shape."""
-        scale = self.weight_scale.reshape(-1, *[1] * (self.weight.dim() - 1))
+        weight = self._outputs_first(self.weight)
+        scale = self.weight_scale.reshape(-1, *[1] * (weight.dim() - 1))
         with torch.no_grad():
-            module.weight.copy_(self.weight * scale)
+            module.weight.copy_(self._outputs_first(weight * scale))
             if self.bias is not None and module.bias is not None:
                 module.bias.copy_(self.bias)
         module.train(self.training)
@@ -154,7 +200,7 @@ class QLayer(nn.Module):
             (name, t, 0, 0) if t is None else (name, t, t._version, t.data_ptr())
             for name, t in zip(STATE, tensors, strict=True)
         )
-        operands = _derive(self._as_weight, tensors)
+        operands = _derive(self._as_weight, tensors, self._repeats)
         self._ready = (seen, operands)
         return operands
 
@@ -240,7 +286,7 @@ def _problem(name: str, value: Tensor) -> str | None:
     return None
 
 
-def _derive(as_weight: Callable[[Any], Any], state: State) -> Operands:
+def _derive(as_weight: Callable[[Any], Any], state: State, repeats: int) -> Operands:
     weight, weight_scale, bias, input_scale, input_zero_point = state
     if (input_scale is None) != (input_zero_point is None):
         raise ValueError(
@@ -250,7 +296,8 @@ def _derive(as_weight: Callable[[Any], Any], state: State) -> Operands:
     x_qparams = None
     if input_scale is not None and input_zero_point is not None:
         x_qparams = QParams(_copy(input_scale), _copy(input_zero_point))
-    epilogue = Dequant(scale=_copy(weight_scale), bias=None if bias is None else _copy(bias))
+    scale = np.repeat(_copy(weight_scale), repeats)
+    epilogue = Dequant(scale, bias=None if bias is None else np.repeat(_copy(bias), repeats))
     # detach: the array then holds the memory, but not the tensor that _derived has as its key
     data = weight.detach().numpy()
     data.flags.writeable = False  # not to be copied: changes of the tensor are watched here
@@ -265,7 +312,9 @@ def _copy(tensor: Tensor) -> Any:
 _derived = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
 
 
-def operands_of(as_weight: Callable[[Any], Any], geometry: Hashable, state: State) -> Operands:
+def operands_of(
+    as_weight: Callable[[Any], Any], geometry: Hashable, state: State, repeats: int = 1
+) -> Operands:
     """The operands of a custom operator's tensors; kept as long as the weight tensor lives."""
     stamps = [
         (id(t), -1 if t.is_inference() else t._version, t.data_ptr())
@@ -276,7 +325,7 @@ def operands_of(as_weight: Callable[[Any], Any], geometry: Hashable, state: Stat
     entry = entries.get(geometry)
     if entry is None or entry[0] != stamps:
         # state[1:] is held so that those ids are not used again
-        entry = entries[geometry] = (stamps, state[1:], _derive(as_weight, state))
+        entry = entries[geometry] = (stamps, state[1:], _derive(as_weight, state, repeats))
     operands: Operands = entry[2]
     return operands
 

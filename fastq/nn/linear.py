@@ -1,17 +1,15 @@
 """QLinear: torch.nn.Linear with int8 weights."""
 
 from math import prod
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, float32, from_numpy, nn
 from torch._C import _get_tracing_state
 from torch.compiler import is_compiling
-from torch.nn.utils import skip_init
 
 from fastq.nn.layer import QLayer, accept, as_array, operands_of
 from fastq.ops import Operands, linear_float
-from fastq.qparams import QParams
 from fastq.weights import LinearWeight
 
 
@@ -35,6 +33,9 @@ class QLinear(QLayer):
     `import fastq.nn` where it is loaded.
     """
 
+    FLOAT = nn.Linear
+    ARGUMENTS = "in_features", "out_features"
+
     def __init__(
         self,
         in_features: int,
@@ -43,33 +44,10 @@ class QLinear(QLayer):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__((out_features, in_features), bias, device, dtype)
+        super().__init__((out_features, in_features), out_features, bias, device, dtype)
         self.in_features = in_features
         self.out_features = out_features
         self._prepare()
-
-    @classmethod
-    def from_float(cls, module: nn.Linear, *, input_qparams: QParams | None = None) -> Self:
-        """Quantize a float layer; its weight per output channel, its bias stays float32.
-
-        input_qparams  uint8 QParams per tensor of the input, or None to quantize it dynamically.
-        Raises TypeError unless `module` is an nn.Linear, ValueError if it is not finite.
-        """
-        if not isinstance(module, nn.Linear):
-            raise TypeError(
-                f"{cls.__name__}.from_float: got {type(module).__name__}, wanted torch.nn.Linear"
-            )
-        layer = cls(module.in_features, module.out_features, module.bias is not None)
-        return layer._quantize(module, input_qparams)
-
-    def to_float(self) -> nn.Linear:
-        """An nn.Linear with the dequantized weight, weight * weight_scale, and the bias."""
-        bias = self.bias is not None
-        module = skip_init(
-            nn.Linear, self.in_features, self.out_features, bias, device="cpu", dtype=float32
-        )
-        self._dequantize(module)
-        return module
 
     def _as_weight(self, data: Any) -> LinearWeight:
         return LinearWeight(data)

@@ -241,6 +241,11 @@ class Recurrent(nn.Module):
         return _layers(x, states, _grouped(parts, bool(self.proj_size)), plan)
 
     @classmethod
+    def made_with(cls, module: Any) -> dict[str, Any]:
+        """The arguments that make a layer like this one, int8 or torch's."""
+        return {name: getattr(module, name) for name in (*cls.ARGUMENTS, "bias")}
+
+    @classmethod
     def from_float(cls, module: Any) -> Self:
         """Quantize a float layer: its weights per output, its biases stay float32.
 
@@ -251,7 +256,7 @@ class Recurrent(nn.Module):
                 f"{cls.__name__}.from_float: got {type(module).__name__}, wanted "
                 f"torch.nn.{cls.FLOAT.__name__}"
             )
-        made = cls(**{name: getattr(module, name) for name in cls.ARGUMENTS}, bias=module.bias)
+        made = cls(**cls.made_with(module))
         for name, product in made.products.items():
             weight, bias = (getattr(module, f"{kind}_{name}", None) for kind in ("weight", "bias"))
             linear = SimpleNamespace(weight=weight, bias=bias, training=module.training)
@@ -261,8 +266,7 @@ class Recurrent(nn.Module):
     def to_float(self) -> Any:
         """torch's module with the dequantized weights, and the biases."""
         float_type: Any = self.FLOAT
-        module = float_type(**{name: getattr(self, name) for name in self.ARGUMENTS},
-                            bias=self.bias)  # fmt: skip
+        module = float_type(**self.made_with(self))
         with torch.no_grad():
             for name, product in self.products.items():
                 for kind, value in product.to_float().named_parameters():
