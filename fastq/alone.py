@@ -2,7 +2,8 @@
 `fastq.nn` has as layers. They compute between the programs, float32 in and out.
 
     recurrent layers and cells, whose states are given or asked for     as QLSTM, QLSTMCell, ...
-    embeddings                                                          as QEmbedding
+    convolutions of volumes, transposed or not                          as QConv3d, ...
+    embeddings, and bags of them                                        as QEmbedding, ...
 """
 
 from __future__ import annotations
@@ -11,8 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastq.graph import CELL_LAYER, EMBEDDING_LAYER, RECURRENT_LAYER, Node
+from fastq.graph import (
+    BAG_LAYER,
+    CELL_LAYER,
+    CONVOLUTION_LAYER,
+    EMBEDDING_LAYER,
+    RECURRENT_LAYER,
+    VOLUMES,
+    Node,
+    Ref,
+)
 from fastq.masks import operator_of
+from fastq.nn.conv import outputs_first
 from fastq.nn.embedding import LEAST_ROW
 from fastq.nn.layer import STATE
 from fastq.prepare import Prepared
@@ -31,19 +42,37 @@ def make_alone(prepared: Prepared) -> None:
     """
     for node in prepared.graph:
         reason = prepared.reasons.get(node, "")
-        if node.op != "aten" or reason == ASKED:
+        if node.op not in ("aten", *VOLUMES) or reason == ASKED:
             continue
-        name = operator_of(node)
-        if name == "embedding" and _fits(node, LEAST_ROW):
-            _embedding(node, prepared.config(node))
+        name = operator_of(node) if node.op == "aten" else node.op
+        if name in TABLES and _fits(node, LEAST_ROW):
+            TABLES[name](node, prepared.config(node))
             prepared.alone[node.layer], reason = ("int8 weight", ""), ""
-        elif (name in CELLS or node.attrs["target"] in LAYERS) and _fits(node):
+        elif node.op in VOLUMES and _fits(node) and _products(node) <= MAX_K:
+            _convolution(node, prepared.config(node))
+            prepared.alone[node.layer] = "int8 dynamic", reason  # until a range was seen
+            prepared.entries.add(node.inputs[0])
+        elif (name in CELLS or node.attrs.get("target") in LAYERS) and _fits(node):
             _recurrent(node, prepared.config(node))
             reason = "its state is given to it" if name in CELLS else reason
             prepared.alone[node.layer] = "int8 dynamic", reason
         else:
             continue
         prepared.reasons[node] = f"an int8 layer of its own{reason and f': {reason}'}"
+
+
+def make_static(prepared: Prepared) -> None:
+    """Gives convolutions the ranges of their inputs that calibration saw."""
+    for node in prepared.graph:
+        seen = prepared.seen.get(node.inputs[0]) if node.inputs else None
+        if node.attrs.get("target") != CONVOLUTION_LAYER or seen is None or not seen.count:
+            continue
+        found = seen.qparams()
+        node.tensors["input_scale"] = torch.tensor(found.scale.item(), dtype=torch.float32)
+        node.tensors["input_zero_point"] = torch.tensor(found.zero_point.item(), dtype=torch.int32)
+        given = node.attrs["args"]
+        node.attrs["args"] = (*given[:4], "%input_scale", "%input_zero_point", *given[6:])
+        prepared.alone[node.layer] = "int8 static", prepared.alone[node.layer][1]
 
 
 def _fits(node: Node, least: int = 0) -> bool:
@@ -69,6 +98,51 @@ def _embedding(node: Node, config: QConfig) -> None:
     node.tensors = dict(zip(("weight", "weight_scale"), _quantized(weight, config), strict=True))
     args = tokens, "%weight", "%weight_scale"
     node.attrs = {"target": EMBEDDING_LAYER, "args": args, "kwargs": {}}
+
+
+def _embedding_bag(node: Node, config: QConfig) -> None:
+    weight = next(iter(node.tensors.values()))  # per_sample_weights are an input
+    names = ("tokens", "offsets", "", "mode", "", "per_sample", "last", "padding")
+    given = dict(zip(names, (*node.attrs["args"][1:], None), strict=False))
+    node.tensors = dict(zip(("weight", "weight_scale"), _quantized(weight, config), strict=True))
+    args = (
+        given["tokens"], "%weight", "%weight_scale", given["offsets"], given["mode"],
+        given["per_sample"], given["last"], given["padding"],
+    )  # fmt: skip
+    node.attrs = {"target": BAG_LAYER, "args": args, "kwargs": {}}
+
+
+TABLES = {"embedding": _embedding, "embedding_bag": _embedding_bag}
+
+
+def _products(node: Node) -> int:
+    """That are summed, at most."""
+    weight = node.tensors["weight"]
+    transposed = node.op == "conv_transpose3d"
+    return weight[:, 0].numel() if transposed else weight[0].numel()
+
+
+def _convolution(node: Node, config: QConfig) -> None:
+    a, transposed = node.attrs, node.op == "conv_transpose3d"
+    weight, groups = node.tensors["weight"].detach(), a["groups"]
+    first = outputs_first(weight, groups) if transposed else weight
+    data, scale = _quantized(first, config)
+    data = outputs_first(data, groups) if transposed else data
+    tensors = {"weight": data, "weight_scale": scale}
+    if "bias" in node.tensors:
+        tensors["bias"] = node.tensors["bias"].detach()
+    sides = [(p, p) for p in a["padding"]] if transposed else a["padding"]
+    padding = [side for pair in sides for side in pair]
+    args = (
+        Ref(0), "%weight", "%weight_scale", "%bias" if "bias" in tensors else None, None, None,
+        list(a["stride"]), padding, list(a["dilation"]), transposed, groups,
+        list(a.get("output_padding", (0, 0, 0))),
+    )  # fmt: skip
+    node.op, node.tensors = "aten", tensors
+    node.attrs = {
+        **{name: a[name] for name in ("folded",) if name in a},
+        "target": CONVOLUTION_LAYER, "args": args, "kwargs": {},
+    }  # fmt: skip
 
 
 def _recurrent(node: Node, config: QConfig) -> None:

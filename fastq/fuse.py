@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastq.graph import Graph, Node, Ref
+from fastq.graph import VOLUMES, Graph, Node, Ref
 
 CLAMPING = ("conv2d", "linear", "conv_transpose2d", "add", "mul", "affine", "avg_pool2d",
             "adaptive_avg_pool2d")  # fmt: skip
@@ -142,7 +142,7 @@ def _scaled(node: Node) -> tuple[Node, Tensor, Tensor] | None:
     """The product whose outputs this node multiplies and shifts; by what."""
     if node.op == "affine":
         (layer,) = node.inputs
-        fits = layer.op in ("conv2d", "conv_transpose2d")
+        fits = layer.op in ("conv2d", "conv_transpose2d", *VOLUMES)
         if fits or (layer.op == "linear" and len(layer.shape) == 2):
             return layer, node.tensors["factor"], node.tensors["shift"]
     elif (found := _factor(node)) is not None:
@@ -157,10 +157,11 @@ def fold(
 ) -> dict[str, Tensor]:
     """Weight and bias of a product whose result is then multiplied and shifted, per output."""
     weight, factor = tensors["weight"].double(), factor.double()
-    if layer.op == "conv_transpose2d":  # (C, N / groups, KH, KW)
+    if layer.op.startswith("conv_transpose"):  # (C, N / groups, *kernel)
         groups = layer.attrs["groups"]
         split = weight.reshape(groups, -1, *weight.shape[1:])
-        weight = (split * factor.reshape(groups, 1, -1, 1, 1)).reshape(weight.shape)
+        per_output = factor.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))
+        weight = (split * per_output).reshape(weight.shape)
     else:
         weight = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
     bias = shift.double()

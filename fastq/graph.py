@@ -274,10 +274,11 @@ def check_target(name: Any) -> None:
 
 TOUCH_FILES = ("from_file",)
 RECURRENT_LAYER = "fastq.recurrent.default"
-CELL_LAYER, EMBEDDING_LAYER = "fastq.recurrent_cell.default", "fastq.embedding.default"
+CELL_LAYER, CONVOLUTION_LAYER = "fastq.recurrent_cell.default", "fastq.convolution.default"
+EMBEDDING_LAYER, BAG_LAYER = "fastq.embedding.default", "fastq.embedding_bag.default"
 INT8_OPERATORS = (
-    "fastq.linear.default", "fastq.convolution.default", RECURRENT_LAYER, CELL_LAYER,
-    EMBEDDING_LAYER,
+    "fastq.linear.default", CONVOLUTION_LAYER, RECURRENT_LAYER, CELL_LAYER, EMBEDDING_LAYER,
+    BAG_LAYER,
 )  # fmt: skip
 
 
@@ -326,9 +327,19 @@ def _sum(product: Tensor, *add: Tensor) -> Tensor:
     return product
 
 
-def _conv_transpose2d(node: Node, x: Tensor) -> Tensor:
+def _conv3d(node: Node, x: Tensor) -> Tensor:
     a = node.attrs
-    return F.conv_transpose2d(
+    x = F.pad(x, [side for sides in reversed(a["padding"]) for side in sides])
+    return F.conv3d(
+        x, node.tensors["weight"], node.tensors.get("bias"), a["stride"], 0, a["dilation"],
+        a["groups"],
+    )  # fmt: skip
+
+
+def _conv_transpose(node: Node, x: Tensor) -> Tensor:
+    a = node.attrs
+    function = F.conv_transpose3d if node.op == "conv_transpose3d" else F.conv_transpose2d
+    return function(
         x, node.tensors["weight"], node.tensors.get("bias"), a["stride"], a["padding"],
         a["output_padding"], a["groups"], a["dilation"],
     )  # fmt: skip
@@ -423,7 +434,9 @@ def _slice(node: Node, x: Tensor) -> Tensor:
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "conv2d": _conv2d,
     "linear": _linear,
-    "conv_transpose2d": _conv_transpose2d,
+    "conv_transpose2d": _conv_transpose,
+    "conv3d": _conv3d,
+    "conv_transpose3d": _conv_transpose,
     "affine": _affine,
     "grid": _grid,
     "prelu": _prelu,
@@ -459,5 +472,6 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "pad": lambda node, x: F.pad(x, node.attrs["pad"], node.attrs["mode"]),
 }  # fmt: skip
 
+VOLUMES = ("conv3d", "conv_transpose3d")  # of volumes, which no program has
 # Operations that compute with weights: what int8 wins most on.
 PRODUCTS = ("conv2d", "linear", "conv_transpose2d", "matmul")

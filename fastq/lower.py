@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastq.arguments import LINES
-from fastq.graph import PRODUCTS, Graph, Node, pointwise
+from fastq.graph import PRODUCTS, VOLUMES, Graph, Node, pointwise
 from fastq.program import NORMS, RECURRENT, WIDE, Program, Step
 from fastq.qparams import (
     MAX_FACTOR,
@@ -59,6 +59,8 @@ def why_float(node: Node) -> str:
         return "an input"
     if node.op == "aten":
         return node.attrs.get("why") or f"{node.attrs['target']} has no integer form"
+    if node.op in VOLUMES:
+        return "of volumes, which no program has"
     if node.op in (*WEIGHTED, *RECURRENT):
         weight = node.tensors["weight"]
         if weight.dtype is not torch.float32 or weight.device.type != "cpu":

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastq.alone import make_alone
+from fastq.alone import make_alone, make_static
 from fastq.batches import Batches, arguments_of
 from fastq.capture import capture
 from fastq.fuse import fuse
@@ -147,6 +147,7 @@ def finish(
             f"quantize_model: the calibration data gave '{unseen[0].layer or unseen[0].name}' no "
             "finite value, so there is no range"
         )
+    make_static(prepared)
     report = summarize(prepared, model)
     if strict and any(row.result == "float" and row.reason != ASKED for row in report.rows):
         raise ValueError(
@@ -259,7 +260,7 @@ def summarize(prepared: Prepared, model: nn.Module) -> QuantizationSummary:
             rows += [Row(name, kind, "float", ASKED)] if floats.get(name) == ASKED else []
         elif name in folded:
             target = folded[name]
-            if target in integer:
+            if target in integer or target in prepared.alone:
                 rows.append(Row(name, kind, "folded", f"into '{target}'"))
             else:
                 rows.append(Row(name, kind, "float", f"in '{target}', which stays float"))

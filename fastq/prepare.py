@@ -82,6 +82,7 @@ class Prepared:
     biases     float32 biases that a remedy has chosen, instead of the float network's own.
     alone      layers that are int8 on their own between the programs -> what they are in a summary,
                and why they are in no program.
+    entries    values that such layers take with a range from data.   seen  what was seen of them.
     """
 
     captured: Captured
@@ -94,6 +95,8 @@ class Prepared:
     chosen: dict[Node, Weight] = field(default_factory=dict)
     biases: dict[Node, Tensor] = field(default_factory=dict)
     alone: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    entries: set[Node] = field(default_factory=set)
+    seen: dict[Node, Observer] = field(default_factory=dict)
     _rounded: dict[Node, tuple[Any, Weight]] = field(default_factory=dict)
     _qparams: dict[Node, QParams] = field(default_factory=dict)
 
@@ -124,6 +127,10 @@ class Prepared:
         def watch(node: Node, value: Any) -> None:
             if node.op == "input" and len(node.shape) in (2, 4):
                 self.channels.setdefault(node, ChannelEnds()).update(value)
+            if node in self.entries:
+                if node not in self.seen:
+                    self.seen[node] = make_observer(self.config(node).observer)
+                self.seen[node].update(value.detach().numpy())
             stands = watched.get(node)
             if stands is not None:
                 if stands not in self.observers:
@@ -139,15 +146,19 @@ class Prepared:
     def merge(self, processes: Processes) -> None:
         """Take what other processes observed into account, as if it had been observed here."""
         nodes = {node.name: node for node in self.graph}
-        seen = processes.merge({node.name: made for node, made in self.observers.items()})
-        self.observers = {nodes[name]: made for name, made in seen.items()}
-        ends = processes.merge({node.name: made for node, made in self.channels.items()})
-        self.channels = {nodes[name]: made for name, made in ends.items()}
+
+        def merged(observers: dict[Node, Any]) -> dict[Node, Any]:
+            found = processes.merge({node.name: made for node, made in observers.items()})
+            return {nodes[name]: made for name, made in found.items()}
+
+        self.observers, self.seen = merged(self.observers), merged(self.seen)
+        self.channels = merged(self.channels)
         self._qparams.clear()
 
     def forget(self) -> None:
         """Drop what was seen: the graph's values have changed."""
         self.observers.clear()
+        self.seen.clear()
         self.channels.clear()
         self._qparams.clear()
 

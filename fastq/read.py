@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from fastq.graph import POINTWISE_NAMESPACE, PRODUCTS, Graph, Node, Ref, normalization
 from fastq.masks import LOWEST, is_low, is_mask, operand, operator_of, possible_values
 from fastq.spelled import inverse_rms, length
+from fastq.weights import explicit_padding, several
 
 _aten = torch.ops.aten
 
@@ -313,6 +314,34 @@ class Reader:
         attrs["groups"] = a["groups"]
         tensors = _tensors(weight, bias)
         return self.add(node, "conv2d", [x], attrs=attrs, tensors=tensors)
+
+    def read_conv3d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        """No program has volumes: what this operation is there for is that a batch norm folds into
+        it, and that it is an int8 layer of its own."""
+        weight = a["weight"]
+        if not isinstance(weight, Tensor):
+            return None
+        stride, dilation = (several(key, _list(a[key]), 3, 1) for key in ("stride", "dilation"))
+        padding = a["padding"] if isinstance(a["padding"], str) else _list(a["padding"])
+        sides = explicit_padding(padding, weight.shape[2:], stride, dilation)
+        return self.volume(
+            node, "conv3d", a, {"stride": stride, "padding": sides, "dilation": dilation}
+        )
+
+    def read_conv_transpose3d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        least = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
+        attrs = {name: several(name, _list(a[name]), 3, low) for name, low in least.items()}
+        return self.volume(node, "conv_transpose3d", a, attrs)
+
+    def volume(
+        self, node: fx.Node, op: str, a: dict[str, Any], attrs: dict[str, Any]
+    ) -> Node | None:
+        x, weight, bias = a["input"], a["weight"], a.get("bias")
+        fits = isinstance(x, Node) and len(x.shape) == 5 and isinstance(weight, Tensor)
+        if not fits or not isinstance(bias, Tensor | None):
+            return None
+        attrs = {**attrs, "groups": a["groups"]}
+        return self.add(node, op, [x], attrs=attrs, tensors=_tensors(weight, bias))
 
     def read_lstm(self, node: fx.Node, a: dict[str, Any]) -> list[Any] | None:
         """[all hidden states, the last ones, None] of a layer that begins with zeros: for each of
@@ -1375,6 +1404,12 @@ def _off(a: dict[str, Any]) -> bool:
 def _two(value: Any) -> tuple[int, int]:
     both = [value, value] if isinstance(value, int) else list(value)
     return (both[0], both[-1])
+
+
+def _list(value: Any) -> Any:
+    """A number, or all of them: torch takes one for all axes."""
+    many = [value] if isinstance(value, int) else list(value)
+    return many[0] if len(many) == 1 else many
 
 
 def _axis(d: int) -> Any:

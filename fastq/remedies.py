@@ -98,16 +98,10 @@ def calibrate(
 
 def take_sample(prepared: Prepared, batches: Iterator[Batch]) -> list[Batch]:
     """The next batches, until the network's largest value has SAMPLE_BYTES in them."""
-    largest = max(
-        (
-            math.prod(n.shape) / n.shape[0]
-            for n in prepared.quantized_values()
-            if math.prod(n.shape)
-        ),
-        default=1.0,
-    )
+    values = [n.shape for n in prepared.quantized_values() if n.shape and 0 not in n.shape]
+    largest = max((math.prod(shape[1:]) for shape in values), default=1)
     sample: list[Batch] = []
-    total = 0.0
+    total = 0
     for arguments in batches:
         sample.append(arguments)
         total += 4 * largest * _size(arguments)

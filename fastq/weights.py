@@ -77,6 +77,7 @@ class LinearWeight(_Panels):
 
 
 LARGEST = 2**20  # of a stride, a padding or a dilation: products of sizes stay within int64
+WORDS = ("no", "one", "two", "three", "four", "five", "six")
 
 
 def several(name: str, value: Any, count: int, least: int) -> tuple[int, ...]:
@@ -88,7 +89,7 @@ def several(name: str, value: Any, count: int, least: int) -> tuple[int, ...]:
         or not all(isinstance(v, int | np.integer) and least <= v <= LARGEST for v in each)
     ):
         raise ValueError(
-            f"{name}: got {value!r}, wanted an int or {count} in a tuple, at least {least}, at "
+            f"{name}: got {value!r}, wanted an int or {WORDS[count]} ints, at least {least}, at "
             f"most {LARGEST}"
         )
     return tuple(int(v) for v in each)

@@ -132,6 +132,16 @@ def test_it_is_its_definition(kind: Any, given: dict[str, Any], qparams: QParams
     assert noise_ratio(exact, back(x).detach()) > 35
 
 
+@pytest.mark.parametrize("given", [{}, {"stride": (2, 1, 1), "padding": (2, 0, 0), "groups": 2}])
+def test_frames_alone(given: dict[str, Any]) -> None:
+    """Convolutions along the first axis of a volume, as those between two frames."""
+    x = torch.randn(2, C, 6, 5, 4)
+    for kind in CONVOLUTIONS[2], CONVOLUTIONS[5]:
+        module, layer = pair(kind, {"kernel_size": (3, 1, 1), **given})
+        assert torch.equal(layer(x), definition(module, x, None))
+        assert layer(x).is_contiguous()
+
+
 def test_mixed_sizes() -> None:
     """Each axis has its own kernel, stride, padding, dilation and output_padding."""
     torch.manual_seed(1)
@@ -334,6 +344,64 @@ def test_a_line_of_layers(tmp_path: Path) -> None:
         assert torch.equal(fastq.load(tmp_path / "net", model)(x), got(x))
     rows = {row.name: row.result for row in fastq.summary(got).rows}
     assert set(rows.values()) == {"int8 static", "folded"}
+
+
+class Video(nn.Module):
+    """Volumes, with batch norms that fold into them, then a head; a clip's tags in a bag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv3d(3, 8, 3, 2, "valid", bias=False), nn.BatchNorm3d(8)
+        self.second = nn.Conv3d(8, 8, (3, 1, 1), padding=(1, 0, 0))
+        self.up, self.after = nn.ConvTranspose3d(8, 6, 2, 2, groups=2), nn.BatchNorm3d(6)
+        self.tags = nn.EmbeddingBag(30, 40, mode="sum")
+        self.last, self.side = nn.Linear(6, 5), nn.Linear(40, 5)
+
+    def forward(self, x: Tensor, tags: Tensor) -> Tensor:
+        x = self.second(F.relu(self.norm(self.first(x))))
+        x = F.relu(self.after(self.up(F.relu(x)))).mean((2, 3, 4))
+        return self.last(x) + self.side(self.tags(tags))  # type: ignore[no-any-return]
+
+
+def test_volumes_and_bags_in_a_network(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Video()
+    bright = torch.tensor([0.1, 1.0, 3.0])[:, None, None, None, None]  # ranges of their own
+    data = [(bright * torch.rand(3, 3, 7, 9, 11), torch.randint(0, 30, (3, 6))) for _ in range(4)]
+    for batch in data:
+        model(*batch)
+    model.eval()
+
+    def forward(network: nn.Module, batch: Any) -> Any:
+        return network(*batch)
+
+    got = fastq.quantize_model(model, data, forward=forward, strict=True, progress=False)
+    rows = {row.name: (row.result, row.reason) for row in fastq.summary(got).rows}
+    volumes = ("int8 static", "of volumes, which no program has")
+    assert rows == {
+        "first": volumes, "norm": ("folded", "into 'first'"), "second": volumes, "up": volumes,
+        "after": ("folded", "into 'up'"), "tags": ("int8 weight", ""),
+        "last": ("int8 static", ""), "side": ("int8 static", ""),
+    }  # fmt: skip
+    fastq.save(got, tmp_path / "video")
+    loaded = fastq.load(tmp_path / "video")
+    with torch.no_grad():
+        for clip, tags in (data[0], (torch.rand(1, 3, 7, 9, 11), torch.randint(0, 30, (1, 6)))):
+            assert noise_ratio(model(clip, tags), got(clip, tags)) > 27
+            assert torch.equal(loaded(clip, tags), got(clip, tags))
+        first = got(*data[0])
+        assert torch.equal(
+            first, torch.cat([got(c[None], t[None]) for c, t in zip(*data[0], strict=True)])
+        )
+    kept = fastq.quantize_model(
+        model, data, forward=forward, skip=["first", "tags"], progress=False
+    )
+    results = {row.name: row.result for row in fastq.summary(kept).rows}
+    assert results["first"] == results["tags"] == "float" and results["up"] == "int8 static"
+    training = fastq.prepare_qat(model, data, forward=forward, progress=False)
+    training(*data[0]).sum().backward()
+    converted = fastq.convert(training)
+    assert noise_ratio(model(*data[0]).detach(), converted(*data[0])) > 27
 
 
 class Causal(nn.Conv1d):

@@ -3,7 +3,8 @@
 One kernel convolves, in two dimensions, and all others are said with it:
 
     1-D         a line is an image of one row
-    3-D         the frames that one frame of the result reads are stacked as channels
+    3-D         the frames that one frame of the result reads are stacked as channels; along the
+                first axis alone, each frame is one line of an image
     transposed  a plain one that gives each place between two pixels a channel of its own (sub-pixel
                 convolution); the channels are then put side by side
 
@@ -121,12 +122,21 @@ def _as_weight(data: Any, g: _Geometry) -> Conv2dWeight:
     if data.ndim == 3:
         data = data[:, :, None]
         stride, padding, dilation = [1, *stride], [0, 0, *padding], [1, *dilation]
+    elif data.ndim == 5 and _along_depth(data.shape[2:], stride, padding):
+        data, padding = data[..., 0], padding[:4]
+        stride, dilation = stride[:2], dilation[:2]
     elif data.ndim == 5:  # a group's channels: all of its frame 0, all of its frame 1, ...
         n, c, depth, *kernel = data.shape
         data = data.swapaxes(1, 2).reshape(n, depth * c, *kernel)
     top, bottom, left, right = padding[-4:]
     sides = (top, bottom), (left, right)
     return Conv2dWeight(data, tuple(stride[-2:]), sides, tuple(dilation[-2:]), g.groups)  # type: ignore[arg-type]
+
+
+def _along_depth(kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> bool:
+    """Whether a convolution of volumes takes each place of a frame alone."""
+    alone = [*kernel[1:], *stride[1:]] == [1, 1, 1, 1] and not any(padding[2:])
+    return alone and kernel[0] > 1
 
 
 def _run(
@@ -184,6 +194,9 @@ def _plain(
         return _images(x.unsqueeze(2), operands, last).squeeze(2)
     if axes == 2:
         return _images(x, operands, last)
+    if _along_depth(kernel, g.stride, g.padding):
+        y = _images(x.flatten(3), operands, False)
+        return y.unflatten(3, x.shape[3:])
     (step, *_), (before, after, *_), (apart, *_) = g.stride, g.padding, g.dilation
     x = F.pad(x, (0, 0, 0, 0, before, after))
     batch, channels, depth, h, w = x.shape

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastq.graph import EMBEDDING_LAYER, FUNCTIONS
+from fastq.graph import BAG_LAYER, EMBEDDING_LAYER, FUNCTIONS
 from fastq.nn.layer import QLayer
 from fastq.qparams import QParams
 
@@ -68,13 +68,11 @@ class QTable(QLayer):
     def _as_weight(self, data: Any) -> Any:
         return data
 
-    def _rows(self, tokens: Tensor) -> Tensor:
-        """float32 (*, embedding_dim)."""
+    def _check_tokens(self, tokens: Tensor) -> None:
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(
                 f"{type(self).__name__}: input is {tokens.dtype}; wanted int64 or int32 tokens"
             )
-        return look_up(tokens, self.weight, self.weight_scale)
 
     def extra_repr(self) -> str:
         text = f"{self.num_embeddings}, {self.embedding_dim}"
@@ -117,7 +115,8 @@ class QEmbedding(QTable):
         super().__init__(like, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._rows(input)
+        self._check_tokens(input)
+        return look_up(input, self.weight, self.weight_scale)
 
 
 class QEmbeddingBag(QTable):
@@ -161,16 +160,10 @@ class QEmbeddingBag(QTable):
         offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
     ) -> Tensor:
-        rows = self._rows(input.flatten())
-        own = torch.arange(input.numel(), dtype=input.dtype).reshape(input.shape)
-        rows = torch.cat([rows, rows.new_zeros(1, self.embedding_dim)])  # of what is padding
-        padding = None
-        if self.padding_idx is not None:
-            padding = input.numel()
-            own = own.masked_fill(input == self.padding_idx, padding)
-        return F.embedding_bag(
-            own, rows, offsets, mode=self.mode, per_sample_weights=per_sample_weights,
-            include_last_offset=self.include_last_offset, padding_idx=padding,
+        self._check_tokens(input)
+        return bags(
+            input, self.weight, self.weight_scale, offsets, self.mode, per_sample_weights,
+            self.include_last_offset, self.padding_idx,
         )  # fmt: skip
 
 
@@ -179,4 +172,36 @@ def look_up(tokens: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return F.embedding(tokens, weight).float().mul_(F.embedding(tokens, scale[:, None]))
 
 
+def bags(
+    tokens: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offsets: Tensor | None,
+    mode: str,
+    per_sample_weights: Tensor | None,
+    include_last_offset: bool,
+    padding_idx: int | None,
+) -> Tensor:
+    """torch's bags, of the rows that are looked up alone."""
+    rows = look_up(tokens.flatten(), weight, scale)
+    rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])  # of what is padding
+    own = torch.arange(tokens.numel(), dtype=tokens.dtype).reshape(tokens.shape)
+    padding = None
+    if padding_idx is not None:
+        padding = tokens.numel()
+        own = own.masked_fill(tokens == padding_idx, padding)
+    return F.embedding_bag(
+        own, rows, offsets, mode=mode, per_sample_weights=per_sample_weights,
+        include_last_offset=include_last_offset, padding_idx=padding,
+    )  # fmt: skip
+
+
+def _bags(
+    tokens: Tensor, weight: Tensor, scale: Tensor, offsets: Tensor, mode: int, *rest: Any
+) -> tuple[Tensor]:
+    """The same as torch's operator has it: modes are numbers, the bags the first of its results."""
+    return (bags(tokens, weight, scale, offsets, ("sum", "mean", "max")[mode], *rest),)
+
+
 FUNCTIONS[EMBEDDING_LAYER] = look_up
+FUNCTIONS[BAG_LAYER] = _bags
