@@ -23,7 +23,7 @@ from fastq.graph import (
     Ref,
 )
 from fastq.masks import operator_of
-from fastq.nn.conv import outputs_first
+from fastq.nn.conv import outputs_first, products
 from fastq.nn.embedding import LEAST_ROW
 from fastq.nn.layer import STATE
 from fastq.prepare import Prepared
@@ -48,7 +48,7 @@ def make_alone(prepared: Prepared) -> None:
         if name in TABLES and _fits(node, LEAST_ROW):
             TABLES[name](node, prepared.config(node))
             prepared.alone[node.layer], reason = ("int8 weight", ""), ""
-        elif node.op in VOLUMES and _fits(node) and _products(node) <= MAX_K:
+        elif node.op in VOLUMES and _fits(node) and _sums(node) <= MAX_K:
             _convolution(node, prepared.config(node))
             prepared.alone[node.layer] = "int8 dynamic", reason  # until a range was seen
             prepared.entries.add(node.inputs[0])
@@ -115,11 +115,11 @@ def _embedding_bag(node: Node, config: QConfig) -> None:
 TABLES = {"embedding": _embedding, "embedding_bag": _embedding_bag}
 
 
-def _products(node: Node) -> int:
-    """That are summed, at most."""
-    weight = node.tensors["weight"]
+def _sums(node: Node) -> int:
+    """How many products a convolution sums."""
+    shape, a = node.tensors["weight"].shape, node.attrs
     transposed = node.op == "conv_transpose3d"
-    return weight[:, 0].numel() if transposed else weight[0].numel()
+    return products(shape, a["stride"], a["dilation"], transposed, a["groups"])
 
 
 def _convolution(node: Node, config: QConfig) -> None:

@@ -39,10 +39,11 @@ def quantize_model(
     activations and residual additions become part of the products before them; the calibration
     data fix the ranges of the values between operations. What has an integer form is computed in
     integers, in one native call without Python between the layers; what has none stays a float
-    operator between two programs, or becomes an int8 layer there, if it is an embedding, or a
-    recurrent layer whose states are given to it or asked for. `fastq.summary(result)` says for each
-    layer what it became and why. A model that torch.export cannot follow gets int8 layers in its
-    place instead: `quantize_layers`, which is also what is used without calibration data.
+    operator between two programs, or becomes an int8 layer there, if it is an embedding, a 3-D
+    convolution, or a recurrent layer whose states are given to it or asked for.
+    `fastq.summary(result)` says for each layer what it became and why. A model that torch.export
+    cannot follow gets int8 layers in its place instead: `quantize_layers`, which is also what is
+    used without calibration data.
 
     calibration_data  one batch (a tensor or a dict), or an iterable of batches, such as a
         DataLoader. A batch is a tensor: model(batch); a dict: model(**batch); or a tuple or list

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from fastq.batches import Batches, arguments_of, explain
 from fastq.nn import LAYERS, QMultiheadAttention
-from fastq.nn.conv import outputs_first
+from fastq.nn.conv import outputs_first, products
 from fastq.nn.embedding import LEAST_ROW, QTable
 from fastq.nn.layer import QLayer
 from fastq.nn.recurrent import Recurrent
@@ -379,10 +379,12 @@ def outlook(module: nn.Module) -> tuple[Result, str]:
         if weight.dtype is not torch.float32 or weight.device.type != "cpu":
             on = f"{weight.dtype} on {weight.device}"
             return "float", f"weight is {on}, wanted float32 on the CPU"
-        if prod(weight.shape[1:]) > MAX_K:
-            return "float", (
-                f"sums {prod(weight.shape[1:])} products, and int32 is exact up to {MAX_K}"
-            )
+        sums = prod(weight.shape[1:])
+        if isinstance(module, _ConvNd) and weight is module.weight:
+            geometry = module.stride, module.dilation, module.transposed, module.groups
+            sums = products(weight.shape, *geometry)
+        if sums > MAX_K:
+            return "float", f"sums {sums} products, and int32 is exact up to {MAX_K}"
         if not bool(weight.isfinite().all()):
             return "float", "weight or bias has NaN or infinite values"
     if kind in TABLES:

@@ -346,6 +346,22 @@ def test_a_line_of_layers(tmp_path: Path) -> None:
     assert set(rows.values()) == {"int8 static", "folded"}
 
 
+@pytest.mark.parametrize(
+    ("layer", "sums"),
+    [
+        (nn.ConvTranspose1d(65_794, 1, 2, 2), 65_794),
+        (nn.ConvTranspose1d(2, 1, 3, dilation=20_000), 80_002),
+        (nn.Conv1d(2, 1, 32_897), 65_794),
+    ],
+)
+def test_too_many_products_stay_float(layer: Any, sums: int) -> None:
+    model = nn.Sequential(layer, nn.Linear(1, 1))
+    rows = {row.name: row for row in fastq.summary(fastq.quantize_layers(model)).rows}
+    assert rows["0"].result == "float" and f"sums {sums} products" in rows["0"].reason
+    inside = nn.ConvTranspose1d(65_793, 1, 2, 2)
+    assert type(fastq.quantize_layers(inside)) is fastq.QConvTranspose1d
+
+
 class Video(nn.Module):
     """Volumes, with batch norms that fold into them, then a head; a clip's tags in a bag."""
 

@@ -90,6 +90,17 @@ def _places(g: _Geometry, kernel: Sequence[int]) -> list[_Places]:
     return result
 
 
+def products(
+    shape: Sequence[int], stride: Sequence[int], dilation: Sequence[int], transposed: bool,
+    groups: int,
+) -> int:  # fmt: skip
+    """That the layer of a weight of this shape sums, zeros among them: the K of `Conv2dWeight`."""
+    if not transposed:
+        return prod(shape[1:])
+    g = _Geometry(stride, (0, 0) * len(stride), dilation, transposed, groups)
+    return shape[0] // groups * prod(place.taps for place in _places(g, shape[2:]))
+
+
 def outputs_first(weight: Any, groups: int) -> Any:
     """A transposed convolution's weight (C, N / groups, ...) as (N, C / groups, ...); and back."""
     c, n, *kernel = weight.shape
