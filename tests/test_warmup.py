@@ -106,6 +106,10 @@ def test_all_that_layers_use_is_listed(isa: str, used: set[str]) -> None:
     ]:  # fmt: skip
         data = np.ones((n, c // groups, kernel, kernel), np.int8)
         call_conv(9, 11, Conv2dWeight(data, stride, kernel // 2, groups=groups))
+    for n, size in ((16, 8), (24, 7), (16, 14), (6, 9)):  # float images, channel by channel
+        layer = fastq.QConv2d(32, n, 1)
+        with torch.no_grad():
+            layer(torch.zeros(2, 32, size, size))
     assert used and used <= listed(isa)
 
 

@@ -115,6 +115,7 @@ def _images(tier: str) -> Iterable[tuple[Any, ...]]:
     """Those of layers, and of networks whose inputs are planes of one or three channels."""
     kind = _activations(tier)
     yield from (("f32", kind, 0, 0), ("f32", kind, 4, 4), ("u8", kind, 0, 0))
+    yield "f32", kind, stage.MANY, 0
     yield from (("f32", kind, planes, whole) for planes in (1, 3) for whole in (planes, 4))
 
 
@@ -122,6 +123,12 @@ def _copies(kind: str) -> Iterable[tuple[Any, ...]]:
     """Those of tiles by the widths that most numbers of channels take."""
     ways = ("lines", ()), ("elements", ()), *(("tiles", layout.widths(n)) for n in (3, 8, 16, 24))
     return ((kind, kind, *way) for way in dict.fromkeys(ways))
+
+
+def _planes(tier: str) -> Iterable[tuple[Any, ...]]:
+    """What puts a layer's result channel by channel, by the widths that most images take."""
+    ways = ("elements", ()), *(("tiles", layout.widths(n)) for n in (16, 14 * 14, 7 * 7))
+    return (("f32", "f32", *way) for way in ways)
 
 
 def _windows(tier: str) -> Iterable[tuple[Any, ...]]:
@@ -188,6 +195,7 @@ FAMILIES = (
     Family("conv", stage.range_parts_kernel, lambda tier: [()]),
     Family("conv", stage.range_qparams_kernel, lambda tier: [()]),
     Family("program", pointwise.pointwise_kernel, _pointwise),
+    Family("conv", layout.copy_kernel, _planes),
     Family("conv", windows.windows_kernel, _windows),
     Family("conv", layout.border_kernel, lambda tier: [(_activations(tier),)]),
     Family("program", layout.copy_kernel, lambda tier: _copies(_activations(tier))),
