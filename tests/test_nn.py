@@ -14,6 +14,7 @@ from torch import nn
 
 from fastq import QParams, choose_qparams, ops, reference
 from fastq.nn import QConv2d, QLinear
+from fastq.nn.conv import CONVOLUTIONS
 from fastq.qparams import Dequant, quantize_weight
 from fastq.weights import Conv2dWeight, LinearWeight
 
@@ -789,3 +790,31 @@ def test_fake_tensors_go_through_the_operators():
     for layer, x in layers():
         y = layer(mode.from_tensor(x))
         assert y.shape == layer(x).shape and y.stride() == layer(x).stride()
+
+
+# --- tensors of another shape
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [QLinear(4, 6), *(kind(4, 6, 3) for kind in CONVOLUTIONS)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_an_assigned_tensor_of_another_shape_is_refused(layer):
+    """Kernels take addresses: a weight with more outputs would write beyond the result."""
+    x = torch.zeros(1, 4, *[5] * (layer.weight.dim() - 2))
+    layer(x)
+    for name in ("weight", "weight_scale", "bias"):
+        given = getattr(layer, name)
+        for axis in range(given.dim()):
+            for size in (1, 1000):
+                shape = [size if i == axis else n for i, n in enumerate(given.shape)]
+                setattr(layer, name, torch.ones(shape, dtype=given.dtype))
+                with pytest.raises(ValueError, match=f"{name} is .*, wanted"):
+                    layer(x)
+        setattr(layer, name, given)
+    layer(x)
+    if isinstance(layer, QLinear):  # an attribute alone changes nothing
+        layer.in_features, layer.out_features = 9, 1
+        with pytest.raises(ValueError, match="its weight is"):
+            layer(torch.zeros(1, 9))

@@ -228,7 +228,9 @@ def _plain(
 
 def _images(x: Tensor, operands: Operands, last: bool) -> Tensor:
     """The two-dimensional convolution of x (B, C, H, W)."""
-    (b, _, h, w), n = x.shape, operands.weight.n
+    (b, c, h, w), n = x.shape, operands.weight.n
+    if c != operands.weight.c:
+        raise ValueError(f"convolution: x has {c} channels, its weight is for {operands.weight.c}")
     dense = not last and x.is_contiguous()
     if (dense or x.is_contiguous(memory_format=torch.channels_last)) and not x.is_neg():
         oh, ow = operands.weight.output_size(h, w)
@@ -311,7 +313,7 @@ class QConv(QLayer):
                 self.input_zero_point, *self._geometry.flat(), more,
             )  # fmt: skip
             return y
-        return _run(x, self._operands(), self.kernel_size, self._geometry, more)
+        return _run(x, self._operands(), self.weight.shape[2:], self._geometry, more)
 
     def extra_repr(self) -> str:
         text = (

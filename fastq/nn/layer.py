@@ -74,6 +74,8 @@ class QLayer(nn.Module):
             )
         self._ready: tuple[Any, Operands] | None = None
         self._repeats = 1  # outputs of the operands' weight for each of the layer's
+        self._shapes = {"weight": weight_shape, "weight_scale": (n,), "bias": (n,),
+                        "input_scale": (), "input_zero_point": ()}  # fmt: skip
         self.register_buffer("weight", torch.zeros(weight_shape, dtype=torch.int8, device="cpu"))
         self.register_buffer("weight_scale", torch.ones(n, dtype=torch.float32, device="cpu"))
         zeros = torch.zeros(n, dtype=torch.float32, device="cpu") if bias else None
@@ -192,6 +194,11 @@ class QLayer(nn.Module):
         buffers = self._buffers
         for name in STATE:
             tensor = buffers[name]
+            if tensor is not None and tensor.shape != self._shapes[name]:
+                raise ValueError(
+                    f"{type(self).__name__}: {name} is {tuple(tensor.shape)}, wanted "
+                    f"{tuple(self._shapes[name])}; another size wants another layer"
+                )
             if tensor is not None and tensor.is_inference():  # these have no version to watch
                 with torch.inference_mode(False):
                     buffers[name] = tensor.clone()

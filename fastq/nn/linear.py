@@ -70,7 +70,7 @@ class QLinear(QLayer):
                 self.input_zero_point,
             )
             return y
-        return run(x, shape, self.out_features, self._operands())
+        return run(x, shape, self._operands())
 
     def extra_repr(self) -> str:
         return (
@@ -79,8 +79,11 @@ class QLinear(QLayer):
         )
 
 
-def run(x: Tensor, shape: torch.Size, n: int, operands: Operands) -> Tensor:
-    """x (*, K) times the operands' weight (n, K), checked by the caller."""
+def run(x: Tensor, shape: torch.Size, operands: Operands) -> Tensor:
+    """x (*, K), float32, times the operands' weight (N, K)."""
+    n, features = operands.weight.data.shape
+    if shape[-1] != features:
+        raise ValueError(f"linear: x has {shape[-1]} features, its weight is {(n, features)}")
     if len(shape) == 2:  # the most usual, and half a microsecond faster
         m, k = shape
         sizes: tuple[int, ...] = m, n
@@ -108,7 +111,7 @@ def _linear(
     k = weight.shape[-1]
     x = accept("fastq::linear", x, f"(*, {k})", x.dim() > 0 and x.shape[-1] == k)
     state = (weight, weight_scale, bias, input_scale, input_zero_point)
-    return run(x, x.shape, len(weight), operands_of(LinearWeight, (), state))
+    return run(x, x.shape, operands_of(LinearWeight, (), state))
 
 
 @_linear.register_fake

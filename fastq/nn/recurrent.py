@@ -81,7 +81,7 @@ def _layers(
                 f"recurrent: layer {number} takes {product.ih.weight.k} features, and is given "
                 f"{x.shape[-1]}"
             )
-        gates = linear(x, x.shape, product.ih.weight.n, product.ih)
+        gates = linear(x, x.shape, product.ih)
         y, *last = _direction(gates, first, product, plan, reverse)
         made.append(y)
         ends.append(last)
