@@ -228,12 +228,13 @@ def _plain(
 
 def _images(x: Tensor, operands: Operands, last: bool) -> Tensor:
     """The two-dimensional convolution of x (B, C, H, W)."""
-    (b, c, h, w), n = x.shape, operands.weight.n
-    if c != operands.weight.c:
-        raise ValueError(f"convolution: x has {c} channels, its weight is for {operands.weight.c}")
+    weight, (b, c, h, w) = operands.weight, x.shape
+    n = weight.n
+    if c != weight.c:
+        raise ValueError(f"convolution: x has {c} channels, its weight is for {weight.c}")
     dense = not last and x.is_contiguous()
     if (dense or x.is_contiguous(memory_format=torch.channels_last)) and not x.is_neg():
-        oh, ow = operands.weight.output_size(h, w)
+        oh, ow = weight.output_size(h, w)
         if b and n:
             if last:
                 y = x.new_empty_strided((b, n, oh, ow), (oh * ow * n, 1, ow * n, n))
@@ -243,7 +244,7 @@ def _images(x: Tensor, operands: Operands, last: bool) -> Tensor:
             operands.conv2d(x.shape, x.stride(), planes, x.data_ptr(), y.data_ptr())
             return y
     nhwc = as_array(x).transpose(0, 2, 3, 1)
-    out = conv2d_float(nhwc, operands.weight, operands.epilogue, x_qparams=operands.x_qparams)
+    out = conv2d_float(nhwc, weight, operands.epilogue, x_qparams=operands.x_qparams)
     y = from_numpy(out.transpose(0, 3, 1, 2))
     return y if last else y.contiguous()
 
@@ -313,7 +314,7 @@ class QConv(QLayer):
                 self.input_zero_point, *self._geometry.flat(), more,
             )  # fmt: skip
             return y
-        return _run(x, self._operands(), self.weight.shape[2:], self._geometry, more)
+        return _run(x, self._operands(), self.kernel_size, self._geometry, more)
 
     def extra_repr(self) -> str:
         text = (
