@@ -176,6 +176,18 @@ def test_what_is_refused() -> None:
     for arguments, given, message in wrong:
         with pytest.raises(ValueError, match=message):
             layer(*arguments, **given)
+    for name in ("attn_mask", "key_padding_mask"):
+        mask = torch.ones((L, S) if name == "attn_mask" else (B, S), dtype=torch.int64)
+        with pytest.raises(TypeError, match="a mask is torch.int64; wanted bool"):  # noqa: RUF043
+            layer(q, k, v, **{name: mask})
+    with pytest.raises(TypeError):
+        layer(*(x.to("meta") for x in (q, k, v)))
+    biased = QMultiheadAttention.from_float(pair({"add_bias_kv": True})[0])
+    assert biased.half().double().bias_k.dtype is torch.float32  # type: ignore[union-attr]
+    unknown = pair({"add_bias_kv": True})[0]
+    torch.nn.init.constant_(unknown.bias_k, float("nan"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="bias_k or bias_v has NaN"):
+        QMultiheadAttention.from_float(unknown)
     with pytest.raises(RuntimeError, match="requires grad"):
         layer(q.requires_grad_(), k, v)
     with pytest.raises(TypeError, match="float64"):

@@ -804,6 +804,8 @@ def test_an_assigned_tensor_of_another_shape_is_refused(layer):
     """Kernels take addresses: a weight with more outputs would write beyond the result."""
     x = torch.zeros(1, 4, *[5] * (layer.weight.dim() - 2))
     layer(x)
+    with pytest.raises(TypeError, match="meta"):
+        layer(x.to("meta"))
     for name in ("weight", "weight_scale", "bias"):
         given = getattr(layer, name)
         for axis in range(given.dim()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import sqrt
 from types import SimpleNamespace
 from typing import Any, Self
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastq.nn.layer import stay
 from fastq.nn.linear import QLinear
 
 PROJECTIONS = "q_proj", "k_proj", "v_proj", "out_proj"
@@ -92,6 +94,8 @@ class QMultiheadAttention(nn.Module):
             part = SimpleNamespace(weight=weight, bias=bias, training=module.training)
             made.get_submodule(name)._quantize(part, None)  # type: ignore[operator]
         made._copy_biases(module, made)
+        if not all(bool(b.isfinite().all()) for b in (made.bias_k, made.bias_v) if b is not None):
+            raise ValueError("QMultiheadAttention: bias_k or bias_v has NaN or infinite values")
         return made.train(module.training)
 
     def to_float(self) -> nn.MultiheadAttention:
@@ -111,6 +115,10 @@ class QMultiheadAttention(nn.Module):
             for name in ("bias_k", "bias_v"):
                 if getattr(source, name) is not None:
                     getattr(target, name).copy_(getattr(source, name))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(stay(type(self).__name__, fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     # what nn.TransformerEncoder looks at before it decides how to run its layers
 
@@ -213,6 +221,12 @@ class QMultiheadAttention(nn.Module):
             parts.append(padding[:, None, None, :])
         if not parts:
             return None
+        for given in parts:
+            if given.dtype is not torch.bool and not given.is_floating_point():
+                raise TypeError(
+                    f"QMultiheadAttention: a mask is {given.dtype}; wanted bool, True where no "
+                    "attention is paid, or floats that are added: mask == 0 of a tokenizer's"
+                )
         added = [
             q.new_zeros(()).masked_fill(p, float("-inf")) if p.dtype is torch.bool else p.to(q)
             for p in parts

@@ -235,7 +235,7 @@ def _images(x: Tensor, operands: Operands, last: bool) -> Tensor:
     dense = not last and x.is_contiguous()
     if (dense or x.is_contiguous(memory_format=torch.channels_last)) and not x.is_neg():
         oh, ow = weight.output_size(h, w)
-        if b and n:
+        if b and n and x.is_cpu:
             if last:
                 y = x.new_empty_strided((b, n, oh, ow), (oh * ow * n, 1, ow * n, n))
             else:

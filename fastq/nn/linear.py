@@ -90,7 +90,7 @@ def run(x: Tensor, shape: torch.Size, operands: Operands) -> Tensor:
     else:
         m, k = prod(shape[:-1]), shape[-1]
         sizes = *shape[:-1], n
-    if m and n and x.is_contiguous() and not x.is_neg():
+    if m and n and x.is_cpu and x.is_contiguous() and not x.is_neg():
         y = x.new_empty(*sizes)
         operands.linear(m, 4 * k, x.data_ptr(), y.data_ptr())
         return y
