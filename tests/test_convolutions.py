@@ -409,6 +409,12 @@ def test_volumes_and_bags_in_a_network(tmp_path: Path) -> None:
         assert torch.equal(
             first, torch.cat([got(c[None], t[None]) for c, t in zip(*data[0], strict=True)])
         )
+    report = fastq.report(
+        model, got, data[:1], forward=forward, passes=1, path=None, progress=False
+    )
+    steps = {step.layer: step for step in report.steps if step.op == "fastq.convolution.default"}
+    assert steps.keys() == {"first", "second", "up"}
+    assert all(step.snr is not None and step.snr > 25 for step in steps.values())
     kept = fastq.quantize_model(
         model, data, forward=forward, skip=["first", "tags"], progress=False
     )
