@@ -141,11 +141,16 @@ def quantize(
             "quantize: wanted a quantize_factor (x * factor) or scale= (x / scale + zero_point), "
             f"got {'neither' if scale is None else 'both'}"
         )
+    by_scale = quantize_factor is None
+    asked = "quantize", by_scale, dtype
+    again = _again(asked, x, scale, zero_point, axis, out) if by_scale else None
+    if again is not None:
+        return again
     if _is_tensor(x):
         return _through_numpy(quantize, x, quantize_factor, out, scale=scale,
                               zero_point=zero_point, axis=axis, dtype=dtype)  # fmt: skip
     real = _real("quantize: x", x)
-    if scale is not None:
+    if by_scale:
         operation, steps = "divide", _scale("quantize: scale", scale)
         kind = _UINT8 if dtype is None else quantized_dtype(dtype)
     else:
@@ -158,7 +163,7 @@ def quantize(
             )
     ends = limits(kind)
     zeros = _zeros("quantize: zero_point", zero_point, kind, ends)
-    return _elementwise("quantize", operation, real, kind, steps, zeros, axis, ends, out)
+    return _elementwise(asked, operation, real, kind, steps, zeros, axis, ends, out)
 
 
 def grid(
@@ -218,15 +223,18 @@ def dequantize(
     Raises TypeError and ValueError for other dtypes, shapes or values.
     Source: ONNX DequantizeLinear.
     """
+    asked = ("dequantize",)
+    again = _again(asked, q, scale, zero_point, axis, out)
+    if again is not None:
+        return again
     if _is_tensor(q):
         return _through_numpy(dequantize, q, scale, out, zero_point=zero_point, axis=axis)
     integers = np.asarray(q)
     kind = _integer("dequantize: q", integers)
     steps = _scale("dequantize: scale", scale)
-    zeros = _zeros("dequantize: zero_point", zero_point, kind, limits(kind))
-    return _elementwise(
-        "dequantize", "dequantize", integers, _FLOAT32, steps, zeros, axis, (0, 0), out
-    )
+    ends = limits(kind)
+    zeros = _zeros("dequantize: zero_point", zero_point, kind, ends)
+    return _elementwise(asked, "dequantize", integers, _FLOAT32, steps, zeros, axis, ends, out)
 
 
 def requantize(
@@ -251,6 +259,10 @@ def requantize(
     Raises TypeError and ValueError for arguments outside of this.
     Source: ONNX QLinearMatMul and QLinearConv.
     """
+    asked = "requantize", dtype, qmin, qmax
+    again = _again(asked, acc, multiplier, zero_point, axis, out)
+    if again is not None:
+        return again
     integers = np.asarray(acc)
     if integers.dtype != np.int32:
         raise TypeError(f"requantize: acc {integers.shape} {integers.dtype}; wanted int32")
@@ -258,6 +270,8 @@ def requantize(
     least, most = limits(kind)
     low = least if qmin is None else qmin
     high = most if qmax is None else qmax
+    if not (isinstance(low, _INTEGERS) and isinstance(high, _INTEGERS)):
+        raise TypeError(f"requantize: qmin={qmin!r}, qmax={qmax!r}; wanted integers")
     if not least <= low <= high <= most:
         raise ValueError(
             f"requantize: qmin={qmin}, qmax={qmax}; wanted {least} <= qmin <= qmax "
@@ -266,7 +280,7 @@ def requantize(
     steps = _scale("requantize: multiplier", multiplier)
     zeros = _zeros("requantize: zero_point", zero_point, kind, (least, most))
     ends = int(low), int(high)
-    return _elementwise("requantize", "multiply", integers, kind, steps, zeros, axis, ends, out)
+    return _elementwise(asked, "multiply", integers, kind, steps, zeros, axis, ends, out)
 
 
 _ELEMENTWISE_BLOCK = 16 * 1024  # values per task
@@ -280,22 +294,70 @@ _MOST_CHECKED = 64  # kinds of calls that are remembered, of a weight and of who
 class _Walk(NamedTuple):
     """How arrays of one dtype, shape and strides are walked.
 
+    dtype       of the result.
+    ends        its qmin and qmax; of `dequantize` the least and the most integer.
     params      how many scales and zero points there are along the axis.
     dense       whether as they lie; else a copy of them.
+    sizes       `size` and `span` as of a `_Known`.
     idle, make  calls that nobody uses; and one more.
     """
 
+    dtype: np.dtype[Any]
+    ends: tuple[int, int]
     params: int
     dense: bool
+    sizes: tuple[int, tuple[int, int]]
     idle: list[Call]
     make: Callable[[], Call]
+
+    def result(
+        self, name: str, x: NDArray[Any], step: int, zero: int, out: NDArray[Any] | None
+    ) -> NDArray[Any]:
+        """step and zero are a float32's bits and an integer, or the addresses of arrays."""
+        at = address_of(x)
+        if out is None:
+            out = np.empty(x.shape, self.dtype)
+            to = address_of(out)
+        else:
+            to = _address_to(name, out, (x.shape, self.dtype, *self.sizes), x, at)
+        if not self.dense or at % x.itemsize:
+            x = np.require(x, requirements=["C", "A"])
+            at = address_of(x)
+        try:
+            call = self.idle.pop()
+        except IndexError:
+            call = self.make()
+        call.run(at, to, step, zero, 0)
+        self.idle.append(call)
+        return out
 
 
 _walks: dict[tuple[Any, ...], _Walk] = {}
 
 
+def _again(
+    asked: tuple[Any, ...], x: Any, scale: Any, zero_point: Any, axis: Any, out: Any
+) -> NDArray[Any] | None:
+    """The result of a call with one scale and zero point, if an array like x was walked before.
+
+    asked is the function's name, and what else of its arguments counts. Of short arrays the checks
+    and conversions, which would come to the same again, are most of the time.
+    """
+    one = isinstance(scale, float) and type(zero_point) is int and axis is None
+    if not one or type(x) is not np.ndarray or not FLT_MIN <= scale <= FLT_MAX:
+        return None
+    try:
+        walk = _walks[asked, axis, x.dtype, x.shape, x.strides]
+    except (KeyError, TypeError):  # a new one, or what is asked for is no dtype
+        return None
+    least, most = walk.ends
+    if not least <= zero_point <= most:
+        return None
+    return walk.result(asked[0], x, _float_bits(scale), zero_point, out)
+
+
 def _elementwise(
-    name: str,
+    asked: tuple[Any, ...],
     operation: str,
     x: NDArray[Any],
     dtype: np.dtype[Any],
@@ -305,45 +367,31 @@ def _elementwise(
     ends: tuple[int, int],
     out: NDArray[Any] | None,
 ) -> NDArray[Any]:
-    """ends are qmin and qmax. Arrays of scales and zero points are copies: `out` may lie over what
-    the caller gave."""
-    key = operation, x.dtype, x.shape, x.strides, dtype, axis, ends
+    """asked as of `_again`, dtype and ends as of a `_Walk`. Arrays of scales and zero points are
+    copies: `out` may lie over what the caller gave."""
+    name = asked[0]
+    key = asked, axis, x.dtype, x.shape, x.strides
     walk = _walks.get(key)
     if walk is None:
         walk = _walk(name, operation, x, dtype, axis, ends)
         if len(_walks) >= _MOST_CHECKED:
             _walks.clear()
         _walks[key] = walk
-    params, dense, idle, make = walk
     if axis is None:
         if not (isinstance(scale, float) and isinstance(zero_point, int)):
             raise ValueError(
                 f"{name}: scale {np.shape(scale)}, zero_point {np.shape(zero_point)} without "
                 "axis=; wanted scalars, or the axis that they run along"
             )
-        step, zero = _float_bits(scale), zero_point
-    else:
-        if any(np.shape(p) not in ((), (params,)) for p in (scale, zero_point)):
-            raise ValueError(
-                f"{name}: scale {np.shape(scale)}, zero_point {np.shape(zero_point)} along axis "
-                f"{axis} of {x.shape}; wanted ({params},) or scalars"
-            )
-        scales, zeros = np.full(params, scale, np.float32), np.full(params, zero_point, np.int32)
-        step, zero = address_of(scales), address_of(zeros)
-    result = np.empty(x.shape, dtype) if out is None else _output(name, out, x.shape, dtype, x)
-    if not result.size:
-        return result
-    at = address_of(x)
-    if not dense or at % x.itemsize:
-        x = np.require(x, requirements=["C", "A"])
-        at = address_of(x)
-    try:
-        call = idle.pop()
-    except IndexError:
-        call = make()
-    call.run(at, address_of(result), step, zero, 0)
-    idle.append(call)
-    return result
+        return walk.result(name, x, _float_bits(scale), zero_point, out)
+    params = walk.params
+    if any(np.shape(p) not in ((), (params,)) for p in (scale, zero_point)):
+        raise ValueError(
+            f"{name}: scale {np.shape(scale)}, zero_point {np.shape(zero_point)} along axis "
+            f"{axis} of {x.shape}; wanted ({params},) or scalars"
+        )
+    scales, zeros = np.full(params, scale, np.float32), np.full(params, zero_point, np.int32)
+    return walk.result(name, x, address_of(scales), address_of(zeros), out)
 
 
 def _walk(
@@ -369,7 +417,8 @@ def _walk(
         _elementwise_call, operation, _KIND[x.dtype], _KIND[dtype], layout, rows, columns, params,
         *ends,
     )  # fmt: skip
-    return _Walk(params, x.flags.c_contiguous, [], make)
+    sizes = x.size * dtype.itemsize, _span(x)
+    return _Walk(dtype, ends, params, x.flags.c_contiguous, sizes, [], make)
 
 
 _pack_float, _unpack_float = struct.Struct("f").pack, struct.Struct("f").unpack
@@ -382,7 +431,7 @@ def _float_bits(value: float) -> int:
     return _unpack_bits(_pack_float(value))[0]  # type: ignore[no-any-return]
 
 
-_FLOATS = float, np.float32
+_FLOATS, _INTEGERS = (float, np.float32), (int, np.integer)
 
 
 def _scale(name: str, scale: ArrayLike | None) -> float | NDArray[np.float32]:
@@ -533,15 +582,12 @@ def _repeat(
     known = weight.checked.get(key)
     if known is None:
         return None, key
-    shape, dtype, size, (first, last), idle, make = known
+    shape, dtype, _, _, idle, make = known
     if out is None:
         out = np.empty(shape, dtype)
         to = address_of(out)
-    else:  # as `_output`, in a third of the time
-        fits = type(out) is np.ndarray and out.shape == shape and out.dtype is dtype
-        to = address_of(out) if fits and out.flags.carray else at
-        if to + size > at + first and to <= at + last:
-            to = address_of(_output(name, out, shape, dtype, x))
+    else:
+        to = _address_to(name, out, known[:4], x, at)
     try:
         call = idle.pop()
     except IndexError:
@@ -556,11 +602,27 @@ def _remember(
 ) -> None:
     if len(weight.checked) >= _MOST_CHECKED:
         weight.checked.clear()
-    reach = [(n - 1) * step for n, step in zip(x.shape, x.strides, strict=True)]
-    span = sum(min(r, 0) for r in reach), sum(max(r, 0) for r in reach)
     weight.checked[key] = _Known(
-        out.shape, out.dtype, out.nbytes, span, layer.calls.idle(call), partial(layer.call, *call)
-    )
+        out.shape, out.dtype, out.nbytes, _span(x), layer.calls.idle(call),
+        partial(layer.call, *call),
+    )  # fmt: skip
+
+
+def _span(x: NDArray[Any]) -> tuple[int, int]:
+    """Where the first and the last byte of an array are, from its address."""
+    reach = [(n - 1) * step for n, step in zip(x.shape, x.strides, strict=True)]
+    return sum(min(r, 0) for r in reach), sum(max(r, 0) for r in reach) + x.itemsize - 1
+
+
+def _address_to(name: str, out: Any, wanted: tuple[Any, ...], x: NDArray[Any], at: int) -> int:
+    """The address of `_output`, in a third of its time where x, which lies at `at`, is plainly
+    apart from it; wanted as a `_Known` begins."""
+    shape, dtype, size, (first, last) = wanted
+    if type(out) is np.ndarray and out.shape == shape and out.dtype is dtype and out.flags.carray:
+        to = address_of(out)
+        if to + size <= at + first or to > at + last:
+            return to
+    return address_of(_output(name, out, shape, dtype, x))
 
 
 def linear(

@@ -393,6 +393,22 @@ def test_quantize_dequantize_requantize(rng: Any, shape: tuple[int, ...], dtype:
     assert_same(ops.quantize(x, 1.28, dtype=dtype), reference.quantize(x, 1.28, dtype=dtype))
 
 
+def test_on_the_right_side_of_every_tie(rng: Any) -> None:
+    """The product with a reciprocal must round as the quotient: the largest mantissa needs all of
+    its 48 bits."""
+    mantissas = [2**23, 2**23 + 1, 2**24 - 2, 2**24 - 1, *rng.integers(2**23, 2**24, 200)]
+    ties = np.arange(-260, 260) + 0.5
+    for mantissa in mantissas:
+        scale = float(np.ldexp(np.float32(mantissa), rng.integers(-40, 10)))
+        x = (ties * scale).astype(np.float32)
+        near = [x, np.nextafter(x, np.float32(0)), np.nextafter(x, x * 2)]
+        ends = np.float32([np.inf, -np.inf, np.nan, 3e38, -3e38, -0.0])
+        values = np.concatenate([*near, ends])
+        for zero_point, dtype in ((128, np.uint8), (0, np.uint8), (255, np.uint8), (0, np.int8)):
+            named = {"scale": scale, "zero_point": zero_point, "dtype": dtype}
+            assert_same(ops.quantize(values, **named), reference.quantize(values, **named))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scales_at_the_ends_of_float32(rng: Any, dtype: Any) -> None:
     """A loop for scales from 2**-60 to 2**60, and another one."""
@@ -868,3 +884,52 @@ def test_what_was_checked_before_is_checked_again_where_it_differs(rng: Any) -> 
             ops.linear(inside, weight, out=shared[:96].view(np.int32).reshape(4, 6))
     copied = copy.deepcopy(weight)
     assert weight.checked and not copied.checked and not pickle.loads(pickle.dumps(weight)).checked
+
+
+def test_arrays_that_were_walked_before_are_checked_again(rng: Any) -> None:
+    """What is remembered of whole arrays is how they are walked, and nothing of their values."""
+    x = rng.normal(size=(6, 8)).astype(np.float32)
+    q = rng.integers(0, 256, (6, 8)).astype(np.uint8)
+    acc = rng.integers(-5000, 5000, (6, 8)).astype(np.int32)
+    for array in (x, x[::2], x[:, ::-1], x.T, x.astype(">f4"), x.astype(np.float64)):
+        for scale, zero_point in ((0.05, 3), (0.1, 200), (np.float64(0.1), 0)):
+            for dtype in (np.uint8, "int16", np.dtype(np.int32)):
+                named = {"scale": scale, "zero_point": zero_point, "dtype": dtype}
+                want = reference.quantize(array, **named)
+                assert_same(ops.quantize(array, **named), want)
+                out = np.zeros(want.shape, want.dtype)
+                assert ops.quantize(array, **named, out=out) is out
+                assert_same(out, want)
+        assert_same(ops.quantize(array, 20.0), reference.quantize(array, 20.0))
+    for least in (0, 7):
+        for _ in range(2):
+            want = reference.requantize(acc, 0.02, 9, qmin=least)
+            assert_same(ops.requantize(acc, 0.02, 9, qmin=least), want)
+            assert_same(ops.dequantize(q, 0.02, least), reference.dequantize(q, 0.02, least))
+    shared = np.zeros(96, np.uint8)
+    wrong: list[tuple[Any, dict[str, Any], str]] = [
+        (ops.quantize, {"x": x, "scale": 0.0}, "scale"),
+        (ops.quantize, {"x": x, "scale": np.inf}, "scale"),
+        (ops.quantize, {"x": x, "scale": 0.1, "zero_point": 256}, "zero_point"),
+        (ops.quantize, {"x": x, "scale": 0.1, "zero_point": 3.5}, "zero_point"),
+        (ops.quantize, {"x": x, "scale": 0.1, "dtype": []}, "dtype"),
+        (ops.quantize, {"x": x, "quantize_factor": 20.0, "zero_point": 1}, "no zero_point"),
+        (ops.quantize, {"x": x, "scale": 0.1, "quantize_factor": 20.0}, "both"),
+        (ops.quantize, {"x": x, "scale": 0.1, "out": np.zeros((6, 8), np.int8)}, "out is"),
+        (ops.quantize, {"x": x, "scale": 0.1, "out": q[:, ::-1]}, "C-contiguous"),
+        (ops.dequantize, {"q": q, "scale": 0.1, "zero_point": -1}, "zero_point"),
+        (ops.dequantize, {"q": x, "scale": 0.1}, "wanted uint8, int8"),
+        (ops.requantize, {"acc": acc, "multiplier": -1.0}, "multiplier"),
+        (ops.requantize, {"acc": acc, "multiplier": 0.1, "qmin": 9, "qmax": 8}, "qmin=9"),
+        (ops.requantize, {"acc": acc, "multiplier": 0.1, "qmin": 0.5}, "wanted integers"),
+        (ops.requantize, {"acc": x, "multiplier": 0.1}, "wanted int32"),
+    ]
+    for function, named, message in wrong:
+        for _ in range(2):
+            with pytest.raises((ValueError, TypeError), match=message):
+                function(**named)
+    inside = shared[:64].view(np.float32)
+    for _ in range(2):
+        ops.quantize(inside, scale=0.1)
+        with pytest.raises(ValueError, match="overlaps x"):
+            ops.quantize(inside, scale=0.1, out=shared[60:76])

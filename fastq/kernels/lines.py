@@ -247,38 +247,44 @@ LEAST_NORMAL, MOST_NORMAL = 2.0**-60, 2.0**60  # of a scale: away from the ends 
 def emit_divisor(b: Any, scale: Any, kind: str, normal: bool = False) -> tuple[Any, ...]:
     """What `emit_quotient` takes for a float32 scale: once for a line; kind is the integers'.
 
-    With fused multiply-add: the scale and its reciprocal; and unless it is known to be normal, a
-    power of two that makes it so, before both.
+    With fused multiply-add: a limit of x, and the reciprocal in two parts; and unless the scale is
+    known to be normal, a power of two that makes it so, before them.
     """
     if "fma" not in target_features() or kind == "s16":
         return (scale,)
+
+    def parts(scale: Any) -> tuple[Any, Any, Any]:
+        reciprocal = b.fdiv(f32(1.0), scale)
+        rest = b.fdiv(fma(b, b.fneg(scale), reciprocal, f32(1.0)), scale)
+        return b.fmul(scale, f32(LARGE)), reciprocal, rest
+
     if normal:
-        return scale, b.fdiv(f32(1.0), scale)
+        return parts(scale)
     large = b.fcmp_ordered(">", scale, f32(MOST_NORMAL))
     small = b.fcmp_ordered("<", scale, f32(LEAST_NORMAL))
     power = b.select(large, f32(LEAST_NORMAL), f32(1.0))
     power = b.select(small, f32(MOST_NORMAL), power)
-    scaled = b.fmul(scale, power)
-    return power, scaled, b.fdiv(f32(1.0), scaled)
+    return power, *parts(b.fmul(scale, power))
 
 
 def emit_quotient(b: Any, x: Any, divisor: tuple[Any, ...]) -> Any:
     """x / scale of a float32 vector, for rounding: the integer is that of the float32 quotient.
 
-    Clamped to LARGE or more either way; NaN gives 0. A division would take longer than all the
-    rest. The product with the reciprocal is up to 1.5 ulp off; corrected by its own remainder it is
-    on the right side of every k + 0.5. All mantissas of a scale were tried, for |k| <= 256 and x
-    within 2 ulp of (k + 0.5) * scale.
+    Clamped to LARGE or more; NaN gives 0. A division would take longer than all the rest. The
+    product with a reciprocal of 48 bits is on the right side of every k + 0.5: all mantissas of a
+    scale were tried, for |k| <= 260 and x within 3 ulp of (k + 0.5) * scale. What is far below is
+    not clamped: all that x86 makes of it is its least integer.
     """
     parts = [splat(b, part, x.type.count) for part in divisor]
     if len(parts) == 1:
         return emit_limited(b, b.fdiv(x, parts[0]), const(x.type, WIDE_LARGE))
-    *power, scaled, reciprocal = parts
+    *power, most, reciprocal, rest = parts
     for factor in power:
         x = b.fmul(x, factor)
-    x = emit_limited(b, x, b.fmul(scaled, const(x.type, LARGE)))
-    quotient = b.fmul(x, reciprocal)
-    return fma(b, fma(b, b.fneg(scaled), quotient, x), reciprocal, quotient)
+    number = b.fcmp_ordered("ord", x, x)
+    x = b.select(b.fcmp_ordered("<", x, most), x, most)
+    x = b.select(number, x, const(x.type, 0.0))
+    return fma(b, x, reciprocal, b.fmul(x, rest))
 
 
 def emit_limited(b: Any, x: Any, most: Any = None) -> Any:
