@@ -401,6 +401,9 @@ AWKWARD_CONV = (
     conv("awkward", 29, 31, 48, 48, 2, 2, 0),
     conv("awkward", 20, 20, 37, 41, 3),
     conv("awkward", 17, 17, 128, 128, (1, 7)),
+    conv("awkward", 128, 128, 64, 1, 1),  # heads of few outputs: masks, images, boxes
+    conv("awkward", 128, 128, 64, 3, 3),
+    conv("awkward", 64, 64, 256, 8, 3),
 )
 
 
@@ -467,6 +470,7 @@ AWKWARD_GEMM = (
     *(gemm("awkward", m, 768, 768) for m in range(2, 18)),
     *(gemm("awkward", 256, 256, k) for k in range(1, 9)),
     gemm("awkward", 256, 1, 256),
+    gemm("awkward", 4096, 2, 128),
     gemm("awkward", 127, 129, 131),
     gemm("awkward", 255, 257, 513),
     gemm("awkward", 97, 65, 67),

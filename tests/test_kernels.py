@@ -15,7 +15,14 @@ from fastq.kernels.assembly import assembly_for, k_loops, products_of
 from fastq.kernels.depthwise import pack_depthwise, taps_of
 from fastq.kernels.executor import get_num_threads
 from fastq.kernels.gemm import TILES, Tile
-from fastq.kernels.tiles import GROUPS, choose_nr, choose_tile, group_tiles, tiles_of
+from fastq.kernels.tiles import (
+    GROUPS,
+    choose_nr,
+    choose_tile,
+    dot_tiles,
+    group_tiles,
+    tiles_of,
+)
 
 
 @pytest.mark.parametrize("tier", ["amx_int8", "avx512_vnni", "avx_vnni", "avx2", "generic"])
@@ -164,6 +171,7 @@ CPUS = {
 
 ALL = [t for t in TILES if t.isa in CPUS]
 ALL += [t for tier in CPUS for group in GROUPS for t in group_tiles(tier, group)]
+ALL += [t for tier in CPUS for t in dot_tiles(tier)]
 
 
 @pytest.mark.parametrize("tile", ALL, ids=str)
@@ -178,6 +186,8 @@ def test_assembly_of_each_tile(tile: Tile) -> None:
     dots = {tile.mr * vectors * simd.KR // emitter.side_by_side}
     if tile.kind == "depthwise":
         dots = {tile.mr * tile.outputs * len(emitter.interleaved_channels())}
+    if tile.kind == "dot":
+        dots = {tile.fold * tile.group}
     if tile.kind == "matrix":  # several bands at once, and one: four accumulators, or fewer
         bands = tile.mr // matrix.ROWS
         dots = {bands * min(4 // bands, vectors), min(4, vectors)}

@@ -100,9 +100,10 @@ def test_a_factory_takes_its_row(isa: str) -> None:
 def test_all_that_layers_use_is_listed(isa: str, used: set[str]) -> None:
     for m in (1, 2, 50):
         call_linear(m, 40, 30)
+        call_linear(m, 3, 128)
     for c, n, kernel, stride, groups in [
         (32, 40, 1, 1, 1), (16, 16, 3, 2, 1), (3, 8, 3, 1, 1), (32, 32, 3, 1, 4),
-        (64, 64, 3, 1, 64), (33, 33, 3, 2, 33), (16, 32, 3, 1, 16),
+        (64, 64, 3, 1, 64), (33, 33, 3, 2, 33), (16, 32, 3, 1, 16), (64, 4, 3, 1, 1),
     ]:  # fmt: skip
         data = np.ones((n, c // groups, kernel, kernel), np.int8)
         call_conv(9, 11, Conv2dWeight(data, stride, kernel // 2, groups=groups))

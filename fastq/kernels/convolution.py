@@ -18,9 +18,18 @@ from fastq.kernels import layout, matrix, winograd
 from fastq.kernels.call import Call, View
 from fastq.kernels.depthwise import choose_fold, pack_depthwise, taps_of
 from fastq.kernels.pack import step_starts
-from fastq.kernels.products import ALIGNED, Given, Layer, Packed, Rows, Walk, packed_weight
+from fastq.kernels.products import (
+    ALIGNED,
+    Given,
+    Layer,
+    Packed,
+    Rows,
+    Walk,
+    packed_dots,
+    packed_weight,
+)
 from fastq.kernels.simd import KR, emitter
-from fastq.kernels.tiles import GROUPS, group_tiles, tiles_of
+from fastq.kernels.tiles import GROUPS, dot_pays, group_tiles, tiles_of
 from fastq.qparams import Epilogue
 from fastq.weights import Conv2dWeight
 
@@ -51,20 +60,34 @@ class PackedConv2d(Layer):
     """
 
     def __init__(
-        self, weight: Conv2dWeight, epilogue: Epilogue, x_zero_point: int, isa: str
+        self,
+        weight: Conv2dWeight,
+        epilogue: Epilogue,
+        x_zero_point: int,
+        isa: str,
+        dots: bool = False,
     ) -> None:
         super().__init__(weight.data, epilogue, x_zero_point, isa)
         self.weight, self.kernel_size = weight, weight.kernel_size
         self.groups, self.group = _grouping(weight, isa)
         self.by_lines = self._takes_lines()
-        row = weight.kernel_size[1] if self.by_lines else 1
+        (kh, kw), row = weight.kernel_size, weight.kernel_size[1] if self.by_lines else 1
         self.channels = weight.c if row * weight.c // self.groups >= KR else KR
-        packed = packed_weight(weight, isa, self._filters, self.group)
+        if dots:
+            packed = packed_dots(weight, isa, self._filters)
+            self.fold = packed.nr // weight.n
+        else:
+            packed = packed_weight(weight, isa, self._filters, self.group)
+            taps, run = kh * kw // row, row * self.channels
+            if weight.groups == 1 and dot_pays(isa, weight.n, taps, run):
+                given = weight, epilogue, x_zero_point, isa
+                self.by_dots = functools.cache(functools.partial(PackedConv2d, *given, dots=True))
         self.pad_operands(packed, self.groups)
         self.reads_beyond = self.packed.over_read > 0 or self.group > 0
         self.needs_dense_pixels = self.by_lines and self.channels % self.packed.depth != 0
         self.by_winograd = (
-            weight.kernel_size == (3, 3)
+            not dots
+            and weight.kernel_size == (3, 3)
             and (weight.stride, weight.dilation, weight.groups) == ((1, 1), (1, 1), 1)
             and winograd.fits(isa, weight.c, weight.n, self.packed.nr)
             and winograd.is_exact(weight.data)
@@ -106,6 +129,8 @@ class PackedConv2d(Layer):
 
     def append(self, call: Call, views: list[View], given: Given) -> None:
         x, out, *added = views
+        if self.append_dots(call, views, given):
+            return
         if self.by_winograd:
             split = winograd.Split(self.isa, self.packed.nr, self.channels, out.shape)
             if split.pays:
@@ -115,7 +140,7 @@ class PackedConv2d(Layer):
                     call, split, x, out, add, panels, epilogue, columns, given.label
                 )
                 return
-        walk = self._pixels(views)
+        walk = self.walk(views)
         if not self._gathering_pays(walk):
             self.product(call, walk, given)
             return
@@ -165,7 +190,7 @@ class PackedConv2d(Layer):
             operands.append(Rows(v.place, v.kind, v.strides[2], 0, n // groups * v.item))
         return Walk(1, m, m, self._k_offsets(line, pixel, item), operands)
 
-    def _pixels(self, views: Sequence[View]) -> Walk:
+    def walk(self, views: Sequence[View]) -> Walk:
         """A row for each output pixel."""
         weight, groups = self.weight, self.groups
         (sh, sw), (dh, dw) = weight.stride, weight.dilation
@@ -218,7 +243,7 @@ class PackedDepthwise(Layer):
     fold  pixels that are one. A whole panel of channels may be read of the last one.
     """
 
-    needs_dense_pixels = wants_lines = False
+    wants_lines = False
 
     def __init__(
         self, weight: Conv2dWeight, epilogue: Epilogue, x_zero_point: int, isa: str, fold: int = 1
@@ -251,9 +276,9 @@ class PackedDepthwise(Layer):
         if dense and self.down and self.weight.stride[1] == 1:
             fold = choose_fold(self.channels, views[1].shape[2], self.packed.nr)
         layer = self if fold == self.fold else self._folded(fold)
-        layer.product(call, layer._runs(views), given)
+        layer.product(call, layer.walk(views), given)
 
-    def _runs(self, views: Sequence[View]) -> Walk:
+    def walk(self, views: Sequence[View]) -> Walk:
         """A row for each run of `outputs` outputs, of `fold` pixels each."""
         x, out = views[:2]
         batch, oh, ow, _ = out.shape

@@ -44,6 +44,7 @@ from fastq.kernels import block as f
 from fastq.kernels.block import GROUPS, MC, M, N
 from fastq.kernels.call import ITEM_BYTES
 from fastq.kernels.depthwise import emit_tap_loop
+from fastq.kernels.dot import emit_dot_loop
 from fastq.kernels.isa import cpu_name
 from fastq.kernels.lines import emit_loop
 from fastq.kernels.native import native
@@ -71,13 +72,14 @@ class Tile:
     """A register tile for one instruction set: MR rows x (`panels` panels of NR columns).
 
     A row of a depthwise tile is a run of `outputs` neighbouring pixels. With `group`, so many
-    columns side by side read so many activations of their own, of a row that has some for each.
+    columns side by side read so many activations of their own, of a row that has some for each. Of
+    a dot tile it is how many columns a row has, see dot.py.
     """
 
     isa: str
     mr: int
     nr: int
-    kind: str = "gemm"  # or "depthwise", or "matrix" (matrix.py)
+    kind: str = "gemm"  # or "depthwise", "dot", or "matrix" (matrix.py)
     panels: int = 1
     outputs: int = 1
     group: int = 0
@@ -88,12 +90,19 @@ class Tile:
         return emitter(self.isa).a_bytes
 
     @property
+    def fold(self) -> int:
+        """Of a dot tile: the rows that are one."""
+        return self.nr // self.group
+
+    @property
     def wide(self) -> bool:
         """Of matrices: whether it is for short sums, see tiles.py."""
         return self.kind == "matrix" and self.nr > 32
 
     def __str__(self) -> str:
         simd = emitter(self.isa)
+        if self.kind == "dot":
+            return f"u8s8s32_dot_{self.fold}x{self.group}c{simd.operand.count}__{self.isa}"
         kr = {"gemm": KR, "depthwise": simd.taps_at_once, "matrix": simd.depth}[self.kind]
         shape = f"{self.mr * self.outputs}x{self.nr * self.panels}c{kr}"
         return f"u8s8s32_{self.kind}_{shape}{f'g{self.group}' * bool(self.group)}__{self.isa}"
@@ -202,7 +211,7 @@ def emit_tiles(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: A
     columns = [b.mul(index, i64(4 * tile.nr)) for index in here]
     end = Epilogue(b, simd, parts, tile.nr // simd.lanes, columns, field)
     depthwise = tile.kind == "depthwise"
-    own = depthwise or tile.group
+    own = depthwise or (tile.group and tile.kind == "gemm")
     first_channel = b.mul(panel, i64(tile.nr * tile.a_bytes)) if own else i64(0)
     a_rows = operand(f.A, 0, first_channel)
     out_rows = operand(f.OUT, 1, b.mul(first_column, i64(out_bytes)))
@@ -237,6 +246,9 @@ def emit_tiles(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: A
             accs = emit_tap_loop(
                 b, tile.isa, tile.outputs, a_rows(m, mr), weights[0], offsets, steps, end.start
             )
+        elif tile.kind == "dot":
+            (row,) = a_rows(m, mr)
+            accs = emit_dot_loop(b, tile, row, weights[0], by_table, field, end.start[0])
         else:
             accs = emit_k_loop(b, tile, a_rows(m, mr), weights, by_table, steps, end.start)
         targets = rows_out = outputs_of(out_rows(m, mr), f.OUT_PIXEL)

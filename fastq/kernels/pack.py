@@ -42,23 +42,35 @@ def step_starts(run: int, depth: int = KR) -> NDArray[np.int64]:
 
 def pack_panels(weight: NDArray[np.int8], nr: int, isa: str, depth: int = KR) -> NDArray[np.int8]:
     """(N, taps, run >= 4) int8 as panels (P, taps * steps * depth / 4, NR, 4), 64-byte aligned."""
-    n, taps, run = weight.shape
-    starts = step_starts(run, depth)
-    # positions in the run of each K-step, (steps * depth / 4, 4)
-    index = (starts[:, None] + np.arange(depth)).reshape(-1, KR)
-    first = np.repeat(np.arange(len(starts)) * depth, depth // KR)[:, None]
-    counted = (index < first) | (index >= run)
-    quads = np.where(counted, np.int8(0), weight[:, :, np.minimum(index, run - 1)])
-    panels = -(-n // nr)
-    padded = np.zeros((panels * nr, taps * len(index), KR), np.int8)
-    padded[:n] = quads.reshape(n, -1, KR)
-    packed = aligned_empty((panels, taps * len(index), nr, KR), np.int8)
+    n = len(weight)
+    quads = _steps(weight, depth).reshape(n, -1, KR)
+    panels, steps = -(-n // nr), quads.shape[1]
+    padded = np.zeros((panels * nr, steps, KR), np.int8)
+    padded[:n] = quads
+    packed = aligned_empty((panels, steps, nr, KR), np.int8)
     simd = emitter(isa)
     by_step = padded.reshape(panels, nr, -1, KR)[:, simd.columns(nr)].swapaxes(1, 2)
     side = simd.side_by_side
     vectors = (*by_step.shape[:2], nr // simd.cols, simd.cols, KR // side, side)
     packed[:] = by_step.reshape(vectors).swapaxes(3, 4).reshape(by_step.shape)
     return packed
+
+
+def pack_dots(weight: NDArray[np.int8], depth: int) -> NDArray[np.int8]:
+    """(N, taps, run) int8 as (1, taps * steps, N, depth): the one panel of dot.py."""
+    steps = _steps(weight, depth)
+    packed = aligned_empty((1, steps.shape[1] * steps.shape[2], len(weight), depth), np.int8)
+    packed[0] = steps.reshape(len(weight), -1, depth).swapaxes(0, 1)
+    return packed
+
+
+def _steps(weight: NDArray[np.int8], depth: int) -> NDArray[np.int8]:
+    """The K-steps of (N, taps, run): (N, taps, steps, depth), 0 where one has counted before."""
+    run = weight.shape[2]
+    starts = step_starts(run, depth)[:, None]
+    index = starts + np.arange(depth)
+    counted = (index < np.arange(len(starts))[:, None] * depth) | (index >= run)
+    return np.where(counted, np.int8(0), weight[:, :, np.minimum(index, run - 1)])
 
 
 def pad_columns(values: NDArray[Any], groups: int, nr: int, isa: str) -> NDArray[Any]:

@@ -7,9 +7,10 @@ argument block and its tasks, which `Layer.product` appends to a call.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,10 +20,18 @@ from fastq.kernels import block, executor, gemm, matrix
 from fastq.kernels.call import ITEM_BYTES, Call, Place, View
 from fastq.kernels.gemm import Tile
 from fastq.kernels.lines import MAX_BOUNDED
-from fastq.kernels.pack import aligned_empty, pack_panels, pad_columns, step_starts
+from fastq.kernels.pack import aligned_empty, pack_dots, pack_panels, pad_columns, step_starts
 from fastq.kernels.requantize import spell
 from fastq.kernels.simd import KR, emitter
-from fastq.kernels.tiles import Work, choose_nr, choose_product_tile, choose_tile, nanoseconds
+from fastq.kernels.tiles import (
+    Work,
+    choose_nr,
+    choose_product_tile,
+    choose_tile,
+    dot_pays,
+    dot_tile,
+    nanoseconds,
+)
 from fastq.qparams import Dequant, Epilogue, Requant
 from fastq.weights import LinearWeight
 
@@ -46,8 +55,10 @@ class Layer:
     """
 
     kernel_size = 1, 1  # of a convolution
+    needs_dense_pixels = False
     group = 0  # as in a Tile
-    fold = 1  # pixels whose channels are the columns of a row: see depthwise.py
+    by_dots: Callable[[], Layer] | None = None  # the same for dot.py, where it takes less time
+    fold = 1  # pixels, or rows, whose columns are those of one: see depthwise.py and dot.py
 
     def __init__(
         self, weight: NDArray[np.int8], epilogue: Epilogue, x_zero_point: int, isa: str
@@ -136,6 +147,8 @@ class Layer:
     def tile(self, m: int, line: int, steps: int) -> Tile:
         """The tile for m rows, in lines of so many, and so many K-steps."""
         packed = self.packed
+        if packed.kind == "dot":
+            return dot_tile(packed.isa, len(self.col_sums))
         if packed.kind == "depthwise":
             return choose_tile(packed.isa, packed.nr, m, steps, packed.kind)
         if self.group:
@@ -170,6 +183,23 @@ class Layer:
     def append(self, call: Call, views: list[View], given: Given) -> None:
         """The rows of x, out and what is added, if anything."""
         raise NotImplementedError
+
+    def walk(self, views: list[View]) -> Walk:
+        """Where the rows of these lie, for a product of them."""
+        raise NotImplementedError
+
+    def append_dots(self, call: Call, views: list[View], given: Given) -> bool:
+        """Appends the product that dot.py makes of few columns, if it can and takes less time."""
+        if self.by_dots is None or given.per_row:
+            return False
+        layer, x = self.by_dots(), views[0]
+        if layer.needs_dense_pixels and x.strides[-2] != x.shape[-1] * x.item:
+            return False
+        walk = layer.walk(views)
+        if not walk.folds(layer.fold, len(self.col_sums)):
+            return False
+        layer.product(call, walk.folded(layer.fold), given)
+        return True
 
     def product(self, call: Call, walk: Walk, given: Given) -> None:
         """Appends the product."""
@@ -226,6 +256,8 @@ class Layer:
             if tile.kind == "gemm":  # which takes a K-step by fours
                 quads = np.arange(0, packed.depth, KR) * ITEM_BYTES[x.kind]
                 offsets = np.add.outer(offsets, quads).reshape(-1)
+            elif tile.kind == "dot":
+                values |= {block.A_PIXEL: x.neighbour, block.RUN: packed.run}
             else:
                 values |= {block.OUT_PIXEL: out.neighbour, block.ADD_PIXEL: rows[2].neighbour}
             kernel = gemm.gemm_kernel(tile, epilogue, "table" if by_table else "affine")
@@ -299,6 +331,21 @@ class Walk(NamedTuple):
     offsets: NDArray[np.int64]
     operands: list[Rows]
 
+    def folds(self, fold: int, n: int) -> bool:
+        """Whether so many rows of n columns can be one: what is written lies side by side."""
+        _, *written = self.operands
+        return self.line >= fold and all(r.row == n * ITEM_BYTES[r.kind] for r in written)
+
+    def folded(self, fold: int) -> Walk:
+        """So many rows of a line as one; the last of a line may overlap the one before."""
+        runs = np.minimum(np.arange(-(-self.line // fold)) * fold, self.line - fold)
+        firsts = np.add.outer(np.arange(0, self.m, self.line), runs).reshape(-1)
+        operands = [
+            replace(r, row=r.row * fold, offsets=r.at(firsts), neighbour=r.row)
+            for r in self.operands
+        ]
+        return Walk(self.images, len(firsts), len(runs), self.offsets, operands)
+
 
 def block_rows(tile: Tile, m: int, row_bytes: int, other_tasks: int, weight_bytes: int = 0) -> int:
     """MC: rows that share a panel while it is in L1, and their activations in L2."""
@@ -317,6 +364,7 @@ class Packed:
 
     depth      activations of a K-step.
     over_read  of which the last may be beyond the run.
+    run        that a K-step of dot.py reads, if it is shorter.
     """
 
     isa: str
@@ -325,6 +373,20 @@ class Packed:
     panels: NDArray[Any]
     depth: int = 1
     over_read: int = 0
+    run: int = 0
+
+
+def packed_dots(weight: Any, isa: str, filters: Callable[[], list[NDArray[np.int8]]]) -> Packed:
+    """The weight packed for dot.py, at the first use; filters() as of `packed_weight`."""
+    packed = weight.panels.get(("dots", isa))
+    if packed is None:
+        (part,) = filters()
+        simd = emitter(isa)
+        depth = simd.operand.count
+        run = min(part.shape[2], depth)
+        packed = Packed(isa, "dot", simd.lanes, pack_dots(part, depth), depth, run=run)
+        weight.panels["dots", isa] = packed
+    return packed  # type: ignore[no-any-return]
 
 
 def packed_weight(
@@ -350,12 +412,24 @@ class PackedLinear(Layer):
     """(M, K) -> (M, N), with unit stride along K and N. Of each row run_length values are read."""
 
     def __init__(
-        self, weight: LinearWeight, epilogue: Epilogue, x_zero_point: int, isa: str
+        self,
+        weight: LinearWeight,
+        epilogue: Epilogue,
+        x_zero_point: int,
+        isa: str,
+        dots: bool = False,
     ) -> None:
         super().__init__(weight.data, epilogue, x_zero_point, isa)
         self.n, self.k = weight.n, weight.k
         self.run_length = max(weight.k, KR)
-        self.pad_operands(packed_weight(weight, isa, lambda: [self._filters(weight)]), 1)
+        pack = packed_dots if dots else packed_weight
+        packed = pack(weight, isa, lambda: [self._filters(weight)])
+        if dots:
+            self.fold = packed.nr // self.n
+        elif dot_pays(isa, self.n, 1, self.run_length):
+            given = weight, epilogue, x_zero_point, isa
+            self.by_dots = functools.cache(functools.partial(PackedLinear, *given, dots=True))
+        self.pad_operands(packed, 1)
 
     def _filters(self, weight: LinearWeight) -> NDArray[np.int8]:
         data = np.zeros((self.n, 1, self.run_length), np.int8)
@@ -363,7 +437,11 @@ class PackedLinear(Layer):
         return data
 
     def append(self, call: Call, views: list[View], given: Given) -> None:
+        if not self.append_dots(call, views, given):
+            self.product(call, self.walk(views), given)
+
+    def walk(self, views: list[View]) -> Walk:
         x = views[0]
         m, steps = x.shape[0], step_starts(self.run_length, self.packed.depth) * x.item
         operands = [Rows(view.place, view.kind, view.strides[0]) for view in views]
-        self.product(call, Walk(1, m, m, steps, operands), given)
+        return Walk(1, m, m, steps, operands)

@@ -419,6 +419,26 @@ def unpack(b: Any, x: Any, y: Any) -> list[Any]:
     return [shuffle(b, x, y, lanes) for lanes in unpack_lanes(x.type.count, per_lane)]
 
 
+def lane_sums(b: Any, vectors: list[Any]) -> Any:
+    """A vector of int32 of whose lanes each is the sum of a vector's: as many as it has lanes.
+
+    Two at a time become one, by unpacks within 128 bits and by shuffles of 128 bits.
+    """
+    kind = vectors[0].type
+    for width in (32, 64):
+        wide = vec(ir.IntType(width), kind.count * 32 // width)
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        halves = [unpack(b, *(b.bitcast(v, wide) for v in pair)) for pair in pairs]
+        vectors = [b.add(*(b.bitcast(half, kind) for half in pair)) for pair in halves]
+    by_group = np.arange(2 * kind.count).reshape(-1, 4)
+    while len(vectors) > 1:
+        vectors = [
+            b.add(*(shuffle(b, x, y, by_group[i::2].reshape(-1).tolist()) for i in (0, 1)))
+            for x, y in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+    return vectors[0]
+
+
 @functools.cache
 def vnni_operand(lanes: int) -> Any:
     """The type of vpdpbusd's byte operands in this LLVM: <n x i8> since LLVM 22, <n x i32> before.

@@ -42,6 +42,8 @@ def _costs(isa: str) -> Costs:
     return _VNNI if emitter(isa).side_by_side == KR else _OTHERWISE
 
 
+_LANE_SUMS = 2.5  # what it costs to sum the lanes of an accumulator, in dot products
+
 # What matrix tiles cost, in dot products of 16 columns, (a K-step of one band, the ends), by MR and
 # NR. A product takes as long as 32. Two passes over K read activations twice, and with a single
 # column of registers an operand serves one product only; few registers in use leave the CPU some to
@@ -71,7 +73,7 @@ def only(tile: Tile) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for function in (tiles_of, group_tiles, product_tiles, choose_nr, choose_tile,
+    for function in (tiles_of, group_tiles, dot_pays, product_tiles, choose_nr, choose_tile,
                      choose_product_tile):  # fmt: skip
         function.cache_clear()
 
@@ -102,6 +104,37 @@ def _shuffles(isa: str, nr: int, group: int) -> list[list[int]]:
     """Those of a row in a K-step, by the words that they take."""
     words = emitter(isa).own_words(nr, group)
     return [lanes for i, lanes in enumerate(words) if lanes not in words[:i]]
+
+
+def dot_tile(isa: str, n: int) -> Tile:
+    """The tile of so few columns, see dot.py."""
+    return Tile(isa, 1, emitter(isa).lanes, "dot", group=n)
+
+
+def dot_tiles(isa: str) -> tuple[Tile, ...]:
+    """Those of a tier: none without products of bytes, or where there are tiles of matrices."""
+    simd = emitter(isa)
+    if simd.side_by_side != KR or simd.depth != KR:
+        return ()
+    return tuple(dot_tile(isa, n) for n in range(1, simd.lanes // 2 + 1))
+
+
+@functools.cache
+def dot_pays(isa: str, n: int, taps: int, run: int) -> bool:
+    """Whether many rows of so many runs take less time with the tile of so few columns, and a run
+    can be read: without masks it must fill a vector."""
+    simd = emitter(isa)
+    size = simd.operand.count
+    tile = next((tile for tile in dot_tiles(isa) if tile.group == n), None)
+    if tile is None or _offered is not TILES or not (simd.masks or run >= size):
+        return False
+    steps = taps * -(-run // KR)
+    nr = choose_nr(isa, n, steps)
+    work = Work(_MANY_ROWS, 0, steps, KR)
+    panel = nr * _column_cost(choose_tile(isa, nr, _MANY_ROWS, steps), work)
+    step = max(tile.fold * n, tile.fold + n)
+    whole = taps * -(-run // size) * step + _LANE_SUMS * tile.nr
+    return _MANY_ROWS / tile.fold * whole < panel
 
 
 @functools.cache
@@ -183,13 +216,12 @@ def _within_128_bits(words: list[int]) -> bool:
 
 # Multiply-adds that a core does in a nanosecond, roughly: whether threads pay depends on it.
 _MACS_PER_NANOSECOND = {"amx_int8": 400.0, "avx512_vnni": 400.0, "avx_vnni": 150.0, "avx2": 60.0}
-_MATRIX_RATE, _DEPTHWISE_RATE = 1.25, 0.1  # of that
+_RATES = {"gemm": 1.0, "matrix": 1.25, "depthwise": 0.1, "dot": 0.45}  # of that
 BYTES_PER_NANOSECOND = 24.0  # that a plain loop reads, in the cache
 _WEIGHT_BYTES_PER_NANOSECOND = 80.0  # that products of few rows read: they wait for their weights
 
 
 def nanoseconds(isa: str, macs: int, kind: str = "gemm", weight_bytes: int = 0) -> float:
     """An estimate of what this many multiply-adds take one thread, in tiles of a kind."""
-    rate = {"gemm": 1.0, "matrix": _MATRIX_RATE, "depthwise": _DEPTHWISE_RATE}[kind]
-    computed = macs / (rate * _MACS_PER_NANOSECOND.get(isa, 20.0))
+    computed = macs / (_RATES[kind] * _MACS_PER_NANOSECOND.get(isa, 20.0))
     return max(computed, weight_bytes / _WEIGHT_BYTES_PER_NANOSECOND)

@@ -32,7 +32,7 @@ from fastq.kernels import isa as isa_room
 from fastq.kernels.call import ITEM_BYTES
 from fastq.kernels.native import Kernel as Native
 from fastq.kernels.simd import emitter
-from fastq.kernels.tiles import GROUPS, group_tiles, tiles_of
+from fastq.kernels.tiles import GROUPS, dot_tiles, group_tiles, tiles_of
 from fastq.qparams import GATES
 
 INTEGERS = ("u8", "s8", "s16", "s32")
@@ -178,6 +178,11 @@ FAMILIES = (
         lambda tier: product(tiles_of(tier, "depthwise"), _epilogues(tier), ("affine", "table")),
     ),
     Family(
+        "heads",  # of few outputs
+        gemm.gemm_kernel,
+        lambda tier: product(dot_tiles(tier), _epilogues(tier), ("table",)),
+    ),
+    Family(
         "groups",
         gemm.gemm_kernel,
         lambda tier: product(
@@ -268,7 +273,7 @@ FAMILIES = (
 
 # networks by their layers; others have the kernels of one of these
 NETWORKS = {
-    "bert": ("linear", "program", "attention"),
+    "bert": ("linear", "program", "attention", "heads"),
     "resnet50": ("linear", "program", "conv"),
     "mobilenet": ("linear", "program", "conv", "depthwise"),
     "lstm": ("linear", "program", "recurrent"),
