@@ -294,41 +294,40 @@ _MOST_CHECKED = 64  # kinds of calls that are remembered, of a weight and of who
 class _Walk(NamedTuple):
     """How arrays of one dtype, shape and strides are walked.
 
-    dtype       of the result.
+    result      shape, dtype, size and span as of a `_Known`.
     ends        its qmin and qmax; of `dequantize` the least and the most integer.
     params      how many scales and zero points there are along the axis.
     dense       whether as they lie; else a copy of them.
-    sizes       `size` and `span` as of a `_Known`.
     idle, make  calls that nobody uses; and one more.
     """
 
-    dtype: np.dtype[Any]
+    result: tuple[tuple[int, ...], np.dtype[Any], int, tuple[int, int]]
     ends: tuple[int, int]
     params: int
     dense: bool
-    sizes: tuple[int, tuple[int, int]]
     idle: list[Call]
     make: Callable[[], Call]
 
-    def result(
+    def run(
         self, name: str, x: NDArray[Any], step: int, zero: int, out: NDArray[Any] | None
     ) -> NDArray[Any]:
         """step and zero are a float32's bits and an integer, or the addresses of arrays."""
+        wanted, _, _, dense, idle, make = self
         at = address_of(x)
         if out is None:
-            out = np.empty(x.shape, self.dtype)
+            out = np.empty(wanted[0], wanted[1])
             to = address_of(out)
         else:
-            to = _address_to(name, out, (x.shape, self.dtype, *self.sizes), x, at)
-        if not self.dense or at % x.itemsize:
+            to = _address_to(name, out, wanted, x, at)
+        if not dense or at % x.itemsize:
             x = np.require(x, requirements=["C", "A"])
             at = address_of(x)
         try:
-            call = self.idle.pop()
+            call = idle.pop()
         except IndexError:
-            call = self.make()
+            call = make()
         call.run(at, to, step, zero, 0)
-        self.idle.append(call)
+        idle.append(call)
         return out
 
 
@@ -343,8 +342,8 @@ def _again(
     asked is the function's name, and what else of its arguments counts. Of short arrays the checks
     and conversions, which would come to the same again, are most of the time.
     """
-    one = isinstance(scale, float) and type(zero_point) is int and axis is None
-    if not one or type(x) is not np.ndarray or not FLT_MIN <= scale <= FLT_MAX:
+    one = isinstance(scale, _FLOATS) and type(zero_point) is int and axis is None
+    if not one or type(x) is not np.ndarray or not FLT_MIN <= (step := float(scale)) <= FLT_MAX:
         return None
     try:
         walk = _walks[asked, axis, x.dtype, x.shape, x.strides]
@@ -353,7 +352,7 @@ def _again(
     least, most = walk.ends
     if not least <= zero_point <= most:
         return None
-    return walk.result(asked[0], x, _float_bits(scale), zero_point, out)
+    return walk.run(asked[0], x, _float_bits(step), zero_point, out)
 
 
 def _elementwise(
@@ -383,7 +382,7 @@ def _elementwise(
                 f"{name}: scale {np.shape(scale)}, zero_point {np.shape(zero_point)} without "
                 "axis=; wanted scalars, or the axis that they run along"
             )
-        return walk.result(name, x, _float_bits(scale), zero_point, out)
+        return walk.run(name, x, _float_bits(scale), zero_point, out)
     params = walk.params
     if any(np.shape(p) not in ((), (params,)) for p in (scale, zero_point)):
         raise ValueError(
@@ -391,7 +390,7 @@ def _elementwise(
             f"{axis} of {x.shape}; wanted ({params},) or scalars"
         )
     scales, zeros = np.full(params, scale, np.float32), np.full(params, zero_point, np.int32)
-    return walk.result(name, x, address_of(scales), address_of(zeros), out)
+    return walk.run(name, x, address_of(scales), address_of(zeros), out)
 
 
 def _walk(
@@ -417,8 +416,8 @@ def _walk(
         _elementwise_call, operation, _KIND[x.dtype], _KIND[dtype], layout, rows, columns, params,
         *ends,
     )  # fmt: skip
-    sizes = x.size * dtype.itemsize, _span(x)
-    return _Walk(dtype, ends, params, x.flags.c_contiguous, sizes, [], make)
+    result = x.shape, dtype, x.size * dtype.itemsize, _span(x)
+    return _Walk(result, ends, params, x.flags.c_contiguous, [], make)
 
 
 _pack_float, _unpack_float = struct.Struct("f").pack, struct.Struct("f").unpack

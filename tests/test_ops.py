@@ -893,7 +893,12 @@ def test_arrays_that_were_walked_before_are_checked_again(rng: Any) -> None:
     q = rng.integers(0, 256, (6, 8)).astype(np.uint8)
     acc = rng.integers(-5000, 5000, (6, 8)).astype(np.int32)
     for array in (x, x[::2], x[:, ::-1], x.T, x.astype(">f4"), x.astype(np.float64)):
-        for scale, zero_point in ((0.05, 3), (0.1, 200), (np.float64(0.1), 0)):
+        for scale, zero_point in (
+            (0.05, 3),
+            (0.1, 200),
+            (np.float64(0.1), 0),
+            (np.float32(0.1), 5),
+        ):
             for dtype in (np.uint8, "int16", np.dtype(np.int32)):
                 named = {"scale": scale, "zero_point": zero_point, "dtype": dtype}
                 want = reference.quantize(array, **named)
