@@ -23,13 +23,14 @@ from fastq.graph import (
     Ref,
 )
 from fastq.masks import operator_of
-from fastq.nn.conv import outputs_first, products
+from fastq.nn.conv import products
 from fastq.nn.embedding import LEAST_ROW
 from fastq.nn.layer import STATE
 from fastq.prepare import Prepared
 from fastq.qconfig import QConfig
 from fastq.qparams import MAX_K, quantize_weight
 from fastq.swap import ASKED
+from fastq.weights import outputs_first
 
 CELLS = ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")  # torch's operators
 LAYERS = tuple(f"aten.{cell.removesuffix('_cell')}.input" for cell in CELLS)  # not of packed ones
@@ -139,10 +140,9 @@ def _convolution(node: Node, config: QConfig) -> None:
         list(a.get("output_padding", (0, 0, 0))),
     )  # fmt: skip
     node.op, node.tensors = "aten", tensors
-    node.attrs = {
-        **{name: a[name] for name in ("folded",) if name in a},
-        "target": CONVOLUTION_LAYER, "args": args, "kwargs": {},
-    }  # fmt: skip
+    node.attrs = {"target": CONVOLUTION_LAYER, "args": args, "kwargs": {}}
+    if "folded" in a:
+        node.attrs["folded"] = a["folded"]
 
 
 def _recurrent(node: Node, config: QConfig) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastq.graph import VOLUMES, Graph, Node, Ref
+from fastq.weights import outputs_first
 
 CLAMPING = ("conv2d", "linear", "conv_transpose2d", "add", "mul", "affine", "avg_pool2d",
             "adaptive_avg_pool2d")  # fmt: skip
@@ -157,13 +158,10 @@ def fold(
 ) -> dict[str, Tensor]:
     """Weight and bias of a product whose result is then multiplied and shifted, per output."""
     weight, factor = tensors["weight"].double(), factor.double()
-    if layer.op.startswith("conv_transpose"):  # (C, N / groups, *kernel)
-        groups = layer.attrs["groups"]
-        split = weight.reshape(groups, -1, *weight.shape[1:])
-        per_output = factor.reshape(groups, 1, -1, *[1] * (weight.dim() - 2))
-        weight = (split * per_output).reshape(weight.shape)
-    else:
-        weight = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
+    groups = layer.attrs["groups"] if layer.op.startswith("conv_transpose") else 0
+    weight = outputs_first(weight, groups) if groups else weight
+    weight = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
+    weight = outputs_first(weight, groups) if groups else weight
     bias = shift.double()
     if "bias" in tensors:
         bias = tensors["bias"].double() * factor + bias

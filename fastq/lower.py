@@ -31,7 +31,7 @@ from fastq.qparams import (
     limits,
     quantize_weight,
 )
-from fastq.weights import Conv2dWeight, LinearWeight
+from fastq.weights import Conv2dWeight, LinearWeight, outputs_first
 
 Weights = Callable[[Node], tuple[Any, Any]]  # a node's (int8 data, float32 scale per output)
 Biases = Callable[[Node], Tensor | None]
@@ -300,27 +300,16 @@ def default_weights(node: Node) -> tuple[Any, Any]:
 
 def weight_of(node: Node) -> Tensor:
     """The float weight with its outputs first."""
-    return outputs_first(node, node.tensors["weight"].detach())
+    return turned(node, node.tensors["weight"].detach())
 
 
-def outputs_first(node: Node, weight: Tensor) -> Tensor:
-    """A transposed convolution's weight as the convolution's that it is on pixels set apart."""
+def turned(node: Node, weight: Tensor) -> Tensor:
+    """A transposed convolution's weight as the convolution's that it is on pixels set apart; and
+    back."""
     if node.op != "conv_transpose2d":
         return weight
-    groups = node.attrs["groups"]
-    c, n, kh, kw = weight.shape
-    split = weight.reshape(groups, c // groups, n, kh, kw).transpose(1, 2)
-    return split.reshape(groups * n, c // groups, kh, kw).flip(2, 3).contiguous()
-
-
-def inputs_first(node: Node, weight: Tensor) -> Tensor:
-    """What `outputs_first` was given."""
-    if node.op != "conv_transpose2d":
-        return weight
-    groups = node.attrs["groups"]
-    n, c, kh, kw = weight.shape
-    split = weight.flip(2, 3).reshape(groups, n // groups, c, kh, kw).transpose(1, 2)
-    return split.reshape(groups * c, n // groups, kh, kw).contiguous()
+    first: Tensor = outputs_first(weight, node.attrs["groups"])
+    return first.flip(2, 3).contiguous()
 
 
 def default_bias(node: Node) -> Tensor | None:

@@ -22,8 +22,8 @@ from fastq.lower import (
     Region,
     bare_weights,
     find_regions,
-    inputs_first,
     lower,
+    turned,
     weight_of,
 )
 from fastq.observer import Observer, make_observer
@@ -281,7 +281,7 @@ class Prepared:
         """The tensors of a layer with its weight on its grid."""
         data, scale = self.weight(node)
         real = torch.from_numpy(data * scale.reshape(-1, *[1] * (data.ndim - 1)))
-        tensors = {**node.tensors, "weight": inputs_first(node, real)}
+        tensors = {**node.tensors, "weight": turned(node, real)}
         bias = self.bias(node)
         return tensors if bias is None else {**tensors, "bias": bias}
 

@@ -38,10 +38,9 @@ from fastq.lower import (
     MOVES,
     SUFFIX,
     Region,
-    inputs_first,
     lowered,
     normalized,
-    outputs_first,
+    turned,
     weight_of,
 )
 from fastq.network import Config, build, calibrate, call_of, choose, forward_names, summarize
@@ -338,7 +337,7 @@ def _first_steps(prepared: Prepared, node: Node) -> Tensor:
     data, scale = prepared.weight(node)
     empty = ~data.any(axis=tuple(range(1, data.ndim)))
     if empty.any() and node.origin:  # a batch norm's weight of 0 says nothing; the layer's own does
-        own = outputs_first(node, node.origin["weight"]).numpy()
+        own = turned(node, node.origin["weight"]).numpy()
         scale = np.where(
             empty, quantize_weight(own, bits=prepared.config(node).weight_bits)[1], scale
         )
@@ -458,10 +457,10 @@ class _Pass:
         steps = torch.from_numpy(scale).reshape(-1, *[1] * (data.ndim - 1))
         limit = _limit(self.prepared.config(node))
         result = _on_grid(
-            outputs_first(node, weight), self.model._steps(node),
+            turned(node, weight), self.model._steps(node),
             lambda: torch.from_numpy(data) * steps, steps, -limit, limit, data[0].size,
         )  # fmt: skip
-        return inputs_first(node, result)
+        return turned(node, result)
 
     def on_grid(self, run: _Run, node: Node, value: Tensor) -> Tensor:
         """What the integers of a node are, with the gradient of `value`."""

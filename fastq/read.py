@@ -303,17 +303,8 @@ class Reader:
             return None
         if bias is not None and not isinstance(bias, Tensor):
             return None
-        stride, dilation = _two(a["stride"]), _two(a["dilation"])
-        padding = a["padding"]
-        if isinstance(padding, str):
-            ahead = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-            sides = [(0, 0) if padding == "valid" else (n // 2, n - n // 2) for n in ahead]
-        else:
-            sides = [(p, p) for p in _two(padding)]
-        attrs = {"stride": stride, "padding": tuple(sides), "dilation": dilation}
-        attrs["groups"] = a["groups"]
-        tensors = _tensors(weight, bias)
-        return self.add(node, "conv2d", [x], attrs=attrs, tensors=tensors)
+        attrs = {**_geometry(a, weight.shape[2:]), "groups": a["groups"]}
+        return self.add(node, "conv2d", [x], attrs=attrs, tensors=_tensors(weight, bias))
 
     def read_conv3d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         """No program has volumes: what this operation is there for is that a batch norm folds into
@@ -321,12 +312,7 @@ class Reader:
         weight = a["weight"]
         if not isinstance(weight, Tensor):
             return None
-        stride, dilation = (several(key, _list(a[key]), 3, 1) for key in ("stride", "dilation"))
-        padding = a["padding"] if isinstance(a["padding"], str) else _list(a["padding"])
-        sides = explicit_padding(padding, weight.shape[2:], stride, dilation)
-        return self.volume(
-            node, "conv3d", a, {"stride": stride, "padding": sides, "dilation": dilation}
-        )
+        return self.volume(node, "conv3d", a, _geometry(a, weight.shape[2:]))
 
     def read_conv_transpose3d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         least = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
@@ -400,13 +386,10 @@ class Reader:
         x, weight, bias = a["input"], a["weight"], a.get("bias")
         if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None):
             return None
-        if isinstance(a["padding"], str):
-            total = _one(a["dilation"]) * (weight.shape[2] - 1)
-            sides = (0, 0) if a["padding"] == "valid" else (total // 2, total - total // 2)
-        else:
-            sides = (_one(a["padding"]),) * 2
-        attrs = {"stride": (1, _one(a["stride"])), "padding": ((0, 0), sides),
-                 "dilation": (1, _one(a["dilation"])), "groups": a["groups"]}  # fmt: skip
+        of_line = _geometry(a, weight.shape[2:])
+        of_image = {"stride": (1,), "padding": ((0, 0),), "dilation": (1,)}
+        attrs = {name: (*one, *of_line[name]) for name, one in of_image.items()}
+        attrs["groups"] = a["groups"]
         tensors = _tensors(weight.unsqueeze(2), bias)
         return self.line(node, "conv2d", x, attrs, tensors)
 
@@ -1404,6 +1387,15 @@ def _off(a: dict[str, Any]) -> bool:
 def _two(value: Any) -> tuple[int, int]:
     both = [value, value] if isinstance(value, int) else list(value)
     return (both[0], both[-1])
+
+
+def _geometry(a: dict[str, Any], kernel: Sequence[int]) -> dict[str, Any]:
+    """stride, padding (before and after) and dilation of a convolution, axis by axis."""
+    axes = len(kernel)
+    stride, dilation = (several(key, _list(a[key]), axes, 1) for key in ("stride", "dilation"))
+    padding = a["padding"] if isinstance(a["padding"], str) else _list(a["padding"])
+    sides = explicit_padding(padding, tuple(kernel), stride, dilation)
+    return {"stride": stride, "padding": sides, "dilation": dilation}
 
 
 def _list(value: Any) -> Any:

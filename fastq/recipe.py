@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastq.capture import Captured
 from fastq.graph import OPERATIONS, Graph, Node, check_target
-from fastq.lower import Ranges, Region, inputs_first
+from fastq.lower import Ranges, Region, turned
 from fastq.nn.network import NOTES, QuantizedModel, decode_value, encode_value
 from fastq.prepare import LAYERS, Prepared
 from fastq.qconfig import QConfig
@@ -136,7 +136,7 @@ class _Reader:
             scale = self.state[f"{node.name}.real_scale"].numpy()
             prepared.chosen[node] = data, scale
             real = torch.from_numpy(data * scale.reshape(-1, *[1] * (data.ndim - 1)))
-            node.tensors["weight"] = inputs_first(node, real)
+            node.tensors["weight"] = turned(node, real)
         return prepared
 
     def node(self, given: Mapping[str, Any], member: bool) -> Node:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from fastq.batches import Batches, arguments_of, explain
 from fastq.nn import LAYERS, QMultiheadAttention
-from fastq.nn.conv import outputs_first, products
+from fastq.nn.conv import products
 from fastq.nn.embedding import LEAST_ROW, QTable
 from fastq.nn.layer import QLayer
 from fastq.nn.recurrent import Recurrent
@@ -30,6 +30,7 @@ from fastq.observer import MinMaxObserver, Observer
 from fastq.processes import Processes
 from fastq.qparams import MAX_K
 from fastq.trace import Forward, Trace, plain_layer, trace
+from fastq.weights import outputs_first
 
 Selector = str | type[nn.Module]
 Result = Literal["int8 static", "int8 dynamic", "int8 weight", "folded", "float"]

@@ -125,6 +125,14 @@ def explicit_padding(
     return tuple((p, p) for p in several("padding", padding, axes, 0))
 
 
+def outputs_first(weight: Any, groups: int) -> Any:
+    """A transposed convolution's weight (C, N / groups, ...), an array or a tensor, as
+    (N, C / groups, ...); and back."""
+    c, n, *kernel = weight.shape
+    split = weight.reshape(groups, c // groups, n, *kernel).swapaxes(1, 2)
+    return split.reshape(groups * n, c // groups, *kernel)
+
+
 @dataclass(frozen=True, eq=False)
 class Conv2dWeight(_Panels):
     """int8 weight of a convolution and its geometry; the weight as in torch.nn.Conv2d.

@@ -171,6 +171,11 @@ def test_what_is_refused() -> None:
         ((q[..., :8], k, v), {}, "QLinear: x is"),
         ((q, k, v), {"attn_mask": torch.zeros(L, L)}, "attn_mask"),
         ((q, k, v), {"key_padding_mask": torch.zeros(B, L)}, "key_padding_mask"),
+        (
+            (q[0], k[0], v[0]),
+            {"key_padding_mask": torch.zeros(L)},
+            rf"mask \({L},\); wanted \({S},\)",
+        ),
         ((q, k, v), {"is_causal": True}, "is_causal says"),
     ]
     for arguments, given, message in wrong:

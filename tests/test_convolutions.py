@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 import fastq
 from fastq import QParams, reference
-from fastq.nn.conv import CONVOLUTIONS, QConv1d, QConv2d, QConv3d, QConvTranspose2d, outputs_first
+from fastq.nn.conv import CONVOLUTIONS, QConv1d, QConv2d, QConv3d, QConvTranspose2d
 from fastq.qparams import Dequant, quantize_weight
+from fastq.weights import outputs_first
 
 C, STATIC = 4, QParams(0.035, 131)
 MODES = {
@@ -159,10 +160,19 @@ def test_mixed_sizes() -> None:
 def test_images_keep_their_order(kind: Any) -> None:
     for given in ({"kernel_size": 3}, {"kernel_size": 2, "stride": 2}):
         module, layer = pair(kind, given)
-        for order in (torch.contiguous_format, torch.channels_last):
-            x = batch(kind).contiguous(memory_format=order)
-            assert layer(x).stride() == module(x).stride()
-            assert torch.equal(layer(x), definition(module, x, None))
+        n, c, h, w = batch(kind).shape
+        last = torch.randn(n, h, w, 2 * c).permute(0, 3, 1, 2)
+        images = [
+            torch.randn(n, c, h, w), last[:, :c].contiguous(memory_format=torch.channels_last),
+            last[:, c:], last[:, ::2], last[:, :c].flip(2), torch.randn(n, h + 2, w, c).permute(
+                0, 3, 1, 2)[:, :, 1:-1],  # those with gaps
+            torch.randn(h, w, n, c).permute(2, 3, 0, 1), torch.randn(n, c, 1, 1).expand(n, c, h, w),
+            torch.randn(n, c, w, h).mT, torch.randn(n, c, 1, 1),
+        ]  # fmt: skip
+        for x in images:
+            if min(x.shape[2:]) >= 3 or kind is QConvTranspose2d:
+                assert layer(x).stride() == module(x).stride()
+                assert torch.equal(layer(x), definition(module, x, None))
 
 
 def test_lines_of_features() -> None:
@@ -203,7 +213,8 @@ def test_output_size(kind: Any) -> None:
         assert torch.equal(y, definition(module, x, None, (extra,) * kind.AXES))
         assert torch.equal(layer(x, [2, 6, *wanted]), y)
         assert torch.equal(layer(x[0], wanted), layer(x[:1], wanted)[0])
-    for wrong in ([n * 3 + 5 for n in x.shape[2:]], [1] * kind.AXES):
+        assert torch.equal(layer(x[0], [6, *wanted]), layer(x[0], wanted))
+    for wrong in ([n * 3 + 5 for n in x.shape[2:]], [1] * kind.AXES, [], [9] * (kind.AXES + 1)):
         with pytest.raises(ValueError, match="output_size"):
             layer(x, wrong)
 
@@ -309,6 +320,13 @@ def test_what_is_refused() -> None:
                 layer(bad)
         with pytest.raises(RuntimeError, match="requires grad"):
             layer(batch(kind).requires_grad_())
+        for axis in range(kind.AXES):  # nothing but padding
+            padded = kind(C, 6, 3, padding=1)
+            size = [5] * kind.AXES
+            assert padded(torch.zeros(0, C, *size)).shape[:2] == (0, 6)
+            size[axis] = 0
+            with pytest.raises(ValueError, match=r"wanted 1 or more|frames, padding included"):
+                padded(torch.zeros(2, C, *size))
     for kind in CONVOLUTIONS[:3]:
         with pytest.raises(ValueError, match=r"smaller than the|frames, padding included"):
             kind(C, 6, 3)(torch.zeros(2, C, *[2] * kind.AXES))

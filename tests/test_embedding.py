@@ -87,6 +87,8 @@ def test_what_is_refused() -> None:
     _, layer = pair()
     with pytest.raises(TypeError, match="wanted int64 or int32 tokens"):
         layer(TOKENS.float())
+    with pytest.raises(ValueError, match="wanted the CPU"):
+        layer(TOKENS.to("meta"))
     for wrong in (50, -1):
         with pytest.raises(IndexError):
             layer(torch.tensor([wrong]))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastq.nn.layer import stay
+from fastq.nn.layer import check_kind, stay
 from fastq.nn.linear import QLinear
 
 PROJECTIONS = "q_proj", "k_proj", "v_proj", "out_proj"
@@ -84,11 +84,7 @@ class QMultiheadAttention(nn.Module):
         Raises TypeError unless `module` is an nn.MultiheadAttention, ValueError if it is not
         finite.
         """
-        if not isinstance(module, nn.MultiheadAttention):
-            raise TypeError(
-                f"{cls.__name__}.from_float: got {type(module).__name__}, wanted "
-                "torch.nn.MultiheadAttention"
-            )
+        check_kind(cls, module)
         made = cls(**cls.made_with(module))
         for name, (weight, bias) in _parts(module).items():
             part = SimpleNamespace(weight=weight, bias=bias, training=module.training)
@@ -181,7 +177,8 @@ class QMultiheadAttention(nn.Module):
         for key_more, value_more in more:
             k = torch.cat([k, key_more.expand(batch, 1, -1)], 1)
             v = torch.cat([v, value_more.expand(batch, 1, -1)], 1)
-        mask = self._mask(q, k.shape[1] - len(more), len(more), key_padding_mask, attn_mask)
+        keys = k.shape[1] - len(more)
+        mask = self._mask(q, keys, len(more), key_padding_mask, attn_mask, batched)
         q, k, v = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         dropout = self.dropout if self.training else 0.0
         weights = None
@@ -199,7 +196,13 @@ class QMultiheadAttention(nn.Module):
         return (y if self.batch_first else y.transpose(0, 1)), weights
 
     def _mask(
-        self, q: Tensor, keys: int, more: int, padding: Tensor | None, mask: Tensor | None
+        self,
+        q: Tensor,
+        keys: int,
+        more: int,
+        padding: Tensor | None,
+        mask: Tensor | None,
+        batched: bool,
     ) -> Tensor | None:
         """Both masks as one that is added to the scores (B, heads, L, keys + more), or None."""
         batch, length, _ = q.shape
@@ -214,9 +217,10 @@ class QMultiheadAttention(nn.Module):
             parts.append(mask if mask.dim() == 2 else mask.unflatten(0, (batch, -1)))
         if padding is not None:
             if padding.shape != (batch, keys):
+                first = 0 if batched else 1  # of what the caller gave
                 raise ValueError(
-                    f"QMultiheadAttention: key_padding_mask {tuple(padding.shape)}; wanted "
-                    f"{(batch, keys)}"
+                    f"QMultiheadAttention: key_padding_mask {tuple(padding.shape[first:])}; wanted "
+                    f"{(batch, keys)[first:]}"
                 )
             parts.append(padding[:, None, None, :])
         if not parts:

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from fastq.nn.layer import QLayer, accept, as_array, operands_of
 from fastq.ops import Operands, conv2d_float
-from fastq.weights import Conv2dWeight, explicit_padding, several
+from fastq.weights import Conv2dWeight, explicit_padding, outputs_first, several
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 NO_MORE = (0, 0, 0)
@@ -101,13 +101,6 @@ def products(
     return shape[0] // groups * prod(place.taps for place in _places(g, shape[2:]))
 
 
-def outputs_first(weight: Any, groups: int) -> Any:
-    """A transposed convolution's weight (C, N / groups, ...) as (N, C / groups, ...); and back."""
-    c, n, *kernel = weight.shape
-    split = weight.reshape(groups, c // groups, n, *kernel).swapaxes(1, 2)
-    return split.reshape(groups * n, c // groups, *kernel)
-
-
 def _phases(data: Any, g: _Geometry) -> Any:
     """A transposed convolution's (N, C / groups, *kernel) as the plain one's (N * places, C /
     groups, *taps): w[s * t + r] is tap t, from the end, of place r."""
@@ -160,10 +153,10 @@ def _run(
         return _plain(x, operands, kernel, g, False)
     last = _channels_last(x)
     wanted = g.sizes(x.shape[2:], kernel, more)
-    if min(wanted) < 1:
+    if min(*wanted, *x.shape[2:]) < 1:
         raise ValueError(
             f"convolution: a transposed one of {tuple(x.shape[2:])}, padding {tuple(g.padding)}, "
-            f"leaves {wanted}; wanted 1 or more"
+            f"leaves {wanted}; wanted 1 or more of both"
         )
     places = _places(g, kernel)
     axes = list(zip(places, g.stride, x.shape[2:], wanted, strict=True))
@@ -212,7 +205,7 @@ def _plain(
     x = F.pad(x, (0, 0, 0, 0, before, after))
     batch, channels, depth, h, w = x.shape
     count = (depth - apart * (kernel[0] - 1) - 1) // step + 1
-    if count < 1:
+    if count < 1 or depth == before + after:
         raise ValueError(
             f"convolution: {depth} frames, padding included, for a kernel of {kernel[0]} with "
             f"dilation {apart}"
@@ -232,6 +225,8 @@ def _images(x: Tensor, operands: Operands, last: bool) -> Tensor:
     n = weight.n
     if c != weight.c:
         raise ValueError(f"convolution: x has {c} channels, its weight is for {weight.c}")
+    if not (h and w):
+        raise ValueError(f"convolution: x {tuple(x.shape)} has no pixels; wanted 1 or more")
     dense = not last and x.is_contiguous()
     if (dense or x.is_contiguous(memory_format=torch.channels_last)) and not x.is_neg():
         oh, ow = weight.output_size(h, w)
@@ -250,8 +245,14 @@ def _images(x: Tensor, operands: Operands, last: bool) -> Tensor:
 
 
 def _channels_last(x: Tensor) -> bool:
-    """Whether the result is channels_last: of images that are."""
-    return not x.is_contiguous() and x.dim() == 4 and x.stride(1) == 1
+    """Whether the result is channels_last: of images whose strides are in that order, with gaps or
+    without, as torch has it (c10's is_channels_last_strides_2d)."""
+    if x.dim() != 4 or x.is_contiguous():
+        return False
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return True
+    (_, c, h, w), (image, channel, line, pixel) = x.shape, x.stride()
+    return bool(channel > 0 and pixel >= channel * c and line >= pixel * w and image >= line * h)
 
 
 class QConv(QLayer):
@@ -493,8 +494,14 @@ class _QConvTranspose(QConv):
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         x = self._accepted(x)
+        if output_size is not None and len(output_size) not in (self.AXES, x.dim()):
+            raise ValueError(
+                f"{type(self).__name__}: output_size {tuple(output_size)}; wanted {self.AXES} "
+                f"sizes, or all {x.dim()} of the result"
+            )
         if x.dim() == self.AXES + 1:
-            return self.forward(x.unsqueeze(0), output_size).squeeze(0)
+            sizes = None if output_size is None else output_size[-self.AXES :]
+            return self.forward(x.unsqueeze(0), sizes).squeeze(0)
         more = self.output_padding
         if output_size is not None:
             least = self._geometry.sizes(x.shape[2:], self.kernel_size, (0,) * self.AXES)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastq.graph import BAG_LAYER, EMBEDDING_LAYER, FUNCTIONS
-from fastq.nn.layer import QLayer
+from fastq.nn.layer import QLayer, check_kind
 from fastq.qparams import QParams
 
 # Of fewer values than these, as of the biases of attention's heads, a row stays float where a whole
@@ -43,7 +43,7 @@ class QTable(QLayer):
 
         Raises TypeError unless `module` is torch's of this kind, ValueError if it is not finite.
         """
-        cls._check_kind(module)
+        check_kind(cls, module)
         weight = module.weight.detach()
         if module.max_norm is not None:  # torch shortens the rows that it looks up
             weight, rows = weight.clone(), torch.arange(module.num_embeddings)
@@ -72,6 +72,10 @@ class QTable(QLayer):
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(
                 f"{type(self).__name__}: input is {tokens.dtype}; wanted int64 or int32 tokens"
+            )
+        if not tokens.is_cpu:
+            raise ValueError(
+                f"{type(self).__name__}: input is on {tokens.device}; wanted the CPU: input.cpu()"
             )
 
     def extra_repr(self) -> str:

@@ -104,16 +104,8 @@ class QLayer(nn.Module):
         input_qparams  uint8 QParams per tensor of the input, or None to quantize it dynamically.
         Raises TypeError unless `module` is torch's of this kind, ValueError if it is not finite.
         """
-        cls._check_kind(module)
+        check_kind(cls, module)
         return cls(**cls.made_with(module))._quantize(module, input_qparams)
-
-    @classmethod
-    def _check_kind(cls, module: Any) -> None:
-        if not isinstance(module, cls.FLOAT):
-            raise TypeError(
-                f"{cls.__name__}.from_float: got {type(module).__name__}, wanted "
-                f"torch.nn.{cls.FLOAT.__name__}"
-            )
 
     def to_float(self) -> Any:
         """torch's layer with the dequantized weight, weight * weight_scale, and the bias."""
@@ -258,6 +250,15 @@ class QLayer(nn.Module):
             scale, zero_point = self.input_scale.item(), self.input_zero_point.item()
             given = f"uint8 scale={scale:.4g} zero_point={zero_point}"
         return f"weight=int8 per channel, input={given}"
+
+
+def check_kind(kind: Any, module: Any) -> None:
+    """TypeError unless a module is torch's of this kind of layer."""
+    if not isinstance(module, kind.FLOAT):
+        raise TypeError(
+            f"{kind.__name__}.from_float: got {type(module).__name__}, wanted "
+            f"torch.nn.{kind.FLOAT.__name__}"
+        )
 
 
 def stay(name: str, fn: Callable[[Tensor], Tensor], hint: str = "") -> Callable[[Tensor], Tensor]:

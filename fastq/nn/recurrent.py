@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from fastq.graph import CELL_LAYER, FUNCTIONS, RECURRENT_LAYER
-from fastq.nn.layer import STATE, State, accept, as_array, operands_of
+from fastq.nn.layer import STATE, State, accept, as_array, check_kind, operands_of
 from fastq.nn.linear import QLinear
 from fastq.nn.linear import run as linear
 from fastq.ops import Operands, recurrent_float
@@ -251,11 +251,7 @@ class Recurrent(nn.Module):
 
         Raises TypeError unless `module` is torch's of this kind, ValueError if it is not finite.
         """
-        if not isinstance(module, cls.FLOAT):
-            raise TypeError(
-                f"{cls.__name__}.from_float: got {type(module).__name__}, wanted "
-                f"torch.nn.{cls.FLOAT.__name__}"
-            )
+        check_kind(cls, module)
         made = cls(**cls.made_with(module))
         for name, product in made.products.items():
             weight, bias = (getattr(module, f"{kind}_{name}", None) for kind in ("weight", "bias"))
