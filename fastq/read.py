@@ -35,6 +35,7 @@ _SAME = frozenset([
     "dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach",
     "lift_fresh_copy", "identity", "to", "_to_copy", "type_as",
 ])  # fmt: skip
+_WITH_INDICES = ("adaptive_max_pool1d", "adaptive_max_pool2d", "max")  # of int64
 _EXPANDED = ("expand", "expand_as", "broadcast_to")
 _TAKE_BOOL = ("scaled_dot_product_attention", *_EXPANDED)
 _GROWING = (*_EXPANDED, "repeat", "tile")  # with the batch, perhaps
@@ -259,7 +260,7 @@ class Reader:
         values = [v.meta.get("val") for v in (node, *node.all_input_nodes)]
         leaves = [v for v in pytree.tree_leaves(values) if isinstance(v, Tensor)]
         allowed = (torch.float32, *[torch.bool] * (name in _TAKE_BOOL))
-        if not name.startswith("adaptive_max_pool") and any(v.dtype not in allowed for v in leaves):
+        if name not in _WITH_INDICES and any(v.dtype not in allowed for v in leaves):
             return None
         x = a.get("self", a.get("input", a.get("query")))
         if name in _SAME and isinstance(x, Node) and _off(a):
@@ -938,15 +939,34 @@ class Reader:
         return None if y is None else [y, None]
 
     def read_mean(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
-        """Over height, width or both of an image: pooling. Over a sequence: the same."""
         x = a["self"]
         if not isinstance(x, Node) or a.get("dim") is None:
             return None
-        if len(x.shape) == 3 and [d % 3 for d in a["dim"]] == [1] and not a.get("keepdim"):
-            return self.mean_of_sequence(node, x)
+        dims = {d % len(x.shape) for d in a["dim"]}
+        if len(x.shape) == 3 and (dims != {1} or a.get("keepdim")):
+            return None  # of features: a part of a normalization
+        return self.over(node, "adaptive_avg_pool2d", x, dims, bool(a.get("keepdim")))
+
+    def read_amax(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a["self"]
+        if not isinstance(x, Node):
+            return None
+        dims = {d % len(x.shape) for d in a.get("dim") or range(len(x.shape))}
+        return self.over(node, "adaptive_max_pool2d", x, dims, bool(a.get("keepdim")))
+
+    def read_max(self, node: fx.Node, a: dict[str, Any]) -> Any:
+        """Along one axis: it returns indices as well, as the poolings do."""
+        if a.get("dim") is None or _takes_indices(node):
+            return None
+        y = self.read_amax(node, {**a, "dim": [a["dim"]]})
+        return None if y is None else [y, None]
+
+    def over(self, node: fx.Node, op: str, x: Node, dims: set[int], keepdim: bool) -> Node | None:
+        """Over height, width or both of an image, or one axis of a sequence: pooling."""
+        if len(x.shape) == 3 and dims in ({1}, {2}):
+            return self.over_sequence(node, op, x, dims == {1}, keepdim)
         if len(x.shape) != 4:
             return None
-        dims = {d % 4 for d in a["dim"]}
         channels_last = dims == {1, 2}  # (B, H, W, C), as many transformers hold images
         if channels_last:
             dims, order = {2, 3}, (0, 3, 1, 2)
@@ -956,25 +976,33 @@ class Reader:
             return None
         size = tuple(1 if d in dims else None for d in (2, 3))
         shape = tuple(1 if d in dims else n for d, n in enumerate(x.shape))
-        y = self.add(f"{node.name}_pool", "adaptive_avg_pool2d", [x],
-                     attrs={"output_size": size}, shape=shape)  # fmt: skip
+        y = self.add(f"{node.name}_pool", op, [x], attrs={"output_size": size}, shape=shape)
         y.layer, y.kind = self.where(node)
-        if a.get("keepdim"):
+        if keepdim:
             return self.permute(node, y, (0, 2, 3, 1)) if channels_last else y
-        return self.reshape(node, y, [n for d, n in enumerate(x.shape) if d not in dims])
+        kept = [n for d, n in enumerate(x.shape) if d not in dims]
+        return self.reshape(_of_one(node), y, kept)
 
-    def mean_of_sequence(self, node: fx.Node, x: Node) -> Node:
-        """(B, L, C) as an image of L x 1 pixels."""
-        b, length, c = x.shape
-        turned = self.add(f"{node.name}_turned", "permute", [x], attrs={"dims": (0, 2, 1)},
-                          shape=(b, c, length))  # fmt: skip
-        image = self.add(f"{node.name}_image", "reshape", [turned], shape=(b, c, length, 1),
+    def over_sequence(
+        self, node: fx.Node, op: str, x: Node, features_last: bool, keepdim: bool
+    ) -> Node | None:
+        """(B, C, L), or (B, L, C), as an image of L x 1 pixels."""
+        if features_last:
+            b, length, c = x.shape
+            x = self.add(f"{node.name}_turned", "permute", [x], attrs={"dims": (0, 2, 1)},
+                         shape=(b, c, length))  # fmt: skip
+        b, c, length = x.shape
+        image = self.add(f"{node.name}_image", "reshape", [x], shape=(b, c, length, 1),
                          attrs={"groups": (_axis(0), _axis(1), ((2,), (None, 1)))})  # fmt: skip
-        y = self.add(f"{node.name}_pool", "adaptive_avg_pool2d", [image],
+        y = self.add(f"{node.name}_pool", op, [image],
                      attrs={"output_size": (1, 1)}, shape=(b, c, 1, 1))  # fmt: skip
         y.layer, y.kind = self.where(node)
         groups = (_axis(0), ((1, 2, 3), (None,)))
-        return self.add(node, "reshape", [y], attrs={"groups": groups})
+        flat = self.add(f"{node.name}_flat" if keepdim else _of_one(node), "reshape", [y],
+                        attrs={"groups": groups}, shape=(b, c))  # fmt: skip
+        if not keepdim:
+            return flat
+        return self.reshape(_of_one(node), flat, (b, 1, c) if features_last else (b, c, 1))
 
     def read_upsample_nearest2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x = a.get("input", a.get("self"))
@@ -1298,6 +1326,11 @@ def _name(target: Any) -> str:
     """An operator's name, without its namespace and its overload; "" of what is none."""
     schema = getattr(target, "_schema", None)
     return "" if schema is None else schema.name.split("::")[1]
+
+
+def _of_one(node: fx.Node) -> fx.Node | str:
+    """What `add` names a node's value by: of several, the first one's name."""
+    return node if isinstance(node.meta["val"], Tensor) else f"{node.name}_0"
 
 
 def _used(graph: fx.Graph) -> set[fx.Node]:

@@ -692,3 +692,57 @@ def test_a_float_operator_that_moves_values_has_a_range_of_its_own(name: str) ->
     with torch.no_grad():
         error = int8(x) - model(x)
         assert error.square().sum() < 1e-3 * model(x).square().sum()
+
+
+MAXIMA: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+    "amax": (4, lambda x: x.amax((2, 3))),
+    "amax, axes kept": (4, lambda x: x.amax((-1, -2), keepdim=True).flatten(1)),
+    "max of max": (4, lambda x: x.max(dim=3)[0].max(dim=2).values),
+    "max of max, axes kept": (4, lambda x: x.max(2, True)[0].max(3, True)[0].flatten(1)),
+    "features last": (4, lambda x: x.permute(0, 2, 3, 1).amax((1, 2))),
+    "of a sequence": (3, lambda x: x.max(2)[0]),
+    "of a sequence, its axis kept": (3, lambda x: torch.max(x, 2, keepdim=True)[0].view(-1, 16)),
+    "of a sequence, features last": (3, lambda x: x.transpose(1, 2).amax(1)),
+    "features last, kept": (3, lambda x: x.transpose(1, 2).max(1, keepdim=True)[0].squeeze(1)),
+}
+
+
+@pytest.mark.parametrize("name", MAXIMA)
+def test_the_largest_is_a_pooling(name: str) -> None:
+    """However it is spelled, it becomes the program of adaptive max pooling."""
+    axes, largest = MAXIMA[name]
+    pooling = nn.AdaptiveMaxPool1d(1) if axes == 3 else nn.AdaptiveMaxPool2d(1)
+
+    class Net(nn.Module):
+        def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.first = nn.Conv1d(3, 16, 1) if axes == 3 else nn.Conv2d(3, 16, 3)
+            self.reduce, self.last = reduce, nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.last(self.reduce(self.first(x)))
+            return y
+
+    model = Net(largest).eval()
+    other = Net(lambda x: pooling(x).flatten(1)).eval()
+    other.load_state_dict(model.state_dict())
+    x = torch.rand(8, 3, *[12, 10][: axes - 2])
+    int8, want = (fastq.quantize_model(m, x, progress=False, strict=True) for m in (model, other))
+    assert len(int8.programs) == 1
+    assert torch.equal(int8(x[:3]), want(x[:3]))
+
+
+def test_where_the_largest_is_found_stays_float() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv1d(3, 16, 1), nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            values, places = self.first(x).max(2)
+            return self.last(values), places
+
+    x = torch.rand(8, 3, 10)
+    model = Net().eval()
+    (y, places), (wanted, _) = fastq.quantize_model(model, x, progress=False)(x), model(x)
+    assert places.dtype == torch.int64 and noise_ratio(wanted.detach(), y) > 30
