@@ -259,7 +259,7 @@ def requantize(
     Raises TypeError and ValueError for arguments outside of this.
     Source: ONNX QLinearMatMul and QLinearConv.
     """
-    asked = "requantize", dtype, qmin, qmax
+    asked = "requantize", dtype, qmin, qmax, type(qmin), type(qmax)
     again = _again(asked, acc, multiplier, zero_point, axis, out)
     if again is not None:
         return again
@@ -369,13 +369,19 @@ def _elementwise(
     """asked as of `_again`, dtype and ends as of a `_Walk`. Arrays of scales and zero points are
     copies: `out` may lie over what the caller gave."""
     name = asked[0]
-    key = asked, axis, x.dtype, x.shape, x.strides
-    walk = _walks.get(key)
+    if axis is not None and not isinstance(axis, _INTEGERS):
+        raise TypeError(f"{name}: axis={axis!r}; wanted an int")
+    key: tuple[Any, ...] = asked, axis, x.dtype, x.shape, x.strides
+    try:
+        walk = _walks.get(key)
+    except TypeError:  # what was given for a dtype cannot be hashed: not remembered
+        key, walk = (), None
     if walk is None:
         walk = _walk(name, operation, x, dtype, axis, ends)
         if len(_walks) >= _MOST_CHECKED:
             _walks.clear()
-        _walks[key] = walk
+        if key:
+            _walks[key] = walk
     if axis is None:
         if not (isinstance(scale, float) and isinstance(zero_point, int)):
             raise ValueError(

@@ -173,6 +173,13 @@ def test_images_keep_their_order(kind: Any) -> None:
             if min(x.shape[2:]) >= 3 or kind is QConvTranspose2d:
                 assert layer(x).stride() == module(x).stride()
                 assert torch.equal(layer(x), definition(module, x, None))
+    module = kind.FLOAT(1, 8, 3, padding=1)
+    layer = kind.from_float(module)
+    for shape in ((2, 1, 8, 9), (2, 1, 5, 1), (3, 1, 1, 1)):
+        for order in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(shape).to(memory_format=order)  # both at once
+            assert layer(x).stride() == module(x).stride()
+            assert torch.equal(layer(x), definition(module, x, None))
 
 
 def test_lines_of_features() -> None:

@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rows import guarded
 from test_ops import assert_same, epilogues, s8, u8
+from torch import nn
 
+import fastq
 from fastq import ops, reference
 from fastq.kernels import convolution, products
+from fastq.kernels.isa import using
 from fastq.kernels.simd import emitter
 from fastq.kernels.tiles import dot_pays, dot_tiles
 from fastq.qparams import Requant
@@ -112,3 +116,17 @@ def test_they_are_taken_where_they_take_less_time() -> None:
         assert dot_pays(isa, 1, 1, 64) and dot_pays(isa, 3, 3, 192)
         assert not dot_pays(isa, 0, 1, 64) and not dot_pays(isa, 16, 3, 192)
     assert dot_pays("avx512_vnni", 1, 1, 16) and not dot_pays("avx_vnni", 1, 1, 16)
+
+
+@pytest.mark.parametrize("kernel", [(1, 2), (1, 3), (2, 2), (3, 3), (3, 1)])
+def test_a_channel_of_one_byte_between_products(
+    isa: str, rng: Any, kernel: tuple[int, int]
+) -> None:
+    """K-steps of 4 may overlap the pixels of one channel; those of a vector want them padded."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 1, 3), nn.ReLU(), nn.Conv2d(1, 1, kernel)).eval()
+    x = torch.rand(2, 16, 20, 21)
+    int8 = fastq.quantize_model(model, x, progress=False)
+    with using("generic"):
+        want = fastq.quantize_model(model, x, progress=False)(x)
+    assert torch.equal(int8(x), want)

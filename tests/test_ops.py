@@ -907,6 +907,7 @@ def test_arrays_that_were_walked_before_are_checked_again(rng: Any) -> None:
                 assert ops.quantize(array, **named, out=out) is out
                 assert_same(out, want)
         assert_same(ops.quantize(array, 20.0), reference.quantize(array, 20.0))
+    ops.quantize(x, scale=np.ones(8), axis=1)
     for least in (0, 7):
         for _ in range(2):
             want = reference.requantize(acc, 0.02, 9, qmin=least)
@@ -928,6 +929,8 @@ def test_arrays_that_were_walked_before_are_checked_again(rng: Any) -> None:
         (ops.requantize, {"acc": acc, "multiplier": -1.0}, "multiplier"),
         (ops.requantize, {"acc": acc, "multiplier": 0.1, "qmin": 9, "qmax": 8}, "qmin=9"),
         (ops.requantize, {"acc": acc, "multiplier": 0.1, "qmin": 0.5}, "wanted integers"),
+        (ops.requantize, {"acc": acc, "multiplier": 0.02, "qmin": 0.0}, "wanted integers"),
+        (ops.quantize, {"x": x, "scale": np.ones(8), "axis": 1.0}, "wanted an int"),
         (ops.requantize, {"acc": x, "multiplier": 0.1}, "wanted int32"),
     ]
     for function, named, message in wrong:

@@ -55,6 +55,7 @@ class Layer:
     """
 
     kernel_size = 1, 1  # of a convolution
+    channels: int  # and of its input
     needs_dense_pixels = False
     group = 0  # as in a Tile
     by_dots: Callable[[], Layer] | None = None  # the same for dot.py, where it takes less time
@@ -193,7 +194,7 @@ class Layer:
         if self.by_dots is None or given.per_row:
             return False
         layer, x = self.by_dots(), views[0]
-        if layer.needs_dense_pixels and x.strides[-2] != x.shape[-1] * x.item:
+        if layer.needs_dense_pixels and x.strides[-2] != layer.channels * x.item:
             return False
         walk = layer.walk(views)
         if not walk.folds(layer.fold, len(self.col_sums)):

@@ -247,12 +247,14 @@ def _images(x: Tensor, operands: Operands, last: bool) -> Tensor:
 def _channels_last(x: Tensor) -> bool:
     """Whether the result is channels_last: of images whose strides are in that order, with gaps or
     without, as torch has it (c10's is_channels_last_strides_2d)."""
-    if x.dim() != 4 or x.is_contiguous():
+    if x.dim() != 4:
         return False
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return True
-    (_, c, h, w), (image, channel, line, pixel) = x.shape, x.stride()
-    return bool(channel > 0 and pixel >= channel * c and line >= pixel * w and image >= line * h)
+    image, channel, line, pixel = x.stride()
+    if pixel < channel or not channel:
+        return False  # the most usual
+    b, c, h, w = x.shape
+    ordered = pixel >= channel * c and line >= pixel * w and image >= line * h
+    return bool(ordered and b * c * h * w > 0 and line * h != channel)  # of one value: contiguous
 
 
 class QConv(QLayer):
