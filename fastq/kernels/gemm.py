@@ -26,6 +26,8 @@ Depthwise convolutions share all of this but the inner loop, see depthwise.py; t
 channels, and up to NR - 1 bytes beyond the last channel of a row may be read. A row is a run of
 `outputs` pixels, OUT_PIXEL and ADD_PIXEL apart, "table" their way of finding rows.
 
+So do products of few columns, see dot.py: there NR lanes are a few rows' columns.
+
 A task is one (image, block of MC rows, group, tile's panels), the last running fastest.
 """
 
