@@ -956,7 +956,8 @@ class Reader:
 
     def read_max(self, node: fx.Node, a: dict[str, Any]) -> Any:
         """Along one axis: it returns indices as well, as the poolings do."""
-        if a.get("dim") is None or _takes_indices(node):
+        by_axis = a.get("dim") is not None  # else it is a scalar, or the larger of two
+        if not by_axis or node.meta["val"][0].dtype is not torch.float32 or _takes_indices(node):
             return None
         y = self.read_amax(node, {**a, "dim": [a["dim"]]})
         return None if y is None else [y, None]

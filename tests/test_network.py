@@ -732,6 +732,22 @@ def test_the_largest_is_a_pooling(name: str) -> None:
     assert torch.equal(int8(x[:3]), want(x[:3]))
 
 
+def test_the_largest_integer_is_no_value_of_a_program() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv1d(3, 16, 1), nn.Linear(16, 5)
+
+        def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+            y = self.first(x).amax(2) * (counts.max(2)[0] + counts.amax(2)).float()
+            return self.last(y)  # type: ignore[no-any-return]
+
+    x, counts = torch.rand(8, 3, 10), torch.randint(300, (8, 16, 4))
+    model = Net().eval()
+    int8 = quantized(model, (x, counts))
+    assert noise_ratio(model(x, counts).detach(), int8(x, counts)) > 30
+
+
 def test_where_the_largest_is_found_stays_float() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
