@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastq.graph import VOLUMES, Graph, Node, Ref
-from fastq.weights import outputs_first
+from fastq.weights import scale_outputs
 
 CLAMPING = ("conv2d", "linear", "conv_transpose2d", "add", "mul", "affine", "avg_pool2d",
             "adaptive_avg_pool2d")  # fmt: skip
@@ -159,9 +159,7 @@ def fold(
     """Weight and bias of a product whose result is then multiplied and shifted, per output."""
     weight, factor = tensors["weight"].double(), factor.double()
     groups = layer.attrs["groups"] if layer.op.startswith("conv_transpose") else 0
-    weight = outputs_first(weight, groups) if groups else weight
-    weight = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
-    weight = outputs_first(weight, groups) if groups else weight
+    weight = scale_outputs(weight, factor, groups)
     bias = shift.double()
     if "bias" in tensors:
         bias = tensors["bias"].double() * factor + bias

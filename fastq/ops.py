@@ -291,44 +291,68 @@ _histogram_calls = Calls()
 _MOST_CHECKED = 64  # kinds of calls that are remembered, of a weight and of whole arrays
 
 
+class _Known(NamedTuple):
+    """A call that was checked before: its output, and what runs it.
+
+    size   bytes of the output.   span  of the input: its first and its last byte, from its address.
+    idle   calls that nobody uses, or none: then make() makes one. Of `linear` and `conv2d` it holds
+           the layer and with it the epilogue: the id in a key stays that object's.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    size: int
+    span: tuple[int, int]
+    idle: list[Call]
+    make: Callable[[], Call]
+
+    def run(
+        self, name: str, x: NDArray[Any], at: int, out: Any, source: int, step: int = 0,
+        zero: int = 0,
+    ) -> NDArray[Any]:  # fmt: skip
+        """Into `out` or a new array. x lies at `at` and is read at source: there, or in a copy."""
+        shape, dtype, size, (first, last), idle, make = self
+        if out is None:
+            out = np.empty(shape, dtype)
+            to = address_of(out)
+        else:  # as `_output`, in a third of the time where x is plainly apart from it
+            fits = type(out) is np.ndarray and out.shape == shape and out.dtype is dtype
+            fits = fits and out.flags.carray
+            to = address_of(out) if fits else at
+            if not fits or (to + size > at + first and to <= at + last):
+                to = address_of(_output(name, out, shape, dtype, x))
+        try:
+            call = idle.pop()
+        except IndexError:
+            call = make()
+        call.run(source, to, step, zero, 0)
+        idle.append(call)
+        return out  # type: ignore[no-any-return]
+
+
 class _Walk(NamedTuple):
     """How arrays of one dtype, shape and strides are walked.
 
-    result      shape, dtype, size and span as of a `_Known`.
-    ends        its qmin and qmax; of `dequantize` the least and the most integer.
-    params      how many scales and zero points there are along the axis.
-    dense       whether as they lie; else a copy of them.
-    idle, make  calls that nobody uses; and one more.
+    known   what runs it.
+    ends    qmin and qmax of the result; of `dequantize` the least and the most integer.
+    params  how many scales and zero points there are along the axis.
+    dense   whether as they lie; else a copy of them.
     """
 
-    result: tuple[tuple[int, ...], np.dtype[Any], int, tuple[int, int]]
+    known: _Known
     ends: tuple[int, int]
     params: int
     dense: bool
-    idle: list[Call]
-    make: Callable[[], Call]
 
     def run(
         self, name: str, x: NDArray[Any], step: int, zero: int, out: NDArray[Any] | None
     ) -> NDArray[Any]:
         """step and zero are a float32's bits and an integer, or the addresses of arrays."""
-        wanted, _, _, dense, idle, make = self
-        at = address_of(x)
-        if out is None:
-            out = np.empty(wanted[0], wanted[1])
-            to = address_of(out)
-        else:
-            to = _address_to(name, out, wanted, x, at)
-        if not dense or at % x.itemsize:
-            x = np.require(x, requirements=["C", "A"])
-            at = address_of(x)
-        try:
-            call = idle.pop()
-        except IndexError:
-            call = make()
-        call.run(at, to, step, zero, 0)
-        idle.append(call)
-        return out
+        source = at = address_of(x)
+        if not self.dense or at % x.itemsize:
+            copy = np.require(x, requirements=["C", "A"])
+            source = address_of(copy)
+        return self.known.run(name, x, at, out, source, step, zero)
 
 
 _walks: dict[tuple[Any, ...], _Walk] = {}
@@ -422,8 +446,8 @@ def _walk(
         _elementwise_call, operation, _KIND[x.dtype], _KIND[dtype], layout, rows, columns, params,
         *ends,
     )  # fmt: skip
-    result = x.shape, dtype, x.size * dtype.itemsize, _span(x)
-    return _Walk(result, ends, params, x.flags.c_contiguous, [], make)
+    known = _Known(x.shape, dtype, x.size * dtype.itemsize, _span(x), [], make)
+    return _Walk(known, ends, params, x.flags.c_contiguous)
 
 
 _pack_float, _unpack_float = struct.Struct("f").pack, struct.Struct("f").unpack
@@ -557,22 +581,6 @@ def _histogram_call(size: int, lanes: int) -> Call:
     return call
 
 
-class _Known(NamedTuple):
-    """A call of `linear` or `conv2d` that was checked before: its output, and what runs it.
-
-    size   bytes of the output.   span  of the input: its first and its last byte, from its address.
-    idle   calls that nobody uses, or none: then make() makes one. It holds the layer and with it
-           the epilogue: the id in a key stays that object's.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    size: int
-    span: tuple[int, int]
-    idle: list[Call]
-    make: Callable[[], Call]
-
-
 def _repeat(
     name: str, kind: type, x: Any, weight: Any, epilogue: Any, zero_point: Any, add: Any, out: Any
 ) -> tuple[NDArray[Any] | None, Any]:
@@ -587,19 +595,7 @@ def _repeat(
     known = weight.checked.get(key)
     if known is None:
         return None, key
-    shape, dtype, _, _, idle, make = known
-    if out is None:
-        out = np.empty(shape, dtype)
-        to = address_of(out)
-    else:
-        to = _address_to(name, out, known[:4], x, at)
-    try:
-        call = idle.pop()
-    except IndexError:
-        call = make()
-    call.run(at, to, 0, 0, 0)
-    idle.append(call)
-    return out, key
+    return known.run(name, x, at, out, at), key
 
 
 def _remember(
@@ -617,17 +613,6 @@ def _span(x: NDArray[Any]) -> tuple[int, int]:
     """Where the first and the last byte of an array are, from its address."""
     reach = [(n - 1) * step for n, step in zip(x.shape, x.strides, strict=True)]
     return sum(min(r, 0) for r in reach), sum(max(r, 0) for r in reach) + x.itemsize - 1
-
-
-def _address_to(name: str, out: Any, wanted: tuple[Any, ...], x: NDArray[Any], at: int) -> int:
-    """The address of `_output`, in a third of its time where x, which lies at `at`, is plainly
-    apart from it; wanted as a `_Known` begins."""
-    shape, dtype, size, (first, last) = wanted
-    if type(out) is np.ndarray and out.shape == shape and out.dtype is dtype and out.flags.carray:
-        to = address_of(out)
-        if to + size <= at + first or to > at + last:
-            return to
-    return address_of(_output(name, out, shape, dtype, x))
 
 
 def linear(

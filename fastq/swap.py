@@ -30,7 +30,7 @@ from fastq.observer import MinMaxObserver, Observer
 from fastq.processes import Processes
 from fastq.qparams import MAX_K
 from fastq.trace import Forward, Trace, plain_layer, trace
-from fastq.weights import outputs_first
+from fastq.weights import scale_outputs
 
 Selector = str | type[nn.Module]
 Result = Literal["int8 static", "int8 dynamic", "int8 weight", "folded", "float"]
@@ -573,10 +573,7 @@ def fold_batch_norm(layer: Any, batch_norm: Any) -> None:
     """
     factor, shift = _affine(batch_norm)
     groups = layer.groups if getattr(layer, "transposed", False) else 0
-    weight = layer.weight.detach().double()
-    weight = outputs_first(weight, groups) if groups else weight
-    weight = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
-    weight = outputs_first(weight, groups) if groups else weight
+    weight = scale_outputs(layer.weight.detach().double(), factor, groups)
     bias = shift if layer.bias is None else layer.bias.detach().double() * factor + shift
     layer.weight = nn.Parameter(weight.float())
     layer.bias = nn.Parameter(bias.float())

@@ -133,6 +133,13 @@ def outputs_first(weight: Any, groups: int) -> Any:
     return split.reshape(groups * n, c // groups, *kernel)
 
 
+def scale_outputs(weight: Any, factor: Any, groups: int = 0) -> Any:
+    """A weight times a factor for each of its outputs; groups: of a transposed convolution."""
+    first = outputs_first(weight, groups) if groups else weight
+    first = first * factor.reshape(-1, *[1] * (first.ndim - 1))
+    return outputs_first(first, groups) if groups else first
+
+
 @dataclass(frozen=True, eq=False)
 class Conv2dWeight(_Panels):
     """int8 weight of a convolution and its geometry; the weight as in torch.nn.Conv2d.

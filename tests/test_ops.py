@@ -924,6 +924,7 @@ def test_arrays_that_were_walked_before_are_checked_again(rng: Any) -> None:
         (ops.quantize, {"x": x, "scale": 0.1, "quantize_factor": 20.0}, "both"),
         (ops.quantize, {"x": x, "scale": 0.1, "out": np.zeros((6, 8), np.int8)}, "out is"),
         (ops.quantize, {"x": x, "scale": 0.1, "out": q[:, ::-1]}, "C-contiguous"),
+        (ops.quantize, {"x": x[:0], "scale": 0.1, "out": q}, "out is"),
         (ops.dequantize, {"q": q, "scale": 0.1, "zero_point": -1}, "zero_point"),
         (ops.dequantize, {"q": x, "scale": 0.1}, "wanted uint8, int8"),
         (ops.requantize, {"acc": acc, "multiplier": -1.0}, "multiplier"),

@@ -75,7 +75,6 @@ class PackedConv2d(Layer):
         self.channels = weight.c if row * weight.c // self.groups >= KR else KR
         if dots:
             packed = packed_dots(weight, isa, self._filters)
-            self.fold = packed.nr // weight.n
         else:
             packed = packed_weight(weight, isa, self._filters, self.group)
             taps, run = kh * kw // row, row * self.channels
@@ -283,10 +282,7 @@ class PackedDepthwise(Layer):
         x, out = views[:2]
         batch, oh, ow, _ = out.shape
         sizes = (self.outputs, self.fold) if self.down else (1, self.outputs)
-        lines, pixels = (
-            np.minimum(np.arange(0, total, size), max(total - size, 0))
-            for total, size in zip((oh, ow), sizes, strict=True)
-        )
+        lines, pixels = map(step_starts, (oh, ow), sizes)
         alone = (oh if self.down else ow) < self.outputs
         operands = []
         for view, (sh, sw) in zip(views, (self.weight.stride, (1, 1), (1, 1)), strict=False):

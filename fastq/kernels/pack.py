@@ -36,7 +36,10 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any, align: int = 64) -> NDArra
 
 
 def step_starts(run: int, depth: int = KR) -> NDArray[np.int64]:
-    """Where the K-steps of a run begin: 0, depth, 2 * depth, ..., the last at run - depth, or 0."""
+    """Where the K-steps of a run begin: 0, depth, 2 * depth, ..., the last at run - depth, or 0.
+
+    So do the pieces of a line of rows that are so many at a time.
+    """
     return np.minimum(np.arange(-(-run // depth)) * depth, max(run - depth, 0))
 
 

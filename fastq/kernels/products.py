@@ -107,6 +107,8 @@ class Layer:
         """Keeps the packed weight, and the per-column operands padded to whole panels."""
         self.packed, self.groups = packed, groups
         n = len(self.col_sums)
+        if packed.kind == "dot":
+            self.fold = packed.nr // n
         scale: Any = np.float32(1)
         bias: NDArray[Any] = np.zeros(n, np.int32)
         clamp, zero_point, add = (0.0, 0.0), 0, (0.0, 0)
@@ -294,8 +296,7 @@ def bands_of(m: int, line: int, most: int) -> tuple[int, NDArray[np.int64]]:
     """
     count = -(-line // most)
     band = -(-line // count)
-    firsts = np.minimum(np.arange(count) * band, line - band)
-    return band, np.add.outer(np.arange(0, m, line), firsts).reshape(-1)
+    return band, np.add.outer(np.arange(0, m, line), step_starts(line, band)).reshape(-1)
 
 
 @dataclass
@@ -339,7 +340,7 @@ class Walk(NamedTuple):
 
     def folded(self, fold: int) -> Walk:
         """So many rows of a line as one; the last of a line may overlap the one before."""
-        runs = np.minimum(np.arange(-(-self.line // fold)) * fold, self.line - fold)
+        runs = step_starts(self.line, fold)
         firsts = np.add.outer(np.arange(0, self.m, self.line), runs).reshape(-1)
         operands = [
             replace(r, row=r.row * fold, offsets=r.at(firsts), neighbour=r.row)
@@ -425,9 +426,7 @@ class PackedLinear(Layer):
         self.run_length = max(weight.k, KR)
         pack = packed_dots if dots else packed_weight
         packed = pack(weight, isa, lambda: [self._filters(weight)])
-        if dots:
-            self.fold = packed.nr // self.n
-        elif dot_pays(isa, self.n, 1, self.run_length):
+        if not dots and dot_pays(isa, self.n, 1, self.run_length):
             given = weight, epilogue, x_zero_point, isa
             self.by_dots = functools.cache(functools.partial(PackedLinear, *given, dots=True))
         self.pad_operands(packed, 1)
