@@ -19,7 +19,7 @@ multiplications remains; where it takes four bytes at once (VNNI), half of the i
 A task works through units, one after the other, each a block of MB tiles of 4 x 4 outputs against
 a panel of NR filters. All that it needs between is in its own scratch:
 
-    once a block   B d B' of each tile                           [tile][36][C] int16
+    once a block   B d B' of each tile                           [36][tile][C] int16
     once a unit    for each two of the six lines of 6 positions
                      G g G' of the panel                         [12][C / 4][NR][4] int16
                      12 products of MB tiles by NR columns       [36][MB][NR] int32
@@ -84,9 +84,9 @@ INVERSE_OF_9 = pow(9, -1, 2**32)
 (
     LINE, PIXEL, HEIGHT, WIDTH, C,
     OUT_LINE, OUT_PIXEL, OUT_HEIGHT, OUT_WIDTH, ADD_LINE, ADD_PIXEL,
-    DOWN, ACROSS, TILES, MB, PANELS, TASKS, SCRATCH, SLOT, FILTERS, SUMS, FILTER, SUM,
+    DOWN, ACROSS, TILES, MB, PANELS, TASKS, SCRATCH, SLOT, FILTERS, SUMS, POSITION, FILTER, SUM,
     FIELDS,
-) = range(f.FIELDS, f.FIELDS + 24)  # fmt: skip
+) = range(f.FIELDS, f.FIELDS + 25)  # fmt: skip
 
 
 def is_exact(weight: NDArray[np.int8]) -> bool:
@@ -127,9 +127,9 @@ class Split:
         # AVX512-VNNI: the products, and the transforms as if they were products
         products = self.blocks * (34 * self.mb + 160) + self.tiles * (350 / n + 650 / c)
         self.cost = products * (emitter(isa).side_by_side // 2)  # these sum two at once
-        self.activations = POSITIONS * c * 2 * self.mb  # bytes of a task's scratch, and so on
-        self.filter = c * 2 * nr + PAD  # of a position, and so on
-        self.sum = 4 * self.mb * nr + PAD
+        self.position = c * 2 * self.mb + PAD  # bytes of activations, and so on
+        self.activations = POSITIONS * self.position  # of a task's scratch, and so on
+        self.filter, self.sum = c * 2 * nr + PAD, 4 * self.mb * nr + PAD
         self.filters, self.sums = AT_ONCE * self.filter, POSITIONS * self.sum
 
     @property
@@ -178,6 +178,7 @@ def winograd_row(
         SLOT: slot,
         FILTERS: split.activations,
         SUMS: split.activations + split.filters,
+        POSITION: split.position,
         FILTER: split.filter,
         SUM: split.sum,
     }
@@ -260,7 +261,7 @@ def _both_ways(
 
 
 def _emit_read(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
-    """B d B' of the tile at (image, down, across), to the address `target`: [36][C] int16.
+    """B d B' of the tile at (image, down, across), to the address `target`: [36][..][C] int16.
 
     What lies beyond the image is read as its last line and pixel: no valid output depends on it.
     """
@@ -294,7 +295,7 @@ def _emit_read(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
         d = [[activations(line, pixel) for pixel in pixels] for line in here]
         values = _both_ways(b, _activation_line, d)
         for i, position in enumerate(ORDER):
-            store(b, values[position], out, b.add(b.mul(channels, i64(2 * i)), at))
+            store(b, values[position], out, b.add(b.mul(field(POSITION), i64(i)), at))
 
     emit_loop(b, i64(0), b.add(channels, i64(kind.count - 1)), kind.count, (), channel)
 
@@ -302,38 +303,38 @@ def _emit_read(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
 def emit_multiply(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
     """The products of `count` tiles at `block` and the filters of a pair of lines, to `target`."""
     pair, block, filters, count, target = place
-    channels = field(C)
-    tile_bytes, position = b.mul(channels, i64(2 * POSITIONS)), b.mul(channels, i64(2))
-    filter_bytes, sums_bytes = field(FILTER), field(SUM)
+    channels, position = field(C), field(POSITION)
+    tile_bytes, filter_bytes, sums_bytes = b.mul(channels, i64(2)), field(FILTER), field(SUM)
     first, last = b.mul(pair, i64(AT_ONCE)), b.sub(count, i64(1))
     activations = address(b, b.inttoptr(block, ptr), b.mul(first, position))
     sums = address(b, b.inttoptr(target, ptr), b.mul(first, sums_bytes))
     simd = emitter(tile.isa)
     zeros = [const(simd.acc, 0)] * (tile.nr // simd.lanes)
 
-    def tiles(m: Any) -> None:
-        rows = []
-        for i in range(tile.mr):  # of fewer tiles, the last is repeated
-            index = b.add(m, i64(i))
-            index = b.select(b.icmp_signed("<", index, last), index, last)
-            rows.append(address(b, activations, b.mul(index, tile_bytes)))
-        out = address(b, sums, b.mul(m, i64(4 * tile.nr)))
+    def products(q: Any) -> None:
+        here = address(b, activations, b.mul(q, position))
+        panel = address(b, b.inttoptr(filters, ptr), b.mul(q, filter_bytes))
+        out = address(b, sums, b.mul(q, sums_bytes))
 
-        def products(q: Any) -> None:
-            here = [address(b, row, b.mul(q, position)) for row in rows]
-            panel = address(b, b.inttoptr(filters, ptr), b.mul(q, filter_bytes))
+        def tiles(m: Any) -> None:
+            rows = []
+            for i in range(tile.mr):  # of fewer tiles, the last is repeated
+                index = b.add(m, i64(i))
+                index = b.select(b.icmp_signed("<", index, last), index, last)
+                rows.append(address(b, here, b.mul(index, tile_bytes)))
             found = emit_k_loop(
-                b, tile, here, [panel], lambda step: b.mul(step, i64(8)),
+                b, tile, rows, [panel], lambda step: b.mul(step, i64(8)),
                 b.udiv(channels, i64(KR)), zeros, wide=True,
             )  # fmt: skip
-            at = b.mul(q, sums_bytes)
+            at = b.mul(m, i64(4 * tile.nr))
             for i, row in enumerate(found):
                 for j, value in enumerate(row):
                     store(b, value, out, b.add(at, i64(4 * (i * tile.nr + j * simd.lanes))))
 
-        emit_loop(b, i64(0), i64(AT_ONCE), 1, (), products)
+        emit_loop(b, i64(0), b.add(count, i64(tile.mr - 1)), tile.mr, (), tiles)
 
-    emit_loop(b, i64(0), b.add(count, i64(tile.mr - 1)), tile.mr, (), tiles)
+    # a position's filters stay in the first cache while the tiles pass
+    emit_loop(b, i64(0), i64(AT_ONCE), 1, (), products)
 
 
 def _emit_filters(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
@@ -491,7 +492,7 @@ def winograd_kernel(tile: Tile, epilogue: str) -> Any:
                     for i in range(count):
                         at = (first + i) % an_image
                         place = (first + i) // an_image, at // across, at % across
-                        target = activations + i * 2 * POSITIONS * channels
+                        target = activations + i * 2 * channels
                         _do(config, "read", args, (*place, target))
                 panel = unit % panels
                 for pair in range(pairs):
