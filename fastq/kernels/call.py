@@ -38,6 +38,19 @@ class At:
 
 
 SCRATCH = -1  # the base that stands for the thread's workspace: bases[0] of the executor's
+
+
+@dataclass(frozen=True)
+class Slots:
+    """`size` bytes of the workspace for each task of a row: the field has the first one's address,
+    the next field how far they are apart.
+
+    These are the same for all rows: in a core's cache would else be what another one writes next.
+    """
+
+    size: int
+
+
 Place = NDArray[Any] | At
 
 
@@ -141,15 +154,22 @@ class Call:
         self._arguments = arguments
         self._table: executor.Table | None = None
         self._kept: list[Any] = []  # what the table and the blocks point to
-        self.scratch_bytes = 0  # of the workspace, at most at once
-        self._scratch_taken = 0
+        self.scratch_bytes = 0  # of the workspace, in all
+        self._scratch_taken = self._scratch_most = 0  # now, and at most at once
+        self._slotted: list[tuple[NDArray[np.int64], int]] = []  # blocks, and fields, with slots
+        self._slots = self._slot_bytes = 0
 
     def scratch(self, size: int) -> At:
         """`size` fresh bytes of the workspace, 64-byte aligned."""
         offset = self._scratch_taken
         self._scratch_taken += -(-size // 64) * 64
-        self.scratch_bytes = max(self.scratch_bytes, self._scratch_taken)
+        self._scratch_most = max(self._scratch_most, self._scratch_taken)
+        self._measure()
         return At(SCRATCH, offset)
+
+    def _measure(self) -> None:
+        """The slots lie behind all else."""
+        self.scratch_bytes = self._scratch_most + self._slots * self._slot_bytes
 
     def dense(self, shape: tuple[int, ...], kind: str) -> View:
         """A dense view of fresh bytes of the workspace."""
@@ -169,7 +189,7 @@ class Call:
         fields: int,
         tasks: int,
         values: dict[int, int],
-        places: dict[int, Place],
+        places: Mapping[int, Place | Slots],
         nanoseconds: float = 0.0,
         label: str = "",
     ) -> None:
@@ -182,6 +202,11 @@ class Call:
                 base = place.base - SCRATCH
                 patch = address_of(block) + 8 * field, base, place.offset
                 self._patches.append(np.array([patch], np.int64))
+            elif isinstance(place, Slots):
+                self._slotted.append((block, field))
+                self._slots = max(self._slots, tasks)
+                self._slot_bytes = max(self._slot_bytes, -(-place.size // 64) * 64)
+                self._measure()
             else:
                 block[field] = address_of(place)
                 self._kept.append(place)
@@ -197,7 +222,7 @@ class Call:
     def repeat(self, count: int, times: int, moves: Mapping[tuple[int, int], int]) -> None:
         """Appends the last `count` rows `times` times more, for the next steps of a sequence.
 
-        moves  (row, field) -> by how many bytes an operand moves on each time.
+        moves  (row, field) -> by how many bytes an operand moves on each time; none in Slots.
         """
         if times <= 0:
             return
@@ -223,14 +248,15 @@ class Call:
         self._table = None
 
     def _built(self) -> executor.Table:
-        rows, patches = (
-            np.concatenate([np.zeros((0, columns), np.int64), *parts])
-            for parts, columns in (
-                (self._rows, executor.COLUMNS),
-                (self._patches, executor.PATCH_COLUMNS),
-            )
+        patches = [np.zeros((0, executor.PATCH_COLUMNS), np.int64), *self._patches]
+        for block, field in self._slotted:
+            patch = address_of(block) + 8 * field, 0, self._scratch_most
+            patches.append(np.array([patch], np.int64))
+            block[field + 1] = self._slot_bytes
+        rows = np.concatenate([np.zeros((0, executor.COLUMNS), np.int64), *self._rows])
+        self._table = executor.Table(
+            rows, np.concatenate(patches), 1 + self._arguments, self.nanoseconds
         )
-        self._table = executor.Table(rows, patches, 1 + self._arguments, self.nanoseconds)
         return self._table
 
     def run(self, *addresses: int) -> None:

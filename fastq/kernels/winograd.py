@@ -43,7 +43,7 @@ from numpy.typing import NDArray
 
 from fastq.kernels import block as f
 from fastq.kernels import executor
-from fastq.kernels.call import ITEM_BYTES, Call, Place, View
+from fastq.kernels.call import ITEM_BYTES, Call, Place, Slots, View
 from fastq.kernels.gemm import Tile, emit_k_loop
 from fastq.kernels.lines import emit_loop
 from fastq.kernels.native import native
@@ -155,7 +155,6 @@ def winograd_row(
     """
     c = x.shape[3]
     tasks = min(executor.get_num_threads(), split.blocks * split.panels)
-    slot = split.activations + split.filters + split.sums
     values = {
         f.A_IMAGE: x.strides[0],
         LINE: x.strides[1],
@@ -175,18 +174,17 @@ def winograd_row(
         MB: split.mb,
         PANELS: split.panels,
         TASKS: tasks,
-        SLOT: slot,
         FILTERS: split.activations,
         SUMS: split.activations + split.filters,
         POSITION: split.position,
         FILTER: split.filter,
         SUM: split.sum,
     }
-    places: dict[int, Place] = {
+    places: dict[int, Place | Slots] = {
         f.A: x.place,
         f.B: packed,
         f.OUT: out.place,
-        SCRATCH: call.scratch(tasks * slot),
+        SCRATCH: Slots(split.activations + split.filters + split.sums),
         **operands,
     }
     if add is not None:
