@@ -301,14 +301,14 @@ def test_a_thread_that_comes_late_or_never_is_not_missed() -> None:
     rows = np.array(
         [(count.address, f.ctypes.data, n, n) for f, n in zip(found, sizes, strict=True)], np.int64
     )
-    progress = np.zeros((len(rows), 3), np.int64)
+    progress = np.zeros((3, 8), np.int64)
     for me in range(2):
         workers.take_part(
-            rows.ctypes.data, len(rows), progress.ctypes.data, 2, me, workers.give_way()
+            rows.ctypes.data, len(rows), progress.ctypes.data, 64, 2, me, workers.give_way()
         )
         for f, n in zip(found, sizes, strict=True):
             assert f.tolist() == [1] * n if n else f.tolist() == [0]
-    assert progress[:, 2].tolist() == list(sizes)
+    assert progress[2, : len(sizes)].tolist() == list(sizes)
 
 
 def test_a_job_is_revoked_where_no_worker_came(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from fastq.kernels.native import Kernel, native
+from fastq.kernels.pack import aligned_empty
 from fastq.kernels.scalar import pointer
 from fastq.kernels.signature import sources_digest
 from fastq.kernels.workers import (
@@ -37,8 +38,10 @@ from fastq.kernels.workers import (
     J_MAILBOXES,
     J_PROGRESS,
     J_ROWS,
+    J_STRIDE,
     J_WORKERS,
     KERNEL,
+    LINE_BYTES,
     MOST_WORKERS,
     TASKS,
     THREADS,
@@ -83,10 +86,11 @@ class Table:
         self.most = int(self.rows[:, [TASKS, THREADS]].min(1).max(initial=1))
         self.shared = self.most > 1
         self.pays = self.shared and nanoseconds >= PARALLEL_NANOSECONDS
-        self.progress = np.zeros((len(rows), MOST_WORKERS + 2) if self.shared else (0, 0), np.int64)
+        stride = -(-8 * len(rows) // LINE_BYTES) * LINE_BYTES if self.shared else 0
+        self.progress = aligned_empty((MOST_WORKERS + 2, stride), np.uint8, LINE_BYTES)
         self.job = np.zeros(J_MAILBOXES + MOST_WORKERS, np.int64)
-        self.job[[J_ROWS, J_COUNT, J_PROGRESS, J_GIVE_WAY]] = (
-            self.rows.ctypes.data, len(rows), self.progress.ctypes.data, give_way(),
+        self.job[[J_ROWS, J_COUNT, J_PROGRESS, J_STRIDE, J_GIVE_WAY]] = (
+            self.rows.ctypes.data, len(rows), self.progress.ctypes.data, stride, give_way(),
         )  # fmt: skip
         first = (
             self.rows.ctypes.data, len(rows), self.patches.ctypes.data, len(patches),

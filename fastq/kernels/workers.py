@@ -39,10 +39,11 @@ from fastq.kernels.scalar import pointer
 from fastq.kernels.signature import sources_digest
 
 KERNEL, ARGS, TASKS, THREADS, COLUMNS = range(5)  # of a table's row
+LINE_BYTES = 64  # of the caches
 WORD, ME, MAILBOX_FIELDS = 0, 1, 8  # of a mailbox, which has a cache line of its own
 IDLE, TAKEN, ASLEEP = range(3)  # of WORD; all else is the address of a job
 # A job: rows, how far they are, and the workers' mailboxes.
-(J_ROWS, J_COUNT, J_PROGRESS, J_GIVE_WAY, J_WORKERS, J_MAILBOXES) = range(6)
+(J_ROWS, J_COUNT, J_PROGRESS, J_STRIDE, J_GIVE_WAY, J_WORKERS, J_MAILBOXES) = range(7)
 
 LOOKS = 4_000  # into a mailbox before the worker gives way: a quarter of a millisecond
 MORE_LOOKS = 1_500  # before it sleeps: about another millisecond
@@ -126,14 +127,17 @@ def _pause(typingctx: Any) -> Any:
 
 
 @njit
-def take_part(rows, count, progress, threads, me, give_way):  # type: ignore[no-untyped-def]
-    """rows (count, COLUMNS) and progress (count, threads + 1) lie at these addresses: of a row the
-    tasks of each thread's part that are claimed, and done."""
+def take_part(rows, count, progress, stride, threads, me, give_way):  # type: ignore[no-untyped-def]
+    """rows (count, COLUMNS) and progress (threads + 1, count), `stride` bytes a line, lie at these
+    addresses: of each row the tasks of each thread's part that are claimed; last, that are done.
+
+    What a core writes, it takes from the others' caches: so what a thread claims of its own part
+    lies apart, others look there before they claim, and it says what is done once a part.
+    """
     for row in range(count):
         fields = pointer(rows + 8 * COLUMNS * row, "s64")
         tasks = fields[TASKS]
-        claimed = progress + 8 * row * (threads + 1)
-        done = claimed + 8 * threads
+        done = progress + 8 * row + stride * threads
         parts = min(threads, tasks, fields[THREADS])
         for i in range(parts):
             part = (me + i) % parts  # its own first: what it made before is in its cache
@@ -141,12 +145,16 @@ def take_part(rows, count, progress, threads, me, give_way):  # type: ignore[no-
             share = last - first
             if parts > 1:
                 share = (share + CLAIMS - 1) // CLAIMS
-            begin = first + _fetch_add(claimed + 8 * part, share)
-            while begin < last:
-                end = min(begin + share, last)
-                call_at(fields[KERNEL], fields[ARGS], begin, end)
-                _fetch_add(done, end - begin)
-                begin = first + _fetch_add(claimed + 8 * part, share)
+            claimed = progress + 8 * row + stride * part
+            made = 0
+            while first + _read(claimed) < last:
+                begin = first + _fetch_add(claimed, share)
+                if begin < last:
+                    end = min(begin + share, last)
+                    call_at(fields[KERNEL], fields[ARGS], begin, end)
+                    made += end - begin
+            if made > 0 and _fetch_add(done, made) + made == tasks:
+                break
         spins = 0
         while _read(done) < tasks:
             spins += 1
@@ -167,8 +175,8 @@ def _rest(keeps, give_way):  # type: ignore[no-untyped-def]
 def _run_job(job, me):  # type: ignore[no-untyped-def]
     fields = pointer(job, "s64")
     take_part(
-        fields[J_ROWS], fields[J_COUNT], fields[J_PROGRESS], fields[J_WORKERS] + 1, me,
-        fields[J_GIVE_WAY],
+        fields[J_ROWS], fields[J_COUNT], fields[J_PROGRESS], fields[J_STRIDE],
+        fields[J_WORKERS] + 1, me, fields[J_GIVE_WAY],
     )  # fmt: skip
 
 
@@ -178,7 +186,7 @@ def share(job):  # type: ignore[no-untyped-def]
     fields = pointer(job, "s64")
     workers = fields[J_WORKERS]
     progress = pointer(fields[J_PROGRESS], "s64")
-    for i in range(fields[J_COUNT] * (workers + 2)):
+    for i in range(fields[J_STRIDE] // 8 * (workers + 2)):
         progress[i] = 0
     for i in range(workers):
         pointer(fields[J_MAILBOXES + i], "s64")[ME] = i + 1
