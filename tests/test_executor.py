@@ -7,16 +7,19 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import pytest
 from numba import cfunc
 from numpy.testing import assert_array_equal
+from numpy.typing import NDArray
 
 from fastq import ops, reference
 from fastq.kernels import executor, workers
+from fastq.kernels.call import Call, Slots
+from fastq.kernels.scalar import pointer
 from fastq.kernels.signature import SIGNATURE
 from fastq.qparams import Dequant
 from fastq.weights import Conv2dWeight, LinearWeight
@@ -309,6 +312,37 @@ def test_a_thread_that_comes_late_or_never_is_not_missed() -> None:
         for f, n in zip(found, sizes, strict=True):
             assert f.tolist() == [1] * n if n else f.tolist() == [0]
     assert progress[2, : len(sizes)].tolist() == list(sizes)
+
+
+def test_slots_of_all_rows_lie_at_one_place() -> None:
+    """Else one core would write what another one has in its cache."""
+
+    @cfunc(SIGNATURE)
+    def tell(args, begin, end):  # type: ignore[no-untyped-def]
+        found = pointer(args[0], "s64")
+        found[0], found[1] = args[1], args[2]
+
+    class Told(NamedTuple):
+        address: int
+
+    def row(size: int, tasks: int) -> NDArray[np.int64]:
+        found = np.zeros(2, np.int64)
+        call.row(Told(tell.address), 3, tasks, {}, {0: found, 1: Slots(size)})
+        return found
+
+    call = Call(0)
+    call.scratch(100)
+    first = row(500, 2)
+    call.run()
+    assert first[1] == 512
+    assert call.scratch_bytes == 128 + 2 * 512
+    with call.borrowed_scratch():
+        call.scratch(1000)
+        second, third = row(640, 1), row(64, 3)
+    call.run()
+    assert first.tolist() == second.tolist() == third.tolist()
+    assert first[1] == 640
+    assert call.scratch_bytes == 128 + 1024 + 3 * 640
 
 
 def test_a_job_is_revoked_where_no_worker_came(monkeypatch: pytest.MonkeyPatch) -> None:

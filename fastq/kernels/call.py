@@ -152,24 +152,19 @@ class Call:
         self._blocks: list[tuple[NDArray[np.int64], float]] = []  # of `row`s, with nanoseconds
         self._patches: list[NDArray[np.int64]] = []
         self._arguments = arguments
-        self._table: executor.Table | None = None
+        self._built: tuple[executor.Table, int] | None = None  # see `_build`
         self._kept: list[Any] = []  # what the table and the blocks point to
-        self.scratch_bytes = 0  # of the workspace, in all
-        self._scratch_taken = self._scratch_most = 0  # now, and at most at once
-        self._slotted: list[tuple[NDArray[np.int64], int]] = []  # blocks, and fields, with slots
-        self._slots = self._slot_bytes = 0
+        self._scratch_taken = self._scratch_most = 0  # bytes of the workspace: now, at most at once
+        self._slotted: list[
+            tuple[NDArray[np.int64], int, int, int]
+        ] = []  # block, field, tasks, size
 
     def scratch(self, size: int) -> At:
         """`size` fresh bytes of the workspace, 64-byte aligned."""
         offset = self._scratch_taken
         self._scratch_taken += -(-size // 64) * 64
         self._scratch_most = max(self._scratch_most, self._scratch_taken)
-        self._measure()
         return At(SCRATCH, offset)
-
-    def _measure(self) -> None:
-        """The slots lie behind all else."""
-        self.scratch_bytes = self._scratch_most + self._slots * self._slot_bytes
 
     def dense(self, shape: tuple[int, ...], kind: str) -> View:
         """A dense view of fresh bytes of the workspace."""
@@ -203,10 +198,7 @@ class Call:
                 patch = address_of(block) + 8 * field, base, place.offset
                 self._patches.append(np.array([patch], np.int64))
             elif isinstance(place, Slots):
-                self._slotted.append((block, field))
-                self._slots = max(self._slots, tasks)
-                self._slot_bytes = max(self._slot_bytes, -(-place.size // 64) * 64)
-                self._measure()
+                self._slotted.append((block, field, tasks, place.size))
             else:
                 block[field] = address_of(place)
                 self._kept.append(place)
@@ -217,7 +209,7 @@ class Call:
         self._blocks.append((block, nanoseconds))
         self.labels.append(label)
         self.nanoseconds += nanoseconds
-        self._table = None
+        self._built = None
 
     def repeat(self, count: int, times: int, moves: Mapping[tuple[int, int], int]) -> None:
         """Appends the last `count` rows `times` times more, for the next steps of a sequence.
@@ -245,28 +237,36 @@ class Call:
             self.nanoseconds += times * nanoseconds
         self._rows.append(rows.reshape(-1, executor.COLUMNS))
         self.labels += self.labels[-count:] * times
-        self._table = None
+        self._built = None
 
-    def _built(self) -> executor.Table:
+    def _build(self) -> tuple[executor.Table, int]:
+        """The table, and the bytes of the workspace that it needs. Slots lie behind all else."""
         patches = [np.zeros((0, executor.PATCH_COLUMNS), np.int64), *self._patches]
-        for block, field in self._slotted:
+        slot_bytes = max((-(-size // 64) * 64 for *_, size in self._slotted), default=0)
+        for block, field, _, _ in self._slotted:
             patch = address_of(block) + 8 * field, 0, self._scratch_most
             patches.append(np.array([patch], np.int64))
-            block[field + 1] = self._slot_bytes
+            block[field + 1] = slot_bytes
+        slots = max((tasks for _, _, tasks, _ in self._slotted), default=0)
         rows = np.concatenate([np.zeros((0, executor.COLUMNS), np.int64), *self._rows])
-        self._table = executor.Table(
-            rows, np.concatenate(patches), 1 + self._arguments, self.nanoseconds
-        )
-        return self._table
+        table = executor.Table(rows, np.concatenate(patches), 1 + self._arguments, self.nanoseconds)
+        self._built = table, self._scratch_most + slots * slot_bytes
+        return self._built
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What it needs of the workspace."""
+        return (self._built or self._build())[1]
 
     def run(self, *addresses: int) -> None:
         """Runs it on arguments at these addresses; one that it does not use is 0."""
+        table, scratch_bytes = self._built or self._build()
         held = NOTHING
-        if self.scratch_bytes:
+        if scratch_bytes:
             held = _workspace.held
-            if self.scratch_bytes > held[2]:
-                held = _workspace.grow(self.scratch_bytes)
-        executor.run(self._table or self._built(), (held[1], *addresses))
+            if scratch_bytes > held[2]:
+                held = _workspace.grow(scratch_bytes)
+        executor.run(table, (held[1], *addresses))
 
 
 class Idle:
