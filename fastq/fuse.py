@@ -2,8 +2,10 @@
 
     pad by 0, conv2d             -> conv2d with that padding
     reshape, affine | pointwise  -> affine | pointwise, reshape    (after a 1-D convolution)
-    conv2d | linear, affine      -> conv2d | linear                (batch norm, layer scale)
-    mul by a constant of one axis -> affine, or the weight of an RMS norm
+    conv2d | linear, affine | mul | add by a constant of one axis -> conv2d | linear
+                                    (batch norm, layer scale; with permutes between, too)
+    norm, the same               -> norm with a weight, and a bias
+    mul by a constant of one axis -> affine
     pointwise, pointwise         -> pointwise                      (x * sigmoid(x) too)
     conv2d | linear, add         -> conv2d | linear with a second input
     ... , clamp                  -> ... with attrs["clamp"]        (ReLU, ReLU6)
@@ -25,6 +27,8 @@ from fastq.weights import scale_outputs
 
 CLAMPING = ("conv2d", "linear", "conv_transpose2d", "add", "mul", "affine", "avg_pool2d",
             "adaptive_avg_pool2d")  # fmt: skip
+IMAGES = ("conv2d", "conv_transpose2d", *VOLUMES)  # products whose outputs are channels
+NORMS = ("layer_norm", "rms_norm")
 
 
 def fuse(graph: Graph) -> None:
@@ -77,39 +81,37 @@ def _line(graph: Graph) -> None:
 
 
 def _affine(graph: Graph) -> None:
-    users = graph.users()
-    for node in graph.nodes:
-        found = _scaled(node)
-        if found is None or _only_user(graph, users, found[0]) is not node:
+    for node in list(graph.nodes):
+        found = _scaled(graph, node)
+        if found is None:
             continue
-        layer, factor, shift = found
+        source, layer, factor, shift = found
         tensors = fold(layer, layer.tensors, factor, shift)
         if not all(bool(t.isfinite().all()) for t in tensors.values()):
             continue
+        parameters = {"factor": factor, "shift": shift}
+        more = {name: tensor for name, tensor in parameters.items() if tensor is not None}
         if "norm" in node.attrs and "folded" not in layer.attrs:
             layer.origin = {**layer.tensors, **node.origin}
             layer.attrs["norm"] = node.attrs["norm"]
-        else:  # of two batch norms: what is left is a product with parameters of its own
-            layer.origin = {}
+        elif "norm" in layer.attrs or "norm" in node.attrs or set(layer.origin) & {"shift", *more}:
+            layer.origin = {}  # what is left is a product with parameters of its own
             layer.attrs.pop("norm", None)
+        else:
+            layer.origin = {**(layer.origin or layer.tensors), **more}
         layer.tensors = tensors
         layer.attrs["folded"] = (*layer.attrs.get("folded", ()), node.layer)
-        graph.replace(node, layer)
+        graph.replace(node, source)
+        graph.nodes.remove(node)
 
 
 def _factors(graph: Graph) -> None:
-    """What is multiplied by one constant for each place on an axis: the weight of the RMS norm
-    before it, or an affine."""
+    """What is multiplied by one constant for each place on an axis: an affine."""
     for node in list(graph.nodes):
-        found = _factor(node) if 2 <= len(node.shape) <= 4 else None
+        found = _constant(node) if node.op == "mul" and 2 <= len(node.shape) <= 4 else None
         if found is None:
             continue
         x, axis, factor = found
-        weightless = x.op == "rms_norm" and not x.tensors and axis == len(x.shape) - 1
-        if weightless and _only_user(graph, graph.users(), x) is node:
-            x.tensors = {"weight": factor}
-            graph.replace(node, x)
-            continue
         dims = [d for d in range(len(x.shape)) if d != axis]
         dims.insert(1, axis)  # where an affine has its channels
         moved = Node(f"{node.name}_channels", "permute", [x], {"dims": tuple(dims)},
@@ -125,11 +127,9 @@ def _factors(graph: Graph) -> None:
         graph.replace(node, back)
 
 
-def _factor(node: Node) -> tuple[Node, int, Tensor] | None:
-    """(value, axis, factors) of a product with a constant that varies along one axis. The factors
+def _constant(node: Node) -> tuple[Node, int, Tensor] | None:
+    """(value, axis, constants) of a value and a constant that varies along one axis. The constants
     are no copy: training knows a parameter by its memory."""
-    if node.op != "mul":
-        return None
     for x, constant in (node.inputs, node.inputs[::-1]):
         if constant.op == "constant" and x.op != "constant" and x.shape == node.shape:
             value = constant.tensors["value"].detach()
@@ -139,31 +139,54 @@ def _factor(node: Node) -> tuple[Node, int, Tensor] | None:
     return None
 
 
-def _scaled(node: Node) -> tuple[Node, Tensor, Tensor] | None:
-    """The product whose outputs this node multiplies and shifts; by what."""
+def _scaled(graph: Graph, node: Node) -> tuple[Node, Node, Tensor | None, Tensor | None] | None:
+    """(value, layer, factor, shift): what this node multiplies and shifts, the product or the norm
+    that makes it, perhaps with its axes in another order, and by what; None: not at all."""
+    factor: Tensor | None = None
+    shift: Tensor | None = None
     if node.op == "affine":
-        (layer,) = node.inputs
-        fits = layer.op in ("conv2d", "conv_transpose2d", *VOLUMES)
-        if fits or (layer.op == "linear" and len(layer.shape) == 2):
-            return layer, node.tensors["factor"], node.tensors["shift"]
-    elif (found := _factor(node)) is not None:
-        layer, axis, factor = found
-        if layer.op == "linear" and axis == len(layer.shape) - 1:
-            return layer, factor, torch.zeros_like(factor)
-    return None
+        (source,), axis = node.inputs, 1
+        factor, shift = node.tensors["factor"], node.tensors["shift"]
+        if "norm" not in node.attrs and not shift.any():
+            shift = None
+    elif node.op in ("mul", "add") and node.attrs.get("alpha", 1) == 1:
+        found = _constant(node)
+        if found is None:
+            return None
+        source, axis, value = found
+        factor, shift = (value, None) if node.op == "mul" else (None, value)
+    else:
+        return None
+    users, layer, taker = graph.users(), source, node
+    while _only_user(graph, users, layer) is taker and layer.op == "permute":
+        axis, taker = layer.attrs["dims"][axis], layer
+        (layer,) = layer.inputs
+    takes = layer.op in ("linear", "layer_norm") or (layer.op == "rms_norm" and shift is None)
+    fits = axis == len(layer.shape) - 1 if takes else layer.op in IMAGES and axis == 1
+    if "norm" in node.attrs and (axis != 1 or layer.op in NORMS):
+        fits = False  # its statistics are those of a product's channels
+    if not fits or _only_user(graph, users, layer) is not taker:
+        return None
+    return source, layer, factor, shift
 
 
 def fold(
-    layer: Node, tensors: Mapping[str, Tensor], factor: Tensor, shift: Tensor
+    layer: Node, tensors: Mapping[str, Tensor], factor: Tensor | None, shift: Tensor | None
 ) -> dict[str, Tensor]:
-    """Weight and bias of a product whose result is then multiplied and shifted, per output."""
-    weight, factor = tensors["weight"].double(), factor.double()
-    groups = layer.attrs["groups"] if layer.op.startswith("conv_transpose") else 0
-    weight = scale_outputs(weight, factor, groups)
-    bias = shift.double()
-    if "bias" in tensors:
-        bias = tensors["bias"].double() * factor + bias
-    return {"weight": weight.float(), "bias": bias.float()}
+    """Weight and bias of a product or a norm whose result is then multiplied and shifted, per
+    output. Where it has none, they are the factor and the shift themselves."""
+    weight, bias = tensors.get("weight"), tensors.get("bias")
+    if factor is not None:
+        groups = layer.attrs["groups"] if layer.op.startswith("conv_transpose") else 0
+        if layer.op in NORMS and weight is not None:
+            weight = weight.flatten()
+        more = factor.double()
+        weight = factor if weight is None else scale_outputs(weight.double(), more, groups)
+        bias = None if bias is None else bias.double().flatten() * more
+    if shift is not None:
+        bias = shift if bias is None else bias.double().flatten() + shift.double()
+    folded = {"weight": weight, "bias": bias}
+    return {name: tensor.float() for name, tensor in folded.items() if tensor is not None}
 
 
 def _pointwise(graph: Graph) -> None:

@@ -64,7 +64,7 @@ class Node:
     origin   what `tensors` were computed from, if they are not the network's own: a batch norm's
              "norm_weight", "norm_bias", "running_mean" and "running_var", where it has them, and
              "weight" and "bias" of the product that it was folded into. attrs["norm"] has its eps
-             and momentum.
+             and momentum. "factor" and "shift" are constants that were folded into it.
     layer    the module that computes it, by its name in the model; "" is the model itself.
     kind     the module's class.
     shape    of its value for the example that was traced; () if that is no tensor.

@@ -224,9 +224,10 @@ class Ranges:
     """Which values of the regions share one quantization, and which have a fixed one.
 
     symmetric, wide  nodes that stand for a range: with zero_point 128, and of int16.
+    joined           whether a concatenation and its parts share one.
     """
 
-    def __init__(self, regions: Sequence[Region]) -> None:
+    def __init__(self, regions: Sequence[Region], *, joined: bool = True) -> None:
         self.parent: dict[Node, Node] = {}
         self.fixed: dict[Node, QParams] = {}
         self.symmetric: set[Node] = set()
@@ -242,7 +243,7 @@ class Ranges:
                     self.fixed[node] = FIXED[node.op]
                 if node.op == "softmax":
                     self.fixed |= dict.fromkeys(node.inputs[1:], MASK)
-                if node.op in MOVES:
+                if node.op in MOVES and (joined or node.op != "concat"):
                     for value in node.inputs:
                         if value.op != "softmax" or node.op != "concat":
                             self._join(value, node)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from fastq.capture import Captured, capture
 from fastq.fuse import fuse
-from fastq.graph import Graph, Node
+from fastq.graph import Graph, Node, Ref
 from fastq.lower import (
+    MOVES,
     WEIGHTED,
     Ranges,
     Region,
@@ -36,6 +37,7 @@ LAYERS = (*WEIGHTED, *RECURRENT)  # have a weight that becomes integers
 DEFAULT = QConfig()
 # of the ranges of int16, whose steps are enough for outliers that calibration did not see
 HEADROOM = 2.0
+WIDER = 2.0  # steps, than those that a value has alone, may a concatenation's be
 Weight = tuple[Any, Any]  # (int8 data, float32 scale per output)
 
 
@@ -83,6 +85,7 @@ class Prepared:
     alone      layers that are int8 on their own between the programs -> what they are in a summary,
                and why they are in no program.
     entries    values that such layers take with a range from data.   seen  what was seen of them.
+    apart      identities before concatenations, see `set_apart`, until `settle`.
     """
 
     captured: Captured
@@ -97,6 +100,7 @@ class Prepared:
     alone: dict[str, tuple[Any, str]] = field(default_factory=dict)
     entries: set[Node] = field(default_factory=set)
     seen: dict[Node, Observer] = field(default_factory=dict)
+    apart: list[Node] = field(default_factory=list)
     _rounded: dict[Node, tuple[Any, Weight]] = field(default_factory=dict)
     _qparams: dict[Node, QParams] = field(default_factory=dict)
 
@@ -160,6 +164,69 @@ class Prepared:
         self.observers.clear()
         self.seen.clear()
         self.channels.clear()
+        self._qparams.clear()
+
+    def set_apart(self) -> None:
+        """Let what others read, too, not have the range of a concatenation, which may be many times
+        its own: an identity before that one has it instead."""
+        alone, users, ends = Ranges(self.regions, joined=False), self.graph.users(), set[Node]()
+        for region in self.regions:
+            ends.update(region.outputs)
+        read = {
+            alone.find(node)
+            for node in alone.parent
+            if node in ends or any(user.op not in MOVES for user in users[node])
+        }
+        for region in self.regions:
+            made: dict[Node, Node] = {}
+            for node in [node for node in region.nodes if node.op == "concat"]:
+                stands = self.ranges.find(node)
+                one = len({alone.find(value) for value in node.inputs}) == 1
+                if one or stands in self.ranges.fixed or stands in self.ranges.wide:
+                    continue
+                for i, value in enumerate(node.inputs):
+                    joins = self.ranges.find(value) is stands and value.op != "constant"
+                    if not joins or alone.find(value) not in read:
+                        continue
+                    if value not in made:
+                        calls: Any = [("aten.clone.default", (Ref(0),), {})]
+                        made[value] = same = Node(
+                            f"{value.name}_apart", "pointwise", [value], {"calls": calls},
+                            layer=node.layer, kind=node.kind, shape=value.shape,
+                        )  # fmt: skip
+                        for nodes in (region.nodes, self.graph.nodes):
+                            nodes.insert(nodes.index(node), same)
+                        if value in self.configs:
+                            self.configs[same] = self.configs[value]
+                    node.inputs[i] = made[value]
+            self.apart += made.values()
+        self.ranges = Ranges(self.regions)
+
+    def settle(self) -> None:
+        """Now that values were seen: no identity where the concatenation's steps are hardly wider
+        than those that the value has alone."""
+        apart, self.apart = self.apart, []
+        dropped = set()
+        for node in apart:
+            ends = self.ranges.find(node), self.ranges.find(node.inputs[0])
+            seen = [self.observers.get(end) for end in ends]
+            if all(observer is not None and observer.count for observer in seen):
+                wider, own = (float(self.qparams(end).scale) for end in ends)
+                if type(seen[0]) is not type(seen[1]) or wider > WIDER * own:
+                    continue
+            self.graph.replace(node, node.inputs[0])
+            dropped.add(node)
+        self.graph.nodes = [node for node in self.graph.nodes if node not in dropped]
+        for region in self.regions:
+            region.nodes = [node for node in region.nodes if node not in dropped]
+        before, self.ranges = self.observers, Ranges(self.regions)
+        self.observers = {}
+        for node, seen_of in before.items():
+            stands = self.ranges.find(node if node not in dropped else node.inputs[0])
+            if stands in self.observers:
+                self.observers[stands].merge(seen_of)
+            else:
+                self.observers[stands] = seen_of
         self._qparams.clear()
 
     def regroup(self) -> None:
@@ -344,4 +411,6 @@ def prepare_graph(
     kept = {node: "as asked" for node, wanted in asked.items() if wanted is None}
     regions, reasons = find_regions(captured.graph, kept)
     configs = {node: wanted for node, wanted in asked.items() if wanted is not None}
-    return Prepared(captured, regions, reasons, Ranges(regions), configs)
+    prepared = Prepared(captured, regions, reasons, Ranges(regions), configs)
+    prepared.set_apart()
+    return prepared

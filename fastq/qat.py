@@ -353,7 +353,10 @@ def _folded(node: Node, given: Mapping[str, Tensor], *affine: Tensor) -> dict[st
     """The tensors that a node has in the integer network: with its batch norm, by default that of
     the running statistics, folded into it."""
     if "norm" not in node.attrs:
-        return dict(given)
+        own = {name: tensor for name, tensor in given.items() if name not in ("factor", "shift")}
+        constants = given.get("factor"), given.get("shift")
+        plain = node.op == "affine" or constants == (None, None)
+        return dict(given) if plain else fold(node, own, *constants)
     factor, shift = affine or normalization(node.attrs["norm"]["eps"], given)
     if node.op == "affine":
         return {"factor": factor, "shift": shift}

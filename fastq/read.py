@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fastq.graph import POINTWISE_NAMESPACE, PRODUCTS, Graph, Node, Ref, normalization
 from fastq.masks import LOWEST, is_low, is_mask, operand, operator_of, possible_values
-from fastq.spelled import inverse_rms, length
+from fastq.spelled import Norm, is_part, product, quotient
 from fastq.weights import explicit_padding, several
 
 _aten = torch.ops.aten
@@ -35,7 +35,9 @@ _SAME = frozenset([
     "dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach",
     "lift_fresh_copy", "identity", "to", "_to_copy", "type_as",
 ])  # fmt: skip
-_WITH_INDICES = ("adaptive_max_pool1d", "adaptive_max_pool2d", "max")  # of int64
+# one of their tensors is of int64
+_WITH_INDICES = ("adaptive_max_pool1d", "adaptive_max_pool2d", "max_pool2d_with_indices", "max",
+                 "index", "index_select")  # fmt: skip
 _EXPANDED = ("expand", "expand_as", "broadcast_to")
 _TAKE_BOOL = ("scaled_dot_product_attention", *_EXPANDED)
 _GROWING = (*_EXPANDED, "repeat", "tile")  # with the batch, perhaps
@@ -157,6 +159,8 @@ class Reader:
         name = _name(target)
         if name.startswith("_assert"):
             return None
+        if name == "detach_":
+            return self.look_up(node.args[0])
         in_place = name.endswith("_") and not name.startswith("_")
         plain = name.rstrip("_") if in_place else name
         given = {key: self.look_up(value) for key, value in arguments.items()}
@@ -539,35 +543,34 @@ class Reader:
 
     def read_mul(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         for x, factor in ((a["self"], a["other"]), (a["other"], a["self"])):
-            found = inverse_rms(x, factor)
+            found = self.norm(node, product(x, factor))
             if found is not None:
-                return self.rms_norm(node, x, *found)
+                return found
         return self.binary(node, "mul", a)
 
-    def rms_norm(
-        self, node: fx.Node, x: Node, dim: int, eps: float, weight: Tensor | None = None
-    ) -> Node:
-        """Over any axis: it is the last one meanwhile."""
-        last = len(x.shape) - 1
+    def norm(self, node: fx.Node, found: Norm | None) -> Node | None:
+        """One that is spelled out. Over any axis: it is the last one meanwhile."""
+        if found is None or (found.factor != 1 and not self.unrolls):
+            return None
+        op, x, dim, eps, factor = found
+        n, last = x.shape[dim], len(x.shape) - 1
         dims = (*(d for d in range(last + 1) if d != dim), dim)
         if dim != last:
             x = self.add(f"{node.name}_last", "permute", [x], attrs={"dims": dims},
                          shape=tuple(x.shape[d] for d in dims))  # fmt: skip
         name: Any = node if dim == last else f"{node.name}_normed"
-        tensors = {} if weight is None else {"weight": weight}
-        attrs = {"shape": x.shape[-1:], "eps": eps}
-        y = self.add(name, "rms_norm", [x], attrs=attrs, tensors=tensors, shape=x.shape)
+        tensors = {} if factor == 1 else {"weight": torch.full((n,), factor)}
+        attrs = {"shape": (n,), "eps": eps}
+        y = self.add(name, op, [x], attrs=attrs, tensors=tensors, shape=x.shape)
         return y if dim == last else self.permute(node, y, [dims.index(d) for d in range(last + 1)])
 
     def read_div(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x, other = a["self"], a["other"]
         if a.get("rounding_mode") is not None:
             return None
-        found = length(x, other) if isinstance(x, Node) and self.unrolls else None
-        if found is not None and found[0] > 0:
-            dim, eps = found
-            n = x.shape[dim]
-            return self.rms_norm(node, x, dim, eps**2 / n, torch.full((n,), n**-0.5))
+        found = self.norm(node, quotient(x, other))
+        if found is not None:
+            return found
         if isinstance(other, Tensor) and other.numel() > 1:
             return self.binary(node, "mul", {**a, "other": 1 / other})
         return None
@@ -882,8 +885,13 @@ class Reader:
             return None
         pool = {key: _two(a[key]) for key in ("kernel_size", "padding", "dilation")}
         pool["stride"] = _two(a["stride"]) if a.get("stride") else pool["kernel_size"]
-        return self.add(node, "max_pool2d", [a["self"]],
+        shape = pytree.tree_leaves(node.meta["val"])[0].shape
+        return self.add(node, "max_pool2d", [a["self"]], shape=tuple(map(int, shape)),
                         attrs={"pool": {**pool, "ceil_mode": bool(a["ceil_mode"])}})  # fmt: skip
+
+    def read_max_pool2d_with_indices(self, node: fx.Node, a: dict[str, Any]) -> Any:
+        y = None if _takes_indices(node) else self.read_max_pool2d(node, a)
+        return None if y is None else [y, None]
 
     def read_avg_pool2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         if not isinstance(a["self"], Node) or len(a["self"].shape) != 4:
@@ -943,8 +951,8 @@ class Reader:
         if not isinstance(x, Node) or a.get("dim") is None:
             return None
         dims = {d % len(x.shape) for d in a["dim"]}
-        if len(x.shape) == 3 and (dims != {1} or a.get("keepdim")):
-            return None  # of features: a part of a normalization
+        if len(dims) == 1 and a.get("keepdim") and (is_part(x) or _centers(node)):
+            return None
         return self.over(node, "adaptive_avg_pool2d", x, dims, bool(a.get("keepdim")))
 
     def read_amax(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
@@ -963,26 +971,35 @@ class Reader:
         return None if y is None else [y, None]
 
     def over(self, node: fx.Node, op: str, x: Node, dims: set[int], keepdim: bool) -> Node | None:
-        """Over height, width or both of an image, or one axis of a sequence: pooling."""
+        """Over height, width or channels of an image, or one axis of a sequence: pooling."""
         if len(x.shape) == 3 and dims in ({1}, {2}):
             return self.over_sequence(node, op, x, dims == {1}, keepdim)
-        if len(x.shape) != 4:
+        if len(x.shape) != 4 or not dims or 0 in dims or len(dims) == 3:
             return None
-        channels_last = dims == {1, 2}  # (B, H, W, C), as many transformers hold images
-        if channels_last:
-            dims, order = {2, 3}, (0, 3, 1, 2)
-            x = self.add(f"{node.name}_image", "permute", [x], attrs={"dims": order},
-                         shape=tuple(x.shape[d] for d in order))  # fmt: skip
-        if not dims or not dims <= {2, 3}:
-            return None
-        size = tuple(1 if d in dims else None for d in (2, 3))
-        shape = tuple(1 if d in dims else n for d, n in enumerate(x.shape))
+        order = [0, 1, 2, 3]
+        if 1 in dims:  # what is kept of height and width, or one of both, are channels meanwhile
+            channels = 2 if 3 in dims else 3
+            order = [0, channels, 1, 5 - channels]
+            x = self.turned(f"{node.name}_image", x, order)
+        size = tuple(1 if d in dims else None for d in order[2:])
+        shape = tuple(1 if d in dims else n for d, n in zip(order, x.shape, strict=True))
         y = self.add(f"{node.name}_pool", op, [x], attrs={"output_size": size}, shape=shape)
         y.layer, y.kind = self.where(node)
-        if keepdim:
-            return self.permute(node, y, (0, 2, 3, 1)) if channels_last else y
-        kept = [n for d, n in enumerate(x.shape) if d not in dims]
-        return self.reshape(_of_one(node), y, kept)
+        if not keepdim:
+            left = [n for d, n in zip(order, shape, strict=True) if d not in dims]
+            order = [d for d in order if d not in dims]
+            name = _of_one(node) if order == sorted(order) else f"{node.name}_flat"
+            flat = self.reshape(name, y, left)
+            if flat is None:
+                return None
+            y = flat
+        if order == sorted(order):
+            return y
+        return self.turned(_of_one(node), y, [order.index(d) for d in sorted(order)])
+
+    def turned(self, node: fx.Node | str, x: Node, dims: Sequence[int]) -> Node:
+        shape = tuple(x.shape[d] for d in dims)
+        return self.add(node, "permute", [x], attrs={"dims": tuple(dims)}, shape=shape)
 
     def over_sequence(
         self, node: fx.Node, op: str, x: Node, features_last: bool, keepdim: bool
@@ -1010,6 +1027,12 @@ class Reader:
         if not isinstance(x, Node):
             return None
         return self.add(node, "upsample_nearest2d", [x], attrs={"size": _size(node, a)})
+
+    def read__upsample_nearest_exact2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        """By whole factors, no other place is nearer."""
+        factors = _size(node, a).get("scale_factor", (0.5,))
+        whole = all(factor.is_integer() for factor in factors)
+        return self.read_upsample_nearest2d(node, a) if whole else None
 
     def read_upsample_bilinear2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x = a.get("input", a.get("self"))
@@ -1042,6 +1065,8 @@ class Reader:
         ]
         dim = (a.get("dim") or 0) % len(parts[0].shape)
         return parts[0] if len(parts) == 1 else self.add(node, "concat", parts, attrs={"dim": dim})
+
+    read_concat = read_concatenate = read_cat
 
     def read_stack(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         """A concatenation along a new axis."""
@@ -1122,10 +1147,34 @@ class Reader:
             return None
         return self.add(node, "concat", [x] * times[dim], attrs={"dim": dim})
 
+    read_tile = read_repeat
+
+    def read_repeat_interleave(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        """A concatenation along a new axis behind that one, then both are one."""
+        x, times, dim = a["self"], a.get("repeats"), a.get("dim")
+        if not isinstance(x, Node) or not isinstance(times, int) or dim is None:
+            return None
+        dim %= len(x.shape)
+        if dim == 0 or not self.unrolls or not 1 <= times <= MAX_TERMS:
+            return None
+        shape = (*x.shape[: dim + 1], 1, *x.shape[dim + 1 :])
+        apart = self.reshape(f"{node.name}_apart", x, shape)
+        if apart is None:
+            return None
+        shape = (*x.shape[: dim + 1], times, *x.shape[dim + 1 :])
+        together = self.add(f"{node.name}_times", "concat", [apart] * times, shape=shape,
+                            attrs={"dim": dim + 1})  # fmt: skip
+        alone = ((d,) if d != dim else (dim, dim + 1) for d in range(len(shape)) if d != dim + 1)
+        groups = tuple((axes, (None,)) for axes in alone)
+        return self.add(node, "reshape", [together], attrs={"groups": groups})
+
     def read_chunk(self, node: fx.Node, a: dict[str, Any]) -> Any:
         return self.parts(node, a["self"], a.get("dim") or 0)
 
-    read_split = read_split_with_sizes = read_chunk
+    read_split = read_split_with_sizes = read_tensor_split = read_chunk
+
+    def read_hsplit(self, node: fx.Node, a: dict[str, Any]) -> Any:
+        return self.parts(node, a["self"], 1)
 
     def parts(self, node: fx.Node, x: Any, dim: int) -> Any:
         """split and chunk are slices, as long as the sizes are those of the example."""
@@ -1196,6 +1245,49 @@ class Reader:
         attrs = {"dim": dim, "start": start, "end": end, "step": step}
         return self.add(node, "slice", [x], attrs=attrs) if found is None else found
 
+    def read_narrow(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        start, length = a["start"], a["length"]
+        if not isinstance(a["self"], Node) or not isinstance(start, int):
+            return None
+        start %= a["self"].shape[a["dim"]]
+        return self.read_slice(node, {**a, "start": start, "end": start + length})
+
+    def read_index_select(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        return self.places(node, a["self"], a["dim"], a["index"])
+
+    def read_index(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        (*before, index), x = a["indices"], a["self"]
+        if any(value is not None for value in before):
+            return None
+        return self.places(node, x, len(before), index)
+
+    def read_flip(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x, dims = a["self"], a["dims"]
+        if not isinstance(x, Node) or len(dims) != 1:
+            return None
+        return self.places(node, x, dims[0], torch.arange(x.shape[dims[0]]).flip(0))
+
+    def places(self, node: fx.Node, x: Any, dim: int, index: Any) -> Node | None:
+        """Those of an axis that are known, in a few runs: their concatenation."""
+        if not isinstance(x, Node) or node.meta["val"].dtype is not torch.float32:
+            return None
+        if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype is torch.bool:
+            return None
+        dim %= len(x.shape)
+        if dim == 0 or not self.unrolls:
+            return None
+        n = x.shape[dim]
+        runs: list[list[int]] = []  # [begin, end]
+        for place in (index % n).tolist() if n else []:
+            if runs and runs[-1][1] == place:
+                runs[-1][1] += 1
+            else:
+                runs.append([place, place + 1])
+        if not 1 <= len(runs) <= MAX_TERMS:
+            return None
+        parts = [self.part(f"{node.name}_{i}", x, dim, *run) for i, run in enumerate(runs)]
+        return self.add(node, "concat", parts, attrs={"dim": dim})
+
     def read_select(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x = a["self"]
         if not isinstance(x, Node):
@@ -1257,6 +1349,22 @@ class Reader:
     def read_swapaxes(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         return self.read_transpose(node, {**a, "dim0": a["axis0"], "dim1": a["axis1"]})
 
+    def read_movedim(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x = a["self"]
+        if not isinstance(x, Node):
+            return None
+        rank = len(x.shape)
+        source, target = (
+            [d % rank for d in (dims if isinstance(dims, list | tuple) else [dims])]
+            for dims in (a["source"], a["destination"])
+        )
+        dims = [d for d in range(rank) if d not in source]
+        for place, d in sorted(zip(target, source, strict=True)):
+            dims.insert(place, d)
+        return self.permute(node, x, dims)
+
+    read_moveaxis = read_movedim
+
     def read_t(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x = a["self"]
         if not isinstance(x, Node) or len(x.shape) != 2:
@@ -1265,6 +1373,8 @@ class Reader:
 
     def read_mT(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         return self.read_transpose(node, {**a, "dim0": -2, "dim1": -1})
+
+    read_adjoint = read_mH = read_mT
 
     def permute(self, node: fx.Node, x: Node, dims: Sequence[int]) -> Node:
         dims = tuple(d % len(dims) for d in dims)
@@ -1279,6 +1389,18 @@ class Reader:
     def read_pixel_shuffle(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         r = a["upscale_factor"]
         return self.rearranged(node, a, (None, r, r), (0, 1, 4, 2, 5, 3), ((2, 3), (4, 5)))
+
+    def read_pixel_unshuffle(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        x, r = a["self"], a["downscale_factor"]
+        if not isinstance(x, Node) or len(x.shape) != 4:
+            return None
+        b, c, h, w = x.shape
+        groups = _axis(0), _axis(1), ((2,), (None, r)), ((3,), (None, r))
+        split = self.add(f"{node.name}_split", "reshape", [x], attrs={"groups": groups},
+                         shape=(b, c, h // r, r, w // r, r))  # fmt: skip
+        turned = self.turned(f"{node.name}_turned", split, (0, 1, 3, 5, 2, 4))
+        groups = _axis(0), ((1, 2, 3), (None,)), _axis(4), _axis(5)
+        return self.add(node, "reshape", [turned], attrs={"groups": groups})
 
     def rearranged(
         self, node: fx.Node, a: dict[str, Any], parts: tuple[int | None, ...],
@@ -1332,6 +1454,12 @@ def _name(target: Any) -> str:
 def _of_one(node: fx.Node) -> fx.Node | str:
     """What `add` names a node's value by: of several, the first one's name."""
     return node if isinstance(node.meta["val"], Tensor) else f"{node.name}_0"
+
+
+def _centers(mean: fx.Node) -> bool:
+    """Whether it is subtracted from what it is the mean of: a part of a norm."""
+    own = mean.args[0], mean
+    return any(_name(user.target) == "sub" and user.args[:2] == own for user in mean.users)
 
 
 def _used(graph: fx.Graph) -> set[fx.Node]:

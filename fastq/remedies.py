@@ -91,6 +91,7 @@ def calibrate(
     for arguments in bar(itertools.chain(own, rest), "calibrate", progress, total):
         prepared.observe(arguments)
     prepared.merge(processes)
+    prepared.settle()
     for remedy in chosen if processes.rank == 0 else ():
         if not remedy.first:
             remedy.apply(prepared, sample, progress)

@@ -285,6 +285,45 @@ class SpelledNorm(nn.Module):
         return self.weight.view(-1, *[1] * (-self.dim - 1)) * y.type_as(x)
 
 
+class SpelledLayerNorm(nn.Module):
+    """A layer norm over `dim`, as networks write it that are older than torch's, or have images."""
+
+    def __init__(self, c: int, dim: int = -1, spelling: str = "pow") -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(c) + 0.5), nn.Parameter(torch.randn(c))
+        self.dim, self.spelling = dim, spelling
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (-1, *[1] * (-self.dim - 1))
+        mean = x.mean(self.dim, keepdim=True)
+        match self.spelling:
+            case "pow":
+                variance = (x - mean).pow(2).mean(self.dim, keepdim=True)
+                y = (x - mean) / torch.sqrt(variance + 1e-6)
+            case "product":
+                centered = x - mean
+                variance = (centered * centered).mean(self.dim, keepdim=True)
+                y = centered * (variance + 1e-6) ** -0.5
+            case "var":
+                variance = x.var(self.dim, unbiased=False, keepdim=True)
+                y = (x - mean) * torch.rsqrt(variance + 1e-6)
+            case "std":
+                y = (x - mean) / (x.std(self.dim, keepdim=True) + 1e-6)
+        return self.weight.view(shape) * y + self.bias.view(shape)
+
+
+class ChannelAttention(nn.Module):
+    """Where the channels' mean and maximum say that something is, as in CBAM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        most, mean = x.max(1)[0].unsqueeze(1), x.mean(1, keepdim=True)
+        return x * self.conv(torch.cat([most, mean], 1)).sigmoid()
+
+
 class RmsNormed(nn.Module):
     """Layers between RMS norms, a token that comes late, and vectors of length 1 at the end."""
 
@@ -581,6 +620,39 @@ CASES: dict[str, Case] = {
             nn.Conv2d(8, 6, 3),
             Apply(lambda x: F.normalize(x) * 2),
             nn.Conv2d(6, 4, 1),
+        ),
+        images(3),
+    ),
+    "layer norms": Case(
+        lambda: nn.Sequential(
+            nn.Linear(16, 24),
+            SpelledLayerNorm(24),
+            nn.Linear(24, 16),
+            SpelledLayerNorm(16, spelling="std"),
+            nn.ReLU(),
+            nn.Linear(16, 8),
+            SpelledLayerNorm(8, spelling="product"),
+        ),
+        sequences(16),
+    ),
+    "layer norms of images": Case(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            SpelledLayerNorm(8, -3),
+            nn.ReLU(),
+            nn.Conv2d(8, 6, 3),
+            SpelledLayerNorm(6, -3, "var"),
+            nn.Conv2d(6, 4, 1),
+        ),
+        images(3),
+    ),
+    "attention of channels": Case(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            nn.ReLU(),
+            ChannelAttention(),
+            nn.Conv2d(8, 6, 3),
+            Apply(lambda x: x.mean(1)),
         ),
         images(3),
     ),

@@ -19,6 +19,7 @@ from networks import (
     Call,
     Case,
     LayerScale,
+    SpelledLayerNorm,
     between,
     call,
     conv,
@@ -730,6 +731,169 @@ def test_the_largest_is_a_pooling(name: str) -> None:
     int8, want = (fastq.quantize_model(m, x, progress=False, strict=True) for m in (model, other))
     assert len(int8.programs) == 1
     assert torch.equal(int8(x[:3]), want(x[:3]))
+
+
+ORDER = torch.tensor([5, 6, 7, 0, -6])
+
+MOVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "movedim": lambda x: x.movedim(1, -1),
+    "movedim of two": lambda x: x.movedim((1, 3), (-1, -2)),
+    "moveaxis": lambda x: torch.moveaxis(x, -1, 1),
+    "adjoint": lambda x: x.adjoint(),
+    "narrow": lambda x: x.narrow(1, 2, 3),
+    "narrow from the end": lambda x: x.narrow(-3, -3, 2),
+    "tensor_split": lambda x: x.tensor_split(3, 1)[1],
+    "hsplit": lambda x: x.hsplit(2)[1],
+    "tile": lambda x: x.tile(1, 3, 1, 1),
+    "repeat_interleave": lambda x: x.repeat_interleave(3, 1),
+    "repeat_interleave of lines": lambda x: x.repeat_interleave(2, -2),
+    "concatenate": lambda x: torch.concatenate([x, x[:, 1:]], 1),
+    "index": lambda x: x[:, [5, 1, 2, 3, 0]],
+    "index of a buffer": lambda x: x[:, ORDER],
+    "index_select": lambda x: x.index_select(1, torch.tensor([3, 1])),
+    "flip": lambda x: x.flip(1),
+    "pixel_unshuffle": lambda x: F.pixel_unshuffle(x, 2),
+    "nearest exact": lambda x: F.interpolate(x, scale_factor=(2, 3), mode="nearest-exact"),
+    "pooled, places unused": lambda x: F.max_pool2d(x, 2, return_indices=True)[0],
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_moves_move_integers(name: str) -> None:
+    move, first = MOVES[name], nn.Conv2d(3, 8, 3, padding=1)
+    x = torch.randn(4, 3, 6, 8)
+    turned = quantized(nn.Sequential(first, Apply(lambda x: x.permute(0, 2, 3, 1))), (x,))
+    int8 = quantized(nn.Sequential(first, Apply(move)), (x,), strict=True)
+    assert len(int8.programs) == 1
+    for y in (x, torch.randn(2, 3, 6, 8)):
+        assert torch.equal(int8(y), move(turned(y).permute(0, 3, 1, 2)))
+
+
+JOINED: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
+    "with much larger values, and returned": lambda y, large: (torch.cat([y, large], 1), y),
+    "a part of it, another returned": lambda y, large: (torch.cat([y[:, 2:], large], 1), y[:, :2]),
+    "a part of it, another read": lambda y, large: (torch.cat([y[:, 2:], large], 1), y[:, :2] * 2),
+    "stacked, and read": lambda y, large: (torch.stack([y[:, :2], large], 1), y.tanh()),
+    "twice": lambda y, large: (torch.cat([y, large], 1), torch.cat([large, y], 1), y.tanh()),
+    "with a part that grew": lambda y, large: (torch.cat([y[:, :2] * 100, y[:, 2:]], 1),),
+    "of a like range": lambda y, large: (torch.cat([y, large.sigmoid()], 1), y.tanh()),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_what_a_concatenation_takes_keeps_its_steps_for_others(name: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 4), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return JOINED[name](self.first(x).sigmoid(), self.second(x) * 100)
+
+    x = torch.randn(256, 8)
+    int8 = check(Net(), x, decibels=28)
+    apart = [step for step in int8.program.steps if step.name.endswith("_apart")]
+    assert len(apart) == {"of a like range": 0}.get(name, 1)
+    trained = fastq.convert(fastq.prepare_qat(int8))
+    assert all(torch.equal(a, b) for a, b in zip(trained(x), int8(x), strict=True))
+
+
+OTHER_MOVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "of the batch": lambda x: x[[2, 0, 1]],
+    "of a batch, turned": lambda x: x.flip(0),
+    "by a mask": lambda x: x[:, torch.arange(8) % 3 > 0],
+    "in many runs": lambda x: x[:, torch.arange(40) * 3 % 8],
+    "of an axis that varies": lambda x: x.flip(3),
+    "of several axes": lambda x: x.flip(1, 2),
+    "a table": lambda x: x[:, torch.tensor([[0, 1], [2, 3]])].flatten(1, 2),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MOVES)
+def test_other_moves_are_right(name: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Apply(OTHER_MOVES[name]), nn.ReLU())
+    int8 = quantized(model, (torch.randn(6, 3, 6, 8),))
+    x = torch.randn(4, 3, 6, 9)
+    assert noise_ratio(model(x).detach(), int8(x)) > 30
+
+
+SPELLINGS = [("pow", -1), ("product", -1), ("var", -1), ("pow", -3), ("var", -3)]
+
+
+@pytest.mark.parametrize("spelling, dim", SPELLINGS)
+def test_a_layer_norm_is_one_however_it_is_spelled(spelling: str, dim: int) -> None:
+    class Over(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.movedim(dim, -1)).movedim(-1, dim)
+
+    def network(norm: nn.Module) -> nn.Module:
+        first, last = (nn.Linear, nn.Linear) if dim == -1 else (nn.Conv2d, nn.Conv2d)
+        size = () if dim == -1 else (1,)
+        return nn.Sequential(first(8, 16, *size), norm, last(16, 4, *size)).eval()
+
+    model = network(SpelledLayerNorm(16, dim, spelling))
+    other = network(Over(16, eps=1e-6))
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(4, 6, 8) if dim == -1 else torch.randn(4, 8, 6, 5)
+    int8, want = (quantized(m, (x,), strict=True) for m in (model, other))
+    assert len(int8.programs) == 1
+    assert torch.equal(int8(x), want(x))
+
+
+def centered(x: Tensor, dim: int | tuple[int, int] = -1) -> Tensor:
+    return x - x.mean(dim, keepdim=True)
+
+
+def variance(x: Tensor, dim: int | tuple[int, int] = -1) -> Tensor:
+    return x.var(dim, keepdim=True, unbiased=False) + 0.1
+
+
+NO_NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "of other values": lambda x: centered(x) * variance(2 * x).rsqrt(),
+    "variance of another axis": lambda x: centered(x) / variance(x, 1).sqrt(),
+    "mean of another axis": lambda x: centered(x, 1) / variance(x).sqrt(),
+    "squares centered elsewhere": lambda x: (
+        centered(x) / (centered(x, 1).square().mean(-1, keepdim=True) + 0.1).sqrt()
+    ),
+    "much added to a deviation": lambda x: centered(x) / (x.std(-1, keepdim=True) + 0.1),
+    "without a root": lambda x: centered(x) / variance(x),
+    "the inverse root": lambda x: centered(x) / variance(x).rsqrt(),
+    "times the root": lambda x: centered(x) * variance(x).sqrt(),
+    "of a sum": lambda x: (x + x.mean(-1, keepdim=True)) / variance(x).sqrt(),
+    "of the batch": lambda x: centered(x, 0) / variance(x, 0).sqrt(),
+    "of two axes": lambda x: centered(x, (1, 2)) / variance(x, (1, 2)).sqrt(),
+}
+
+
+@pytest.mark.parametrize("name", NO_NORMS)
+def test_what_is_almost_a_layer_norm_is_none(name: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), Apply(NO_NORMS[name]), nn.Linear(16, 4)).eval()
+    x = torch.randn(6, 5, 8)
+    int8 = quantized(model, (x,))
+    assert "layer_norm" not in str(int8.programs)
+    assert noise_ratio(model(x).detach(), int8(x)) > 30
+
+
+CONSTANTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "factor": lambda x, a, b: x * a,
+    "shift": lambda x, a, b: b + x,
+    "both": lambda x, a, b: x * a + b,
+    "both, the other way": lambda x, a, b: (x + b) * a,
+    "permuted": lambda x, a, b: (x.movedim(1, -1) * a.flatten() + b.flatten()).movedim(-1, 1),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_constants_of_channels_are_the_convolutions_own(name: str, bias: bool) -> None:
+    """As a batch norm that is spelled out, with its statistics frozen."""
+    a, b = torch.rand(16, 1, 1) + 0.5, torch.randn(16, 1, 1)
+    conv = nn.Conv2d(3, 16, 3, bias=bias)
+    model = nn.Sequential(conv, Apply(lambda x: CONSTANTS[name](x, a, b)), nn.ReLU()).eval()
+    x = torch.randn(4, 3, 8, 8)
+    int8 = quantized(model, (x,), strict=True)
+    assert not {step.op for step in int8.program.steps} & {"add", "mul", "affine", "constant"}
+    assert noise_ratio(model(x).detach(), int8(x)) > 35
 
 
 def test_the_largest_integer_is_no_value_of_a_program() -> None:

@@ -168,13 +168,54 @@ def test_gradients_reach_every_parameter(net: nn.Module, images: Tensor, moving:
         assert parameter.grad.isfinite().all() and parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("name", ["rotary positions", "rms norms", "rms norms of images"])
+FACTORS = (
+    "rotary positions",
+    "rms norms",
+    "rms norms of images",
+    "layer norms",
+    "layer norms of images",
+)
+
+
+@pytest.mark.parametrize("name", FACTORS)
 def test_factors_of_an_axis_are_trained(name: str) -> None:
     """They are those of an affine or of an RMS norm, and the network's own parameters."""
     given = CASES[name].arguments(4)
     model = fastq.prepare_qat(CASES[name].network(), [given], progress=False)
     model(*given).square().mean().backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None]
+
+
+@pytest.mark.parametrize("place", ["linear", "rows", "image", "image, no bias", "norm"])
+@pytest.mark.parametrize("kind", ["factor", "shift", "both"])
+def test_what_is_folded_into_a_layer_is_trained(place: str, kind: str) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            shape = (6, 1, 1) if place.startswith("image") else (6,)
+            self.factor, self.shift = (nn.Parameter(torch.rand(shape) + 0.5) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * self.factor if kind != "shift" else x
+            return x + self.shift if kind != "factor" else x
+
+    first: nn.Module = nn.Linear(8, 6)
+    x = torch.randn(32, 5, 8) if place != "linear" else torch.randn(64, 8)
+    last: nn.Module = nn.Linear(6, 4)
+    if place.startswith("image"):
+        first, last = nn.Conv2d(3, 6, 3, bias=place == "image"), nn.Conv2d(6, 4, 1)
+        x = torch.randn(16, 3, 8, 8)
+    if place == "norm":
+        first = nn.Sequential(first, nn.LayerNorm(6))
+    net = nn.Sequential(first, Scaled(), nn.ReLU(), last).eval()
+    model = fastq.prepare_qat(net, x, progress=False)
+    assert {"add", "mul", "affine"}.isdisjoint(s.op for s in fastq.convert(model).program.steps)
+    losses = train(model, x, 6)
+    assert losses[-1] < losses[0]
+    unused = {"shift": "factor", "factor": "shift"}.get(kind, "?")
+    for name, parameter in model.named_parameters():
+        assert name.endswith(unused) or parameter.grad.any(), name
+    assert_same(model.eval()(x), fastq.convert(model)(x))
 
 
 def test_the_gradient_is_the_slope_over_many_steps_of_the_grid(
