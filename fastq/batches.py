@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, IterableDataset
 
 
@@ -37,7 +38,7 @@ class Batches:
         """The first batch, before any is gone through; ValueError if there is none."""
         if not self._head:
             for batch in self._rest:
-                self._head.append(batch)
+                self._head.append(_checked(batch))
                 break
             else:
                 raise ValueError(
@@ -49,7 +50,18 @@ class Batches:
     def __iter__(self) -> Iterator[Any]:
         self.first()
         yield self._head.pop()
-        yield from self._rest
+        yield from map(_checked, self._rest)
+
+
+def _checked(batch: Any) -> Any:
+    """A batch; ValueError for one that has tensors, of nothing."""
+    tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    if tensors and not any(tensor.numel() for tensor in tensors):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        raise ValueError(
+            f"a batch of calibration_data is empty: {shapes}; wanted at least one sample"
+        )
+    return batch
 
 
 def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -409,11 +409,9 @@ class _Lowering:
         return Program(names, tuple(self.steps), tuple(outputs), extents)
 
     def extent(self, node: Node) -> tuple[int | None, ...]:
-        """Which sizes of a program's input may vary. Of a value in the network any, where some of
-        the network's may: where its channels are is not known, but to the steps that take it."""
-        if node.op != "input" and self.extents:
-            return (None,) * len(node.shape)
-        return node.extent
+        """Which sizes of a program's input may vary. Of a value in the network any: where its batch
+        and its channels are is not known, but to the steps that take it."""
+        return node.extent if node.op == "input" else (None,) * len(node.shape)
 
     def emit(
         self,

@@ -390,11 +390,11 @@ def _pooled(step: Step, x: Shape) -> Shape:
         k, s, p = a["kernel_size"][axis], stride[axis], a["padding"][axis]
         d = a.get("dilation", (1, 1))[axis]
         span = x[1 + axis] + 2 * p - d * (k - 1) - 1
-        if span < 0:
-            raise ValueError(f"{step.op}: input {x} is smaller than the window {a['kernel_size']}")
         count = (span + (s - 1 if a["ceil_mode"] else 0)) // s + 1
         if a["ceil_mode"] and (count - 1) * s >= x[1 + axis] + p:
             count -= 1
+        if count < 1:
+            raise ValueError(f"{step.op}: input {x} is smaller than the window {a['kernel_size']}")
         if count * k > MAX_TAPS:
             raise ValueError(f"{step.op}: {count} windows of {k}; wanted up to {MAX_TAPS} taps")
         sizes.append(count)

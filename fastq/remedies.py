@@ -500,6 +500,7 @@ def bias_correction(prepared: Prepared, sample: Sequence[Batch], progress: bool 
                 side.made = evaluate(simulated, side.inputs)
                 got(node, side.made)
             shift = (means[node] - got.result()[node]).float()
+            shift = torch.where(shift.isfinite(), shift, 0)  # data may have NaN, and infinities
             prepared.biases[node] = _bias(prepared, node) + shift
             for side in sides:
                 assert side.made is not None

@@ -380,7 +380,7 @@ def outlook(module: nn.Module) -> tuple[Result, str]:
     for weight in module.parameters():
         if weight.dtype is not torch.float32 or weight.device.type != "cpu":
             on = f"{weight.dtype} on {weight.device}"
-            return "float", f"weight is {on}, wanted float32 on the CPU"
+            return "float", f"weight is {on}, wanted float32 on the CPU: model.float().cpu() is so"
         sums = prod(weight.shape[1:])
         if isinstance(module, _ConvNd) and weight is module.weight:
             geometry = module.stride, module.dilation, module.transposed, module.groups

@@ -10,6 +10,7 @@ import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from functools import cache
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import fastq
+from fastq.kernels.call import address_of
 from fastq.nn.network import QuantizedModel
 
 
@@ -926,3 +928,111 @@ def test_where_the_largest_is_found_stays_float() -> None:
     model = Net().eval()
     (y, places), (wanted, _) = fastq.quantize_model(model, x, progress=False)(x), model(x)
     assert places.dtype == torch.int64 and noise_ratio(wanted.detach(), y) > 30
+
+
+def flat_network() -> tuple[nn.Module, Tensor]:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10))
+    return model.eval(), torch.rand(8, 3, 8, 8)
+
+
+@pytest.mark.parametrize("move", ["share_memory", "pickled for a process"])
+def test_memory_that_moves_is_followed(move: str) -> None:
+    """What is sent to another process is moved to shared memory, and its old memory given back."""
+    model, x = flat_network()
+    int8 = quantized(model, (x,))
+    want = int8(x)
+    old = [tensor.data_ptr() for tensor in int8.buffers()]
+    if move == "share_memory":
+        int8.share_memory()
+    else:
+        ForkingPickler.dumps(int8)
+    assert all(a != b.data_ptr() for a, b in zip(old, int8.buffers(), strict=True))
+    for bound in int8._bound():
+        for step in bound.program.steps:
+            weight = step.arguments.get("weight")
+            if weight is not None:
+                assert address_of(weight.data) in {t.data_ptr() for t in int8.buffers()}
+    assert torch.equal(int8(x), want)
+
+
+def test_a_state_that_comes_through_another_module() -> None:
+    model, x = flat_network()
+    int8 = quantized(model, (x,))
+    outer = nn.Sequential(int8)
+    before = outer(x)
+    state = {name: tensor.clone() for name, tensor in outer.state_dict().items()}
+    (bias,) = [name for name in state if name.endswith("linear.bias")]
+    state[bias] += 100
+    outer.load_state_dict(state)
+    assert torch.allclose(outer(x), before + 100)
+
+
+def test_a_state_of_another_quantization_is_refused() -> None:
+    model, x = flat_network()
+    int8, other = quantized(model, (x,)), quantized(model, ((x - 0.5) * 6,))
+    want = other(x)
+    for taker, giver in ((other, int8), (nn.Sequential(other), nn.Sequential(int8))):
+        with pytest.raises(RuntimeError, match=r"quantized otherwise.*fastq.save"):
+            taker.load_state_dict(giver.state_dict())
+        assert torch.equal(other(x), want)
+    same = copy.deepcopy(int8)
+    same.load_state_dict(int8.state_dict())
+    same.load_state_dict(dict(int8.state_dict()))  # without metadata nobody knows
+    assert torch.equal(same(x), int8(x))
+
+
+def test_tracing_and_exporting_are_refused() -> None:
+    model, x = flat_network()
+    int8 = quantized(model, (x,))
+    with pytest.raises(
+        TypeError, match=r"no form in TorchScript, ONNX or torch.export: fastq.save"
+    ):
+        with pytest.warns(DeprecationWarning):
+            torch.jit.trace(int8, x)
+    with pytest.raises(
+        TypeError, match=r"no form in TorchScript, ONNX or torch.export: fastq.save"
+    ):
+        torch.export.export(int8, (x,))
+    assert torch.equal(torch.compile(int8, backend="eager")(x), int8(x))
+
+
+def test_calibration_data_with_nothing_in_it() -> None:
+    model, x = flat_network()
+    for data in (x[:0], [x, x[:0]], [(x[:0], torch.zeros(0))]):
+        with pytest.raises(ValueError, match=r"a batch of calibration_data is empty: .0, 3, 8, 8"):
+            fastq.quantize_model(model, data, progress=False)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_calibration_data_with_what_is_not_finite(wrong: float) -> None:
+    """It is left out; a bias whose correction it would be stays."""
+    model, x = flat_network()
+    spoiled = x.clone()
+    spoiled[0, 0, 0, 0] = wrong
+    int8 = fastq.quantize_model(model, spoiled, progress=False)
+    assert noise_ratio(model(x).detach(), int8(x)) > 30
+
+
+def test_a_window_larger_than_the_image() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.AvgPool2d(64, ceil_mode=True))
+    check(model, torch.rand(4, 3, 32, 32))
+    check(
+        nn.Sequential(nn.Conv2d(3, 16, 1), nn.MaxPool2d(9, ceil_mode=True)), torch.rand(4, 3, 6, 5)
+    )
+
+
+def test_a_program_takes_values_whose_batch_lies_anywhere() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.first = nn.Embedding(50, 32), nn.Linear(32, 32)
+            self.places = nn.Parameter(torch.randn(16, 1, 32))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            y = self.words(tokens.transpose(0, 1).contiguous()) + self.places
+            y = torch.erfinv(y.tanh() * 0.5)
+            return self.first(y).relu().permute(1, 0, 2)
+
+    tokens = torch.randint(50, (2, 16))
+    int8 = check(Net().eval(), tokens)
+    assert int8(torch.randint(50, (3, 16))).shape == (3, 16, 32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -95,6 +96,8 @@ class QuantizedModel(nn.Module):
             except KeyError as error:
                 raise ValueError(f"a tensor is called {name!r:.80}: {error}") from error
         self._ready: list[BoundProgram] | None = None
+        self._one: Tensor | None = None  # of its tensors, and where its memory was
+        self._at = 0
         self._read_specs()
         self._bound()
         self.eval()
@@ -136,8 +139,12 @@ class QuantizedModel(nn.Module):
         return programs[0]
 
     def _bound(self) -> list[BoundProgram]:
-        """The programs on this machine, made of the tensors of the state when first needed."""
-        if self._ready is None:
+        """The programs on this machine, made of the tensors of the state when first needed, and
+        again when these were moved: share_memory, and sending the network to another process."""
+        at = 0 if self._one is None else self._one.data_ptr()
+        if self._ready is None or self._at != at:
+            self._one = next((t for t in self.buffers() if t.numel()), None)
+            self._at = 0 if self._one is None else self._one.data_ptr()
             arrays = {
                 f"{step}.{part}": tensor.detach().numpy()
                 for step, module in self._modules.items()
@@ -151,12 +158,39 @@ class QuantizedModel(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module. Tensors are changed by this way only: the kernels have copies."""
         result = super().load_state_dict(*args, **kwargs)
-        self._ready = None
         self._bound()  # an altered tensor is refused here, not at the next call
         return result
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["programs"] = self._digest()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """As of any module, also when it is a part of the one that is loaded."""
+        _, prefix, metadata, *_ = args
+        if metadata.get("programs", self._digest()) != self._digest():
+            raise RuntimeError(
+                f"{prefix or type(self).__name__}: the state is of a network that was quantized "
+                "otherwise, and how activations are quantized is no part of it; fastq.save and "
+                "fastq.load keep all"
+            )
+        super()._load_from_state_dict(*args)
+        self._ready = None
+
+    def _digest(self) -> str:
+        """Of what its programs are, but for their tensors."""
+        text = json.dumps(self.layout.programs, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the float network returned for these arguments, in int8's precision."""
+        if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
+            raise TypeError(
+                f"{type(self).__name__} has no form in TorchScript, ONNX or torch.export: "
+                "fastq.save writes it, fastq.load and fastq.load_program run it elsewhere; the "
+                "layers of fastq.quantize_layers can be exported"
+            )
         bound = self._bound()
 
         def compute(stage: Stage, inputs: list[Any], sizes: Sizes) -> list[Any]:
@@ -238,7 +272,7 @@ class QuantizedModel(nn.Module):
         return "\n  ".join([f"{type(self).__name__}(", head, *lines]) + "\n)"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ready": None, "in_spec": None, "out_spec": None}
+        return {**self.__dict__, "_ready": None, "_one": None, "in_spec": None, "out_spec": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
