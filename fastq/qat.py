@@ -355,7 +355,7 @@ def _folded(node: Node, given: Mapping[str, Tensor], *affine: Tensor) -> dict[st
     if "norm" not in node.attrs:
         own = {name: tensor for name, tensor in given.items() if name not in ("factor", "shift")}
         constants = given.get("factor"), given.get("shift")
-        plain = node.op == "affine" or constants == (None, None)
+        plain = node.op in ("affine", "grid") or constants == (None, None)  # their own
         return dict(given) if plain else fold(node, own, *constants)
     factor, shift = affine or normalization(node.attrs["norm"]["eps"], given)
     if node.op == "affine":
