@@ -683,8 +683,11 @@ class Reader:
 
     def without_mask(self, node: fx.Node, x: Node) -> tuple[Node, Node, bool] | None:
         """(scores, mask, whether what it leaves out is finite) if x is scores and a mask."""
-        if x.op == "add" and x.attrs.get("alpha", 1) == 1:
-            for scores, added in (x.inputs, x.inputs[::-1]):
+        if x.op == "add" and x.attrs.get("alpha", 1) in (1, -1):
+            sides = [x.inputs, x.inputs[::-1]]
+            if x.attrs.get("alpha") == -1:
+                sides = [[x.inputs[0], self.negative(x.inputs[1])]]
+            for scores, added in sides:
                 if scores.op == "constant" or scores.shape != x.shape:
                     continue
                 constant = added.tensors["value"] if added.op == "constant" else None
@@ -716,6 +719,12 @@ class Reader:
                     mask = self.mask(node, a, x.shape, hides)
                     return None if mask is None else (scores, mask, self.finite(low))
         return None
+
+    def negative(self, value: Node) -> Node:
+        if value.op == "constant":
+            return self.constant(f"{value.name}_negative", -value.tensors["value"])
+        attrs = {"target": "aten.neg.default", "args": (Ref(0),), "kwargs": {}}
+        return self.add(f"{value.name}_negative", "aten", [value], attrs=attrs, shape=value.shape)
 
     def may_mask(self, added: Node) -> bool:
         """Whether what is added to scores was not computed by products: it may hold masks."""

@@ -446,6 +446,10 @@ MASKS: dict[str, Callable[..., Tensor]] = {
         padding, -torch.inf
     ),
     "a sum of masks": lambda net, s, padding: s + (lower(net, s) - 1) * 1e9 + padding * -1e9,
+    "subtracted": lambda net, s, padding: s - 1e6 * (1 - (~padding).float()),
+    "subtracted, and a buffer": lambda net, s, padding: (
+        s - (1 - lower(net, s)) * 1e9 - padding.float() * 1e9
+    ),
     "a bias, and a mask": lambda net, s, padding: (
         s + net.bias[:, : s.shape[-1], : s.shape[-1]]
     ).masked_fill(padding, -torch.inf),
