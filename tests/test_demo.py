@@ -166,6 +166,12 @@ def test_a_missing_module_of_our_own_is_not_hidden():
         raise ModuleNotFoundError(name="fastq.nothing")
 
 
+def test_the_package_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "fastq", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ("demo", "bench", "report", "warmup"))
+
+
 def test_help_needs_no_torch():
     code = "import sys; from fastq.commands import cli; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

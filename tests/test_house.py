@@ -58,6 +58,7 @@ ORDER = [
     "demo",
     "cli",
     "commands",
+    "__main__",
 ]
 NUMBA = {"kernels"}
 TORCH = set(ORDER[ORDER.index("trace") :]) - {"cli"}
