@@ -96,6 +96,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for module, names in listed(module_names(model)).items()
         if isinstance(module, INT8)
     }
+    inside = [name for name, part in model.named_modules() if isinstance(part, QuantizedModel)]
+    if inside:
+        raise ValueError(
+            f"save: this {type(model).__name__} is around a network of fastq.quantize_model; "
+            f"wanted that one: fastq.save(model.get_submodule({inside[0]!r}), path)"
+        )
     if not layers:
         raise ValueError(
             f"save: this {type(model).__name__} has no int8 layer; wanted what "

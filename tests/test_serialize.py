@@ -144,6 +144,15 @@ def test_other_dtypes_keep_their_bits(tmp_path: Path) -> None:
 # --- saving
 
 
+def test_what_is_around_a_network_is_refused(tmp_path: Path) -> None:
+    int8 = fastq.quantize_model(nn.Sequential(nn.Conv2d(3, 4, 3)), images(), progress=False)
+    with pytest.raises(
+        ValueError, match=r"wanted that one: fastq.save\(model.get_submodule\('0'\)"
+    ):
+        save(nn.Sequential(int8, nn.Softmax(1)), tmp_path / "net")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_float_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no int8 layer"):
         save(Net(), tmp_path / "net")
