@@ -1195,7 +1195,7 @@ class Reader:
             end = start + int(value.shape[dim])
             found.append(self.part(f"{node.name}_{i}", x, dim, start, end))
             start = end
-        return found
+        return found if start == x.shape[dim] else None  # tensor_split by places in any order
 
     def part(self, name: str, x: Node, dim: int, start: int, end: int | None) -> Node:
         """Some places of an axis."""

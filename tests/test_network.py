@@ -807,6 +807,8 @@ OTHER_MOVES: dict[str, Callable[[Tensor], Tensor]] = {
     "in many runs": lambda x: x[:, torch.arange(40) * 3 % 8],
     "of an axis that varies": lambda x: x.flip(3),
     "of several axes": lambda x: x.flip(1, 2),
+    "split in no order": lambda x: torch.cat(x.tensor_split((5, 2), 1), 1),
+    "from the end of what varies": lambda x: x[:, :, [-1, 0]],
     "a table": lambda x: x[:, torch.tensor([[0, 1], [2, 3]])].flatten(1, 2),
 }
 
