@@ -28,7 +28,7 @@ from fastq.weights import scale_outputs
 CLAMPING = ("conv2d", "linear", "conv_transpose2d", "add", "mul", "affine", "avg_pool2d",
             "adaptive_avg_pool2d")  # fmt: skip
 IMAGES = ("conv2d", "conv_transpose2d", *VOLUMES)  # products whose outputs are channels
-NORMS = ("layer_norm", "rms_norm")
+LAST_AXIS = ("layer_norm", "rms_norm")  # norms whose weights are those of features
 
 
 def fuse(graph: Graph) -> None:
@@ -163,7 +163,7 @@ def _scaled(graph: Graph, node: Node) -> tuple[Node, Node, Tensor | None, Tensor
         (layer,) = layer.inputs
     takes = layer.op in ("linear", "layer_norm") or (layer.op == "rms_norm" and shift is None)
     fits = axis == len(layer.shape) - 1 if takes else layer.op in IMAGES and axis == 1
-    if "norm" in node.attrs and (axis != 1 or layer.op in NORMS):
+    if "norm" in node.attrs and (axis != 1 or layer.op in LAST_AXIS):
         fits = False  # its statistics are those of a product's channels
     if not fits or _only_user(graph, users, layer) is not taker:
         return None
@@ -178,7 +178,7 @@ def fold(
     weight, bias = tensors.get("weight"), tensors.get("bias")
     if factor is not None:
         groups = layer.attrs["groups"] if layer.op.startswith("conv_transpose") else 0
-        if layer.op in NORMS and weight is not None:
+        if layer.op in LAST_AXIS and weight is not None:
             weight = weight.flatten()
         more = factor.double()
         weight = factor if weight is None else scale_outputs(weight.double(), more, groups)

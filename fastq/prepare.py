@@ -206,7 +206,7 @@ class Prepared:
         """Now that values were seen: no identity where the concatenation's steps are hardly wider
         than those that the value has alone."""
         apart, self.apart = self.apart, []
-        dropped = set()
+        gone: dict[Node, Node] = {}
         for node in apart:
             ends = self.ranges.find(node), self.ranges.find(node.inputs[0])
             seen = [self.observers.get(end) for end in ends]
@@ -214,27 +214,26 @@ class Prepared:
                 wider, own = (float(self.qparams(end).scale) for end in ends)
                 if type(seen[0]) is not type(seen[1]) or wider > WIDER * own:
                     continue
+            gone[node] = node.inputs[0]
             self.graph.replace(node, node.inputs[0])
-            dropped.add(node)
-        self.graph.nodes = [node for node in self.graph.nodes if node not in dropped]
+        self.graph.nodes = [node for node in self.graph.nodes if node not in gone]
         for region in self.regions:
-            region.nodes = [node for node in region.nodes if node not in dropped]
-        before, self.ranges = self.observers, Ranges(self.regions)
-        self.observers = {}
-        for node, seen_of in before.items():
-            stands = self.ranges.find(node if node not in dropped else node.inputs[0])
-            if stands in self.observers:
-                self.observers[stands].merge(seen_of)
-            else:
-                self.observers[stands] = seen_of
-        self._qparams.clear()
+            region.nodes = [node for node in region.nodes if node not in gone]
+        self.regroup(gone)
 
-    def regroup(self) -> None:
+    def regroup(self, gone: Mapping[Node, Node] | None = None) -> None:
         """Find anew which values share a range, for the regions have changed; what was seen of
-        values that are still there stays."""
+        values that are still there stays, and of those that are gone, for what is in their place.
+        """
         self.ranges = Ranges(self.regions)
-        kept = {node: seen for node, seen in self.observers.items() if node in self.ranges.parent}
-        self.observers = {self.ranges.find(node): seen for node, seen in kept.items()}
+        before, self.observers = self.observers, {}
+        for node, seen in before.items():
+            value = (gone or {}).get(node, node)
+            if value not in self.ranges.parent:
+                continue
+            kept = self.observers.setdefault(self.ranges.find(value), seen)
+            if kept is not seen:
+                kept.merge(seen)
         self._qparams.clear()
 
     def qparams(self, node: Node) -> QParams:

@@ -555,14 +555,12 @@ class Reader:
         op, x, dim, eps, factor = found
         n, last = x.shape[dim], len(x.shape) - 1
         dims = (*(d for d in range(last + 1) if d != dim), dim)
-        if dim != last:
-            x = self.add(f"{node.name}_last", "permute", [x], attrs={"dims": dims},
-                         shape=tuple(x.shape[d] for d in dims))  # fmt: skip
+        x = self.permute(f"{node.name}_last", x, dims)
         name: Any = node if dim == last else f"{node.name}_normed"
         tensors = {} if factor == 1 else {"weight": torch.full((n,), factor)}
         attrs = {"shape": (n,), "eps": eps}
         y = self.add(name, op, [x], attrs=attrs, tensors=tensors, shape=x.shape)
-        return y if dim == last else self.permute(node, y, [dims.index(d) for d in range(last + 1)])
+        return self.permute(node, y, [dims.index(d) for d in range(last + 1)])
 
     def read_div(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         x, other = a["self"], a["other"]
@@ -819,11 +817,7 @@ class Reader:
             (operands[1], second, [*batch, *inner, *columns]),
         )):  # fmt: skip
             dims = tuple(have.index(n) for n in want)
-            if dims != tuple(range(len(dims))):
-                shape = tuple(value.shape[d] for d in dims)
-                value = self.add(f"{node.name}_{i}", "permute", [value], attrs={"dims": dims},
-                                 shape=shape)  # fmt: skip
-            sides.append(value)
+            sides.append(self.permute(f"{node.name}_{i}", value, dims))
         made = [*batch, *rows, *columns]
         dims = tuple(made.index(n) for n in out)
         if dims == tuple(range(len(dims))):
@@ -857,8 +851,7 @@ class Reader:
                     return None
                 masks.append(found)
         dims = (*range(rank - 2), rank - 1, rank - 2)
-        turned = self.add(f"{node.name}_key", "permute", [k], attrs={"dims": dims},
-                          shape=tuple(k.shape[d] for d in dims))  # fmt: skip
+        turned = self.permute(f"{node.name}_key", k, dims)
         scale = a.get("scale") or q.shape[-1] ** -0.5
         scores = self.add(f"{node.name}_scores", "matmul", [q, turned], shape=shape,
                           attrs={"factor": float(scale)})  # fmt: skip
@@ -989,7 +982,7 @@ class Reader:
         if 1 in dims:  # what is kept of height and width, or one of both, are channels meanwhile
             channels = 2 if 3 in dims else 3
             order = [0, channels, 1, 5 - channels]
-            x = self.turned(f"{node.name}_image", x, order)
+            x = self.permute(f"{node.name}_image", x, order)
         size = tuple(1 if d in dims else None for d in order[2:])
         shape = tuple(1 if d in dims else n for d, n in zip(order, x.shape, strict=True))
         y = self.add(f"{node.name}_pool", op, [x], attrs={"output_size": size}, shape=shape)
@@ -1002,22 +995,14 @@ class Reader:
             if flat is None:
                 return None
             y = flat
-        if order == sorted(order):
-            return y
-        return self.turned(_of_one(node), y, [order.index(d) for d in sorted(order)])
-
-    def turned(self, node: fx.Node | str, x: Node, dims: Sequence[int]) -> Node:
-        shape = tuple(x.shape[d] for d in dims)
-        return self.add(node, "permute", [x], attrs={"dims": tuple(dims)}, shape=shape)
+        return self.permute(_of_one(node), y, [order.index(d) for d in sorted(order)])
 
     def over_sequence(
         self, node: fx.Node, op: str, x: Node, features_last: bool, keepdim: bool
     ) -> Node | None:
         """(B, C, L), or (B, L, C), as an image of L x 1 pixels."""
         if features_last:
-            b, length, c = x.shape
-            x = self.add(f"{node.name}_turned", "permute", [x], attrs={"dims": (0, 2, 1)},
-                         shape=(b, c, length))  # fmt: skip
+            x = self.permute(f"{node.name}_turned", x, (0, 2, 1))
         b, c, length = x.shape
         image = self.add(f"{node.name}_image", "reshape", [x], shape=(b, c, length, 1),
                          attrs={"groups": (_axis(0), _axis(1), ((2,), (None, 1)))})  # fmt: skip
@@ -1385,11 +1370,12 @@ class Reader:
 
     read_adjoint = read_mH = read_mT
 
-    def permute(self, node: fx.Node, x: Node, dims: Sequence[int]) -> Node:
+    def permute(self, node: fx.Node | str, x: Node, dims: Sequence[int]) -> Node:
         dims = tuple(d % len(dims) for d in dims)
         if dims == tuple(range(len(dims))):
             return x
-        return self.add(node, "permute", [x], attrs={"dims": dims})
+        shape = tuple(x.shape[d] for d in dims)
+        return self.add(node, "permute", [x], attrs={"dims": dims}, shape=shape)
 
     def read_channel_shuffle(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         groups = a["groups"]
@@ -1407,7 +1393,7 @@ class Reader:
         groups = _axis(0), _axis(1), ((2,), (None, r)), ((3,), (None, r))
         split = self.add(f"{node.name}_split", "reshape", [x], attrs={"groups": groups},
                          shape=(b, c, h // r, r, w // r, r))  # fmt: skip
-        turned = self.turned(f"{node.name}_turned", split, (0, 1, 3, 5, 2, 4))
+        turned = self.permute(f"{node.name}_turned", split, (0, 1, 3, 5, 2, 4))
         groups = _axis(0), ((1, 2, 3), (None,)), _axis(4), _axis(5)
         return self.add(node, "reshape", [turned], attrs={"groups": groups})
 
@@ -1424,8 +1410,7 @@ class Reader:
         shape = (b, *(c // known if n is None else n for n in parts), h, w)
         attrs = {"groups": (_axis(0), ((1,), parts), _axis(2), _axis(3))}
         split = self.add(f"{node.name}_split", "reshape", [x], shape=shape, attrs=attrs)
-        turned = self.add(f"{node.name}_turned", "permute", [split], attrs={"dims": dims},
-                          shape=tuple(shape[d] for d in dims))  # fmt: skip
+        turned = self.permute(f"{node.name}_turned", split, dims)
         alone = {d: (d,) for d in range(len(dims))} | {axes[0]: axes for axes in joined}
         inner = {axes[1] for axes in joined}
         groups = tuple((axes, (None,)) for d, axes in sorted(alone.items()) if d not in inner)

@@ -155,9 +155,8 @@ class Call:
         self._built: tuple[executor.Table, int] | None = None  # see `_build`
         self._kept: list[Any] = []  # what the table and the blocks point to
         self._scratch_taken = self._scratch_most = 0  # bytes of the workspace: now, at most at once
-        self._slotted: list[
-            tuple[NDArray[np.int64], int, int, int]
-        ] = []  # block, field, tasks, size
+        # (block, field, tasks, size) of each Slots
+        self._slotted: list[tuple[NDArray[np.int64], int, int, int]] = []
 
     def scratch(self, size: int) -> At:
         """`size` fresh bytes of the workspace, 64-byte aligned."""

@@ -169,7 +169,8 @@ class QuantizedModel(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         """As of any module, also when it is a part of the one that is loaded."""
         _, prefix, metadata, *_ = args
-        if metadata.get("programs", self._digest()) != self._digest():
+        given = metadata.get("programs")
+        if given is not None and given != self._digest():
             raise RuntimeError(
                 f"{prefix or type(self).__name__}: the state is of a network that was quantized "
                 "otherwise, and how activations are quantized is no part of it; fastq.save and "
