@@ -70,7 +70,7 @@ def test_few_rows_and_zero_points_of_rows_are_left_to_the_tiles(
 ) -> None:
     x, weight = u8(rng, 20, 64), LinearWeight(s8(rng, 1, 64))
     zeros = rng.integers(0, 256, 20).astype(np.int32)
-    assert_same(ops.linear(x[:7], weight), reference.linear(x[:7], weight))
+    assert_same(ops.linear(x[:3], weight), reference.linear(x[:3], weight))
     want = reference.linear(x, weight, x_zero_point=zeros)
     assert_same(ops.linear(x, weight, x_zero_point=zeros), want)
     assert not any(taken)
@@ -106,7 +106,7 @@ def test_what_is_added_and_what_has_gaps(isa: str, rng: Any, taken: list[bool]) 
                 more = u8(rng, 1, 20, 19, n)
                 want = reference.conv2d(image, weight, rule, add=more)
                 assert_same(ops.conv2d(image, weight, rule, add=more), want)
-    assert set(taken) == {bool(dot_tiles(isa))}
+    assert set(taken) == {n <= len(dot_tiles(isa)) for n in (1, 3)}
 
 
 def test_they_are_taken_where_they_take_less_time() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 from llvmlite import binding, ir
+from numba.core.registry import cpu_target
 from numpy.testing import assert_array_equal
 
 from fastq.kernels import isa, matrix, pack, simd
@@ -91,7 +93,7 @@ def test_interleaved_channels_are_a_permutation() -> None:
 
 
 def compiled(emit: Any, arguments: int) -> Any:
-    """A function of arrays whose body is emit(builder, pointers), compiled for this CPU."""
+    """A function of arrays whose body is emit(builder, pointers), compiled for Numba's CPU."""
     module = ir.Module()
     kind = ir.FunctionType(ir.VoidType(), [simd.ptr] * arguments)
     function = ir.Function(module, kind, "f")
@@ -100,9 +102,9 @@ def compiled(emit: Any, arguments: int) -> Any:
     builder.ret_void()
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
-    machine = binding.Target.from_default_triple().create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten()
-    )
+    triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+    target = binding.Target.from_triple(triple)
+    machine = target.create_target_machine(cpu=cpu, features=features)
     engine = binding.create_mcjit_compiler(binding.parse_assembly(str(module)), machine)
     engine.finalize_object()
     call = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(engine.get_function_address("f"))
@@ -115,7 +117,8 @@ def compiled(emit: Any, arguments: int) -> Any:
 
 
 def test_dot_means_what_it_says(isa: str, rng: Any) -> None:
-    """acc[c] + sum over `side_by_side` of a[k] * w[c, k]: the corners of u8 x s8, and random."""
+    """acc[c] + sum over `side_by_side` of (a[k] - offset) * w[c, k]: the corners of u8 x s8, and
+    random."""
     simd_of = simd.emitter(isa)
     cols, side, vectors = simd_of.cols, simd_of.side_by_side, 2
 
@@ -138,7 +141,7 @@ def test_dot_means_what_it_says(isa: str, rng: Any) -> None:
             w = w if w_value is None else np.full_like(w, w_value)
             out = np.zeros(vectors * cols, np.int32)
             run(a.astype([None, np.uint8, np.int16][simd_of.a_bytes]), w.astype(np.int8), out)
-            assert_array_equal(out, 2 * w @ a)
+            assert_array_equal(out, 2 * w @ (a - simd_of.offset))
 
 
 def test_rint_clamp_and_unpack(rng: Any) -> None:
@@ -165,6 +168,8 @@ CPUS = {
     "avx512_vnni": "znver4",
     "avx_vnni": "alderlake",
     "avx2": "haswell",
+    "neon_i8mm": "apple-m2",
+    "neon_dotprod": "neoverse-n1",
     "generic": "x86-64",
 }
 
@@ -178,7 +183,8 @@ ALL += [t for tier in CPUS for t in dot_tiles(tier)]
 def test_assembly_of_each_tile(tile: Tile) -> None:
     """In the K loop: the dot instruction as often as there are accumulators, and no spill."""
     emit = products_of(tile, "u8", "table")
-    text = assembly_for(emit, "x86_64-unknown-linux-gnu", CPUS[tile.isa])
+    family = "aarch64" if tile.isa.startswith("neon") else "x86_64"
+    text = assembly_for(emit, f"{family}-unknown-linux-gnu", CPUS[tile.isa])
     loops = k_loops(text, tile.isa)
     assert loops, text
     emitter = simd.emitter(tile.isa)
@@ -219,13 +225,56 @@ def test_dot_products_and_spills_are_counted() -> None:
 """
     (loop,) = k_loops(text, "avx2")
     assert (loop.dots, loop.spills) == (2, 3)  # a load, a store, an operand
+    text = """
+.LBB0_1:
+	sdot	v1.4s, v2.16b, v3.16b
+	sdot	v4.4s, v2.16b, v3.4b[0]
+	ldr	q5, [sp, #16]
+	stp	q6, q7, [sp, #32]
+	str	q6, [x1]
+	b.lt	.LBB0_1
+	sdot	v1.4s, v2.16b, v3.16b
+"""
+    (loop,) = k_loops(text, "neon_dotprod")
+    assert (loop.dots, loop.spills) == (2, 2)
 
 
-@pytest.mark.parametrize("cpu", ["cortex-a76", "apple-m1"])
+@pytest.mark.parametrize("cpu", ["cortex-a72", "neoverse-v1"])
 def test_generic_compiles_for_another_architecture(cpu: str) -> None:
     (first, *_) = tiles_of("generic")
     emit = products_of(first, "u8", "affine")
     assert "ret" in assembly_for(emit, "aarch64-unknown-linux-gnu", cpu)
+
+
+ARM = {
+    "cortex-a72": set(),
+    "cortex-a76": {"dotprod"},
+    "neoverse-n1": {"dotprod"},
+    "apple-m1": {"dotprod"},
+    "apple-m2": {"dotprod", "i8mm"},
+    "neoverse-v1": {"dotprod", "i8mm"},
+}
+
+
+@pytest.mark.parametrize("cpu, products", ARM.items())
+def test_arms_products_of_bytes_are_found(cpu: str, products: set[str]) -> None:
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    target = binding.Target.from_triple("aarch64-unknown-linux-gnu")
+    assert isa.arm_features(target.create_target_machine(cpu=cpu)) == {"neon", "fma"} | products
+    other = binding.Target.from_triple("x86_64-unknown-linux-gnu").create_target_machine()
+    assert not isa.arm_features(other)
+
+
+BROADCASTING = [t for t in ALL if t.isa.startswith("neon") and t.kind == "gemm" and not t.group]
+
+
+@pytest.mark.parametrize("tile", BROADCASTING, ids=str)
+def test_lanes_are_not_repeated_by_instructions_of_their_own(tile: Tile) -> None:
+    """On ARM the products read one lane: a load that repeats it, or a move, takes their place."""
+    text = assembly_for(products_of(tile, "u8", "table"), "aarch64-linux-gnu", CPUS[tile.isa])
+    for loop in k_loops(text, tile.isa):
+        assert not [line for line in loop.lines if re.match(r"ld1r|dup|mov\s+v", line)]
 
 
 def test_vpdpbusd_is_known_to_this_llvm() -> None:

@@ -26,6 +26,8 @@ DOT = {
     "avx512_vnni": ("(?:vpdpbusd|vpdpwssd)", "zmm"),
     "avx_vnni": ("(?:vpdpbusd|vpdpwssd)", "ymm"),
     "avx2": ("(?:vpmaddwd|vpdpwssd)", "ymm"),
+    "neon_i8mm": ("(?:us|su)dot", "v"),
+    "neon_dotprod": ("sdot", "v"),
     "generic": ("(?:pmaddwd|vpdpwssd)", "xmm"),
 }
 _TILE_FIELDS = len(fields(Tile))
@@ -112,15 +114,15 @@ class Loop:
 def k_loops(text: str, tier: str) -> list[Loop]:
     """The innermost loops (label to backward jump) that hold the tier's dot product."""
     instruction, register = DOT[tier.removesuffix("-emulated")]
-    dot = re.compile(rf"{instruction}\s.*%{register}")
-    spill = re.compile(rf"\(%rsp\), %{register}|%{register}\d+, -?\d*\(%rsp\)")
+    dot = re.compile(rf"{instruction}\s.*\b{register}")
+    spill = re.compile(rf"\(%rsp\), %{register}|%{register}\d+, -?\d*\(%rsp\)|\bq\d+, .*\[sp")
     lines = [line.strip() for line in text.splitlines()]
     labels: dict[str, int] = {}
     loops: dict[tuple[int, int], Loop] = {}
     for end, line in enumerate(lines):
-        if match := re.match(r"(\.LBB\w+):", line):
+        if match := re.match(r"(\.?LBB\w+):", line):
             labels[match[1]] = end + 1
-        jump = re.match(r"j\w+\s+(\S+)$", line)
+        jump = re.match(r"(?:j\w+|b\.\w+|t?bn?z .*,)\s+(\S+)$", line)
         if jump is None or jump[1] not in labels:
             continue
         begin = labels[jump[1]]

@@ -125,6 +125,15 @@ _AVX512 = (
     Tile("avx512_vnni", 1, 16, panels=8),
     Tile("avx512_vnni", 2, 64, "depthwise", outputs=2),
 )
+_NEON = (
+    Tile("neon_i8mm", 6, 16),
+    Tile("neon_i8mm", 4, 16),
+    Tile("neon_i8mm", 2, 16),
+    Tile("neon_i8mm", 1, 16, panels=4),
+    Tile("neon_i8mm", 8, 8),
+    Tile("neon_i8mm", 3, 8),
+    Tile("neon_i8mm", 1, 16, "depthwise", outputs=2),
+)
 # Of one NR packed panels are shared, but for depthwise: MR is chosen at the call.
 TILES = (
     Tile("amx_int8", 32, 64, "matrix"),
@@ -145,6 +154,8 @@ TILES = (
     Tile("avx2", 6, 8),
     Tile("avx2", 2, 8),
     Tile("avx2", 5, 16, "depthwise"),
+    *_NEON,
+    *(replace(tile, isa="neon_dotprod") for tile in _NEON),
     Tile("generic", 3, 8),
     Tile("generic", 1, 8, panels=2),
     Tile("generic", 2, 8, "depthwise"),
@@ -159,6 +170,10 @@ TILES = (
     Tile("avx_vnni-emulated", 6, 16),
     Tile("avx_vnni-emulated", 3, 16),
     Tile("avx_vnni-emulated", 1, 32, "depthwise", outputs=2),
+    Tile("neon_dotprod-emulated", 6, 16),
+    Tile("neon_dotprod-emulated", 1, 16, panels=4),
+    Tile("neon_dotprod-emulated", 3, 8),
+    Tile("neon_dotprod-emulated", 1, 16, "depthwise", outputs=2),
 )
 
 

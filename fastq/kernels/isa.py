@@ -14,6 +14,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import binding
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,13 @@ ISAS = (
     Isa("avx512_vnni", _AVX512),
     Isa("avx_vnni", ("avx2", "avxvnni")),
     Isa("avx2", ("avx2",)),
+    Isa("neon_i8mm", ("i8mm",)),
+    Isa("neon_dotprod", ("dotprod",)),
     Isa("generic", ()),
     Isa("amx_int8-emulated", ()),
     Isa("avx512_vnni-emulated", ()),
     Isa("avx_vnni-emulated", ()),
+    Isa("neon_dotprod-emulated", ()),
 )
 BY_NAME = {isa.name: isa for isa in ISAS}
 
@@ -44,8 +50,34 @@ def target_features() -> frozenset[str]:
     """What Numba compiles for, not what the CPU has: other IR would end the process."""
     from numba.core.registry import cpu_target
 
-    text = cpu_target.target_context.codegen()._tm_features
-    return frozenset(f[1:] for f in text.split(",") if f.startswith("+"))
+    codegen = cpu_target.target_context.codegen()
+    named = frozenset(f[1:] for f in codegen._tm_features.split(",") if f.startswith("+"))
+    return named | arm_features(codegen._tm)
+
+
+def arm_features(machine: Any) -> frozenset[str]:
+    """What a 64-bit ARM target has: all have vectors and their fused products.
+
+    Products of bytes go with the CPU's name, and nothing tells them. So a sum that each of them can
+    do is compiled, and its code is looked at.
+    """
+    if not machine.triple.startswith(("aarch64", "arm64")):
+        return frozenset()
+    code = """
+        declare i32 @llvm.vector.reduce.add.v16i32(<16 x i32>)
+        define i32 @sum(<16 x i8> %a, <16 x i8> %b) {
+          %x = zext <16 x i8> %a to <16 x i32>
+          %y = EXTENDED <16 x i8> %b to <16 x i32>
+          %products = mul <16 x i32> %x, %y
+          %sum = call i32 @llvm.vector.reduce.add.v16i32(<16 x i32> %products)
+          ret i32 %sum
+        }"""
+    found = {"neon", "fma"}
+    for feature, extended, instruction in (("dotprod", "zext", "udot"), ("i8mm", "sext", "usdot")):
+        module = binding.parse_assembly(code.replace("EXTENDED", extended))
+        if f"\t{instruction}" in machine.emit_assembly(module):
+            found.add(feature)
+    return frozenset(found)
 
 
 def cpu_name() -> str:

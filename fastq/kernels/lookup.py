@@ -3,6 +3,7 @@
 avx512vbmi   vpermi2b reads 128 entries by 7 bits; the eighth chooses between two of them
 avx2         pshufb reads 16 entries by the lower 4 bits, from each of 16 rows; the upper bits
              choose between rows, one bit after the other
+neon         tbl4 reads 64 entries, four times; where a byte is beyond them nothing is changed
 scalar       one load for each
 """
 
@@ -17,14 +18,15 @@ from fastq.kernels.simd import address, call, const, i8, i16, i32, i64, load, sh
 
 def lookup_widths(method: str) -> tuple[int, ...]:
     """Vector widths that emit_lookup takes, for lines.emit_line."""
-    return {"avx512vbmi": (64, 1), "avx2": (32, 16, 1), "scalar": (1,)}[method]
+    widths = {"avx512vbmi": (64, 1), "avx2": (32, 16, 1), "neon": (16, 1), "scalar": (1,)}
+    return widths[method]
 
 
 def load_table(b: Any, method: str, table: Any) -> list[Any]:
     """What stays in registers, or close to them, while lines are read."""
     if method == "avx512vbmi":
         return [load(b, vec(i8, 64), table, 64 * i) for i in range(4)]
-    if method == "avx2":
+    if method in ("avx2", "neon"):
         return [load(b, vec(i8, 16), table, 16 * i) for i in range(16)]
     return []
 
@@ -51,6 +53,12 @@ def emit_lookup(b: Any, method: str, rows: list[Any], table: Any, x: Any) -> Any
         name = "llvm.x86.avx512.vpermi2var.qi.512"
         low, high = (call(b, name, kind, [rows[i], x, rows[i + 1]]) for i in (0, 2))
         return b.select(b.icmp_signed("<", x, const(kind, 0)), high, low)
+    if method == "neon":
+        found = call(b, "llvm.aarch64.neon.tbl4.v16i8", kind, [*rows[:4], x])
+        for i in range(4, 16, 4):
+            x = b.sub(x, const(kind, 64))
+            found = call(b, "llvm.aarch64.neon.tbx4.v16i8", kind, [found, *rows[i : i + 4], x])
+        return found
     name = "llvm.x86.avx2.pshuf.b" if width == 32 else "llvm.x86.ssse3.pshuf.b.128"
     blend = "llvm.x86.avx2.pblendvb" if width == 32 else "llvm.x86.sse41.pblendvb"
     low = b.and_(x, const(kind, 15))

@@ -2,7 +2,8 @@
 
     b        uint8 values with zero point 128, (..., K, N), or (..., N, K) "transposed"
     panels   as pack.py's, of b - 128, for each matrix: (P, steps, NR, 4) int8
-    bias     -a_zero_point * sum_k (b[k, n] - 128), int32, padded to whole panels
+    bias     -(a_zero_point - offset) * sum_k (b[k, n] - 128), int32, padded to whole panels; the
+             offset of the tier's dot product (simd.Dot)
 
 A task of the packing is one panel of one matrix. Columns of a panel beyond N hold what lies behind
 b or repeat its last column: the product drops them. Up to NR - 1 elements behind b may be read.
@@ -248,7 +249,7 @@ def matmul_row(
             PANELS: panels,
             STEPS: len(starts),
             PANEL_BYTES: panel_bytes,
-            A_ZERO_POINT: a_zero_point,
+            A_ZERO_POINT: a_zero_point - emitter(isa).offset,
         },
         {B: b.place, OUT: packed, BIAS: bias},
         outer * groups * k * n * 2 / BYTES_PER_NANOSECOND,

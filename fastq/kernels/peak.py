@@ -31,7 +31,7 @@ REPEATS = 20
 
 
 class Dot(NamedTuple):
-    """One way to multiply and accumulate. In `asm` (AT&T order) $0 is the accumulator, $1 a
+    """One way to multiply and accumulate. In `asm` (x86: AT&T order) $0 is the accumulator, $1 a
     scratch register, $2 the operand; of tile registers simd.Amx says it, not `asm`. `accumulators`
     hide the latency and fit the registers."""
 
@@ -57,8 +57,11 @@ DOTS = (
         "vpmaddubsw + vpmaddwd + vpaddd ymm", "avx2", "i32", 256, 32, 12, False,
         "vpmaddubsw $2, $2, $1; vpmaddwd $2, $1, $1; vpaddd $1, $0, $0",
     ),
+    Dot("usdot", "i8mm", "i32", 128, 16, 24, True, "usdot $0.4s, $2.16b, $2.16b"),
+    Dot("sdot", "dotprod", "i32", 128, 16, 24, True, "sdot $0.4s, $2.16b, $2.16b"),
+    Dot("float32 fmla", "neon", "f32", 128, 4, 24, False, "fmla $0.4s, $2.4s, $2.4s"),
     Dot("float32 fma zmm", "avx512f", "f32", 512, 16, 24, False, "vfmadd231ps $2, $2, $0"),
-    Dot("float32 fma ymm", "fma", "f32", 256, 8, 12, False, "vfmadd231ps $2, $2, $0"),
+    Dot("float32 fma ymm", "avx2", "f32", 256, 8, 12, False, "vfmadd231ps $2, $2, $0"),
 )  # fmt: skip
 
 
@@ -109,7 +112,7 @@ def _dots(typingctx: Any, row: Any, n: Any) -> Any:
         # not zero: a multiplier that idles lets the clock rise
         operand = ir.Constant(vector, [0.5 if dot.element == "f32" else 0x03050307] * vector.count)
         # v: any of the 32 AVX-512 registers; the scratch $1 must not share the operand's register
-        register = "v" if dot.bits == 512 else "x"
+        register = {512: "v", 256: "x", 128: "w"}[dot.bits]
         both = ir.LiteralStructType([vector, vector])
         asm = ir.InlineAsm(
             ir.FunctionType(both, [vector, vector]),
@@ -225,10 +228,15 @@ def _read(typingctx: Any, address: Any, blocks: Any) -> Any:
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         pointer = ir.IntType(64)
+        loads = [f"vmovdqu {32 * j}($0), %ymm{j}" for j in range(8)]
+        registers = [f"ymm{j}" for j in range(8)]
+        if "neon" in target_features():
+            loads = [f"ldp q{j}, q{j + 1}, [$0, #{16 * j}]" for j in range(0, 16, 2)]
+            registers = [f"q{j}" for j in range(16)]
         asm = ir.InlineAsm(
             ir.FunctionType(ir.VoidType(), [pointer]),
-            "; ".join(f"vmovdqu {32 * j}($0), %ymm{j}" for j in range(8)),
-            "r," + ",".join(f"~{{ymm{j}}}" for j in range(8)) + ",~{memory}",
+            "; ".join(loads),
+            ",".join(["r", *(f"~{{{name}}}" for name in registers), "~{memory}"]),
             side_effect=True,
         )
 
@@ -254,7 +262,7 @@ def _read_kernel() -> Any:
 
 @functools.cache
 def _bandwidth(size: int, threads: int) -> float:
-    if "avx" not in target_features():
+    if not target_features() & {"avx", "neon"}:
         return float("nan")
     data = np.ones(size, np.uint8)  # written, so that its pages are its own
     blocks = max(1, size // threads // 256)

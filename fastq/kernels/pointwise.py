@@ -208,7 +208,7 @@ def line_config(
 
 def choose_lookup() -> str:
     """How a table of 256 bytes is read on the CPU that Numba compiles for."""
-    for feature in ("avx512vbmi", "avx2"):
+    for feature in ("avx512vbmi", "avx2", "neon"):
         if feature in target_features():
             return feature
     return "scalar"

@@ -115,7 +115,8 @@ class Layer:
         match self.epilogue:
             case Requant(multiplier, zero_point, given, qmin, qmax, add_multiplier, add_zero_point):
                 scale = multiplier
-                folded = (0 if given is None else given) - self.x_zero_point * self.col_sums
+                taken_off = self.x_zero_point - emitter(self.isa).offset
+                folded = (0 if given is None else given) - taken_off * self.col_sums
                 bias = folded.astype(np.int32)  # modulo 2**32: its sum with acc is in range
                 clamp = (qmin - zero_point, qmax - zero_point)
                 add = (add_multiplier or 0.0, add_zero_point)

@@ -1,6 +1,6 @@
 """From int32 accumulators to the output: the one place that rounds and clamps them.
 
-    s32   acc - row_zero_point * col_sum
+    s32   acc - (row_zero_point - offset) * col_sum
     f32   clamp(float32(that) * (row_scale * scale) + bias, lo, hi)
     u8    int32(rint(clamp(float32(acc + bias) * scale [+ r], lo, hi))) + out_zero_point
     u8x2  the same, stored as int16
@@ -9,7 +9,8 @@
 
 These three may have a factor for each row: row_scale * scale instead of scale.
 
-For them, bias already holds -x_zero_point * col_sum, and accumulators begin at it. (lo, hi) =
+For them, bias already holds -(x_zero_point - offset) * col_sum, and accumulators begin at it. The
+offset is what the tier's dot product takes off each activation (simd.Dot). (lo, hi) =
 (qmin, qmax) - out_zero_point: clamping between integers before rounding equals clamping after it.
 Where no input takes the value out of int32, it is clamped last, as bytes: the packs saturate. No
 operation may be contracted or reordered: the bits are part of the contract.
@@ -230,6 +231,8 @@ class Epilogue:
     def _store_unrounded(self, accs: list[Any], target: Any, row: Any) -> None:
         b, simd = self.b, self.simd
         zero_point = self._per_row(block.ROW_ZERO_POINT, i32, row)
+        if simd.offset:
+            zero_point = b.sub(zero_point, const(zero_point.type, simd.offset))
         values = [b.sub(a, b.mul(zero_point, s)) for a, s in zip(accs, self.col_sums, strict=True)]
         if self.kind == "f32":
             row_scale = self._per_row(block.ROW_SCALE, f32, row)

@@ -189,8 +189,10 @@ class Dot:
                   K-step lie side by side in a panel.
     taps_at_once  the same for the taps of a depthwise convolution; as many accumulators are packed
                   into one vector of outputs.
-    native        whether x86 intrinsics may be named; else everything is portable IR.
+    offset        what a dot product takes off each activation: the epilogue knows it.
+    native        whether the CPU's own intrinsics may be named; else everything is portable IR.
     of_pairs      the dot product of int16 pairs whose accumulators lie as these.
+    fast_pairs    whether it sums at least half as many products as this one.
     """
 
     a_bytes: int
@@ -198,16 +200,15 @@ class Dot:
     taps_at_once: int
     operand: Any  # the type of a vector of activations, or weights
     depth = KR  # of the widest K-step
+    registers = 16  # vectors that a loop may hold
+    offset = 0
+    of_pairs: Madd
+    fast_pairs = True
 
     def __init__(self, bits: int, native: bool) -> None:
         self.bits, self.native = bits, native
         self.lanes = self.cols = bits // 32
         self.acc = vec(i32, self.lanes)
-
-    @property
-    def registers(self) -> int:
-        """Vectors that a loop may hold."""
-        return 32 if self.bits == 512 else 16
 
     @property
     def masks(self) -> bool:
@@ -277,8 +278,8 @@ class Dot:
         return shuffle(b, parts[0], parts[1], lanes)
 
 
-class Vnni(Dot):
-    """uint8 x int8 products, four at a time into int32: x86 `vpdpbusd`, which does not saturate."""
+class Quads(Dot):
+    """uint8 x int8 products, four at a time into int32: in portable IR."""
 
     a_bytes = 1
     side_by_side = KR
@@ -287,23 +288,15 @@ class Vnni(Dot):
     def __init__(self, bits: int, native: bool) -> None:
         super().__init__(bits, native)
         self.operand = vec(i8, self.lanes * KR)
-        self.name = f"llvm.x86.avx512.vpdpbusd.{bits}"
-        self.of_pairs: Madd = MaddAdd(bits, native)
+        self.of_pairs = Madd(bits, native=False)
 
     def load_b(self, b: Any, base: Any, offset: Any) -> Any:
         """`side_by_side` weights of each of `cols` columns."""
         return load(b, self.operand, base, offset)
 
     def dot(self, b: Any, acc: Any, a: Any, w: Any) -> Any:
-        kind = vnni_operand(self.lanes)
-        if self.native and kind is not None:
-            return call(b, self.name, self.acc, [acc, b.bitcast(a, kind), b.bitcast(w, kind)])
         wide = vec(i32, self.lanes * KR)
-        products = b.mul(b.zext(a, wide), b.sext(w, wide))
-        for k in range(KR):
-            lanes = range(k, self.lanes * KR, KR)
-            acc = b.add(acc, shuffle(b, products, products, lanes))
-        return acc
+        return _add_quads(b, acc, b.mul(b.zext(a, wide), b.sext(w, wide)))
 
     def load_channels(self, b: Any, base: Any) -> Any:
         """One tap of as many channels as `interleave` takes."""
@@ -320,6 +313,66 @@ class Vnni(Dot):
             unpack(b, b.bitcast(p, half), b.bitcast(q, half)) for p, q in zip(x, y, strict=True)
         ]
         return [b.bitcast(v, self.operand) for pair in pairs for v in pair]
+
+
+def _add_quads(b: Any, acc: Any, products: Any) -> Any:
+    """acc + the sums of each four products."""
+    for k in range(KR):
+        lanes = range(k, products.type.count, KR)
+        acc = b.add(acc, shuffle(b, products, products, lanes))
+    return acc
+
+
+class Vnni(Quads):
+    """x86 `vpdpbusd`, which does not saturate."""
+
+    def __init__(self, bits: int, native: bool) -> None:
+        super().__init__(bits, native)
+        self.registers = 32 if bits == 512 else 16
+        self.name = f"llvm.x86.avx512.vpdpbusd.{bits}"
+        self.of_pairs = MaddAdd(bits, native)
+
+    def dot(self, b: Any, acc: Any, a: Any, w: Any) -> Any:
+        kind = vnni_operand(self.lanes)
+        if not self.native or kind is None:
+            return super().dot(b, acc, a, w)
+        return call(b, self.name, self.acc, [acc, b.bitcast(a, kind), b.bitcast(w, kind)])
+
+
+class Usdot(Quads):
+    """ARM `usdot`, of FEAT_I8MM. NEON's products of int16 are a sixth of it."""
+
+    registers = 32
+    fast_pairs = False
+
+    def load_a(self, b: Any, base: Any, offset: Any) -> Any:
+        """As one lane, which the product repeats: a load that repeats it takes an instruction of
+        the unit that multiplies. LLVM would choose that one if it knew where the lane is from."""
+        word = b.insert_element(const(self.acc, 0), load(b, i32, base, offset), i32(0))
+        if self.native:
+            hidden = ir.InlineAsm(ir.FunctionType(self.acc, [self.acc]), "", "=w,0")
+            word = b.call(hidden, [word])
+        return b.bitcast(shuffle(b, word, word, [0] * self.lanes), self.operand)
+
+    def dot(self, b: Any, acc: Any, a: Any, w: Any) -> Any:
+        if not self.native:
+            return super().dot(b, acc, a, w)
+        return call(b, "llvm.aarch64.neon.usdot.v4i32.v16i8", self.acc, [acc, a, w])
+
+
+class Sdot(Quads):
+    """ARM `sdot`, of FEAT_DotProd: int8 x int8, so activations are taken as uint8 - 128."""
+
+    registers = 32
+    fast_pairs = False
+    offset = 128
+
+    def dot(self, b: Any, acc: Any, a: Any, w: Any) -> Any:
+        a = b.xor(a, const(a.type, -128))  # LLVM keeps one of those that are alike
+        if self.native:
+            return call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", self.acc, [acc, w, a])
+        wide = vec(i32, self.lanes * KR)
+        return _add_quads(b, acc, b.mul(b.sext(a, wide), b.sext(w, wide)))
 
 
 class Amx(Vnni):
@@ -464,7 +517,7 @@ def vnni_operand(lanes: int) -> Any:
 
 
 @functools.cache
-def emitter(isa: str) -> Amx | Vnni | Madd:
+def emitter(isa: str) -> Quads | Madd:
     """The emitter of a tier by its name in `isa.ISAS`."""
     name, _, emulated = isa.partition("-")
     match name:
@@ -476,6 +529,10 @@ def emitter(isa: str) -> Amx | Vnni | Madd:
             return Vnni(256, not emulated)
         case "avx2":
             return Madd(256, True)
+        case "neon_i8mm":
+            return Usdot(128, not emulated)
+        case "neon_dotprod":
+            return Sdot(128, not emulated)
         case "generic":
             return Madd(128, False)
     raise ValueError(f"no tier {isa!r}")

@@ -215,7 +215,10 @@ def _within_128_bits(words: list[int]) -> bool:
 
 
 # Multiply-adds that a core does in a nanosecond, roughly: whether threads pay depends on it.
-_MACS_PER_NANOSECOND = {"amx_int8": 400.0, "avx512_vnni": 400.0, "avx_vnni": 150.0, "avx2": 60.0}
+_MACS_PER_NANOSECOND = {
+    "amx_int8": 400.0, "avx512_vnni": 400.0, "avx_vnni": 150.0, "avx2": 60.0,
+    "neon_i8mm": 80.0, "neon_dotprod": 70.0,
+}  # fmt: skip
 _RATES = {"gemm": 1.0, "matrix": 1.25, "depthwise": 0.1, "dot": 0.45}  # of that
 BYTES_PER_NANOSECOND = 24.0  # that a plain loop reads, in the cache
 _WEIGHT_BYTES_PER_NANOSECOND = 80.0  # that products of few rows read: they wait for their weights

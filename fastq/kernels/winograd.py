@@ -98,13 +98,15 @@ def is_exact(weight: NDArray[np.int8]) -> bool:
 
 def fits(isa: str, c: int, n: int, nr: int) -> bool:
     """Whether a tier's kernel takes C channels and N filters in panels NR wide."""
-    whole = c % KR == 0 and c >= emitter(isa).of_pairs.operand.count
-    return bool(tiles(isa)) and whole and n % nr == 0
+    pairs = emitter(isa).of_pairs
+    return bool(tiles(isa)) and c % KR == 0 and c >= pairs.operand.count and n % nr == 0
 
 
 def tiles(isa: str) -> list[Tile]:
-    """The register tiles that serve here, too: none where a tier has tiles of matrices."""
-    if emitter(isa).depth != KR:
+    """The register tiles that serve here, too: none where a tier has tiles of matrices, or no fast
+    products of int16."""
+    simd = emitter(isa)
+    if simd.depth != KR or not simd.fast_pairs:
         return []
     return [tile for tile in tiles_of(isa) if tile.panels == 1]
 

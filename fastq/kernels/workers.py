@@ -37,6 +37,7 @@ from numba.extending import intrinsic
 from fastq.kernels.native import Kernel, native
 from fastq.kernels.scalar import pointer
 from fastq.kernels.signature import sources_digest
+from fastq.kernels.simd import call
 
 KERNEL, ARGS, TASKS, THREADS, COLUMNS = range(5)  # of a table's row
 LINE_BYTES = 64  # of the caches
@@ -118,9 +119,11 @@ def _pause(typingctx: Any) -> Any:
     """Tells the core that this loop waits."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        if platform.machine().lower() in ("x86_64", "amd64"):
-            kind = ir.FunctionType(ir.VoidType(), [])
-            builder.call(builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), kind), [])
+        machine = platform.machine().lower()
+        if machine in ("x86_64", "amd64"):
+            call(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
+        elif machine in ("aarch64", "arm64"):
+            call(builder, "llvm.aarch64.hint", ir.VoidType(), [ir.IntType(32)(1)])  # yield
         return context.get_dummy_value()
 
     return types.void(), codegen
