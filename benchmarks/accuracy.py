@@ -23,7 +23,6 @@ from torch import Tensor, nn
 import fastq
 from fastq.layerwise import decibels
 from fastq.network import finish, prepare_model
-from fastq.prepare import Prepared
 from fastq.remedies import DEFAULT, REMEDIES, calibrate, remedy_names
 
 Run = Callable[..., Tensor]
@@ -93,7 +92,7 @@ def measure(
 def quantized(model: nn.Module, data: list[Any], names: str, config: fastq.QConfig) -> nn.Module:
     """The model in integers; names are remedies with + between them, or "none"."""
     batches = [list(batch) if isinstance(batch, tuple) else [batch] for batch in data]
-    prepared: Prepared = prepare_model(model, batches[0], config=config, alone=True)
+    prepared, _ = prepare_model(model, batches[0], config=config, alone=True)
     calibrate(prepared, batches, names.split("+") if names != "none" else ())
     return finish(prepared, model)
 

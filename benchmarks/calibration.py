@@ -38,7 +38,7 @@ def main(network: str, count: int, batch: int, threads: int) -> None:
     of = NETWORKS[network]
     model = build(of)
     data = [images(of, batch, seed) for seed in range(-(-count // batch))]
-    prepared = prepare_model(model, [data[0]])
+    prepared, _ = prepare_model(model, [data[0]])
     with torch.no_grad():
         model(data[0])
         prepared.observe([data[0]])  # kernels are compiled

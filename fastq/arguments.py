@@ -114,9 +114,11 @@ MULTIPLIER = _real(float(np.finfo(np.float64).smallest_subnormal), MAX_FACTOR)
 REQUANTIZED = {"zero_point": STEP, "qmin": STEP, "qmax": STEP}
 END = _whole(-(2**15), 2**15 - 1)  # of a clamp; within the dtype, see `clamp_of`
 POOL = {"kernel_size": PAIR, "stride": PAIR, "padding": SPAN, "ceil_mode": FLAG}
+OVERRIDE = _whole(1, 2**31 - 1)
 AVERAGE = {"multiplier": MULTIPLIER, "x_zero_point": STEP, **REQUANTIZED}
 TWO = {"a_zero_point": STEP, "b_zero_point": STEP, **REQUANTIZED}
-RESIZE = {"output_size": _maybe(PAIR), "scale_factor": _maybe(_each(SCALE, 2))}
+RESIZED = _each(_real(2.0**-64, 2.0**64), 2)  # so that positions in the input stay finite
+RESIZE = {"output_size": _maybe(PAIR), "scale_factor": _maybe(RESIZED)}
 VECTOR, VECTORS = _array(np.float32, 0, 1), _array(np.float32, 1)
 NORM = {"multiplier": VECTOR, "shift": VECTOR, "epsilon": EPSILON, **REQUANTIZED}
 FACTORS = Check(f"{VECTORS.wanted}, over 0", _is_factor)
@@ -150,7 +152,7 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     "group_norm": {"groups": _whole(1, LARGEST), **NORM},
     "max_pool2d": {**POOL, "dilation": PAIR},
     "avg_pool2d": {**POOL, "count_include_pad": FLAG,
-                   "divisor_override": _maybe(_whole(1, 2**31 - 1)), **AVERAGE},
+                   "divisor_override": _maybe(OVERRIDE), **AVERAGE},
     "adaptive_avg_pool2d": {"output_size": _each(_maybe(_whole(1, LARGEST)), 2), **AVERAGE},
     "adaptive_max_pool2d": {"output_size": _each(_maybe(_whole(1, LARGEST)), 2)},
     "upsample_nearest2d": RESIZE,

@@ -13,20 +13,22 @@ from torch.utils.data import Dataset, IterableDataset
 class Batches:
     """Batches of one tensor, one dict, or any iterable, to be gone through once.
 
-    The first may be looked at before. One batch is held, and no more.
+    The first may be looked at before. One batch is held, and no more. `name` is what errors call
+    them.
     """
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: Any, name: str = "calibration_data") -> None:
+        self.name = name
         if isinstance(data, Tensor | Mapping):
             data = [data]
         elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
             raise TypeError(
-                f"calibration_data is a {type(data).__name__}, which gives single samples; wanted "
+                f"{name} is a {type(data).__name__}, which gives single samples; wanted "
                 "batches: torch.utils.data.DataLoader(dataset, batch_size=32)"
             )
         elif not isinstance(data, Iterable):
             raise TypeError(
-                f"calibration_data is a {type(data).__name__}, wanted a tensor, a dict, or an "
+                f"{name} is a {type(data).__name__}, wanted a tensor, a dict, or an "
                 "iterable of batches such as a DataLoader"
             )
         # how many there are, where that is known
@@ -38,30 +40,29 @@ class Batches:
         """The first batch, before any is gone through; ValueError if there is none."""
         if not self._head:
             for batch in self._rest:
-                self._head.append(_checked(batch))
+                self._head.append(self._checked(batch))
                 break
             else:
                 raise ValueError(
-                    "calibration_data has no batches; an iterator that was read to its end has "
-                    "none left. calibration_data=None quantizes all layers dynamically"
+                    f"{self.name} has no batches; an iterator that was read to its end has none "
+                    "left"
                 )
         return self._head[0]
 
     def __iter__(self) -> Iterator[Any]:
         self.first()
         yield self._head.pop()
-        yield from map(_checked, self._rest)
+        yield from map(self._checked, self._rest)
 
-
-def _checked(batch: Any) -> Any:
-    """A batch; ValueError for one that has tensors, of nothing."""
-    tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
-    if tensors and not any(tensor.numel() for tensor in tensors):
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
-        raise ValueError(
-            f"a batch of calibration_data is empty: {shapes}; wanted at least one sample"
-        )
-    return batch
+    def _checked(self, batch: Any) -> Any:
+        """A batch; ValueError for one that has tensors, of nothing."""
+        tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+        if tensors and not any(tensor.numel() for tensor in tensors):
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+            raise ValueError(
+                f"a batch of {self.name} is empty: {shapes}; wanted at least one sample"
+            )
+        return batch
 
 
 def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -79,7 +80,7 @@ def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def explain(error: Exception, batch: Any, forward: Any) -> None:
+def add_hint(error: Exception, batch: Any, forward: Any) -> None:
     """Adds what may have been meant to an error that a model raised on a batch."""
     several = forward is None and isinstance(batch, tuple | list) and len(batch) > 1
     text = str(error)

@@ -142,9 +142,9 @@ def _states(leaves: Sequence[Any]) -> list[States]:
     return ways
 
 
-# A size that is in one capture 8/5 of what it is in the other follows the batch: 3/5 of a size are
-# none of the numbers in `_stretches`, which 3 does not divide.
-BATCHES = (5, 8)
+# A size that is k * 5 in one capture and k * 17 in the other follows the batch: it grew by k * 12,
+# which none of the numbers in `_stretches` is, nor what strides and upsampling by 2 make of them.
+BATCHES = (5, 17)
 # (number of axes, the axes that grow, by how much)
 Stretch = tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
 SAME: tuple[Stretch, Stretch] = ((), ())  # only the batch differs
@@ -159,7 +159,7 @@ def _stretches(leaves: Sequence[_Leaf]) -> list[list[tuple[Stretch, Stretch]]]:
     take no longer sequences than the example: shorter ones come last. One that reads the columns of
     an image as a sequence takes any width of one height, or the other way round.
     """
-    dims = {leaf.x.dim() for leaf in leaves if isinstance(leaf.x, Tensor) and leaf.follows is None}
+    dims = {leaf.x.dim() for leaf in leaves if isinstance(leaf.x, Tensor)}
 
     def stretch(
         axis: int, pixels: tuple[int, ...], tokens: tuple[int, ...], of: tuple[int, ...] = (2, 3)

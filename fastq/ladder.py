@@ -11,7 +11,8 @@ from torch import nn
 
 from fastq.layerwise import sensitivity
 from fastq.processes import ALONE, Processes
-from fastq.remedies import DEFAULT, EQUALIZATIONS, ROUNDINGS, remedy_names
+from fastq.read import CannotCapture
+from fastq.remedies import DEFAULT, EQUALIZATIONS, ROUNDINGS, Remedies, remedy_names
 
 Build = Callable[[tuple[str, ...], tuple[str, ...]], nn.Module]
 
@@ -51,13 +52,14 @@ def climb(
     forward: Any = None,
     config: Any = None,
     skip: Any = (),
+    remedies: Remedies = DEFAULT,
     echo: Callable[[str], None] = print,
     processes: Processes = ALONE,
 ) -> nn.Module:
     """The first quantized network whose score is at most max_drop below the float network's.
 
-    First the default remedies, then more of them (RUNGS), and at last 1, 2, 4, ... of the layers
-    that `sensitivity` finds to harm the output most, after the equalizations among these
+    First the remedies that are given, then more of them (RUNGS), and at last 1, 2, 4, ... of the
+    layers that `sensitivity` finds to harm the output most, after the equalizations among these
     remedies, stay float. A line for each attempt says its score, in brackets how far that is from
     the float network's, and what it gained.
 
@@ -108,31 +110,34 @@ def climb(
         echo(f"{new}: {new.score:.4g} ({new.score - goal:+.4g}){said}{': enough' * done}")
         return done
 
-    done = attempt(DEFAULT)
+    done = attempt(remedy_names(remedies))
+    assert best is not None
     for rung in RUNGS:
         if not done:
-            assert best is not None
             kept = best[0].remedies
             if set(rung) & set(ROUNDINGS):
                 kept = tuple(name for name in kept if name not in ROUNDINGS)
             done = attempt({*kept, *rung})
     if not done:
-        assert best is not None
         remedies = best[0].remedies
         # the float network of the best attempt: equalized, it may have another worst layer
         equalizations = set(remedies) & set(EQUALIZATIONS)
 
         def most_sensitive() -> list[str]:
-            found = sensitivity(
-                model, data, forward=forward, config=config, skip=skip, remedies=equalizations
-            )
+            try:
+                found = sensitivity(
+                    model, data, forward=forward, config=config, skip=skip, remedies=equalizations
+                )
+            except ValueError as error:
+                if isinstance(error.__cause__, CannotCapture):  # its layers are int8 by themselves
+                    return []
+                raise
             return list(dict.fromkeys(row.name for row in found.worst() if row.name))
 
         names, count = processes.agree(most_sensitive), 1
         while not done and count < len(names):
             done = attempt(remedies, tuple(names[:count]))
             count *= 2
-    assert best is not None
     last, result = best
     if not done:
         warnings.warn(

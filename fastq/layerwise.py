@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from fastq.batches import Batches
 from fastq.graph import Node, evaluate
-from fastq.network import Config, calibrate, call_of, prepare_model
+from fastq.network import calibrate, call_of, prepare_model
 from fastq.prepare import Prepared, fake_quantize
 from fastq.read import CannotCapture
 from fastq.remedies import Remedies
-from fastq.swap import Selector
+from fastq.swap import Config, Selector
 from fastq.trace import Forward
 
 
@@ -126,7 +126,7 @@ def sensitivity(
     first = batches.first()
     call = call_of(model, first, forward)
     try:
-        prepared = prepare_model(model, *call, config=config, skip=skip)
+        prepared, _ = prepare_model(model, *call, config=config, skip=skip)
     except CannotCapture as error:
         raise ValueError(f"sensitivity: the model has no graph: {error}") from error
     calibrate(prepared, model, batches, forward, remedies=remedies, progress=progress)

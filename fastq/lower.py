@@ -29,7 +29,6 @@ from fastq.qparams import (
     QParams,
     Requant,
     limits,
-    quantize_weight,
 )
 from fastq.weights import Conv2dWeight, LinearWeight, outputs_first
 
@@ -160,13 +159,17 @@ def find_regions(
         for node in idle:
             reasons[node] = "no product near it to share integers with"
     users, kept = graph.users(), graph.output_nodes()
+    # as they are given and returned: one program alone is then the network
+    places = {node: i for i, node in enumerate([*graph.inputs, *graph.nodes])}
+    returned = {node: i for i, node in reversed([*enumerate(graph.outputs)])}
     regions = []
     for key in sorted(members):
         nodes = members[key]
         inside = set(nodes)
         inputs = dict.fromkeys(v for n in nodes for v in n.inputs if v not in inside)
         outputs = [n for n in nodes if n in kept or any(u not in inside for u in users[n])]
-        regions.append(Region(nodes, list(inputs), outputs))
+        outputs.sort(key=lambda node: returned.get(node, len(returned)))
+        regions.append(Region(nodes, sorted(inputs, key=lambda node: places[node]), outputs))
     return regions, {node: reason for node, reason in reasons.items() if reason}
 
 
@@ -294,11 +297,6 @@ class Ranges:
         }
 
 
-def default_weights(node: Node) -> tuple[Any, Any]:
-    """(int8 data, float32 scale) of a product's weight, per output channel."""
-    return quantize_weight(weight_of(node).numpy())
-
-
 def weight_of(node: Node) -> Tensor:
     """The float weight with its outputs first."""
     return turned(node, node.tensors["weight"].detach())
@@ -311,21 +309,6 @@ def turned(node: Node, weight: Tensor) -> Tensor:
         return weight
     first: Tensor = outputs_first(weight, node.attrs["groups"])
     return first.flip(2, 3).contiguous()
-
-
-def default_bias(node: Node) -> Tensor | None:
-    return node.tensors.get("bias")
-
-
-def lower(
-    region: Region,
-    qparams: Callable[[Node], QParams],
-    weights: Weights = default_weights,
-    extents: Sequence[int] = (2, 3),
-    biases: Biases = default_bias,
-) -> Program:
-    """The program of a region. qparams(node) is the quantization of a value, uint8 or int16."""
-    return lowered(region, qparams, weights, extents, biases).program
 
 
 @dataclass(frozen=True)
@@ -346,11 +329,11 @@ class Lowered:
 def lowered(
     region: Region,
     qparams: Callable[[Node], QParams],
-    weights: Weights = default_weights,
-    extents: Sequence[int] = (2, 3),
-    biases: Biases = default_bias,
+    weights: Weights,
+    extents: Sequence[int],
+    biases: Biases,
 ) -> Lowered:
-    """`lower`, for who follows the values."""
+    """A region as a program. qparams(node) is the quantization of a value, uint8 or int16."""
     lowering = _Lowering(region, qparams, weights, extents, biases)
     program = lowering.program()
     return Lowered(program, lowering.names, lowering.axes, lowering.weights_only)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,10 +16,10 @@ from fastq.capture import capture
 from fastq.fuse import fuse
 from fastq.graph import Node
 from fastq.lower import Region
-from fastq.nn.network import QuantizedModel, Stage, assemble
+from fastq.nn.network import QuantizedModel, Stage, assemble, spec_text
 from fastq.prepare import Prepared, prepare_graph
 from fastq.processes import ALONE, Processes
-from fastq.qconfig import QConfig
+from fastq.qconfig import DEFAULT
 from fastq.read import CannotCapture
 from fastq.recipe import write_recipe
 from fastq.remedies import Remedies
@@ -27,18 +27,17 @@ from fastq.remedies import calibrate as apply_remedies
 from fastq.swap import (
     ASKED,
     INT8,
+    Config,
     QuantizationSummary,
     Row,
     Selector,
+    choose,
     leave_fast_path,
     listed,
     module_names,
     outlook,
-    select,
 )
 from fastq.trace import Forward
-
-Config = QConfig | Mapping[Selector, QConfig | None]
 
 
 class _Called(BaseException):
@@ -75,41 +74,24 @@ def prepare_model(
     config: Config | None = None,
     skip: Selector | Iterable[Selector] = (),
     alone: bool = False,
-) -> Prepared:
-    """The network of a model, captured and fused, not calibrated yet.
+) -> tuple[Prepared, nn.Module]:
+    """The network of a model, captured and fused, not calibrated yet; and the copy, in eval mode,
+    that it was captured from.
 
     alone  whether operators that no program can have become int8 layers: see alone.py.
     Raises CannotCapture when torch.export cannot follow the model.
     """
-    wanted = choose(model, config, skip)
+    wanted = choose(module_names(model), config or DEFAULT, skip)
     twin = copy.deepcopy(model).eval()
     leave_fast_path(twin)
     captured = capture(twin, args, kwargs)
+    for part in (captured.in_spec, captured.out_spec):
+        spec_text(part)  # refuses what cannot be saved: now, and not after a long calibration
     fuse(captured.graph)
-    prepared = prepare_graph(captured, lambda node: wanted.get(node.layer, QConfig()))
+    prepared = prepare_graph(captured, lambda node: wanted.get(node.layer, DEFAULT))
     if alone:
         make_alone(prepared)
-    return prepared
-
-
-def choose(
-    model: nn.Module, config: Config | None, skip: Selector | Iterable[Selector]
-) -> dict[str, QConfig | None]:
-    """The configuration of each module by its name; None is float."""
-    names = module_names(model)
-    base = config if isinstance(config, QConfig) else QConfig()
-    chosen: dict[str, QConfig | None] = {n: base for paths in names.values() for n in paths}
-    rules = list(config.items()) if isinstance(config, Mapping) else []
-    for selector, one in [*rules, (skip, None)]:
-        if one is not None and not isinstance(one, QConfig):
-            raise TypeError(
-                f"quantize_model: config has {type(one).__name__} for {selector!r}; wanted a "
-                "fastq.QConfig, or None to keep it float"
-            )
-        for module in select(names, selector, "skip" if selector is skip else "config"):
-            for name in names[module]:
-                chosen[name] = one
-    return chosen
+    return prepared, twin
 
 
 def calibrate(
@@ -129,7 +111,7 @@ def calibrate(
             prepared, data, remedies, total=batches.total, progress=progress, processes=processes
         )
     except Exception as error:
-        error.add_note("quantize_model ran the float network on the calibration data")
+        error.add_note("fastq ran the float network on the calibration data")
         raise
 
 
@@ -137,16 +119,6 @@ def finish(
     prepared: Prepared, model: nn.Module, *, strict: bool = False, processes: Processes = ALONE
 ) -> QuantizedModel:
     """The integer network of a calibrated one; of several processes that of the first, in all."""
-    unseen = [
-        node
-        for node, stands in prepared.ranges.watched().items()
-        if stands not in prepared.observers or not prepared.observers[stands].count
-    ]
-    if unseen:
-        raise ValueError(
-            f"quantize_model: the calibration data gave '{unseen[0].layer or unseen[0].name}' no "
-            "finite value, so there is no range"
-        )
     make_static(prepared)
     report = summarize(prepared, model)
     if strict and any(row.result == "float" and row.reason != ASKED for row in report.rows):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastq.arguments import check_cell
+from fastq.arguments import EPSILON, OVERRIDE, RESIZED, Check, check_cell
 from fastq.kernels import elementwise as ew
 from fastq.kernels import histogram as hg
 from fastq.kernels import isa, norms, pointwise, windows
@@ -63,7 +63,7 @@ from fastq.qparams import (
     quantized_dtype,
     value_dtype,
 )
-from fastq.weights import Conv2dWeight, LinearWeight
+from fastq.weights import Conv2dWeight, LinearWeight, pair
 
 __all__ = [
     "adaptive_avg_pool2d",
@@ -197,9 +197,9 @@ def grid(
             f"grid: factor {np.shape(factor)}, shift {np.shape(shift)} for {c} channels; wanted "
             f"({c},) of both, each factor > 0"
         )
-    sides = tuple(_two("grid: padding", pair, 0) for pair in padding)
-    if len(sides) != 2:
+    if not isinstance(padding, tuple | list) or len(padding) != 2:
         raise ValueError(f"grid: padding={padding!r}; wanted ((top, bottom), (left, right))")
+    sides = tuple(pair("grid: padding", both, 0) for both in padding)
     result = _output("grid", out, (batch, h + sum(sides[0]), w + sum(sides[1]), c), _UINT8, x)
     if result.size:
         if not x.flags.aligned:
@@ -545,6 +545,9 @@ def histogram(x: NDArray[np.float32], bins: NDArray[np.int64], ends: NDArray[np.
     under their own bits. Raises TypeError and ValueError for other dtypes, shapes or layouts.
     """
     real = _real("histogram: x", x)
+    if not (isinstance(bins, np.ndarray) and isinstance(ends, np.ndarray)):
+        given = f"{type(bins).__name__} and {type(ends).__name__}"
+        raise TypeError(f"histogram: bins and ends are {given}; wanted NumPy arrays, to add to")
     lanes = len(bins) if bins.ndim else 0
     for name, array, shape, dtype in (
         ("bins", bins, (lanes, HISTOGRAM_KEYS, 2), np.int64),
@@ -1003,8 +1006,10 @@ def avg_pool2d(
     """
     x = _image("avg_pool2d", x)
     along = _pooling("avg_pool2d", x, kernel_size, stride, padding, 1, bool(ceil_mode))
-    if divisor_override is not None and not divisor_override > 0:
-        raise ValueError(f"avg_pool2d: divisor_override={divisor_override!r}; wanted an int > 0")
+    if isinstance(divisor_override, np.integer):
+        divisor_override = int(divisor_override)
+    if divisor_override is not None:
+        _checked("avg_pool2d: divisor_override", divisor_override, OVERRIDE)
     requantized = _requantized("avg_pool2d", multiplier, x_zero_point, zero_point, qmin, qmax)
     result = _pooled("avg_pool2d", x, along, out)
     parameters = tuple(tuple(p[i] for p in along) for i in range(3))
@@ -1271,8 +1276,9 @@ def _norm(
         _factors(f"{name}: {what}", values, x)
         for what, values in (("multiplier", multiplier), ("shift", shift))
     ]
-    if not 0 < epsilon < np.inf:
-        raise ValueError(f"{name}: epsilon={epsilon!r}; wanted a finite number > 0")
+    if isinstance(epsilon, int | np.integer):
+        epsilon = float(epsilon)
+    _checked(f"{name}: epsilon", epsilon, EPSILON)
     return columns, float(epsilon), _clamp(name, *clamp)
 
 
@@ -1688,22 +1694,20 @@ def _image(name: str, x: Any) -> NDArray[np.uint8]:
     return x
 
 
-def _two(what: str, value: Any, least: int) -> tuple[int, int]:
-    """A pair of ints; an int stands for both."""
-    pair = (value, value) if isinstance(value, int | np.integer) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int | np.integer) and v >= least for v in pair):
-        raise ValueError(f"{what}={value!r}; wanted an int or two, at least {least}")
-    return int(pair[0]), int(pair[1])
+def _checked(what: str, value: Any, check: Check) -> None:
+    """ValueError unless the value is what a program's step may have, too."""
+    if not check.fits(value):
+        raise ValueError(f"{what}={value!r}; wanted {check.wanted}")
 
 
 def _pooling(
     name: str, x: NDArray[Any], kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool
 ) -> list[tuple[int, int, int, int, int]]:
     """(kernel, stride, padding, dilation, output size) of each axis."""
-    kernels = _two(f"{name}: kernel_size", kernel, 1)
-    strides = kernels if stride is None else _two(f"{name}: stride", stride, 1)
-    paddings = _two(f"{name}: padding", padding, 0)
-    dilations = _two(f"{name}: dilation", dilation, 1)
+    kernels = pair(f"{name}: kernel_size", kernel, 1)
+    strides = kernels if stride is None else pair(f"{name}: stride", stride, 1)
+    paddings = pair(f"{name}: padding", padding, 0)
+    dilations = pair(f"{name}: dilation", dilation, 1)
     if any(2 * p > k for p, k in zip(paddings, kernels, strict=True)):
         raise ValueError(f"{name}: padding={padding} for kernel_size={kernel}; wanted up to half")
     along = []
@@ -1725,17 +1729,17 @@ def _pooled(name: str, x: NDArray[Any], along: Any, out: Any) -> NDArray[Any]:
 
 
 def _resized(name: str, x: NDArray[Any], output_size: Any, out: Any) -> NDArray[Any]:
-    size = _two(f"{name}: output_size", output_size, 1)
+    size = pair(f"{name}: output_size", output_size, 1)
     return _output(name, out, (x.shape[0], *size, x.shape[3]), _UINT8, x)
 
 
 def _scale_factor(name: str, value: Any) -> tuple[float, float] | None:
     if value is None:
         return None
-    pair = tuple(float(v) for v in value)
-    if len(pair) != 2 or not all(0 < v < np.inf for v in pair):
-        raise ValueError(f"{name}: scale_factor={value!r}; wanted two finite numbers > 0")
-    return pair[0], pair[1]
+    if isinstance(value, tuple | list):
+        value = tuple(float(v) if isinstance(v, int | np.integer) else v for v in value)
+    _checked(f"{name}: scale_factor", value, RESIZED)
+    return float(value[0]), float(value[1])
 
 
 def _clamp(

@@ -11,30 +11,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastq.capture import Captured, capture
-from fastq.fuse import fuse
+from fastq.capture import Captured
 from fastq.graph import Graph, Node, Ref
 from fastq.lower import (
     MOVES,
     WEIGHTED,
+    Lowered,
     Ranges,
     Region,
     bare_weights,
     find_regions,
-    lower,
+    lowered,
     turned,
     weight_of,
 )
 from fastq.observer import Observer, make_observer
 from fastq.processes import Processes
 from fastq.program import RECURRENT, Program
-from fastq.qconfig import QConfig
+from fastq.qconfig import DEFAULT, QConfig
 from fastq.qparams import QParams, limits, quantize_weight
 
 LAYERS = (*WEIGHTED, *RECURRENT)  # have a weight that becomes integers
-DEFAULT = QConfig()
 # of the ranges of int16, whose steps are enough for outliers that calibration did not see
 HEADROOM = 2.0
 WIDER = 2.0  # steps, than those that a value has alone, may a concatenation's be
@@ -126,6 +125,8 @@ class Prepared:
     def observe(self, arguments: Iterable[Any]) -> list[Any]:
         """One float pass over flat arguments, watched; the outputs. Ranges grow."""
         watched = self.ranges.watched()
+        softmaxes = (node for node in self.integer_nodes() if node.op == "softmax")
+        scores = {self.ranges.find(node.inputs[0]) for node in softmaxes}
         self._qparams.clear()
 
         def watch(node: Node, value: Any) -> None:
@@ -137,6 +138,8 @@ class Prepared:
                 self.seen[node].update(value.detach().numpy())
             stands = watched.get(node)
             if stands is not None:
+                if stands in scores:
+                    value = _with_floor(value)
                 if stands not in self.observers:
                     spec = self.config(node).observer
                     if stands in self.ranges.wide and spec == DEFAULT.observer:
@@ -158,6 +161,15 @@ class Prepared:
         self.observers, self.seen = merged(self.observers), merged(self.seen)
         self.channels = merged(self.channels)
         self._qparams.clear()
+
+    def check_seen(self) -> None:
+        """ValueError for a value of which nothing finite was observed."""
+        for node, stands in self.ranges.watched().items():
+            if stands not in self.observers or not self.observers[stands].count:
+                raise ValueError(
+                    f"the calibration data gave '{node.layer or node.name}' no finite value, so "
+                    "there is no range"
+                )
 
     def forget(self) -> None:
         """Drop what was seen: the graph's values have changed."""
@@ -300,33 +312,11 @@ class Prepared:
 
     def programs(self) -> list[Program]:
         """A program for each region."""
-        return [
-            lower(region, self.qparams, self.weight, self.captured.extents, self.bias)
-            for region in self.regions
-        ]
+        return [self.lowered(region).program for region in self.regions]
 
-    def simulate(
-        self, arguments: Iterable[Any], watch: Callable[[Node, Any], Any] | None = None
-    ) -> list[Any]:
-        """The network with its values and weights on their grids, in float: what the integers
-        compute but for rounding in the last bit, and for the states of a recurrent layer, which are
-        on the grid as it gives them, not from step to step. `watch` sees each value after
-        quantization.
-        """
-        quantized = self.quantized_values()
-        twins = {node: self.simulated_tensors(node) for node in self.layers()}
-
-        def on_grid(node: Node, value: Any) -> Any:
-            given = value
-            if node in quantized and isinstance(value, Tensor):
-                value = fake_quantize(value, self.qparams(node))
-            changed = watch(node, value) if watch is not None else None
-            if changed is not None:
-                return changed
-            return None if value is given else value
-
-        with torch.no_grad():
-            return self.graph.run(arguments, on_grid, twins)
+    def lowered(self, region: Region) -> Lowered:
+        """A region's program, and where the values of the graph are in it."""
+        return lowered(region, self.qparams, self.weight, self.captured.extents, self.bias)
 
     def quantized_values(self) -> set[Node]:
         """The nodes whose values lie on a grid: all that regions take and make, but for
@@ -377,35 +367,31 @@ def wide(qparams: QParams) -> QParams:
     return QParams(scale, dtype=np.dtype(np.int16))
 
 
+FLOOR = 16.0  # so far below the least score, exp leaves 1e-7 of a weight
+
+
+def _with_floor(scores: Tensor) -> Tensor:
+    """Scores of which -inf, by a mask that was not known as one, has a place in the range."""
+    hidden = scores == -math.inf
+    if not bool(hidden.any()) or bool(hidden.all()):
+        return scores
+    least = float(scores[~hidden].nan_to_num().min())
+    return scores.masked_fill(hidden, least - FLOOR)
+
+
 def fake_quantize(x: Tensor, qparams: QParams, *, out: Tensor | None = None) -> Tensor:
     """x on the grid of qparams, in float32; in the memory of `out`, which x may be."""
     scale = float(qparams.scale)
     return torch.div(x, scale, out=out).round_().clamp_(*grid_steps(qparams)).mul_(scale)
 
 
-def prepare(
-    model: nn.Module,
-    args: Iterable[Any],
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    config: QConfig | Callable[[Node], QConfig | None] = DEFAULT,
-) -> Prepared:
-    """Capture and fuse the network that `model(*args, **kwargs)` runs, ready to be calibrated.
-
-    config  for all nodes, or a function of a node: None keeps it float.
-
-    Raises CannotCapture when there is no graph of the model.
-    """
-    captured = capture(model, list(args), dict(kwargs or {}))
-    fuse(captured.graph)
-    return prepare_graph(captured, config)
-
-
 def prepare_graph(
     captured: Captured, config: QConfig | Callable[[Node], QConfig | None] = DEFAULT
 ) -> Prepared:
-    """`prepare` of a graph that was captured and fused."""
+    """What is known of a graph that was captured and fused, ready to be calibrated.
 
+    config  for all nodes, or a function of a node: None keeps it float.
+    """
     asked = {n: config if isinstance(config, QConfig) else config(n) for n in captured.graph}
     kept = {node: "as asked" for node, wanted in asked.items() if wanted is None}
     regions, reasons = find_regions(captured.graph, kept)

@@ -382,7 +382,7 @@ def _linear(step: Step, x: Shape, *add: Shape) -> Shape:
 
 
 def _pooled(step: Step, x: Shape) -> Shape:
-    """The windows' number does not depend on the values: the reference counts them."""
+    """As many as there are windows."""
     a = step.arguments
     stride = a.get("stride") or a["kernel_size"]
     sizes = []

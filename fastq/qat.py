@@ -15,7 +15,6 @@ With learned=True, step sizes are parameters (LSQ: Esser et al., ICLR 2020).
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,19 +30,24 @@ from torch.utils import _pytree as pytree
 
 from fastq import ops
 from fastq.batches import Batches
-from fastq.capture import capture
-from fastq.fuse import fold, fuse
+from fastq.fuse import fold
 from fastq.graph import Node, Sizes, evaluate, normalization, sizes_of
 from fastq.lower import (
     MOVES,
     SUFFIX,
     Region,
-    lowered,
     normalized,
     turned,
     weight_of,
 )
-from fastq.network import Config, build, calibrate, call_of, choose, forward_names, summarize
+from fastq.network import (
+    build,
+    calibrate,
+    call_of,
+    forward_names,
+    prepare_model,
+    summarize,
+)
 from fastq.nn.network import QuantizedModel, as_input, check_constant, leaves_of
 from fastq.prepare import (
     HEADROOM,
@@ -51,7 +55,6 @@ from fastq.prepare import (
     Weight,
     grid_ends,
     grid_steps,
-    prepare_graph,
     symmetric,
     wide,
 )
@@ -59,8 +62,9 @@ from fastq.processes import Processes
 from fastq.program import OPERATIONS
 from fastq.qconfig import QConfig
 from fastq.qparams import FLT_MIN, QParams, choose_qparams, quantize_weight
+from fastq.read import CannotCapture
 from fastq.recipe import read_recipe
-from fastq.swap import QuantizationSummary, Selector, leave_fast_path, summary
+from fastq.swap import Config, QuantizationSummary, Selector, summary
 from fastq.trace import Forward
 
 UNCLAMPED = (-math.inf, math.inf)
@@ -100,7 +104,7 @@ def prepare_qat(
     Dropout is off, as it is when the network is deployed. Float32, on the CPU.
 
     Raises TypeError for a model or data of a wrong kind; ValueError if nothing can become int8;
-    CannotCapture if torch.export cannot follow the model.
+    ValueError too if torch.export cannot follow the model.
     """
     if isinstance(model, QuantizedModel):
         if data is not None or config is not None or skip:
@@ -126,14 +130,15 @@ def prepare_qat(
             "prepare_qat: a float model wants data to follow it with and to find the first ranges, "
             "such as a batch of training inputs: prepare_qat(model, images[:64])"
         )
-    processes, batches = Processes(distributed), Batches(data)
+    processes, batches = Processes(distributed), Batches(data, "data")
     args, kwargs = call_of(model, batches.first(), forward)
-    wanted = choose(model, config, skip)
-    twin = copy.deepcopy(model).eval()
-    leave_fast_path(twin)
-    captured = capture(twin, args, kwargs)
-    fuse(captured.graph)
-    prepared = prepare_graph(captured, lambda node: wanted.get(node.layer, QConfig()))
+    try:
+        prepared, twin = prepare_model(model, args, kwargs, config=config, skip=skip)
+    except CannotCapture as error:
+        raise ValueError(
+            f"prepare_qat: there is no graph of this {type(model).__name__}, which training in "
+            f"integers wants: {error}"
+        ) from error
     if not prepared.regions:
         raise ValueError(f"prepare_qat: nothing in this {type(model).__name__} can become int8")
     calibrate(prepared, model, batches, forward, progress=progress, processes=processes)
@@ -188,7 +193,7 @@ class QATModel(nn.Module):
             self.register_parameter(name, parameter)
         for name, buffer in model._buffers.items():
             self.register_buffer(name, buffer, name not in model._non_persistent_buffers_set)
-        self._prepared, self._names, self._report = prepared, list(names), report
+        self._prepared, self._names, self._fastq_summary = prepared, list(names), report
         self._norms_move = self._ranges_move = True
         named = self._named()
         self._places = {node: _places(node, named) for node in prepared.graph}
@@ -241,7 +246,7 @@ class QATModel(nn.Module):
         """The integer network: see `fastq.convert`."""
         with torch.no_grad():
             self._deploy(self._tensors())
-        return build(self._prepared, self._names, self._report)
+        return build(self._prepared, self._names, self._fastq_summary)
 
     def _named(self) -> dict[str, Tensor]:
         """All parameters and buffers; a tensor with several names has each."""
@@ -500,9 +505,7 @@ class _Run:
 
     def __init__(self, prepared: Prepared, region: Region) -> None:
         self.prepared, self.region = prepared, region
-        self.lowered = lowered(
-            region, prepared.qparams, prepared.weight, prepared.captured.extents, prepared.bias
-        )
+        self.lowered = prepared.lowered(region)
         self.steps = {step.name: step for step in self.lowered.program.steps}
         self.arrays: dict[str, Any] = {}
         self.values: dict[Node, Any] = {}

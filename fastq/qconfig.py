@@ -32,3 +32,6 @@ class QConfig:
         make_observer(self.observer)
         check_weight_range("QConfig: weight_range", self.weight_range)
         check_weight_bits("QConfig: weight_bits", self.weight_bits)
+
+
+DEFAULT = QConfig()

@@ -29,9 +29,8 @@ HISTOGRAM_KEYS = 1 << 16  # bins of a histogram: one for each upper half of a fl
 
 # |x - zero_point| <= 255 and |w| <= 128: beyond this K an int32 accumulator could overflow.
 MAX_K = (2**31 - 1) // (255 * 128)
-# the squares of 16 values at a time stay in int32
 MAX_FACTOR = 2.0**96  # of a multiplier or shift: nothing overflows float32 before the clamp
-MAX_FEATURES = 2**19  # of a layer norm
+MAX_FEATURES = 2**19  # of a layer norm: the squares of 16 values at a time stay in int32
 MAX_WIDE_FEATURES = 2**14  # of one of int16: N * x - sum(x) stays in int32
 
 

@@ -11,11 +11,13 @@ from torch import nn
 
 from fastq.batches import Batches
 from fastq.ladder import climb
-from fastq.network import Config, calibrate, call_of, finish, prepare_model
+from fastq.network import calibrate, call_of, finish, prepare_model
+from fastq.nn.network import QuantizedModel
 from fastq.processes import Processes
+from fastq.qat import QATModel
 from fastq.read import CannotCapture
 from fastq.remedies import DEFAULT, Remedies, remedy_names
-from fastq.swap import Selector, quantize_layers, summary
+from fastq.swap import Config, Selector, quantize_layers, summary
 from fastq.trace import Forward
 
 
@@ -49,9 +51,11 @@ def quantize_model(
         DataLoader. A batch is a tensor: model(batch); a dict: model(**batch); or a tuple or list
         whose first element is one of these, and the input: most data sets give
         (images, labels). One batch is held at a time, and the remedies' sample.
-    remedies  names of what shall win accuracy back, see `fastq.remedies`: a grid for each channel
-        of the input, balanced rounding and bias correction unless told otherwise. They work on
-        the first batches: 32 images for ResNet-50.
+    remedies  names of what shall win accuracy back. Unless told otherwise "input_equalization" (a
+        grid for each channel of the input), "balanced_rounding" (SQuant) and "bias_correction";
+        there are also "cross_layer_equalization", "activation_equalization", "gptq" (least
+        squares), "adaround" (learned rounding) and "batch_norm" (new statistics), see README.md.
+        They work on the first batches: 32 images for ResNet-50.
     evaluate, max_drop  a function that scores a model, more being better, and how much less than
         the float model's score may be had: more remedies are tried one after the other, then
         the layers that are most sensitive stay float. What each step gains is printed.
@@ -75,19 +79,26 @@ def quantize_model(
         raise TypeError(
             f"quantize_model: got {type(model).__name__}, wanted a torch.nn.Module, not scripted"
         )
+    if isinstance(model, QuantizedModel | QATModel):
+        wanted = "fastq.convert(model)" if isinstance(model, QATModel) else "a float model"
+        raise TypeError(
+            f"quantize_model: this {type(model).__name__} is quantized already; wanted {wanted}"
+        )
     remedies = remedy_names(remedies)
     skip = (skip,) if isinstance(skip, str | type) else tuple(skip)  # a search reads it again
     if (evaluate is None) != (max_drop is None):
         raise TypeError("quantize_model: evaluate= and max_drop= come together")
     processes = Processes(distributed)
     if calibration_data is None:
-        return quantize_layers(model, skip=skip, strict=strict, progress=progress)
+        if evaluate is not None:
+            raise TypeError("quantize_model: evaluate= wants calibration_data to quantize with")
+        return quantize_layers(model, config=config, skip=skip, strict=strict, progress=progress)
     if evaluate is not None and max_drop is not None:
 
         def build(names: tuple[str, ...], floats: tuple[str, ...]) -> nn.Module:
             return quantize_model(
                 model, calibration_data, forward=forward, config=config, skip=(*skip, *floats),
-                remedies=names, progress=progress, distributed=distributed,
+                remedies=names, strict=strict, progress=progress, distributed=distributed,
             )  # fmt: skip
 
         return climb(
@@ -99,13 +110,14 @@ def quantize_model(
             forward=forward,
             config=config,
             skip=skip,
+            remedies=remedies,
             processes=processes,
         )
     prepared, why = None, ""
     batches = Batches(calibration_data)
     try:
         # without a name: the first batch is not to be held while the others are observed
-        prepared = prepare_model(
+        prepared, _ = prepare_model(
             model,
             *call_of(model, batches.first(), forward),
             config=config,
@@ -115,11 +127,16 @@ def quantize_model(
     except CannotCapture as error:
         why = str(error)
     if prepared is None or not prepared.regions:
-        result = quantize_layers(
-            model, batches, forward=forward, skip=skip, strict=strict, progress=progress,
-            distributed=distributed,
-        )  # fmt: skip
-        note = f"int8 layers, not one network: {why or 'no product has an integer form'}"
+        why = why or "no product has an integer form"
+        try:
+            result = quantize_layers(
+                model, batches, forward=forward, config=config, skip=skip, strict=strict,
+                progress=progress, distributed=distributed,
+            )  # fmt: skip
+        except ValueError as error:
+            error.add_note(f"layers were tried, for there is no integer network: {why}")
+            raise
+        note = f"int8 layers, not one network: {why}"
         result._fastq_summary = replace(summary(result), note=note)  # type: ignore[assignment]
         return result
     calibrate(

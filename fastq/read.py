@@ -7,6 +7,7 @@ alone is folded into a constant, and the masks of attention become an operand of
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Collection, Sequence
 from math import inf, prod
@@ -20,8 +21,6 @@ from fastq.graph import POINTWISE_NAMESPACE, PRODUCTS, Graph, Node, Ref, normali
 from fastq.masks import LOWEST, is_low, is_mask, operand, operator_of, possible_values
 from fastq.spelled import Norm, is_part, product, quotient
 from fastq.weights import explicit_padding, several
-
-_aten = torch.ops.aten
 
 _POINTWISE = frozenset([
     "relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "hardswish", "hardsigmoid",
@@ -210,7 +209,8 @@ class Reader:
             if _memory(other) != memory:
                 continue
             if other.op == "placeholder":
-                kind = "an input" if isinstance(self.values[other], Node) else "a parameter"
+                taken = isinstance(self.values[other], Node)
+                kind = "an input" if taken else "a parameter or buffer"
                 raise CannotCapture(f"{node.name} changes {kind}")
             if self.values[other] is old:
                 self.values[other] = result
@@ -536,10 +536,10 @@ class Reader:
         return self.add(node, "group_norm", [x], attrs=attrs, tensors=tensors)
 
     def read_add(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
-        return self.binary(node, "add", a, float(a.get("alpha") or 1))
+        return self.binary(node, "add", a, float(a.get("alpha", 1)))
 
     def read_sub(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
-        return self.binary(node, "add", a, -float(a.get("alpha") or 1))
+        return self.binary(node, "add", a, -float(a.get("alpha", 1)))
 
     def read_mul(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         for x, factor in ((a["self"], a["other"]), (a["other"], a["self"])):
@@ -785,24 +785,43 @@ class Reader:
         x, y = a["self"], a.get("other", a.get("mat2"))
         if isinstance(x, Node) and isinstance(y, Tensor) and y.dim() == 2:
             return self.linear(node, x, {"weight": y.t()})
+        if isinstance(x, Tensor) and x.dim() == 2 and isinstance(y, Node) and len(y.shape) == 3:
+            return self.weighted(node, y, "bkn", x, "mk", "bmn")
         if not isinstance(x, Node) or not isinstance(y, Node):
             return None
         if len(x.shape) != len(y.shape) or x.shape[:-2] != y.shape[:-2]:
             return None
         return self.add(node, "matmul", [x, y])
 
-    read_bmm = read_matmul
+    read_bmm = read_mm = read_matmul
+
+    def read_baddbmm(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
+        """Scores and what is added to them: a mask, in nn.MultiheadAttention that gives weights."""
+        x, y, factor = a["batch1"], a["batch2"], float(a.get("alpha", 1))
+        if not isinstance(x, Node) or not isinstance(y, Node):
+            return None
+        if a.get("beta", 1) != 1 or not factor > 0:
+            return None
+        scores = self.add(f"{node.name}_scores", "matmul", [x, y], attrs={"factor": factor},
+                          shape=(*x.shape[:-1], y.shape[-1]))  # fmt: skip
+        scores.layer, scores.kind = self.where(node)
+        return self.binary(node, "add", {"self": scores, "other": a["self"]})
 
     def read_einsum(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         """A product of matrices, however its axes are named and ordered."""
         equation, operands = a["equation"].replace(" ", ""), a["tensors"]
         left, _, out = equation.partition("->")
         names = left.split(",")
-        if len(operands) != 2 or not out or not all(isinstance(v, Node) for v in operands):
+        if len(operands) != 2 or not out:
             return None
         if "." in equation or any(len(set(part)) < len(part) for part in (*names, out)):
             return None
         first, second = names
+        for (x, have), (weight, those) in itertools.permutations(zip(operands, names, strict=True)):
+            if isinstance(x, Node) and isinstance(weight, Tensor):
+                return self.weighted(node, x, have, weight, those, out)
+        if not all(isinstance(v, Node) for v in operands):
+            return None
         batch = [n for n in first if n in second and n in out]
         inner = [n for n in first if n in second and n not in out]
         rows, columns = ([n for n in part if n not in other and n in out]
@@ -827,11 +846,43 @@ class Reader:
         product.layer, product.kind = self.where(node)
         return self.add(node, "permute", [product], attrs={"dims": dims})
 
+    def weighted(
+        self, node: fx.Node, x: Node, have: str, weight: Tensor, names: str, out: str
+    ) -> Node | None:
+        """einsum("have,names->out") of an activation and a parameter: a linear layer of the axes
+        that both have, between moves."""
+        inner = [n for n in have if n in names]
+        kept = [n for n in have if n not in names]
+        columns = [n for n in names if n not in have]
+        if not inner or not columns or kept[:1] != [have[0]]:  # the batch stays in its place
+            return None
+        if sorted(out) != sorted([*kept, *columns]):  # an axis of both stays: many products
+            return None
+        turned = weight.permute([names.index(n) for n in (*columns, *inner)])
+        sizes = turned.shape[: len(columns)]
+        matrix = turned.reshape(prod(sizes), -1)
+        if matrix.data_ptr() != weight.data_ptr():  # training would not find it in a copy
+            return None
+        value = self.permute(f"{node.name}_inner", x, [have.index(n) for n in (*kept, *inner)])
+        shape = (*value.shape[: len(kept)], matrix.shape[1])
+        joined = self.reshape(f"{node.name}_joined", value, shape)
+        if joined is None:
+            return None
+        y = self.add(f"{node.name}_product", "linear", [joined], shape=(*shape[:-1], len(matrix)),
+                     tensors={"weight": matrix})  # fmt: skip
+        y.layer, y.kind = self.where(node)
+        apart = self.reshape(f"{node.name}_apart", y, (*y.shape[:-1], *sizes))
+        if apart is None:
+            return None
+        made = [*kept, *columns]
+        return self.permute(node, apart, [made.index(n) for n in out])
+
     def read_scaled_dot_product_attention(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         q, k, v = a["query"], a["key"], a["value"]
         if not all(isinstance(n, Node) for n in (q, k, v)) or a.get("enable_gqa"):
             return None
-        if a.get("dropout_p") or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
+        scale = q.shape[-1] ** -0.5 if a.get("scale") is None else a["scale"]
+        if a.get("dropout_p") or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2] or not scale > 0:
             return None
         rank, shape = len(k.shape), (*q.shape[:-1], k.shape[-2])
         mask, masks = a.get("attn_mask"), []
@@ -852,7 +903,6 @@ class Reader:
                 masks.append(found)
         dims = (*range(rank - 2), rank - 1, rank - 2)
         turned = self.permute(f"{node.name}_key", k, dims)
-        scale = a.get("scale") or q.shape[-1] ** -0.5
         scores = self.add(f"{node.name}_scores", "matmul", [q, turned], shape=shape,
                           attrs={"factor": float(scale)})  # fmt: skip
         scores.layer, scores.kind = self.where(node)

@@ -190,7 +190,7 @@ def conv2d(
     epilogue: Epilogue = None,
     *,
     x_zero_point: int = 0,
-    add: NDArray[np.uint8] | None = None,
+    add: NDArray[Any] | None = None,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
     """2-D cross-correlation of x (B, H, W, C) uint8; result (B, OH, OW, N) as in `linear`.
@@ -445,7 +445,7 @@ def upsample_nearest2d(
         step = F32(1 / scale_factor[axis]) if scale_factor else F32(size) / F32(n)
         if n in (size, 2 * size):
             step = F32(size / n)
-        index.append([min(int(np.floor(F32(i) * step)), size - 1) for i in range(n)])
+        index.append([int(min(np.floor(F32(i) * step), size - 1)) for i in range(n)])
     return _into(out, x[:, index[0]][:, :, index[1]])
 
 
@@ -475,7 +475,7 @@ def upsample_bilinear2d(
         else:
             step = F32(1 / scale_factor[axis]) if scale_factor else F32(size) / F32(n)
             where = np.maximum((i + F32(0.5)) * step - F32(0.5), F32(0))
-        low = np.minimum(np.floor(where).astype(np.int64), size - 1)
+        low = np.minimum(np.floor(where), size - 1).astype(np.int64)
         first.append(low)
         second.append(np.minimum(low + 1, size - 1))
         share.append(np.clip(where - low.astype(F32), F32(0), F32(1)))

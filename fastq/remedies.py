@@ -77,7 +77,8 @@ def calibrate(
     Of several processes each observes its own batches; the sample is the first one's, and what is
     done after the values were observed is done there alone.
 
-    Raises TypeError and ValueError for names that are none.
+    Raises TypeError and ValueError for names that are none, ValueError for a value that was never
+    finite.
     """
     names = remedy_names(remedies)
     chosen = [REMEDIES[name] for name in names]
@@ -91,6 +92,7 @@ def calibrate(
     for arguments in bar(itertools.chain(own, rest), "calibrate", progress, total):
         prepared.observe(arguments)
     prepared.merge(processes)
+    prepared.check_seen()
     prepared.settle()
     for remedy in chosen if processes.rank == 0 else ():
         if not remedy.first:
@@ -759,6 +761,7 @@ ADAROUND_RATE = 0.01
 ADAROUND_STEPS = 1000
 ADAROUND_SECONDS = 20.0  # for a layer at most
 ADAROUND_ROWS = 512  # in a step
+ADAROUND_PRESSURE = 0.5  # towards whole steps, beside the error
 
 
 def adaround(prepared: Prepared, sample: Sequence[Batch], progress: bool = False) -> None:
@@ -809,8 +812,6 @@ def _adaround(prepared: Prepared, node: Node, rows: Rows) -> tuple[Tensor, Tenso
     up = (share.detach().sigmoid() * 1.2 - 0.1).round().clamp(0, 1)
     return (floor + up).clamp(-qmax, qmax), scale
 
-
-ADAROUND_PRESSURE = 0.5
 
 REMEDIES: dict[str, Remedy] = {
     "cross_layer_equalization": Remedy(cross_layer_equalization, first=True),

@@ -28,7 +28,7 @@ from fastq.capture import Captured
 from fastq.graph import CONVOLUTION_LAYER, VOLUMES, Graph, Node, Sizes, evaluate
 from fastq.kernels import isa
 from fastq.layerwise import ratio
-from fastq.lower import MOVES, lowered, normalized, weight_of
+from fastq.lower import MOVES, normalized, weight_of
 from fastq.network import call_of, prepare_model
 from fastq.nn.network import QuantizedModel, Stage
 from fastq.observer import HistogramObserver
@@ -308,11 +308,11 @@ def report(
     FileNotFoundError if the path's folder is missing; and what the models raise.
     """
     int8 = _checked(float_model, quantized, batch_sizes, passes, path)
-    batches = Batches(data)
+    batches = Batches(data, "data")
     first = batches.first()
     twin = copy.deepcopy(float_model).eval()
     args, kwargs = call_of(twin, first, forward)
-    prepared = prepare_model(twin, args, kwargs)
+    prepared, _ = prepare_model(twin, args, kwargs)
     comparison = _Comparison(prepared.graph, int8)
     seen = _Outputs()
     bar = tqdm(batches, "compare", unit="batch", total=batches.total, disable=_off(progress))
@@ -446,10 +446,7 @@ class _Comparison:
                     f"report: the quantized network has {node.op} {node.name!r}, the float model "
                     f"has {own or 'nothing'} there; wanted the one that it was made from"
                 )
-        self.lowered = [
-            lowered(region, self.recipe.qparams, self.recipe.weight, self.recipe.captured.extents)
-            for region in self.recipe.regions
-        ]
+        self.lowered = [self.recipe.lowered(region) for region in self.recipe.regions]
         self.node_of = {name: node.name for low in self.lowered for node, name in low.names.items()}
         self.values: dict[str, _Value] = {}
 

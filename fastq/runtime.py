@@ -52,7 +52,8 @@ def load_program(path: str | os.PathLike[str]) -> BoundProgram:
             raise ValueError(f"it has float operators: {', '.join(floats)}")
         (stage,), (program,) = network["stages"], network["programs"]
         bound = BoundProgram(decode_program(program, arrays))
-        if network["inputs"] != stage["inputs"] or network["outputs"] != stage["outputs"]:
+        given = [name for name in network["inputs"] if name is not None]  # no constants
+        if given != stage["inputs"] or network["outputs"] != stage["outputs"]:
             raise ValueError("its arguments or results are not those of its program")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(

@@ -11,7 +11,7 @@ network is complete; `load` needs nothing else:
 That of a model with int8 layers says which layers of a float model they replace:
 
     sha256   the digest, see below
-    format   "fastq"            version  1
+    format   "fastq"            version  encode.VERSION
     layers   {name: {"type": "QLinear", or another of TYPES, and the arguments it was built with}}
     folded   [names of batch norms that were folded away]
     rebuilt  [names of layers rebuilt from torch's own, see QuantizationSummary]
@@ -44,6 +44,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastq.encode import VERSION, Parts, digest, read_header
 from fastq.nn import LAYERS, QuantizedModel
 from fastq.nn.network import decode_layout, encode_layout
+from fastq.qat import QATModel
 from fastq.swap import (
     INT8,
     QuantizationSummary,
@@ -102,6 +103,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"save: this {type(model).__name__} is around a network of fastq.quantize_model; "
             f"wanted that one: fastq.save(model.get_submodule({inside[0]!r}), path)"
         )
+    if isinstance(model, QATModel):
+        raise ValueError(
+            "save: this model is in training; wanted its integer network: "
+            "fastq.save(fastq.convert(model), path)"
+        )
     if not layers:
         raise ValueError(
             f"save: this {type(model).__name__} has no int8 layer; wanted what "
@@ -114,6 +120,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "layers": layers,
         "folded": [row.name for row in report.rows if row.result == "folded"],
         "rebuilt": report.rebuilt,
+        "note": report.note,
         "tied": tied,
         "summary": [[row.name, row.kind, row.result, row.reason] for row in report.rows],
     }

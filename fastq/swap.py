@@ -6,7 +6,7 @@ import copy
 import fnmatch
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
@@ -20,19 +20,21 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from fastq.batches import Batches, arguments_of, explain
+from fastq.batches import Batches, add_hint, arguments_of
 from fastq.nn import LAYERS, QMultiheadAttention
 from fastq.nn.conv import products
 from fastq.nn.embedding import LEAST_ROW, QTable
 from fastq.nn.layer import QLayer
 from fastq.nn.recurrent import Recurrent
-from fastq.observer import MinMaxObserver, Observer
+from fastq.observer import Observer, make_observer
 from fastq.processes import Processes
+from fastq.qconfig import QConfig
 from fastq.qparams import MAX_K
 from fastq.trace import Forward, Trace, plain_layer, trace
 from fastq.weights import scale_outputs
 
 Selector = str | type[nn.Module]
+Config = QConfig | Mapping[Selector, QConfig | None]
 Result = Literal["int8 static", "int8 dynamic", "int8 weight", "folded", "float"]
 Names = dict[nn.Module, list[str]]
 
@@ -60,6 +62,7 @@ LISTED = (
 )
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 ASKED = "as asked"
+MINMAX = QConfig(observer="minmax")
 TRANSPOSED_LINEAR = "transformers.pytorch_utils", "Conv1D"  # GPT-2's, whose weight is (K, N)
 
 
@@ -126,6 +129,7 @@ def quantize_layers(
     calibration_data: Any = None,
     *,
     forward: Forward | None = None,
+    config: Config | None = None,
     skip: Selector | Iterable[Selector] = (),
     dynamic: Selector | Iterable[Selector] = (),
     strict: bool = False,
@@ -151,11 +155,14 @@ def quantize_layers(
         whose first element is one of these, and the input: most data sets give
         (images, labels). Batches are not collected. None: all layers are dynamic.
     forward   forward(model, batch) runs the model on a batch of any other kind.
+    config    a `QConfig` for all layers, or a dict from name, pattern or class of modules to a
+        QConfig, or to None: float. Of several that match, the last one holds. Its observer is that
+        of the layer's input here. None: "minmax", weights of 8 bits.
     skip      layers to keep float: a name ('features.0'), a pattern ('*.attn.*'), a class, or
         several of these. What holds for a module holds for all within it.
     dynamic   layers to keep dynamic though there is calibration data, given likewise.
-    strict    raise ValueError if a layer stays float and `skip` does not ask for it. Layers are
-        linear, convolution, recurrent, attention, bilinear and batch norm.
+    strict    raise ValueError if a layer stays float and neither skip nor config asks for it.
+        Layers are linear, convolution, recurrent, attention, bilinear and batch norm.
     inplace   change the given model instead of a copy; after an error it is as it was. A model
         that is itself one layer cannot be changed in place: use what is returned.
     progress  show a progress bar if standard error is a terminal.
@@ -179,8 +186,8 @@ def quantize_layers(
     undo = _remember(result)
     try:
         return _quantize(
-            result, calibration_data, forward, skip, dynamic, strict=strict, progress=progress,
-            processes=processes,
+            result, calibration_data, forward, config, skip, dynamic, strict=strict,
+            progress=progress, processes=processes,
         )  # fmt: skip
     except BaseException:
         undo()  # matters with inplace=True: the caller has this model
@@ -191,6 +198,7 @@ def _quantize(
     result: nn.Module,
     calibration_data: Any,
     forward: Forward | None,
+    config: Config | None,
     skip: Any,
     dynamic: Any,
     *,
@@ -202,19 +210,24 @@ def _quantize(
     result.eval()
     leave_fast_path(result)
     names = module_names(result)
-    skipped = select(names, skip, "skip")
+    configs = choose(names, config or MINMAX, skip)
     left_dynamic = select(names, dynamic, "dynamic")
     rebuilt = []
     for module, paths in names.items():
-        plain = rebuild(module) if module not in skipped else None
+        plain = rebuild(module) if configs[paths[0]] else None
         if plain is not None:
             result = replace(result, paths, plain)
             rebuilt.append(paths[0])
             left_dynamic |= set(plain.modules()) if module in left_dynamic else set()
+            within = {name: configs[paths[0]] for name, _ in plain.named_modules(prefix=paths[0])}
+            configs = within | configs
     names = module_names(result)
-    plan = [_Layer(m, paths, *outlook(m)) for m, paths in listed(names).items()]
+    plan = [
+        _Layer(m, paths, configs[paths[0]] or MINMAX, *outlook(m))
+        for m, paths in listed(names).items()
+    ]
     for layer in plan:
-        if layer.module in skipped:
+        if configs[layer.name] is None:
             layer.keep_float(ASKED, asked=True)
         elif layer.module in left_dynamic:
             layer.keep_dynamic(ASKED)
@@ -257,7 +270,7 @@ def _quantize(
         if layer.becomes_int8():
             static = layer.result == "int8 static"
             given = {"input_qparams": layer.observer.qparams()} if static else {}
-            swap = SWAPS[type(layer.module)].from_float(layer.module, **given)
+            swap = SWAPS[type(layer.module)].from_float(layer.module, config=layer.config, **given)
             result = replace(result, layer.names, swap)
     for parameter in result.parameters():
         parameter.requires_grad = False
@@ -313,11 +326,15 @@ class _Layer:
 
     module: Any
     names: list[str]
+    config: QConfig
     result: Result
     reason: str = ""
     asked: bool = False
     axes: set[int] = field(default_factory=set)
-    observer: Observer = field(default_factory=MinMaxObserver)
+    observer: Observer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.observer = make_observer(self.config.observer)
 
     @property
     def name(self) -> str:
@@ -443,14 +460,14 @@ def select(names: Names, selectors: Any, argument: str) -> set[nn.Module]:
             found = {name for name, module in modules.items() if isinstance(module, selector)}
         else:
             raise TypeError(
-                f"quantize_layers: {argument} has {selector!r}, wanted names, patterns such as "
-                "'*.attn.*', or classes of modules"
+                f"{argument} has {selector!r}, wanted names, patterns such as '*.attn.*', or "
+                "classes of modules"
             )
         if not found:
             layers = [name for paths in listed(names).values() for name in paths]
             raise ValueError(
-                f"quantize_layers: {argument} has {selector!r}, which matches nothing; "
-                f"the layers are {', '.join(map(repr, layers))}"
+                f"{argument} has {selector!r}, which matches nothing; the layers are "
+                f"{', '.join(map(repr, layers))}"
             )
         hits |= found
 
@@ -459,6 +476,25 @@ def select(names: Names, selectors: Any, argument: str) -> set[nn.Module]:
         return "" in hits or any(parent in hits for parent in parents)
 
     return {module for name, module in modules.items() if selected(name)}
+
+
+def choose(
+    names: Names, config: Config, skip: Selector | Iterable[Selector]
+) -> dict[str, QConfig | None]:
+    """The configuration of each module by its name; None is float."""
+    base = config if isinstance(config, QConfig) else QConfig()
+    chosen: dict[str, QConfig | None] = {n: base for paths in names.values() for n in paths}
+    rules = list(config.items()) if isinstance(config, Mapping) else []
+    for selector, one in [*rules, (skip, None)]:
+        if one is not None and not isinstance(one, QConfig):
+            raise TypeError(
+                f"config has {type(one).__name__} for {selector!r}; wanted a fastq.QConfig, or "
+                "None to keep it float"
+            )
+        for module in select(names, selector, "skip" if selector is skip else "config"):
+            for name in names[module]:
+                chosen[name] = one
+    return chosen
 
 
 def _calibrate(
@@ -507,7 +543,7 @@ def _run(model: nn.Module, batch: Any, forward: Forward | None, what: str) -> No
                 forward(model, *args)
     except Exception as error:
         error.add_note(f"quantize_layers ran {what}")
-        explain(error, batch, forward)
+        add_hint(error, batch, forward)
         raise
 
 

@@ -1,5 +1,4 @@
-"""What one forward pass says about a model's layers: the only room that knows torch.export,
-torch.fx and aten."""
+"""What one forward pass says about the layers of a model that gets int8 layers in their place."""
 
 from __future__ import annotations
 

@@ -503,3 +503,45 @@ def test_what_nobody_reads_is_left_out() -> None:
     captured = check(call(forward, **A)(), image(), image())
     assert ops(captured) == ["conv2d"]
     assert len(captured.graph.inputs) == 2
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5])
+def test_a_size_like_those_of_the_batch(batch: int) -> None:
+    """Of 160 pixels a network of stride 32 makes 5, of 10 tokens pooling by 2 does: they are as
+    many as a batch may have, and follow the image."""
+
+    def places(net: Call, x: Tensor) -> Tensor:
+        for _ in range(5):
+            x = F.relu(net.b(x))
+        return net.c(x.mean(3).transpose(1, 2) + net.d.weight[: x.shape[2]])
+
+    layers = {
+        "b": lambda: nn.Conv2d(8, 8, 3, 2, 1),
+        "c": lambda: nn.Linear(8, 4),
+        "d": lambda: nn.Linear(8, 50),
+    }
+    for size in (160, 224):
+        check(call(places, **layers)().eval(), torch.randn(batch, 8, size, size))
+
+    def tokens(net: Call, x: Tensor) -> Tensor:
+        y = F.max_pool1d(net.b(x), 2).transpose(1, 2)
+        return net.c(y + net.d.weight[: y.shape[1]])
+
+    layers["b"] = lambda: nn.Conv1d(3, 8, 1)
+    check(call(tokens, **layers)().eval(), torch.randn(batch, 3, 10))
+
+
+def test_tokens_before_the_batch_with_states() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.cell = nn.Embedding(20, 16), nn.LSTM(16, 16)
+            self.last = nn.Linear(16, 20)
+
+        def forward(self, tokens: Tensor, h: Tensor, c: Tensor) -> Any:
+            y, states = self.cell(self.words(tokens), (h, c))
+            return self.last(y), *states
+
+    model = Words().eval()
+    captured = capture(model, [torch.randint(20, (9, 4)), *torch.randn(2, 1, 4, 16)])
+    assert captured.arguments[0].attrs["free"] == (0, 1)

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from multiprocessing.reduction import ForkingPickler
 
@@ -1037,3 +1038,155 @@ def test_a_program_takes_values_whose_batch_lies_anywhere() -> None:
     tokens = torch.randint(50, (2, 16))
     int8 = check(Net().eval(), tokens)
     assert int8(torch.randint(50, (3, 16))).shape == (3, 16, 32)
+
+
+def heads(mask: str, need_weights: bool) -> Callable[[Call, Tensor, Tensor], Tensor]:
+    """Self-attention of tokens, of which some do not see others, or are seen by none."""
+
+    def forward(net: Call, x: Tensor, padding: Tensor) -> Tensor:
+        masks: dict[str, Tensor] = {}
+        if mask != "padding":
+            hidden = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+            masks["attn_mask"] = hidden if mask == "bool" else hidden.float() * -1e9
+        if mask == "padding" or mask == "both":
+            masks["key_padding_mask"] = padding.bool()
+        if mask == "both":
+            masks["attn_mask"] = masks["attn_mask"].bool()
+        return net.b(net.a(x, x, x, need_weights=need_weights, **masks)[0])
+
+    return forward
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("mask", ["bool", "float", "padding", "both"])
+def test_attention_does_not_see_what_is_masked(mask: str, need_weights: bool) -> None:
+    model = call(
+        heads(mask, need_weights),
+        a=lambda: nn.MultiheadAttention(32, 4, batch_first=True), b=lambda: nn.Linear(32, 8),
+    )()  # fmt: skip
+    x, padding = torch.randn(8, 12, 32), torch.zeros(8, 12)
+    padding[:, 9:] = 1
+    int8 = check(model, x, padding, decibels=28)
+    other = x.clone()
+    other[:, 9:] += torch.randn(8, 3, 32)
+    assert torch.equal(int8(x, padding)[:, :9], int8(other, padding)[:, :9])
+
+
+def test_a_product_added_to_a_mask() -> None:
+    def forward(net: Call, x: Tensor) -> Tensor:
+        mask = torch.full((x.shape[1],) * 2, -torch.inf).triu(1)
+        scores = torch.baddbmm(mask, net.a(x), net.b(x).mT, alpha=0.2)
+        return scores.softmax(-1) @ x
+
+    linear = {"a": lambda: nn.Linear(32, 32), "b": lambda: nn.Linear(32, 32)}
+    check(call(forward, **linear)(), torch.randn(8, 12, 32))
+
+
+def test_scores_that_became_infinite_in_an_unknown_way() -> None:
+    def forward(net: Call, x: Tensor, near: Tensor) -> Tensor:
+        scores = (net.a(x) @ net.b(x).mT * 0.2).clone()
+        scores[near == 0] = -torch.inf
+        return scores.softmax(-1) @ x
+
+    linear = {"a": lambda: nn.Linear(16, 16), "b": lambda: nn.Linear(16, 16)}
+    near = (torch.rand(8, 6, 6) > 0.4).float() + torch.eye(6)
+    check(call(forward, **linear)(), torch.randn(8, 6, 16), near)
+
+
+@pytest.mark.parametrize("alpha", [0, 0.0, 1, 2, -1])
+def test_what_is_added_has_its_factor(alpha: float) -> None:
+    linear = {name: lambda: nn.Linear(8, 8) for name in "abc"}
+    for function in (torch.add, torch.sub):
+        model = call(
+            lambda net, x, function=function: net.c(function(net.a(x), net.b(x), alpha=alpha)),
+            **linear,
+        )()
+        check(model, torch.randn(64, 8))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 1.0, None])
+def test_attention_has_its_scale(scale: float | None) -> None:
+    model = call(
+        lambda net, x: F.scaled_dot_product_attention(net.a(x), net.b(x), net.c(x), scale=scale),
+        **{name: lambda: nn.Linear(8, 8) for name in "abc"},
+    )()
+    check(model, torch.randn(16, 6, 8))
+
+
+PARAMETERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Callable[..., Tensor]]] = {
+    "mm": ((16, 8), (6, 16), torch.mm),
+    "bi,io->bo": ((16, 8), (6, 16), lambda x, w: torch.einsum("bi,io->bo", x, w)),
+    "bti,oi->bot": ((8, 16), (6, 5, 16), lambda x, w: torch.einsum("bti,oi->bot", x, w)),
+    "nctv,vw->nctw": ((7, 7), (6, 4, 5, 7), lambda x, w: torch.einsum("nctv,vw->nctw", x, w)),
+    "bij,ijo->bo": ((4, 5, 8), (6, 4, 5), lambda x, w: torch.einsum("bij,ijo->bo", x, w)),
+    "bd,dhe->bhe": ((16, 3, 8), (6, 16), lambda x, w: torch.einsum("bd,dhe->bhe", x, w)),
+    "io,bi->bo": ((16, 8), (6, 16), lambda x, w: torch.einsum("io,bi->bo", w, x)),
+    "on the left": ((8, 16), (6, 16, 5), lambda x, w: w @ x),
+    "turned, on the left": ((16, 8), (6, 16, 1), lambda x, w: torch.matmul(w.t(), x)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_products_with_a_parameter(name: str) -> None:
+    weight, shape, function = PARAMETERS[name]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(weight) * 0.2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x, self.weight)
+
+    model, x = Net(), torch.randn(shape)
+    int8 = check(model, x, decibels=34)
+    assert not int8.layout.recipe or len(int8.layout.programs) == 1
+    assert torch.equal(int8(torch.cat([x, x]))[:6], int8(x))
+    training = fastq.prepare_qat(model, x, progress=False).train()
+    training(x).square().sum().backward()
+    assert training.weight.grad is not None and bool(training.weight.grad.any())
+
+
+def test_an_argument_of_complex_numbers(tmp_path) -> None:
+    def forward(net: Call, x: Tensor) -> Tensor:
+        waves = torch.fft.rfft(net.a(x))
+        return torch.fft.irfft(waves + torch.zeros(waves.shape, dtype=torch.cfloat))
+
+    int8 = check(call(forward, a=lambda: nn.Linear(8, 8))(), torch.randn(16, 8))
+    fastq.save(int8, tmp_path / "q")
+    x = torch.randn(3, 8)
+    assert torch.equal(fastq.load(tmp_path / "q")(x), int8(x))
+
+
+@dataclass
+class Unnamed:
+    y: Tensor
+
+
+def test_a_class_without_a_name_in_a_file() -> None:
+    torch.export.register_dataclass(Unnamed)
+    model = call(lambda net, x: Unnamed(net.a(x)), a=lambda: nn.Linear(8, 8))().eval()
+    with pytest.raises(TypeError, match=r"register_dataclass.Kind, serialized_type_name="):
+        fastq.quantize_model(model, torch.randn(4, 8), progress=False)
+
+
+def test_what_is_quantized_already() -> None:
+    model, x = flat_network()
+    int8 = fastq.quantize_model(model, x, progress=False)
+    with pytest.raises(TypeError, match="is quantized already; wanted a float model"):
+        fastq.quantize_model(int8, x)
+    training = fastq.prepare_qat(model, x, progress=False)
+    with pytest.raises(TypeError, match=r"is quantized already; wanted fastq.convert.model"):
+        fastq.quantize_model(training, x)
+    with pytest.raises(ValueError, match=r"in training; .* fastq.save.fastq.convert.model"):
+        fastq.save(training, "nowhere")
+    assert fastq.summary(training).rows == fastq.summary(int8).rows
+
+
+def test_why_there_is_no_network_is_said() -> None:
+    model = call(lambda net, x: x * 2 if x.sum() > 0 else x)()
+    with pytest.raises(ValueError, match="no layer of this Call can become int8") as caught:
+        fastq.quantize_model(model, torch.randn(4, 8), progress=False)
+    assert "there is no integer network: GuardOnDataDependent" in str(caught.value.__notes__)
+    with pytest.raises(ValueError, match=r"prepare_qat: there is no graph of this Call, .*: Guard"):
+        fastq.prepare_qat(model, torch.randn(4, 8), progress=False)

@@ -187,13 +187,27 @@ BAD_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
     "divisor": (
         lambda: ops.avg_pool2d(X, 2, divisor_override=0),
         ValueError,
-        "wanted an int > 0",
+        "wanted an int from 1",
     ),
     "size": (lambda: ops.adaptive_avg_pool2d(X, 0), ValueError, "at least 1"),
+    "divisor_float": (lambda: ops.avg_pool2d(X, 2, divisor_override=2.5), ValueError, "an int"),
+    "window": (lambda: ops.max_pool2d(X, 2.5), ValueError, "kernel_size: got 2.5, wanted an int"),
+    "stride": (lambda: ops.max_pool2d(X, 2, 2**64), ValueError, "stride: got .*, at most 1048576"),
     "factor": (
         lambda: ops.upsample_nearest2d(X, 9, (0.0, 1.0)),
         ValueError,
-        "two finite numbers",
+        "wanted a tuple of 2, each a float",
+    ),
+    # its inverse is infinite in float32: such positions were once read
+    "tiny_factor": (
+        lambda: ops.upsample_nearest2d(X, 9, (1e-39, 1e-39)),
+        ValueError,
+        "from 5.42e-20 to 1.84e",
+    ),
+    "tiny_factor_too": (
+        lambda: ops.upsample_bilinear2d(X, 9, scale_factor=(1e-39, 1e-39)),
+        ValueError,
+        "from 5.42e-20 to 1.84e",
     ),
 }
 

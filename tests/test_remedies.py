@@ -18,9 +18,10 @@ import fastq
 from fastq import remedies as room
 from fastq.graph import Node, evaluate
 from fastq.layerwise import decibels
+from fastq.network import finish, prepare_model
 from fastq.observer import PercentileObserver
 from fastq.plan import BoundProgram
-from fastq.prepare import Prepared, prepare
+from fastq.prepare import Prepared
 from fastq.qconfig import QConfig
 from fastq.remedies import REMEDIES, calibrate, remedy_names, walk
 
@@ -100,7 +101,7 @@ def plain() -> nn.Sequential:
 
 
 def prepared_for(model: nn.Module, x: Tensor, **config: Any) -> Prepared:
-    prepared = prepare(model.eval(), [x], config=QConfig(**config))
+    prepared, _ = prepare_model(model, [x], config=QConfig(**config))
     assert len(prepared.regions) == 1
     return prepared
 
@@ -202,9 +203,7 @@ def test_what_a_range_leaves_out_is_not_made_up_for() -> None:
 def test_equalization_reaches_a_layer_that_stays_float() -> None:
     """Else its readers would be left with the uneven channels that it makes."""
     model = uneven(plain()).eval()
-    prepared = prepare(
-        model, [images()], config=lambda node: None if node.layer == "2" else QConfig()
-    )
+    prepared, _ = prepare_model(model, [images()], config={"2": None})
     (reader,) = [node for node in prepared.graph if node.layer == "5"]
     spreads = []
     for names in ((), ("cross_layer_equalization",)):
@@ -553,7 +552,7 @@ def test_remedies_recover_a_network_made_hard() -> None:
     def quantized(remedies: Any) -> float:
         prepared = prepared_for(model, x[:2])
         calibrate(prepared, [[x[:100]], [x[100:200]]], remedies)
-        return accuracy(lambda batch: prepared.simulate([batch])[0])
+        return accuracy(finish(prepared, model))
 
     with torch.no_grad():
         real = accuracy(model)

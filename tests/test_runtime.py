@@ -58,6 +58,25 @@ def test_several_inputs_and_outputs(tmp_path):
     ] * 2
 
 
+def test_inputs_and_outputs_in_an_order_of_their_own(tmp_path):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x, y, double=False):
+            middle = torch.relu(self.a(y) - self.a(x))
+            return self.b(middle), middle
+
+    given = {"x": torch.randn(8, 4), "y": torch.randn(8, 4), "double": False}
+    q = fastq.quantize_model(Net().eval(), given, progress=False)
+    fastq.save(q, tmp_path / "q")
+    run = fastq.load_program(tmp_path / "q")
+    found = run(given["x"].numpy(), given["y"].numpy())
+    for wanted, array in zip(q(**given), found, strict=True):
+        assert np.array_equal(array, wanted.numpy())
+
+
 def test_what_is_no_program_is_refused(tmp_path):
     fastq.save(quantized_case("float between"), tmp_path / "q")
     with pytest.raises(ValueError, match=r"float operators: .*cumsum.* has no integer"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import fastq
 from fastq.ladder import climb
 from fastq.layerwise import LayerSensitivity, Sensitivity, decibels, sensitivity
 from fastq.remedies import DEFAULT, EQUALIZATIONS, REMEDIES
@@ -113,7 +115,9 @@ class Built(nn.Module):
         self.remedies, self.skip = remedies, skip
 
 
-def climbed(scores: dict[str, float], max_drop: float) -> tuple[Built, list[str]]:
+def climbed(
+    scores: dict[str, float], max_drop: float, remedies: Any = DEFAULT
+) -> tuple[Built, list[str]]:
     """A climb where each of these remedies and float layers adds to a score of 80; float: 90."""
     lines: list[str] = []
 
@@ -123,7 +127,7 @@ def climbed(scores: dict[str, float], max_drop: float) -> tuple[Built, list[str]
         return 80 + sum(scores.get(name, 0.0) for name in (*model.remedies, *model.skip))
 
     data = [torch.randn(64, 16)]
-    result = climb(Network(), data, evaluate, max_drop, Built, echo=lines.append)
+    result = climb(Network(), data, evaluate, max_drop, Built, remedies=remedies, echo=lines.append)
     assert isinstance(result, Built)
     return result, lines
 
@@ -192,3 +196,37 @@ def test_the_ladder_refuses_what_it_cannot_search_with() -> None:
         climb(Network(), [], lambda m: 0.0, -1, Built)
     with pytest.raises(ValueError, match="can be read once only"):
         climb(Network(), iter([torch.randn(1, 16)]), lambda m: 0.0, 1, Built)
+
+
+def test_the_first_rung_is_the_callers() -> None:
+    result, lines = climbed({"gptq": 9.9}, 0.5, remedies="bias_correction")
+    assert lines[1].startswith("bias_correction: 80")
+    assert result.remedies == ("gptq", "bias_correction")
+
+
+class Branching(nn.Module):
+    """torch.export cannot follow it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) if x.sum() > 0 else x
+
+
+def test_a_search_over_a_model_without_a_graph() -> None:
+    x = torch.rand(16, 8)
+    given = {"evaluate": lambda m: float(isinstance(m.a, nn.Linear)), "max_drop": 0.5}
+    with pytest.warns(UserWarning, match="nothing was within 0.5"):
+        made = fastq.quantize_model(Branching(), x, progress=False, **given)
+    assert type(made) is Branching
+
+
+def test_a_search_takes_what_else_is_asked() -> None:
+    given = {"evaluate": lambda m: 1.0, "max_drop": 0.5}
+    with pytest.raises(TypeError, match="evaluate= wants calibration_data"):
+        fastq.quantize_model(Network(), **given)
+    with pytest.raises(ValueError, match="strict=True, and layers stay float"):
+        model = nn.Sequential(Branching(), nn.BatchNorm1d(8))
+        fastq.quantize_model(model, torch.rand(16, 8), strict=True, progress=False, **given)

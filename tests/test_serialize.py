@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 import fastq
 from fastq.encode import VERSION
 from fastq.nn import QConv2d, QLinear
-from fastq.nn.network import _read_spec, _spec_text
+from fastq.nn.network import _read_spec, spec_text
 from fastq.serialize import load, save
 from fastq.swap import quantize_layers, summary
 
@@ -559,4 +559,4 @@ def test_specs_of_all_kinds_are_read_again() -> None:
         ((1, {"a": [2, Pair(3, OrderedDict(z=1))]}), {}), defaultdict(list, a=1), deque([1]), None,
     ):  # fmt: skip
         spec = pytree.tree_structure(value)
-        assert _read_spec(_spec_text(spec)) == spec
+        assert _read_spec(spec_text(spec)) == spec

@@ -2,6 +2,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fastq.nn import QConv2d, QLinear
+from fastq.qconfig import QConfig
 from fastq.qparams import MAX_K, choose_qparams
+from fastq.quantization import quantize_model
+from fastq.serialize import load, save
 from fastq.swap import QuantizationSummary, fold_batch_norm, quantize_layers, summary
 from fastq.trace import trace
 
@@ -871,3 +875,64 @@ def test_the_random_state_is_left_alone() -> None:
     state = torch.get_rng_state()
     quantize_layers(model, torch.ones(2, 3, 1, 1))
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_config_of_layers() -> None:
+    """With data or without, and where a network that cannot be captured becomes layers."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.c(self.b(self.a(x)))
+            return y if x.sum() > 0 else -y
+
+    x = torch.rand(32, 8)
+    config = {"b": None, "c": QConfig(weight_bits=2, observer="percentile")}
+    for made in (
+        quantize_layers(Net(), config=config),
+        quantize_layers(Net(), x, config=config, progress=False),
+        quantize_model(Net(), config=config),
+        quantize_model(Net(), x, config=config, progress=False),
+    ):
+        assert results(made)["b"] == "float" and reasons(made)["b"] == "as asked"
+        assert int(made.a.weight.abs().max()) == 127 and int(made.c.weight.abs().max()) == 1
+    assert not quantize_layers(Net(), config=config, strict=True).training
+    for call in (quantize_layers, quantize_model):
+        with pytest.raises(ValueError, match="config has 'nonsense', which matches nothing"):
+            call(Net(), config={"nonsense": None})
+
+
+def test_config_of_a_subclass_and_of_other_kinds() -> None:
+    class Padded(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(F.pad(x, (1, 1, 1, 1)))
+
+    model = nn.Sequential(Padded(3, 4, 3), Padded(4, 4, 3), nn.Conv1d(4, 4, 1))
+    four = QConfig(weight_bits=4, weight_range="mse")
+    made = quantize_layers(model[:2], config={"0": None, "1": four})
+    assert [row.result for row in summary(made).rows] == ["float", "int8 dynamic"]
+    (layer,) = [m for m in made.modules() if isinstance(m, QConv2d)]
+    assert int(layer.weight.abs().max()) == 7
+    others = nn.ModuleDict({"lstm": nn.LSTM(8, 8), "heads": nn.MultiheadAttention(8, 2)})
+    others["words"], others["line"] = nn.Embedding(9, 64), nn.Conv1d(4, 4, 1)
+    weights = quantize_layers(others, config=four).state_dict()
+    ends = [int(w.abs().max()) for w in weights.values() if w.dtype is torch.int8]
+    assert len(ends) == 8 and set(ends) == {7}
+
+
+def test_the_note_of_layers_is_saved(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) if x.sum() > 0 else x
+
+    made = quantize_model(Net(), torch.rand(4, 8), progress=False)
+    assert "GuardOnDataDependent" in summary(made).note
+    save(made, tmp_path / "q")
+    assert summary(load(tmp_path / "q", Net())) == summary(made)

@@ -16,7 +16,7 @@ import fastq
 from fastq import ops, reference
 from fastq.kernels import isa as isa_room
 from fastq.lower import Ranges
-from fastq.prepare import prepare
+from fastq.network import prepare_model
 from fastq.program import Program, Step
 from fastq.qparams import MAX_WIDE_FEATURES, Requant
 from fastq.weights import Conv2dWeight, LinearWeight
@@ -307,7 +307,7 @@ class Mixed(nn.Module):
     ids=["add", "linear", "table", "reshape"],
 )  # fmt: skip
 def test_who_reads_a_sum(also: nn.Module, wide: bool) -> None:
-    prepared = prepare(Mixed(also).eval(), [torch.randn(4, 8)])
+    prepared, _ = prepare_model(Mixed(also), [torch.randn(4, 8)])
     sums = [n for n in prepared.integer_nodes() if n.op in ("add", "linear") and len(n.inputs) == 2]
     assert bool(prepared.ranges.wide & {prepared.ranges.find(n) for n in sums[:1]}) == wide
     x = torch.randn(64, 8)

@@ -273,7 +273,7 @@ def emit_quotient(b: Any, x: Any, divisor: tuple[Any, ...]) -> Any:
     Clamped to LARGE or more; NaN gives 0. A division would take longer than all the rest. The
     product with a reciprocal of 48 bits is on the right side of every k + 0.5: all mantissas of a
     scale were tried, for |k| <= 260 and x within 3 ulp of (k + 0.5) * scale. What is far below is
-    not clamped: all that x86 makes of it is its least integer.
+    not clamped on x86: all that it makes of it, and of NaN, is its least integer.
     """
     parts = [splat(b, part, x.type.count) for part in divisor]
     if len(parts) == 1:
@@ -283,6 +283,9 @@ def emit_quotient(b: Any, x: Any, divisor: tuple[Any, ...]) -> Any:
         x = b.fmul(x, factor)
     number = b.fcmp_ordered("ord", x, x)
     x = b.select(b.fcmp_ordered("<", x, most), x, most)
+    if "neon" in target_features():  # the sum of two infinities would be 0 there
+        least = b.fneg(most)
+        x = b.select(b.fcmp_ordered(">", x, least), x, least)
     x = b.select(number, x, const(x.type, 0.0))
     return fma(b, x, reciprocal, b.fmul(x, rest))
 

@@ -286,7 +286,7 @@ def nearest_windows(size: int, count: int, scale_factor: float | None = None) ->
     step = _step(size, count, scale_factor)
     if count in (size, 2 * size):  # whatever the factor says
         step = np.float32(size / count)
-    taps = np.minimum(np.floor(np.arange(count).astype(np.float32) * step), size - 1)
+    taps = np.clip(np.floor(np.arange(count).astype(np.float32) * step), 0, size - 1)
     return _windows(taps[:, None].astype(np.int64), np.ones((count, 1), bool), np.ones(count))
 
 
@@ -302,7 +302,7 @@ def bilinear_windows(
         where = i * (np.float32(size - 1) / np.float32(max(count - 1, 1)))
     else:
         where = np.maximum((i + half) * _step(size, count, scale_factor) - half, np.float32(0))
-    low = np.minimum(np.floor(where).astype(np.int64), size - 1)
+    low = np.clip(np.floor(where), 0, size - 1).astype(np.int64)
     share = np.clip(where - low.astype(np.float32), 0, one)
     taps = np.stack([low, np.minimum(low + 1, size - 1)], axis=1)
     windows = _windows(taps, np.ones((count, 2), bool), np.ones(count))

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fastq.nn.layer import check_kind, stay
 from fastq.nn.linear import QLinear
+from fastq.qconfig import DEFAULT, QConfig
 
 PROJECTIONS = "q_proj", "k_proj", "v_proj", "out_proj"
 
@@ -78,7 +79,7 @@ class QMultiheadAttention(nn.Module):
         }  # fmt: skip
 
     @classmethod
-    def from_float(cls, module: nn.MultiheadAttention) -> Self:
+    def from_float(cls, module: nn.MultiheadAttention, *, config: QConfig = DEFAULT) -> Self:
         """Quantize a float layer: its weights per output, its biases stay float32.
 
         Raises TypeError unless `module` is an nn.MultiheadAttention, ValueError if it is not
@@ -88,7 +89,7 @@ class QMultiheadAttention(nn.Module):
         made = cls(**cls.made_with(module))
         for name, (weight, bias) in _parts(module).items():
             part = SimpleNamespace(weight=weight, bias=bias, training=module.training)
-            made.get_submodule(name)._quantize(part, None)  # type: ignore[operator]
+            made.get_submodule(name)._quantize(part, None, config)  # type: ignore[operator]
         made._copy_biases(module, made)
         if not all(bool(b.isfinite().all()) for b in (made.bias_k, made.bias_v) if b is not None):
             raise ValueError("QMultiheadAttention: bias_k or bias_v has NaN or infinite values")

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fastq.graph import BAG_LAYER, EMBEDDING_LAYER, FUNCTIONS
 from fastq.nn.layer import QLayer, check_kind
+from fastq.qconfig import DEFAULT, QConfig
 from fastq.qparams import QParams
 
 # Of fewer values than these, as of the biases of attention's heads, a row stays float where a whole
@@ -38,7 +39,9 @@ class QTable(QLayer):
         return {name: getattr(module, name) for name in cls.ARGUMENTS}
 
     @classmethod
-    def from_float(cls, module: Any, *, input_qparams: QParams | None = None) -> Self:
+    def from_float(
+        cls, module: Any, *, input_qparams: QParams | None = None, config: QConfig = DEFAULT
+    ) -> Self:
         """Quantize a float layer, each row by its own range; input_qparams must be None.
 
         Raises TypeError unless `module` is torch's of this kind, ValueError if it is not finite.
@@ -49,7 +52,7 @@ class QTable(QLayer):
             weight, rows = weight.clone(), torch.arange(module.num_embeddings)
             torch.embedding_renorm_(weight, rows, module.max_norm, module.norm_type)
         real = SimpleNamespace(weight=weight, training=module.training)
-        return cls(**cls.made_with(module))._quantize(real, input_qparams)
+        return cls(**cls.made_with(module))._quantize(real, input_qparams, config)
 
     def to_float(self) -> Any:
         """torch's layer with the dequantized rows, weight * weight_scale."""

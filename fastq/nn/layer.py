@@ -18,6 +18,7 @@ from torch.nn.utils import skip_init
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastq.ops import Operands
+from fastq.qconfig import DEFAULT, QConfig
 from fastq.qparams import Dequant, QParams, quantize_weight
 
 STATE = {
@@ -98,14 +99,17 @@ class QLayer(nn.Module):
         return {**given, "bias": module.bias is not None}
 
     @classmethod
-    def from_float(cls, module: Any, *, input_qparams: QParams | None = None) -> Self:
+    def from_float(
+        cls, module: Any, *, input_qparams: QParams | None = None, config: QConfig = DEFAULT
+    ) -> Self:
         """Quantize a float layer; its weight per output, its bias stays float32.
 
         input_qparams  uint8 QParams per tensor of the input, or None to quantize it dynamically.
+        config         the bits of its weight, and how its range is found.
         Raises TypeError unless `module` is torch's of this kind, ValueError if it is not finite.
         """
         check_kind(cls, module)
-        return cls(**cls.made_with(module))._quantize(module, input_qparams)
+        return cls(**cls.made_with(module))._quantize(module, input_qparams, config)
 
     def to_float(self) -> Any:
         """torch's layer with the dequantized weight, weight * weight_scale, and the bias."""
@@ -113,10 +117,12 @@ class QLayer(nn.Module):
         self._dequantize(module)
         return module
 
-    def _quantize(self, module: Any, input_qparams: QParams | None) -> Self:
+    def _quantize(self, module: Any, input_qparams: QParams | None, config: QConfig) -> Self:
         """Take over the weight, bias and mode of a float module of the same shape."""
         weight = self._outputs_first(module.weight.detach().to("cpu", torch.float32))
-        data, scale = quantize_weight(weight.numpy())
+        data, scale = quantize_weight(
+            weight.numpy(), range=config.weight_range, bits=config.weight_bits
+        )
         with torch.no_grad():
             self.weight.copy_(self._outputs_first(torch.from_numpy(data)))
             self.weight_scale.copy_(torch.tensor(scale))

@@ -371,15 +371,18 @@ def assemble(
         tuple(extents),
         constants,
         tuple(outputs),
-        (_spec_text(specs[0]), _spec_text(specs[1])),
+        (spec_text(specs[0]), spec_text(specs[1])),
         tuple(names),
         recipe,
     )
     return QuantizedModel(layout, tensors)
 
 
-def _spec_text(spec: Any) -> str:
-    """A pytree spec as JSON; named tuples get the name that it asks for."""
+def spec_text(spec: Any) -> str:
+    """A pytree spec as JSON; named tuples get the name that it asks for.
+
+    TypeError for a class that has none.
+    """
 
     def register(value: Any) -> bool:
         kind = type(value)
@@ -390,11 +393,17 @@ def _spec_text(spec: Any) -> str:
         return False
 
     pytree.tree_leaves(pytree.tree_unflatten([0] * spec.num_leaves, spec), is_leaf=register)
-    return pytree.treespec_dumps(spec)
+    try:
+        return pytree.treespec_dumps(spec)
+    except NotImplementedError as error:
+        raise TypeError(
+            "the model takes or returns a class that has no name in a file; "
+            "torch.export.register_dataclass(Kind, serialized_type_name='module.Kind') gives one"
+        ) from error
 
 
 def _read_spec(text: str) -> Any:
-    """The spec again; ValueError for what `_spec_text` does not write.
+    """The spec again; ValueError for what `spec_text` does not write.
 
     Torch imports the modules that name an enum's class or a defaultdict's factory: refused, but
     for builtins and collections, for a file may have named them.
@@ -420,7 +429,8 @@ def _read_spec(text: str) -> Any:
 NAMED: dict[str, dict[str, Any]] = {
     "dtype": {str(v).removeprefix("torch."): v for v in (
         torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool, torch.uint8,
-        torch.int8, torch.int16, torch.int32, torch.int64)},
+        torch.int8, torch.int16, torch.int32, torch.int64, torch.complex32, torch.complex64,
+        torch.complex128)},
     "layout": {"strided": torch.strided},
     "memory_format": {str(v).removeprefix("torch."): v for v in (
         torch.contiguous_format, torch.channels_last, torch.preserve_format)},

@@ -24,6 +24,7 @@ from fastq.nn.layer import STATE, State, accept, as_array, check_kind, operands_
 from fastq.nn.linear import QLinear
 from fastq.nn.linear import run as linear
 from fastq.ops import Operands, recurrent_float
+from fastq.qconfig import DEFAULT, QConfig
 from fastq.qparams import GATES
 from fastq.weights import LinearWeight
 
@@ -246,7 +247,7 @@ class Recurrent(nn.Module):
         return {name: getattr(module, name) for name in (*cls.ARGUMENTS, "bias")}
 
     @classmethod
-    def from_float(cls, module: Any) -> Self:
+    def from_float(cls, module: Any, *, config: QConfig = DEFAULT) -> Self:
         """Quantize a float layer: its weights per output, its biases stay float32.
 
         Raises TypeError unless `module` is torch's of this kind, ValueError if it is not finite.
@@ -256,7 +257,7 @@ class Recurrent(nn.Module):
         for name, product in made.products.items():
             weight, bias = (getattr(module, f"{kind}_{name}", None) for kind in ("weight", "bias"))
             linear = SimpleNamespace(weight=weight, bias=bias, training=module.training)
-            product._quantize(linear, None)
+            product._quantize(linear, None, config)
         return made.train(module.training)
 
     def to_float(self) -> Any:
