@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import fnmatch
 import itertools
@@ -18,6 +19,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fastq.batches import Batches, add_hint, arguments_of
@@ -248,7 +251,7 @@ def _quantize(
             elif not layer.observer.count:
                 layer.keep_dynamic("the calibration data gave it no finite value")
     for layer in plan:
-        reader = traced.readers.get(layer.name)
+        reader = traced.readers.get(layer.name, "" if layer.read else None)
         if reader is not None:
             who = f"'{reader}'" if reader else "the model"
             layer.keep_float(f"{who} computes with its weight itself instead of calling it")
@@ -331,6 +334,7 @@ class _Layer:
     reason: str = ""
     asked: bool = False
     axes: set[int] = field(default_factory=set)
+    read: bool = False  # its parameters, by others than itself
     observer: Observer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -519,13 +523,56 @@ def _calibrate(
                     for layer in plan
                     if layer.result == "int8 static"
                 ]
-            _run(model, batch, forward, f"the float model, on calibration batch {number}")
+            with _Readers(model, plan) if number == 0 else contextlib.nullcontext():
+                _run(model, batch, forward, f"the float model, on calibration batch {number}")
     finally:
         bar.close()
         for handle in handles:
             handle.remove()
     assert traced is not None  # there is a first batch
     return traced, batch
+
+
+class _Readers(TorchFunctionMode):
+    """Sees who computes with a layer's parameters: the layer itself, or others, whom the integers
+    of an int8 one would mislead. Shapes, dtypes and the like may be asked for."""
+
+    def __init__(self, model: nn.Module, plan: list[_Layer]) -> None:
+        super().__init__()
+        self.layers = {layer.module: layer for layer in plan}
+        self.owners: dict[int, list[nn.Module]] = {}  # several modules may share a parameter
+        for module in model.modules():
+            for parameter in module.parameters(recurse=module in self.layers):
+                self.owners.setdefault(id(parameter), []).append(module)
+        self.running: list[nn.Module] = []
+        self.handles = [
+            handle
+            for module in {module for owners in self.owners.values() for module in owners}
+            for handle in (
+                module.register_forward_pre_hook(lambda m, _: self.running.append(m)),
+                module.register_forward_hook(self._left, always_call=True),
+            )
+        ]
+
+    def _left(self, *_: Any) -> None:
+        self.running.pop()
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if any(isinstance(x, Tensor) for x in pytree.tree_leaves(result)):
+            for leaf in pytree.tree_leaves((args, kwargs)):
+                owners = self.owners.get(id(leaf), [])
+                if not any(module in self.running for module in owners):
+                    for layer in filter(None, map(self.layers.get, owners)):
+                        layer.read = True
+        return result
 
 
 def _arguments(batch: Any, forward: Forward | None) -> tuple[tuple[Any, ...], dict[str, Any]]:

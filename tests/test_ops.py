@@ -450,7 +450,7 @@ def test_grid(rng: Any) -> None:
         ({"factor": [1.0, 0.0]}, ValueError, "each factor > 0"),
         ({"factor": [1.0, np.nan]}, ValueError, "grid: factor: wanted finite numbers"),
         ({"shift": [1.0, np.inf]}, ValueError, "grid: shift: wanted finite numbers"),
-        ({"padding": ((0, -1), (0, 0))}, ValueError, "grid: padding=(0, -1)"),
+        ({"padding": ((0, -1), (0, 0))}, ValueError, "grid: padding: got (0, -1)"),
         ({"padding": ((0, 1),)}, ValueError, "wanted ((top, bottom), (left, right))"),
         ({"out": np.zeros((1, 2, 2, 2), np.int8)}, ValueError, "wanted (1, 2, 2, 2) uint8"),
     ],

@@ -936,3 +936,26 @@ def test_the_note_of_layers_is_saved(tmp_path: Path) -> None:
     assert "GuardOnDataDependent" in summary(made).note
     save(made, tmp_path / "q")
     assert summary(load(tmp_path / "q", Net())) == summary(made)
+
+
+def test_a_weight_that_others_read_stays_float_without_a_graph_too() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places, self.words = nn.Embedding(64, 64), nn.Embedding(20, 64)
+            self.a, self.b, self.head = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 20)
+            self.layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+            self.head.weight = self.words.weight  # each reads it alone: both are int8
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            if tokens.max() < 0:  # torch.export cannot follow it
+                return tokens
+            x = self.words(tokens) + self.places.weight[: tokens.shape[1]]
+            x = self.layer(F.linear(self.b(x), self.a.weight))
+            return self.head(x) + len(self.b.weight) + self.b.weight.dtype.itemsize
+
+    model, tokens = Net().eval(), torch.randint(20, (8, 12))
+    int8 = quantize_layers(model, tokens, progress=False)
+    assert {name for name, result in results(int8).items() if result == "float"} == {"places", "a"}
+    assert "computes with its weight itself" in reasons(int8)["places"]
+    assert sqnr(model(tokens).detach(), int8(tokens)) > 25
