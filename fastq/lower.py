@@ -46,6 +46,7 @@ FIXED = {
     "grid": QParams(np.array(1 / 256, np.float32)),
 }
 MASK = QParams(np.array(1.0, np.float32))  # of what softmax takes as its mask: 1.0 and 0.0
+MOST_SHARES = 64  # of a softmax that others read than products: 4 steps each, were they equal
 LEAST_EPSILON = 1e-30  # of a norm, in steps: an even line gives 0, not NaN
 SUFFIX = {np.dtype(np.uint8): "u8", np.dtype(np.int16): "s16"}  # of names
 SUMS = ("add", "linear", "conv2d", "conv_transpose2d")  # make values that may be int16
@@ -144,6 +145,12 @@ def find_regions(
             computed.add(node)
         elif not reasons[node] and _periodic(node):
             reasons[node] = "of an input as it comes, which may have more periods than 8 bits hold"
+    users, kept = graph.users(), graph.output_nodes()
+    for node in graph.nodes:
+        if node.op == "softmax" and not reasons[node] and node not in kept:
+            axis = node.attrs["dim"]
+            if node.shape[axis] > MOST_SHARES and not _only_weights(node, axis, users, kept):
+                reasons[node] = f"shares of {node.shape[axis]} values, in steps of 1/255"
     for node in graph.nodes:  # a constant is taken along where it is used
         if node.op == "constant" and len(node.shape) > 4:
             reasons[node] = "a constant of more than 4 axes"
@@ -158,7 +165,6 @@ def find_regions(
             break
         for node in idle:
             reasons[node] = "no product near it to share integers with"
-    users, kept = graph.users(), graph.output_nodes()
     # as they are given and returned: one program alone is then the network
     places = {node: i for i, node in enumerate([*graph.inputs, *graph.nodes])}
     returned = {node: i for i, node in reversed([*enumerate(graph.outputs)])}
@@ -204,18 +210,36 @@ def _depths(graph: Graph, reasons: Mapping[Node, str]) -> dict[Node, int]:
 
 
 def bare_weights(regions: Sequence[Region]) -> set[Node]:
-    """The softmaxes that only give weights: all who take them are products, which divide by their
-    sum. A line's largest weight has 255 steps then, even where many keys share the attention."""
-    found = set()
+    """The softmaxes that only give weights, and what moves them: all who take them are products,
+    which divide by their sum. A line's largest weight has 255 steps then, even where many keys
+    share the attention."""
+    found: set[Node] = set()
     for region in regions:
-        ends = set(region.outputs)
+        users = {n: [u for u in region.nodes if n in u.inputs] for n in region.nodes}
         for node in region.nodes:
-            users = [n for n in region.nodes if node in n.inputs]
-            only = all(n.op == "matmul" and node not in n.inputs[1:] for n in users)
-            last = node.op == "softmax" and node.attrs["dim"] == len(node.shape) - 1
-            if last and users and only and node not in ends:
-                found.add(node)
+            if node.op == "softmax":
+                found |= _only_weights(node, node.attrs["dim"], users, region.outputs) or set()
     return found
+
+
+def _only_weights(
+    node: Node, axis: int, users: Mapping[Node, Sequence[Node]], ends: Collection[Node]
+) -> set[Node] | None:
+    """The node and its moves, if all that takes them are products that sum over this axis."""
+    last = axis == len(node.shape) - 1
+    found = {node}
+    for user in users[node]:
+        moved: set[Node] | None = None
+        if user.op == "matmul" and last and node not in user.inputs[1:]:
+            moved = set()
+        elif user.op == "permute":
+            moved = _only_weights(user, user.attrs["dims"].index(axis), users, ends)
+        elif user.op == "reshape" and last and user.attrs["groups"][-1] == ((axis,), (None,)):
+            moved = _only_weights(user, len(user.shape) - 1, users, ends)
+        if moved is None:
+            return None
+        found |= moved
+    return found if users[node] and node not in ends else None
 
 
 def normalized(weights: Any) -> Any:

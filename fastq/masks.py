@@ -18,6 +18,7 @@ from torch import Tensor
 from fastq.graph import Node, Ref, evaluate
 
 LOWEST = -100.0  # added to a score, this or less leaves nothing of its weight
+MARK = -1e4  # in the place of a value, this or less is none
 MOST = 8  # values that are followed
 
 # aten operators whose value has the values of their first operand, and no others
@@ -120,6 +121,15 @@ def is_mask(value: Any, flags: Collection[Node]) -> bool:
     """Whether what is added to scores, a node or a tensor, does nothing but leave some out."""
     found = possible_values(value, flags)
     return found is not None and all(v == 0 or v <= LOWEST for v in found)
+
+
+def fills_low(node: Node) -> bool:
+    """Whether a float operator puts a number so far below all others in some places that it marks
+    them, as before a maximum."""
+    if node.op != "aten" or operator_of(node) not in ("masked_fill", "where"):
+        return False
+    found = [possible_values(operand(node, v), ()) for v in node.attrs["args"]]
+    return any(values and max(values) <= MARK for values in found)
 
 
 def is_low(value: Any, flags: Collection[Node]) -> bool:

@@ -27,6 +27,7 @@ from fastq.lower import (
     turned,
     weight_of,
 )
+from fastq.masks import MARK, fills_low
 from fastq.observer import Observer, make_observer
 from fastq.processes import Processes
 from fastq.program import RECURRENT, Program
@@ -140,6 +141,8 @@ class Prepared:
             if stands is not None:
                 if stands in scores:
                     value = _with_floor(value)
+                if fills_low(node):  # what it marks is the least of the range
+                    value = value.masked_fill(value <= MARK, -math.inf)
                 if stands not in self.observers:
                     spec = self.config(node).observer
                     if stands in self.ranges.wide and spec == DEFAULT.observer:

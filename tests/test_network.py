@@ -1190,3 +1190,45 @@ def test_why_there_is_no_network_is_said() -> None:
     assert "there is no integer network: GuardOnDataDependent" in str(caught.value.__notes__)
     with pytest.raises(ValueError, match=r"prepare_qat: there is no graph of this Call, .*: Guard"):
         fastq.prepare_qat(model, torch.randn(4, 8), progress=False)
+
+
+SHARES: dict[str, Callable[[Call, Tensor], Tensor]] = {
+    "a sum": lambda net, h: (net.b(h).softmax(1) * h).sum(1),
+    "turned": lambda net, h: net.c(h).softmax(1).transpose(1, 2) @ h,
+    "turned before": lambda net, h: net.c(h).transpose(1, 2).softmax(-1) @ h,
+    "an axis more": lambda net, h: net.b(h).squeeze(2).softmax(1).unsqueeze(1) @ h,
+    "and read by others": lambda net, h: (
+        (shares := net.c(h).transpose(1, 2).softmax(-1)) @ h + shares.amax(2, keepdim=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_shares_of_many_values(name: str) -> None:
+    """Of 600 values each has a share that is less than a step of 1/255."""
+    layers = {"a": (16, 16), "b": (16, 1), "c": (16, 4)}
+    model = call(
+        lambda net, x: SHARES[name](net, F.relu(net.a(x))),
+        **{key: lambda size=size: nn.Linear(*size) for key, size in layers.items()},
+    )()
+    x = torch.randn(4, 600, 16)
+    int8 = check(model, x, decibels=40)
+    training = fastq.prepare_qat(model, x, progress=False).eval()
+    with torch.no_grad():
+        assert torch.equal(training(x), fastq.convert(training)(x))
+    assert torch.equal(int8(x)[:1], int8(x[:1]))
+    report = fastq.report(model, int8, x, path=None, batch_sizes=(1,), passes=1, progress=False)
+    assert "softmax" in str(report)
+
+
+@pytest.mark.parametrize("low", [-1e4, -1e9, torch.finfo(torch.float32).min, -torch.inf])
+def test_a_maximum_of_what_is_not_marked(low: float) -> None:
+    linear = {"a": lambda: nn.Linear(16, 32), "b": lambda: nn.Linear(32, 8)}
+    padding = torch.zeros(8, 12, 1)
+    padding[:, 9:] = 1
+    for function in (
+        lambda net, x, pad: net.b(net.a(x).masked_fill(pad > 0, low).amax(1)),
+        lambda net, x, pad: net.b(net.a(x).masked_fill(pad > 0, low).max(1)[0]),
+        lambda net, x, pad: net.b(torch.where(pad > 0, low, net.a(x)).amax(1)),
+    ):
+        check(call(function, **linear)(), torch.randn(8, 12, 16), padding)

@@ -405,7 +405,7 @@ SIZES: dict[str, tuple[Shape, str, dict[str, Any], str]] = {
     "a large image": ((1, 4, 4, 3), "upsample_bilinear2d",
                       {**BILINEAR, "scale_factor": (1e9, 1e9)}, "up to 32 axes"),
     "a large image, none of them": ((0, 4, 4, 3), "upsample_bilinear2d",
-                                    {**BILINEAR, "scale_factor": (1e30, 1e30)}, "up to 32 axes"),
+                                    {**BILINEAR, "scale_factor": (1e15, 1e15)}, "up to 32 axes"),
     "a large reshape of nothing": (
         (0, 4), "reshape", {"sizes": (0, 2**40, 2**40), "ones": ()}, "up to 32 axes"),
     "many axes": ((1, 1), "reshape", {"sizes": (1,) * 33, "ones": ()}, "wanted up to 32 axes"),
