@@ -1,7 +1,8 @@
-"""`python -m benchmarks.readme_table results.csv`: the README's measured tables, from the CSVs.
+"""`python -m benchmarks.readme_table results.csv`: measured tables, from the CSVs.
 
 Of a CSV of `benchmarks.run` the table of kernels, of `benchmarks.models` that of networks, of
-`benchmarks.accuracy` that of accuracy.
+`benchmarks.accuracy` that of accuracy. The place of `results.csv` in a file is between the lines
+`<!-- results:begin -->` and `<!-- results:end -->`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,8 @@ from benchmarks.accuracy import Result
 from benchmarks.measure import Row, network_sums, read_csv
 from benchmarks.models import ModelRow
 from benchmarks.shapes import WHOLE
+from fastq.remedies import DEFAULT
 
-MARKS = {
-    "kernels": ("<!-- table:begin -->", "<!-- table:end -->"),
-    "models": ("<!-- models:begin -->", "<!-- models:end -->"),
-    "accuracy": ("<!-- accuracy:begin -->", "<!-- accuracy:end -->"),
-}
 # column, and the peers of which it shows the best
 COLUMNS = {
     "fastq": ("fastq", "fastq int32", "fastq.QLinear"),
@@ -148,9 +145,10 @@ def accuracy_table(rows: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def put(text: str, new: str, marks: tuple[str, str]) -> str:
-    """`text` with `new` between the two marks; ValueError where there is not one of each."""
-    begin, end = marks
+def put(text: str, new: str, name: str) -> str:
+    """`text` with `new` between the two lines of this name; ValueError where there is not one of
+    each."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"wanted one line {begin} and after it one line {end}")
     before, rest = text.split(begin)
@@ -160,18 +158,22 @@ def put(text: str, new: str, marks: tuple[str, str]) -> str:
 @click.command()
 @click.argument("csv_path", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--into", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              help="The file with the two marks; without it the table is printed.")  # fmt: skip
-def main(csv_path: Path, into: Path | None) -> None:
-    """Make one of the README's tables from a CSV."""
+              help="The file with the two lines; without it the table is printed.")  # fmt: skip
+@click.option("--brief", is_flag=True, help="Of networks one thread, of accuracy the defaults.")
+def main(csv_path: Path, into: Path | None, brief: bool) -> None:
+    """Make a table from a CSV."""
     header = csv_path.read_text().partition("\n")[0].split(",")
     if "method" in header:
-        kind, new = "accuracy", accuracy_table(read_csv(csv_path, Result))
+        results = read_csv(csv_path, Result)
+        by_default = f"fastq {'+'.join(DEFAULT)}"
+        new = accuracy_table([r for r in results if not brief or r.method == by_default])
     elif "network" in header:
-        kind, new = "models", models_table(read_csv(csv_path, ModelRow))
+        models = read_csv(csv_path, ModelRow)
+        new = models_table([row for row in models if not brief or row.threads == 1])
     else:
-        kind, new = "kernels", table(read_csv(csv_path, Row))
+        new = table(read_csv(csv_path, Row))
     if into:
-        into.write_text(put(into.read_text(), new, MARKS[kind]))
+        into.write_text(put(into.read_text(), new, csv_path.stem))
     else:
         click.echo(new)
 

@@ -61,7 +61,8 @@ if TYPE_CHECKING:
     from fastq.quantization import quantize_model
     from fastq.reporting import report
     from fastq.serialize import load, save
-    from fastq.swap import quantize_layers, summary
+    from fastq.summaries import summary
+    from fastq.swap import quantize_layers
 
 __version__ = "0.1.0"
 
@@ -94,7 +95,7 @@ _NEEDS_TORCH = {
     "report": "fastq.reporting",
     "save": "fastq.serialize",
     "sensitivity": "fastq.layerwise",
-    "summary": "fastq.swap",
+    "summary": "fastq.summaries",
 }
 
 __all__ = [

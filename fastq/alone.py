@@ -29,7 +29,7 @@ from fastq.nn.layer import STATE
 from fastq.prepare import Prepared
 from fastq.qconfig import QConfig
 from fastq.qparams import MAX_K, quantize_weight
-from fastq.swap import ASKED
+from fastq.summaries import ASKED
 from fastq.weights import outputs_first
 
 CELLS = ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")  # torch's operators

@@ -97,7 +97,7 @@ def _is_mode(v: Any) -> bool:
 PADDING_MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge",
                  "circular": "wrap"}  # fmt: skip
 MAX_AXES = 32  # of a value
-STEP = _whole(0, 255)
+BYTE = _whole(0, 255)
 COUNT = _whole(0, 2**40)
 DIVISOR = _whole(1, LARGEST)
 AXES = _each(_whole(0, MAX_AXES - 1))
@@ -111,12 +111,12 @@ SCALE = _real(float(np.finfo(np.float32).smallest_subnormal), FLT_MAX)  # a divi
 FACTOR = _real(-MAX_FACTOR, MAX_FACTOR)
 EPSILON = _real(1e-70, FLT_MAX)  # its root's inverse stays finite in float32
 MULTIPLIER = _real(float(np.finfo(np.float64).smallest_subnormal), MAX_FACTOR)
-REQUANTIZED = {"zero_point": STEP, "qmin": STEP, "qmax": STEP}
+REQUANTIZED = {"zero_point": BYTE, "qmin": BYTE, "qmax": BYTE}
 END = _whole(-(2**15), 2**15 - 1)  # of a clamp; within the dtype, see `clamp_of`
 POOL = {"kernel_size": PAIR, "stride": PAIR, "padding": SPAN, "ceil_mode": FLAG}
 OVERRIDE = _whole(1, 2**31 - 1)
-AVERAGE = {"multiplier": MULTIPLIER, "x_zero_point": STEP, **REQUANTIZED}
-TWO = {"a_zero_point": STEP, "b_zero_point": STEP, **REQUANTIZED}
+AVERAGE = {"multiplier": MULTIPLIER, "x_zero_point": BYTE, **REQUANTIZED}
+TWO = {"a_zero_point": BYTE, "b_zero_point": BYTE, **REQUANTIZED}
 RESIZED = _each(_real(2.0**-64, 2.0**64), 2)  # so that positions in the input stay finite
 RESIZE = {"output_size": _maybe(PAIR), "scale_factor": _maybe(RESIZED)}
 VECTOR, VECTORS = _array(np.float32, 0, 1), _array(np.float32, 1)
@@ -129,18 +129,18 @@ CELL = Check(f"one of {', '.join(GATES)}", lambda v: isinstance(v, str) and v in
 
 # operation -> its arguments, all of them
 ARGUMENTS: dict[str, dict[str, Check]] = {
-    "quantize": {"scale": SCALE, "zero_point": STEP, "axes": ORDER, "dtype": DTYPE},
+    "quantize": {"scale": SCALE, "zero_point": BYTE, "axes": ORDER, "dtype": DTYPE},
     "grid": {"factor": FACTORS, "shift": VECTORS, "padding": _each(SPAN, 2), "axes": ORDER},
-    "dequantize": {"scale": SCALE, "zero_point": STEP},
+    "dequantize": {"scale": SCALE, "zero_point": BYTE},
     "constant": {"value": Check("uint8 or int16 of up to 4 axes", _is_value)},
-    "conv2d": {"weight": _kind(Conv2dWeight), "epilogue": EPILOGUE, "x_zero_point": STEP},
-    "linear": {"weight": _kind(LinearWeight), "epilogue": EPILOGUE, "x_zero_point": STEP},
-    "matmul": {"multiplier": MULTIPLIER, "a_zero_point": STEP, "transpose_b": FLAG, "mean": FLAG,
+    "conv2d": {"weight": _kind(Conv2dWeight), "epilogue": EPILOGUE, "x_zero_point": BYTE},
+    "linear": {"weight": _kind(LinearWeight), "epilogue": EPILOGUE, "x_zero_point": BYTE},
+    "matmul": {"multiplier": MULTIPLIER, "a_zero_point": BYTE, "transpose_b": FLAG, "mean": FLAG,
                **REQUANTIZED},
     "add": {"a_multiplier": FACTOR, "b_multiplier": FACTOR, **TWO, "qmin": END, "qmax": END,
             "dtype": DTYPE},
     "mul": {"multiplier": MULTIPLIER, **TWO},
-    "affine": {"multiplier": VECTOR, "shift": VECTOR, "x_zero_point": STEP, **REQUANTIZED},
+    "affine": {"multiplier": VECTOR, "shift": VECTOR, "x_zero_point": BYTE, **REQUANTIZED},
     "table": {"values": _array(np.uint8, 1, 2)},
     "recurrent": {"cell": CELL, "weight": _kind(LinearWeight), "epilogue": _kind(Dequant),
                   "x_scale": GAIN, "multiplier": SCALE, "axis": _whole(0, 1), "reverse": FLAG,
@@ -148,7 +148,7 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     "softmax": {"scale": SCALE, "uniform": FLAG},
     "softmax_weights": {"scale": SCALE, "uniform": FLAG},
     "layer_norm": NORM,
-    "rms_norm": {"multiplier": VECTOR, "epsilon": EPSILON, "x_zero_point": STEP, **REQUANTIZED},
+    "rms_norm": {"multiplier": VECTOR, "epsilon": EPSILON, "x_zero_point": BYTE, **REQUANTIZED},
     "group_norm": {"groups": _whole(1, LARGEST), **NORM},
     "max_pool2d": {**POOL, "dilation": PAIR},
     "avg_pool2d": {**POOL, "count_include_pad": FLAG,
@@ -162,9 +162,9 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     "slice": {"axis": _whole(0, MAX_AXES - 1), "start": _whole(-LARGEST, LARGEST),
               "end": _maybe(_whole(-LARGEST, LARGEST)), "step": _whole(1, LARGEST)},
     "concat": {"axis": _whole(0, MAX_AXES - 1)},
-    "pad": {"widths": _each(SPAN), "value": STEP,
+    "pad": {"widths": _each(SPAN), "value": BYTE,
             "mode": Check(f"one of {', '.join(PADDING_MODES)}", _is_mode)},
-    "dilate": {"stride": PAIR, "padding": _each(SPAN, 2), "value": STEP},
+    "dilate": {"stride": PAIR, "padding": _each(SPAN, 2), "value": BYTE},
 }  # fmt: skip
 OPERANDS = {"constant": 0, "matmul": 2, "add": 2, "mul": 2}  # 1 for all others
 ADDING = ("conv2d", "linear")  # take a second one where their epilogue adds it

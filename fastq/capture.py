@@ -55,62 +55,73 @@ def capture(
     the batch size in a way that has no name here.
     """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
-    failed = None
+    failed: CannotCapture | None = None
     for states in _states(leaves):
         try:
             return _capture(model, leaves, spec, states)
         except CannotCapture as error:
             failed = failed or error
+        except Exception as error:  # torch.export raises whatever its innards or the model raised
+            message = str(error).strip().splitlines() or [""]
+            reason = CannotCapture(f"{type(error).__name__}: {message[0]:.160}")
+            reason.__cause__ = error
+            failed = failed or reason
     raise failed or AssertionError("there is one way at least")
 
 
 def _capture(model: nn.Module, plain: Sequence[Any], spec: Any, states: States) -> Captured:
     """`capture` of leaves of which some are states."""
     leaves = [_Leaf(x, follows) for x, follows in zip(plain, states, strict=True)]
-    try:
-        exported: dict[Stretch, _Exported] = {(): _export(model, leaves, spec, BATCHES[0], ())}
-        for ways in (*_stretches(leaves), (SAME,)):
-            for way in ways:
-                before, after = way
-                sizes = _sizes(leaves, BATCHES[0], before), _sizes(leaves, BATCHES[1], after)
-                if before and sizes[0][1:] == sizes[1][1:]:  # too short to be shortened
-                    continue
-                try:
-                    if before not in exported:
-                        exported[before] = _export(model, leaves, spec, BATCHES[0], before)
-                    second = _export(model, leaves, spec, BATCHES[1], after)
-                except Exception:  # it does not take this size
-                    if way == SAME:
-                        raise
-                    continue
-                first = exported[before]
-                try:
-                    graph = _general((first, sizes[0]), (second, sizes[1]))
-                except CannotCapture:  # another network for each size: it holds for this one
-                    if way == SAME:
-                        raise
-                    break
-                graph.remove_unused()
-                nodes = iter(graph.inputs)
-                arguments = tuple(next(nodes) if isinstance(x, Tensor) else x for x in plain)
-                for node, leaf in zip(arguments, leaves, strict=True):
-                    if isinstance(node, Node):
-                        shapes = (
-                            _resized(leaf, batch, stretch).shape
-                            for batch, stretch in zip(BATCHES, way, strict=True)
-                        )
-                        pairs = enumerate(zip(*shapes, strict=True))
-                        node.attrs["free"] = tuple(i for i, (a, b) in pairs if a != b)
-                        if leaf.follows is not None:
-                            node.attrs["batch"] = 1 if leaf.follows == 0 else None
-                extents = {dims: axes for dims, axes, _ in after}.get(4, ())
-                return Captured(graph, arguments, spec, first.out_spec, extents)
-    except CannotCapture:
-        raise
-    except Exception as error:  # torch.export raises whatever its innards or the model raised
-        message = str(error).strip().splitlines() or [""]
-        raise CannotCapture(f"{type(error).__name__}: {message[0]:.160}") from error
+    exported: dict[Stretch, _Exported] = {(): _export(model, leaves, spec, BATCHES[0], ())}
+
+    def both(way: Way) -> tuple[_Exported, _Exported] | None:
+        """The captures of both examples; None if the model does not take these sizes."""
+        before, after = way
+        try:
+            if before not in exported:
+                exported[before] = _export(model, leaves, spec, BATCHES[0], before)
+            return exported[before], _export(model, leaves, spec, BATCHES[1], after)
+        except Exception:
+            if way == SAME:
+                raise
+            return None
+
+    for ways in (*_stretches(leaves), (SAME,)):
+        for way in ways:
+            before, after = way
+            sizes = _sizes(leaves, BATCHES[0], before), _sizes(leaves, BATCHES[1], after)
+            too_short = before and sizes[0][1:] == sizes[1][1:]  # to be shortened
+            pair = None if too_short else both(way)
+            if pair is None:
+                continue
+            try:
+                graph = _general((pair[0], sizes[0]), (pair[1], sizes[1]))
+            except CannotCapture:  # another network for each size: it holds for this one
+                if way == SAME:
+                    raise
+                break
+            graph.remove_unused()
+            arguments = _arguments(graph, leaves, way)
+            extents = {dims: axes for dims, axes, _ in after}.get(4, ())
+            return Captured(graph, arguments, spec, pair[0].out_spec, extents)
     raise AssertionError("the last way returns or raises")
+
+
+def _arguments(graph: Graph, leaves: Sequence[_Leaf], way: Way) -> tuple[Any, ...]:
+    """The `arguments` of a Captured: the input nodes know which axes may have other sizes."""
+    nodes = iter(graph.inputs)
+    arguments = tuple(next(nodes) if isinstance(x, Tensor) else x for x, _ in leaves)
+    for node, leaf in zip(arguments, leaves, strict=True):
+        if isinstance(node, Node):
+            one, two = (
+                _resized(leaf, batch, stretch).shape
+                for batch, stretch in zip(BATCHES, way, strict=True)
+            )
+            pairs = enumerate(zip(one, two, strict=True))
+            node.attrs["free"] = tuple(i for i, (a, b) in pairs if a != b)
+            if leaf.follows is not None:
+                node.attrs["batch"] = 1 if leaf.follows == 0 else None
+    return arguments
 
 
 class _Leaf(NamedTuple):
@@ -147,10 +158,11 @@ def _states(leaves: Sequence[Any]) -> list[States]:
 BATCHES = (5, 17)
 # (number of axes, the axes that grow, by how much)
 Stretch = tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
-SAME: tuple[Stretch, Stretch] = ((), ())  # only the batch differs
+Way = tuple[Stretch, Stretch]  # how the examples of both captures are changed
+SAME: Way = ((), ())  # only the batch differs
 
 
-def _stretches(leaves: Sequence[_Leaf]) -> list[list[tuple[Stretch, Stretch]]]:
+def _stretches(leaves: Sequence[_Leaf]) -> list[list[Way]]:
     """Ways to change the examples of both captures. Each axis grows by another number, so that it
     is known which one a size follows.
 
@@ -167,7 +179,7 @@ def _stretches(leaves: Sequence[_Leaf]) -> list[list[tuple[Stretch, Stretch]]]:
         pixels = tuple(pixels[i - 2] for i in of)
         return ((2, (1,), tokens), (3, (axis,), tokens), (4, of, pixels), (5, (2, 3, 4), tokens))
 
-    ways: list[list[tuple[Stretch, Stretch]]] = []
+    ways: list[list[Way]] = []
     for axis in (2, 1) if 3 in dims else (2,):  # (B, C, L), then (B, L, C)
         longer = stretch(axis, (65, 67), (7, 11, 13)), stretch(axis, (64, 128), (8, 16, 20))
         ways.append([((), one) for one in longer])

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from fastq.batches import Batches
 from fastq.graph import Node, evaluate
+from fastq.modules import Config, Selector
 from fastq.network import calibrate, call_of, prepare_model
 from fastq.prepare import Prepared, fake_quantize
 from fastq.read import CannotCapture
 from fastq.remedies import Remedies
-from fastq.swap import Config, Selector
 from fastq.trace import Forward
 
 

@@ -16,6 +16,7 @@ from fastq.capture import capture
 from fastq.fuse import fuse
 from fastq.graph import Node
 from fastq.lower import Region
+from fastq.modules import INT8, Config, Selector, choose, listed, module_names
 from fastq.nn.network import QuantizedModel, Stage, assemble, spec_text
 from fastq.prepare import Prepared, prepare_graph
 from fastq.processes import ALONE, Processes
@@ -24,19 +25,8 @@ from fastq.read import CannotCapture
 from fastq.recipe import write_recipe
 from fastq.remedies import Remedies
 from fastq.remedies import calibrate as apply_remedies
-from fastq.swap import (
-    ASKED,
-    INT8,
-    Config,
-    QuantizationSummary,
-    Row,
-    Selector,
-    choose,
-    leave_fast_path,
-    listed,
-    module_names,
-    outlook,
-)
+from fastq.summaries import ASKED, QuantizationSummary, Row, keep_summary
+from fastq.swap import leave_fast_path, outlook
 from fastq.trace import Forward
 
 
@@ -171,7 +161,7 @@ def build(prepared: Prepared, names: Sequence[str], report: QuantizationSummary)
         stages, prepared.programs(), tensors, arguments, extents, constants, outputs,
         (captured.in_spec, captured.out_spec), names, recipe,
     )  # fmt: skip
-    network._fastq_summary = report  # type: ignore[assignment]
+    keep_summary(network, report)
     return network
 
 

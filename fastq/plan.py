@@ -305,7 +305,7 @@ class _Planner:
                     self.rows_of(i, step)
                 except ValueError as error:
                     raise ValueError(f"{step}: {error}") from error
-            rows += [i] * (len(self.call.labels) - len(rows))
+            rows += [i] * (self.call.rows - len(rows))
         return Plan(self.call, self.outputs, arena, tuple(rows))
 
     def rows_of(self, i: int, step: Step) -> None:

@@ -192,30 +192,39 @@ class Prepared:
             for node in alone.parent
             if node in ends or any(user.op not in MOVES for user in users[node])
         }
+
+        def parts(concat: Node) -> list[Node]:
+            """Those that a concatenation gives a range to, and that others read."""
+            stands = self.ranges.find(concat)
+            one = len({alone.find(value) for value in concat.inputs}) == 1
+            if one or stands in self.ranges.fixed or stands in self.ranges.wide:
+                return []
+            joined = (v for v in concat.inputs if self.ranges.find(v) is stands)
+            return [v for v in joined if v.op != "constant" and alone.find(v) in read]
+
         for region in self.regions:
             made: dict[Node, Node] = {}
-            for node in [node for node in region.nodes if node.op == "concat"]:
-                stands = self.ranges.find(node)
-                one = len({alone.find(value) for value in node.inputs}) == 1
-                if one or stands in self.ranges.fixed or stands in self.ranges.wide:
-                    continue
-                for i, value in enumerate(node.inputs):
-                    joins = self.ranges.find(value) is stands and value.op != "constant"
-                    if not joins or alone.find(value) not in read:
-                        continue
+            for concat in [node for node in region.nodes if node.op == "concat"]:
+                chosen = parts(concat)
+                for value in chosen:
                     if value not in made:
-                        calls: Any = [("aten.clone.default", (Ref(0),), {})]
-                        made[value] = same = Node(
-                            f"{value.name}_apart", "pointwise", [value], {"calls": calls},
-                            layer=node.layer, kind=node.kind, shape=value.shape,
-                        )  # fmt: skip
-                        for nodes in (region.nodes, self.graph.nodes):
-                            nodes.insert(nodes.index(node), same)
-                        if value in self.configs:
-                            self.configs[same] = self.configs[value]
-                    node.inputs[i] = made[value]
+                        made[value] = self._identity(value, region, concat)
+                concat.inputs[:] = [made[v] if v in chosen else v for v in concat.inputs]
             self.apart += made.values()
         self.ranges = Ranges(self.regions)
+
+    def _identity(self, value: Node, region: Region, before: Node) -> Node:
+        """A copy of a value, as a table makes one, in the nodes of a region."""
+        calls: Any = [("aten.clone.default", (Ref(0),), {})]
+        same = Node(
+            f"{value.name}_apart", "pointwise", [value], {"calls": calls},
+            layer=before.layer, kind=before.kind, shape=value.shape,
+        )  # fmt: skip
+        for nodes in (region.nodes, self.graph.nodes):
+            nodes.insert(nodes.index(before), same)
+        if value in self.configs:
+            self.configs[same] = self.configs[value]
+        return same
 
     def settle(self) -> None:
         """Now that values were seen: no identity where the concatenation's steps are hardly wider

@@ -40,6 +40,7 @@ from fastq.lower import (
     turned,
     weight_of,
 )
+from fastq.modules import Config, Selector
 from fastq.network import (
     build,
     calibrate,
@@ -64,7 +65,7 @@ from fastq.qconfig import QConfig
 from fastq.qparams import FLT_MIN, QParams, choose_qparams, quantize_weight
 from fastq.read import CannotCapture
 from fastq.recipe import read_recipe
-from fastq.swap import Config, QuantizationSummary, Selector, summary
+from fastq.summaries import QuantizationSummary, summary
 from fastq.trace import Forward
 
 UNCLAMPED = (-math.inf, math.inf)

@@ -11,13 +11,15 @@ from torch import nn
 
 from fastq.batches import Batches
 from fastq.ladder import climb
+from fastq.modules import Config, Selector
 from fastq.network import calibrate, call_of, finish, prepare_model
 from fastq.nn.network import QuantizedModel
 from fastq.processes import Processes
 from fastq.qat import QATModel
 from fastq.read import CannotCapture
 from fastq.remedies import DEFAULT, Remedies, remedy_names
-from fastq.swap import Config, Selector, quantize_layers, summary
+from fastq.summaries import keep_summary, summary
+from fastq.swap import quantize_layers
 from fastq.trace import Forward
 
 
@@ -137,7 +139,7 @@ def quantize_model(
             error.add_note(f"layers were tried, for there is no integer network: {why}")
             raise
         note = f"int8 layers, not one network: {why}"
-        result._fastq_summary = replace(summary(result), note=note)  # type: ignore[assignment]
+        keep_summary(result, replace(summary(result), note=note))
         return result
     calibrate(
         prepared, model, batches, forward, remedies=remedies, progress=progress,

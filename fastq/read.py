@@ -112,12 +112,24 @@ class Reader:
         ]
         return Graph(self.nodes, inputs, outputs)
 
-    def add(self, node: fx.Node | str, op: str, inputs: Sequence[Node] = (), **parts: Any) -> Node:
-        name = parts.get("name") or (node if isinstance(node, str) else node.name)
+    def add(
+        self,
+        node: fx.Node | str,
+        op: str,
+        inputs: Sequence[Node] = (),
+        *,
+        name: str = "",
+        attrs: dict[str, Any] | None = None,
+        tensors: dict[str, Tensor] | None = None,
+        shape: tuple[int, ...] | None = None,
+    ) -> Node:
+        """A new node. That of an operator is in its layer, and has its name and shape unless others
+        are given; one that is a name alone is in no layer."""
+        name = name or (node if isinstance(node, str) else node.name)
         while name in self.names:
             name += "_"
         self.names.add(name)
-        new = Node(name, op, list(inputs), parts.get("attrs") or {}, parts.get("tensors") or {})
+        new = Node(name, op, list(inputs), attrs or {}, tensors or {})
         if isinstance(node, fx.Node):
             stack = list((node.meta.get("nn_module_stack") or {}).values())
             if stack:
@@ -127,8 +139,8 @@ class Reader:
             value, new.shape = node.meta.get("val"), _shape(node)
             if isinstance(value, Tensor) and value.dtype is torch.bool:
                 self.flags.add(new)
-        if parts.get("shape") is not None:
-            new.shape = parts["shape"]
+        if shape is not None:
+            new.shape = shape
         if op in PRODUCTS or any(v in self.computed for v in new.inputs):
             self.computed.add(new)
         self.nodes.append(new)
@@ -656,10 +668,10 @@ class Reader:
             if self.without_mask(node, scores) is not None:
                 made = self.softmax(node, f"{node.name}_apart", scores, len(scores.shape) - 1)
                 return self.add(node, "reshape", [made], attrs=x.attrs)
-        return self.softmax(node, node, x, dim)
+        return self.softmax(node, node.name, x, dim)
 
     def softmax(
-        self, node: fx.Node, name: Any, x: Node, dim: int, masks: Sequence[Node] = ()
+        self, node: fx.Node, name: str, x: Node, dim: int, masks: Sequence[Node] = ()
     ) -> Node:
         """softmax(x) of what all masks take: these, each 1.0 and 0.0, and those that x has in it.
         Where they take nothing the weights are 0, or the same where the masks are finite: the
@@ -675,9 +687,7 @@ class Reader:
             taken = [self.add(f"{node.name}_mask", "aten", [*taken, mask], shape=shape, attrs={
                 "target": "aten.mul.Tensor", "args": (Ref(0), Ref(1)), "kwargs": {}})]  # fmt: skip
         attrs = {"dim": dim, "uniform": bool(taken) and uniform}
-        made = self.add(name, "softmax", [x, *taken], attrs=attrs, shape=x.shape)
-        made.layer, made.kind = self.where(node)
-        return made
+        return self.add(node, "softmax", [x, *taken], name=name, attrs=attrs, shape=x.shape)
 
     def without_mask(self, node: fx.Node, x: Node) -> tuple[Node, Node, bool] | None:
         """(scores, mask, whether what it leaves out is finite) if x is scores and a mask."""
@@ -802,9 +812,8 @@ class Reader:
             return None
         if a.get("beta", 1) != 1 or not factor > 0:
             return None
-        scores = self.add(f"{node.name}_scores", "matmul", [x, y], attrs={"factor": factor},
-                          shape=(*x.shape[:-1], y.shape[-1]))  # fmt: skip
-        scores.layer, scores.kind = self.where(node)
+        scores = self.add(node, "matmul", [x, y], name=f"{node.name}_scores",
+                          attrs={"factor": factor}, shape=(*x.shape[:-1], y.shape[-1]))  # fmt: skip
         return self.binary(node, "add", {"self": scores, "other": a["self"]})
 
     def read_einsum(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
@@ -841,9 +850,8 @@ class Reader:
         dims = tuple(made.index(n) for n in out)
         if dims == tuple(range(len(dims))):
             return self.add(node, "matmul", sides)
-        product = self.add(f"{node.name}_product", "matmul", sides,
+        product = self.add(node, "matmul", sides, name=f"{node.name}_product",
                            shape=(*sides[0].shape[:-1], sides[1].shape[-1]))  # fmt: skip
-        product.layer, product.kind = self.where(node)
         return self.add(node, "permute", [product], attrs={"dims": dims})
 
     def weighted(
@@ -868,9 +876,8 @@ class Reader:
         joined = self.reshape(f"{node.name}_joined", value, shape)
         if joined is None:
             return None
-        y = self.add(f"{node.name}_product", "linear", [joined], shape=(*shape[:-1], len(matrix)),
-                     tensors={"weight": matrix})  # fmt: skip
-        y.layer, y.kind = self.where(node)
+        y = self.add(node, "linear", [joined], name=f"{node.name}_product",
+                     tensors={"weight": matrix}, shape=(*shape[:-1], len(matrix)))  # fmt: skip
         apart = self.reshape(f"{node.name}_apart", y, (*y.shape[:-1], *sizes))
         if apart is None:
             return None
@@ -903,9 +910,8 @@ class Reader:
                 masks.append(found)
         dims = (*range(rank - 2), rank - 1, rank - 2)
         turned = self.permute(f"{node.name}_key", k, dims)
-        scores = self.add(f"{node.name}_scores", "matmul", [q, turned], shape=shape,
+        scores = self.add(node, "matmul", [q, turned], name=f"{node.name}_scores", shape=shape,
                           attrs={"factor": float(scale)})  # fmt: skip
-        scores.layer, scores.kind = self.where(node)
         if mask is not None and not masks:
             if isinstance(mask, Tensor):
                 mask = self.constant(f"{node.name}_added", mask, size)
@@ -924,13 +930,6 @@ class Reader:
             "target": "aten.ones.default", "args": (size,), "kwargs": {}})  # fmt: skip
         return self.add(f"{node.name}_causal", "aten", [made], shape=size, attrs={
             "target": "aten.tril.default", "args": (Ref(0), 0), "kwargs": {}})  # fmt: skip
-
-    def where(self, node: fx.Node) -> tuple[str, str]:
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        if not stack:
-            return "", ""
-        path, kind = stack[-1]
-        return path, (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
 
     def read_max_pool2d(self, node: fx.Node, a: dict[str, Any]) -> Node | None:
         if not isinstance(a["self"], Node) or len(a["self"].shape) != 4:
@@ -1035,8 +1034,8 @@ class Reader:
             x = self.permute(f"{node.name}_image", x, order)
         size = tuple(1 if d in dims else None for d in order[2:])
         shape = tuple(1 if d in dims else n for d, n in zip(order, x.shape, strict=True))
-        y = self.add(f"{node.name}_pool", op, [x], attrs={"output_size": size}, shape=shape)
-        y.layer, y.kind = self.where(node)
+        attrs = {"output_size": size}
+        y = self.add(node, op, [x], name=f"{node.name}_pool", attrs=attrs, shape=shape)
         if not keepdim:
             left = [n for d, n in zip(order, shape, strict=True) if d not in dims]
             order = [d for d in order if d not in dims]
@@ -1056,9 +1055,8 @@ class Reader:
         b, c, length = x.shape
         image = self.add(f"{node.name}_image", "reshape", [x], shape=(b, c, length, 1),
                          attrs={"groups": (_axis(0), _axis(1), ((2,), (None, 1)))})  # fmt: skip
-        y = self.add(f"{node.name}_pool", op, [image],
+        y = self.add(node, op, [image], name=f"{node.name}_pool",
                      attrs={"output_size": (1, 1)}, shape=(b, c, 1, 1))  # fmt: skip
-        y.layer, y.kind = self.where(node)
         groups = (_axis(0), ((1, 2, 3), (None,)))
         flat = self.add(f"{node.name}_flat" if keepdim else _of_one(node), "reshape", [y],
                         attrs={"groups": groups}, shape=(b, c))  # fmt: skip
@@ -1258,8 +1256,7 @@ class Reader:
                 self.part(f"{name}_end", x, dim, -shift, None),
                 self.part(f"{name}_begin", x, dim, 0, -shift),
             ]
-            x = self.add(name, "concat", ends, attrs={"dim": dim}, shape=x.shape)
-            x.layer, x.kind = self.where(node)
+            x = self.add(node, "concat", ends, name=name, attrs={"dim": dim}, shape=x.shape)
         return x
 
     def read_unbind(self, node: fx.Node, a: dict[str, Any]) -> list[Any] | None:

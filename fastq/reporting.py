@@ -39,7 +39,7 @@ from fastq.program import VIEWS
 from fastq.qparams import QParams
 from fastq.recipe import read_recipe
 from fastq.serialize import save
-from fastq.swap import QuantizationSummary, summary
+from fastq.summaries import QuantizationSummary, summary
 from fastq.trace import Forward
 
 BINS = 64

@@ -42,20 +42,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastq.encode import VERSION, Parts, digest, read_header
+from fastq.modules import INT8, listed, module_names, replace
 from fastq.nn import LAYERS, QuantizedModel
 from fastq.nn.network import decode_layout, encode_layout
 from fastq.qat import QATModel
-from fastq.swap import (
-    INT8,
-    QuantizationSummary,
-    Result,
-    Row,
-    leave_fast_path,
-    listed,
-    module_names,
-    rebuild,
-    replace,
-)
+from fastq.summaries import QuantizationSummary, Result, Row, keep_summary
+from fastq.swap import leave_fast_path, rebuild
 
 TYPES: dict[str, Any] = {kind.__name__: kind for kind in LAYERS}
 
@@ -172,7 +164,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     _fill(where, result, tensors, header["tied"])
     for parameter in result.parameters():
         parameter.requires_grad = False
-    result._fastq_summary = _summary(where, header)  # type: ignore[assignment]
+    keep_summary(result, _summary(where, header))
     return result
 
 
@@ -197,7 +189,7 @@ def _load_network(where: str, header: dict[str, Any], tensors: dict[str, Tensor]
         result = QuantizedModel(decode_layout(header["network"]), tensors)
     except ValueError as error:
         raise ValueError(f"{where} holds no network in order: {error}") from error
-    result._fastq_summary = _summary(where, header)  # type: ignore[assignment]
+    keep_summary(result, _summary(where, header))
     return result
 
 

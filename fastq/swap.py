@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fnmatch
-import itertools
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,22 +21,29 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fastq.batches import Batches, add_hint, arguments_of
+from fastq.modules import (
+    INT8,
+    TABLES,
+    Config,
+    Selector,
+    choose,
+    listed,
+    module_names,
+    replace,
+    select,
+)
 from fastq.nn import LAYERS, QMultiheadAttention
 from fastq.nn.conv import products
-from fastq.nn.embedding import LEAST_ROW, QTable
+from fastq.nn.embedding import QTable
 from fastq.nn.layer import QLayer
 from fastq.nn.recurrent import Recurrent
 from fastq.observer import Observer, make_observer
 from fastq.processes import Processes
 from fastq.qconfig import QConfig
 from fastq.qparams import MAX_K
+from fastq.summaries import ASKED, QuantizationSummary, Result, Row, keep_summary
 from fastq.trace import Forward, Trace, plain_layer, trace
 from fastq.weights import scale_outputs
-
-Selector = str | type[nn.Module]
-Config = QConfig | Mapping[Selector, QConfig | None]
-Result = Literal["int8 static", "int8 dynamic", "int8 weight", "folded", "float"]
-Names = dict[nn.Module, list[str]]
 
 SWAPS: dict[type[nn.Module], Any] = {kind.FLOAT: kind for kind in LAYERS}
 # layers of which not all inputs can be seen from outside, and why
@@ -48,83 +52,8 @@ DYNAMIC = {
     QMultiheadAttention: "attention makes the input of its last product itself",
 }
 
-# What a summary lists: layers that multiply by weights or look them up, and batch norm. Not layer
-# norm, which has no weights to sum over: int8 would win nothing there.
-INT8 = (QLayer, *DYNAMIC)
-LISTED = (
-    *INT8,
-    nn.Linear,
-    _ConvNd,
-    nn.Bilinear,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.MultiheadAttention,
-    _BatchNorm,
-)
-TABLES = (nn.Embedding, nn.EmbeddingBag)
-ASKED = "as asked"
 MINMAX = QConfig(observer="minmax")
 TRANSPOSED_LINEAR = "transformers.pytorch_utils", "Conv1D"  # GPT-2's, whose weight is (K, N)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One layer of a summary.
-
-    name    as in `named_modules()`, the first one of a module that has several.
-    kind    its class in the model that was given.
-    result  'int8 static', 'int8 dynamic', 'int8 weight' (an embedding, whose input are tokens),
-            'folded' (batch norm, into another layer) or 'float'.
-    reason  why it is float or dynamic, or where it was folded; may be empty for int8.
-    """
-
-    name: str
-    kind: str
-    result: Result
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class QuantizationSummary:
-    """What became of each layer that computes with weights. Printed, it is a table.
-
-    note     what else there is to say of the whole model.
-    rebuilt  the modules of a class derived from nn.Linear or a convolution, and the Conv1D of
-             transformers, that were first rebuilt from torch's own layers: an nn.Conv2d that pads
-             in its forward, for example.
-    """
-
-    rows: tuple[Row, ...]
-    rebuilt: tuple[str, ...] = ()
-    note: str = ""
-
-    def __str__(self) -> str:
-        head = ("layer", "kind", "result", "why")
-        lines = [(row.name or "(model)", row.kind, row.result, row.reason) for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-        table = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in (head, *lines)
-        ]
-        counts = Counter(row.result for row in self.rows)
-        total = ", ".join(f"{n} {result}" for result, n in counts.items())
-        return "\n".join([*table, total, *([self.note] if self.note else [])])
-
-
-def summary(model: nn.Module) -> QuantizationSummary:
-    """What `quantize_model` did to this model, or to the one that `load` read from its file.
-
-    Raises ValueError for a model that neither of them returned.
-    """
-    found = getattr(model, "_fastq_summary", None)
-    if not isinstance(found, QuantizationSummary):
-        raise ValueError(
-            f"summary: this {type(model).__name__} has none; wanted what fastq.quantize_model "
-            "or fastq.load returned"
-        )
-    return found
 
 
 def quantize_layers(
@@ -277,7 +206,7 @@ def _quantize(
             result = replace(result, layer.names, swap)
     for parameter in result.parameters():
         parameter.requires_grad = False
-    result._fastq_summary = report  # type: ignore[assignment]
+    keep_summary(result, report)
     if calibration_data is not None:
         _run(
             result,
@@ -451,56 +380,6 @@ def _refuse_nothing(model: nn.Module, plan: list[_Layer]) -> None:
     )
 
 
-def select(names: Names, selectors: Any, argument: str) -> set[nn.Module]:
-    """The modules that match a name, pattern or class, and all modules within them."""
-    if isinstance(selectors, str | type):
-        selectors = (selectors,)
-    modules = {name: module for module, paths in names.items() for name in paths}
-    hits: set[str] = set()
-    for selector in selectors:
-        if isinstance(selector, str):
-            found = {name for name in modules if fnmatch.fnmatchcase(name, selector)}
-        elif isinstance(selector, type) and issubclass(selector, nn.Module):
-            found = {name for name, module in modules.items() if isinstance(module, selector)}
-        else:
-            raise TypeError(
-                f"{argument} has {selector!r}, wanted names, patterns such as '*.attn.*', or "
-                "classes of modules"
-            )
-        if not found:
-            layers = [name for paths in listed(names).values() for name in paths]
-            raise ValueError(
-                f"{argument} has {selector!r}, which matches nothing; the layers are "
-                f"{', '.join(map(repr, layers))}"
-            )
-        hits |= found
-
-    def selected(name: str) -> bool:
-        parents = itertools.accumulate(name.split("."), "{}.{}".format)
-        return "" in hits or any(parent in hits for parent in parents)
-
-    return {module for name, module in modules.items() if selected(name)}
-
-
-def choose(
-    names: Names, config: Config, skip: Selector | Iterable[Selector]
-) -> dict[str, QConfig | None]:
-    """The configuration of each module by its name; None is float."""
-    base = config if isinstance(config, QConfig) else QConfig()
-    chosen: dict[str, QConfig | None] = {n: base for paths in names.values() for n in paths}
-    rules = list(config.items()) if isinstance(config, Mapping) else []
-    for selector, one in [*rules, (skip, None)]:
-        if one is not None and not isinstance(one, QConfig):
-            raise TypeError(
-                f"config has {type(one).__name__} for {selector!r}; wanted a fastq.QConfig, or "
-                "None to keep it float"
-            )
-        for module in select(names, selector, "skip" if selector is skip else "config"):
-            for name in names[module]:
-                chosen[name] = one
-    return chosen
-
-
 def _calibrate(
     model: nn.Module, data: Any, forward: Forward | None, plan: list[_Layer], progress: bool
 ) -> tuple[Trace, Any]:
@@ -672,28 +551,3 @@ def leave_fast_path(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0
-
-
-def module_names(model: nn.Module) -> Names:
-    """Each module of the model with all of its names, in the order of `named_modules()`."""
-    names: Names = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-    return names
-
-
-def listed(names: Names) -> Names:
-    """Those that a summary lists: not what a layer is made of, nor short embeddings."""
-    whole = (*DYNAMIC, nn.MultiheadAttention)
-    without = {part for m in names if isinstance(m, whole) for part in m.children()}
-    without |= {m for m in names if isinstance(m, TABLES) and m.embedding_dim < LEAST_ROW}
-    return {m: paths for m, paths in names.items() if isinstance(m, LISTED) and m not in without}
-
-
-def replace(model: nn.Module, names: list[str], new: nn.Module) -> nn.Module:
-    """The model with `new` under all these names; `new` itself for the name ''."""
-    for name in names:
-        if name == "":
-            return new
-        model.set_submodule(name, new)
-    return model

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import nn
 
 import fastq
 from fastq import cli, commands, demo
@@ -16,6 +17,7 @@ from fastq.demo import comparison, tasks
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -179,10 +181,43 @@ def test_help_needs_no_torch():
 
 def test_readme_example_runs_as_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+    example, *_ = EXAMPLES
     assert sum(bool(line.strip()) for line in example.splitlines()) <= 12
     exec(compile(example, "README.md", "exec"), {})
     assert "int8 static" in capsys.readouterr().out
+
+
+class Net(nn.Module):
+    """What the README's other examples are about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(12, 16)
+        self.blocks = nn.ModuleList([nn.ModuleDict({"attn": nn.Sequential(nn.Linear(16, 16))})])
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x.flatten(1)))
+        return self.head(torch.relu(self.blocks[0]["attn"](x)))
+
+
+def test_readmes_other_examples_run_as_written(tmp_path, monkeypatch):
+    """One after the other: each goes on with what those before it made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.print", lambda *_: None)
+    x, y = torch.randn(64, 3, 2, 2), torch.randint(4, (64,))
+    names = {
+        "torch": torch, "fastq": fastq, "np": np, "Net": Net, "model": Net().eval(), "x": x[:1],
+        "batches": [x], "train_loader": [(x, y)], "test_loader": [(x, y)], "labels": y,
+        "images": x, "loss": nn.functional.cross_entropy, "linear": nn.Linear(8, 4),
+        "accuracy": lambda m: 100 * float((m(x).argmax(1) == y).float().mean()),
+        "w": np.ones((4, 12), np.int8),
+    }  # fmt: skip
+    for example in EXAMPLES[1:]:
+        if "load_program" in example:
+            names |= {"images": x.numpy(), "x": x[:, 0, 0].numpy().repeat(6, 1)}
+        exec(compile(example, "README.md", "exec"), names)
+    assert names["logits"].shape == (64, 4) and names["y"].shape == (64, 4)
 
 
 @pytest.mark.parametrize("start", ['pip install -e ".[demo]" && ', 'pip install -e ".[test]" && '])

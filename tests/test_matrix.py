@@ -142,9 +142,9 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     copy_row = layout.copy_row
 
-    def counted(call: Any, x: View, out: View, label: str = "") -> None:
+    def counted(call: Any, x: View, out: View) -> None:
         made.append("windows" if len(x.shape) == 6 else "outputs")
-        copy_row(call, x, out, label)
+        copy_row(call, x, out)
 
     monkeypatch.setattr(convolution, "COPY_NANOSECONDS", 0.0)
     monkeypatch.setattr(layout, "copy_row", counted)

@@ -22,7 +22,8 @@ from fastq.encode import VERSION
 from fastq.nn import QConv2d, QLinear
 from fastq.nn.network import _read_spec, spec_text
 from fastq.serialize import load, save
-from fastq.swap import quantize_layers, summary
+from fastq.summaries import summary
+from fastq.swap import quantize_layers
 
 
 class Padded(nn.Conv2d):

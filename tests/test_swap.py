@@ -16,7 +16,8 @@ from fastq.qconfig import QConfig
 from fastq.qparams import MAX_K, choose_qparams
 from fastq.quantization import quantize_model
 from fastq.serialize import load, save
-from fastq.swap import QuantizationSummary, fold_batch_norm, quantize_layers, summary
+from fastq.summaries import QuantizationSummary, summary
+from fastq.swap import fold_batch_norm, quantize_layers
 from fastq.trace import trace
 
 

@@ -147,7 +147,7 @@ class Call:
 
     def __init__(self, arguments: int) -> None:
         self.nanoseconds = 0.0  # that it takes one thread, roughly
-        self.labels: list[str] = []  # of the rows
+        self.rows = 0
         self._rows: list[NDArray[np.int64]] = []
         self._blocks: list[tuple[NDArray[np.int64], float]] = []  # of `row`s, with nanoseconds
         self._patches: list[NDArray[np.int64]] = []
@@ -185,7 +185,6 @@ class Call:
         values: dict[int, int],
         places: Mapping[int, Place | Slots],
         nanoseconds: float = 0.0,
-        label: str = "",
     ) -> None:
         """Appends a kernel with its argument block; nanoseconds is what it takes one thread."""
         block = np.zeros(fields, np.int64)
@@ -205,8 +204,8 @@ class Call:
         threads = 1 if nanoseconds < executor.PARALLEL_ROW_NANOSECONDS else tasks
         row = kernel.address, address_of(block), tasks, threads
         self._rows.append(np.array([row], np.int64))
+        self.rows += 1
         self._blocks.append((block, nanoseconds))
-        self.labels.append(label)
         self.nanoseconds += nanoseconds
         self._built = None
 
@@ -235,7 +234,7 @@ class Call:
             self._kept.append(copies)
             self.nanoseconds += times * nanoseconds
         self._rows.append(rows.reshape(-1, executor.COLUMNS))
-        self.labels += self.labels[-count:] * times
+        self.rows += count * times
         self._built = None
 
     def _build(self) -> tuple[executor.Table, int]:

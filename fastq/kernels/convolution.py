@@ -135,9 +135,7 @@ class PackedConv2d(Layer):
             if split.pays:
                 columns, add = self.operands | given.scales, added[0] if added else None
                 panels, epilogue = self.packed.panels, self.ending(out, add)
-                winograd.winograd_row(
-                    call, split, x, out, add, panels, epilogue, columns, given.label
-                )
+                winograd.winograd_row(call, split, x, out, add, panels, epilogue, columns)
                 return
         walk = self.walk(views)
         if not self._gathering_pays(walk):

@@ -151,14 +151,12 @@ def group_norm_row(
     zero_point: int = 0,
     qmin: int = 0,
     qmax: int = 255,
-    label: str = "",
 ) -> None:
     """Appends reference.group_norm; multiplier and shift are scalars or (C,). out may be x, if of
     its kind. Up to two axes of x between the first and the last may lie apart."""
     size, images = prod(x.shape), x.shape[0]
     if size == 0:
         return
-    label = label or f"group_norm_{x.kind}"
     one = replace(x, shape=x.shape[1:], strides=x.strides[1:])
     (rows, pixels, channels), ((row, pixel, _),) = collapse([one], 3, keep=1)
     block = min(max(BLOCK // channels, FEW_PIXELS), pixels, PART_PIXELS)
@@ -168,7 +166,7 @@ def group_norm_row(
         channel_sums_kernel(x.kind), SUMS_FIELDS, images * parts,
         {SHAPE_1: rows, SHAPE_2: pixels, SHAPE_3: channels, ROWS: block, COLUMNS: channels,
          X + 1: x.strides[0], X + 2: row, X + 3: pixel},
-        {SUMS: sums.place, X: x.place}, size * SUMS_NANOSECONDS, f"{label}_sums",
+        {SUMS: sums.place, X: x.place}, size * SUMS_NANOSECONDS,
     )  # fmt: skip
     columns = [np.array(np.broadcast_to(v, (channels,)), np.float32) for v in (multiplier, shift)]
     factors = [call.dense((images, *[1] * (len(x.shape) - 2), channels), "f32") for _ in columns]
@@ -179,10 +177,10 @@ def group_norm_row(
         {PARTS: parts, CHANNELS: channels, GROUPS: groups, COUNT: count},
         {SUMS_OF_PARTS: sums.place, A: factors[0].place, B: factors[1].place, Y: columns[0],
          Z: columns[1], EPSILON: np.array([n * n * epsilon])},
-        images * parts * channels * NORM_NANOSECONDS, f"{label}_scales",
+        images * parts * channels * NORM_NANOSECONDS,
     )  # fmt: skip
     # a value is under the root of N deviations from the mean, up to the rounding of x * A
     factor, offset = (float(np.abs(column).max()) for column in columns)
     largest = 2 * n**0.5 * factor + factor / epsilon**0.5 / 64 + 2 * offset
     pointwise_row(call, "affine", [out, x, *factors], float_parameters(zero_point, qmin, qmax),
-                  int_parameters(zero_point), label, largest=largest)  # fmt: skip
+                  int_parameters(zero_point), largest=largest)  # fmt: skip

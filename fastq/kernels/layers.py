@@ -267,7 +267,6 @@ def stage_image(
             stage.I_ZERO_POINT: zero_point,
         },
         batch * hp * wp * cp * (x.item + out.item) / BYTES_PER_NANOSECOND,
-        f"stage_image_{source}_{out.kind}",
     )
 
 

@@ -181,7 +181,6 @@ def border_row(
     left: int,
     right: int,
     value: int,
-    label: str = "",
 ) -> None:
     """Appends: the frame of whole (B, HP, WP, C), so many lines and columns wide, = value."""
     images, height, width, channels = whole.shape
@@ -193,7 +192,6 @@ def border_row(
     time = size * whole.item / BYTES_PER_NANOSECOND
     call.row(
         border_kernel(whole.kind), B_FIELDS, images * height, values, {B_OUT: whole.place}, time,
-        label or f"border_{whole.kind}",
     )  # fmt: skip
 
 
@@ -210,7 +208,7 @@ def _by_stride(view: View) -> list[int]:
     )  # fmt: skip
 
 
-def copy_row(call: Call, x: View, out: View, label: str = "") -> None:
+def copy_row(call: Call, x: View, out: View) -> None:
     """Appends out = x: the same shape, any strides, up to 6 axes that do not join.
 
     The kinds may be two of "u8" and "u8x2", or the same. x and out must not overlap.
@@ -218,13 +216,12 @@ def copy_row(call: Call, x: View, out: View, label: str = "") -> None:
     size = int(np.prod(out.shape))
     if size == 0:
         return
-    label = label or f"copy_{x.kind}_{out.kind}"
     order = _by_stride(out)
     views = [permuted(out, order), permuted(x, order)]
     shape, (out_steps, x_steps) = collapse(views, 6)
     along = x_steps[-1] == x.item and out_steps[-1] == out.item
     if shape[-1] == 1 or (along and shape[:2] == (1, 1)):
-        pointwise_row(call, "copy", views, label=label)
+        pointwise_row(call, "copy", views)
         return
     # P is where x's elements lie side by side
     p = next((a for a in range(5) if shape[a] > 1 and x_steps[a] == x.item), 4)
@@ -250,7 +247,6 @@ def copy_row(call: Call, x: View, out: View, label: str = "") -> None:
         values,
         {X: x.place, OUT: out.place},
         time,
-        label,
     )
 
 
@@ -264,16 +260,14 @@ def widths(size: int) -> tuple[int, ...]:
     return tuple(used)
 
 
-def quantize_row(
-    call: Call, x: View, out: View, scale: float, zero_point: int, label: str = ""
-) -> None:
+def quantize_row(call: Call, x: View, out: View, scale: float, zero_point: int) -> None:
     """Appends out = reference.quantize(x): float32 of any strides into uint8 values of any, or
     int16 where out is wide."""
     ends = limits(np.dtype(np.int16 if out.kind == "s16" else np.uint8))
     floats = float_parameters(zero_point, *ends, scale)
     ints = int_parameters(zero_point)
     if _lines_match([out, x]):
-        pointwise_row(call, "quantize", [out, x], floats, ints, label, largest=LARGE)
+        pointwise_row(call, "quantize", [out, x], floats, ints, largest=LARGE)
         return
     if not _has_lines(x):
         dense = _scratch(call, x, "f32")
@@ -281,15 +275,13 @@ def quantize_row(
         x = dense
     held, order = _scratch(call, x, out.kind), _by_stride(x)
     views = [permuted(held, order), permuted(x, order)]
-    pointwise_row(call, "quantize", views, floats, ints, label, largest=LARGE)
+    pointwise_row(call, "quantize", views, floats, ints, largest=LARGE)
     copy_row(call, held, out)
 
 
-def dequantize_row(
-    call: Call, x: View, out: View, scale: float, zero_point: int, label: str = ""
-) -> None:
+def dequantize_row(call: Call, x: View, out: View, scale: float, zero_point: int) -> None:
     """Appends out = reference.dequantize(x): uint8 or int16 of any strides into float32 of any."""
-    parameters = np.array([0, 0, scale, 0], np.float32), int_parameters(0, zero_point), label
+    parameters = np.array([0, 0, scale, 0], np.float32), int_parameters(0, zero_point)
     if _lines_match([out, x]):
         pointwise_row(call, "dequantize", [out, x], *parameters)
         return

@@ -208,7 +208,6 @@ def matmul_row(
     zero_point: int = 0,
     qmin: int = 0,
     qmax: int = 255,
-    label: str = "",
 ) -> None:
     """Appends the rows of reference.matmul for a tier.
 
@@ -223,7 +222,7 @@ def matmul_row(
     if not np.prod(out.shape):
         return
     if k == 0:
-        fill_row(call, out, min(max(zero_point, qmin), qmax), label)
+        fill_row(call, out, min(max(zero_point, qmin), qmax))
         return
     wide = [broadcast(v, (*leading, *v.shape[-2:])) for v in (out, a, b)]
     (outer, groups, _, _), (out_steps, a_steps, b_steps) = collapse(wide, 4, keep=2)
@@ -234,7 +233,6 @@ def matmul_row(
     panel_bytes = len(starts) * nr * KR
     packed = call.scratch(outer * groups * panels * panel_bytes)
     bias = call.scratch(outer * groups * panels * nr * 4)
-    label = label or "matmul"
     call.row(
         pack_kernel(b.kind, nr, transpose_b, isa),
         FIELDS,
@@ -253,7 +251,6 @@ def matmul_row(
         },
         {B: b.place, OUT: packed, BIAS: bias},
         outer * groups * k * n * 2 / BYTES_PER_NANOSECOND,
-        f"{label}_pack",
     )
     tasks = groups * -(-panels // tile.panels)
     mc = block_rows(tile, m, a_steps[2], tasks)
@@ -269,7 +266,7 @@ def matmul_row(
     if mean:
         sums = call.dense((outer, groups, m), "f32")
         wide_a = View(a.place, (outer, groups, m, k), (*a_steps[:3], a.item), a.kind)
-        inverse_sums_row(call, wide_a, sums, f"{label}_sums")
+        inverse_sums_row(call, wide_a, sums)
     for i in range(outer):
         if mean:
             places[block.ROW_SCALE] = sums.place + i * sums.strides[0]
@@ -300,7 +297,6 @@ def matmul_row(
                 **places,
             },
             nanoseconds(isa, groups * m * n * len(starts) * KR),
-            label,
         )
 
 

@@ -334,7 +334,6 @@ def softmax_row(
     out: View,
     scale: float,
     uniform: bool = False,
-    label: str = "",
     *,
     mask: View | None = None,
 ) -> None:
@@ -344,7 +343,7 @@ def softmax_row(
     empty = int(np.rint(np.float32(255) / np.float32(count))) if uniform and count else 0
     kernel = softmax_kernel(x.kind, mask is not None)
     _line_row(call, kernel, x, out, places, (0, 0, 255), SOFTMAX_NANOSECONDS,
-              label or f"softmax_{x.kind}", mask, {EMPTY: empty})  # fmt: skip
+              mask, {EMPTY: empty})  # fmt: skip
 
 
 def softmax_weights_row(
@@ -353,7 +352,6 @@ def softmax_weights_row(
     out: View,
     scale: float,
     uniform: bool = False,
-    label: str = "",
     *,
     mask: View | None = None,
 ) -> None:
@@ -362,14 +360,13 @@ def softmax_weights_row(
     places: dict[int, Place] = {TABLE: np.append(rising, np.full(255, 255, np.uint8))}
     kernel = weights_kernel(x.kind, mask is not None)
     _line_row(call, kernel, x, out, places, (0, 0, 255), WEIGHTS_NANOSECONDS,
-              label or f"softmax_weights_{x.kind}", mask, {EMPTY: 255 * uniform})  # fmt: skip
+              mask, {EMPTY: 255 * uniform})  # fmt: skip
 
 
-def inverse_sums_row(call: Call, x: View, out: View, label: str = "") -> None:
+def inverse_sums_row(call: Call, x: View, out: View) -> None:
     """Appends out = 1 / float32(max(sum, 1)) of each line of x; out is float32, of the others."""
     per_line = View(out.place, (*out.shape, x.shape[-1]), (*out.strides, 0), out.kind)
-    _line_row(call, inverse_sums_kernel(x.kind), x, per_line, {}, (0, 0, 0), WEIGHTS_NANOSECONDS,
-              label or f"inverse_sums_{x.kind}")  # fmt: skip
+    _line_row(call, inverse_sums_kernel(x.kind), x, per_line, {}, (0, 0, 0), WEIGHTS_NANOSECONDS)
 
 
 def masked_softmax_row(
@@ -395,11 +392,10 @@ def layer_norm_row(
     zero_point: int = 0,
     qmin: int = 0,
     qmax: int = 255,
-    label: str = "",
 ) -> None:
     """Appends reference.layer_norm; multiplier and shift are scalars or (N,). out may be x, if of
     its kind."""
-    _norm_row(call, x, out, multiplier, shift, epsilon, (zero_point, qmin, qmax), label)
+    _norm_row(call, x, out, multiplier, shift, epsilon, (zero_point, qmin, qmax))
 
 
 def rms_norm_row(
@@ -412,12 +408,11 @@ def rms_norm_row(
     zero_point: int = 0,
     qmin: int = 0,
     qmax: int = 255,
-    label: str = "",
 ) -> None:
     """Appends reference.rms_norm; else as `layer_norm_row`."""
     shift = np.zeros((), np.float32)
     clamp = zero_point, qmin, qmax
-    _norm_row(call, x, out, multiplier, shift, epsilon, clamp, label, False, x_zero_point)
+    _norm_row(call, x, out, multiplier, shift, epsilon, clamp, False, x_zero_point)
 
 
 def _norm_row(
@@ -428,7 +423,6 @@ def _norm_row(
     shift: NDArray[np.float32],
     epsilon: float,
     clamp: tuple[int, int, int],
-    label: str,
     centered: bool = True,
     x_zero_point: int = 0,
 ) -> None:
@@ -448,7 +442,7 @@ def _norm_row(
     # |d * r| is under the root of N, up to rounding
     largest = 2 * n**0.5 * np.abs(columns[0]).max() + np.abs(columns[1]).max()
     kernel = layer_norm_kernel(x.kind, out.kind, bool(largest <= MAX_BOUNDED), centered)
-    _line_row(call, kernel, x, out, places, clamp, NORM_NANOSECONDS, label or f"{name}_{x.kind}",
+    _line_row(call, kernel, x, out, places, clamp, NORM_NANOSECONDS,
               values={X_ZERO_POINT: x_zero_point})  # fmt: skip
 
 
@@ -460,7 +454,6 @@ def _line_row(
     places: dict[int, Place],
     clamp: tuple[int, int, int],
     nanoseconds: float,
-    label: str,
     mask: View | None = None,
     values: dict[int, int] | None = None,
 ) -> None:
@@ -482,4 +475,4 @@ def _line_row(
         ZERO_POINT: np.array([zero_point, 0, 0], np.int32),
     }
     tasks = shape[0] * shape[1] * -(-shape[2] // values[ROWS])
-    call.row(kernel, FIELDS, tasks, values, places, size * nanoseconds, label)
+    call.row(kernel, FIELDS, tasks, values, places, size * nanoseconds)

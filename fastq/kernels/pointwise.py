@@ -259,7 +259,6 @@ def pointwise_row(
     views: Sequence[View],
     floats: NDArray[np.float32] = NO_FLOATS,
     ints: NDArray[np.int32] = NO_INTS,
-    label: str = "",
     table: Place | None = None,
     largest: float = 0.0,
     constants: int = 0,
@@ -289,7 +288,7 @@ def pointwise_row(
         values |= {field + 1 + axis: steps[axis] for axis in range(3)}
     bytes_a_step = sum(view.item for view in views)
     time = float(np.prod(shape)) * bytes_a_step / BYTES_PER_NANOSECOND
-    call.row(kernel, FIELDS, tasks, values, places, time, label or f"{operation}_{views[0].kind}")
+    call.row(kernel, FIELDS, tasks, values, places, time)
 
 
 def _lengthened(call: Call, views: list[View], constants: int) -> list[View]:
@@ -327,13 +326,12 @@ def add_row(
     zero_point: int = 0,
     qmin: int = 0,
     qmax: int = 255,
-    label: str = "",
 ) -> None:
     """Appends reference.add; x and y broadcast to out. out may be x or y, if of its kind."""
     floats = float_parameters(zero_point, qmin, qmax, *multipliers)
     ints = int_parameters(zero_point, *zero_points)
     largest = 2.0**16 * sum(abs(m) for m in multipliers)
-    pointwise_row(call, "add", [out, x, y], floats, ints, label, largest=largest)
+    pointwise_row(call, "add", [out, x, y], floats, ints, largest=largest)
 
 
 def mul_row(
@@ -346,13 +344,12 @@ def mul_row(
     zero_point: int = 0,
     qmin: int = 0,
     qmax: int = 255,
-    label: str = "",
 ) -> None:
     """Appends reference.mul; x and y broadcast to out. out may be x or y."""
     floats = float_parameters(zero_point, qmin, qmax, multiplier)
     ints = int_parameters(zero_point, *zero_points)
     largest = 255.0**2 * abs(multiplier)
-    pointwise_row(call, "multiply", [out, x, y], floats, ints, label, largest=largest)
+    pointwise_row(call, "multiply", [out, x, y], floats, ints, largest=largest)
 
 
 def affine_row(
@@ -365,16 +362,13 @@ def affine_row(
     zero_point: int = 0,
     qmin: int = 0,
     qmax: int = 255,
-    label: str = "",
 ) -> None:
     """Appends reference.affine; multiplier and shift are scalars or (C,). out may be x."""
     floats = float_parameters(zero_point, qmin, qmax)
     columns = [float_view(values) for values in (multiplier, shift)]
     ints = int_parameters(zero_point, x_zero_point)
     largest = 255.0 * _magnitude(multiplier) + _magnitude(shift)
-    pointwise_row(
-        call, "affine", [out, x, *columns], floats, ints, label, largest=largest, constants=2
-    )
+    pointwise_row(call, "affine", [out, x, *columns], floats, ints, largest=largest, constants=2)
 
 
 def _magnitude(values: Any) -> float:
@@ -387,16 +381,16 @@ def float_view(values: Any) -> View:
     return View(array, array.shape, array.strides, "f32")
 
 
-def table_row(call: Call, x: View, out: View, table: NDArray[np.uint8], label: str = "") -> None:
+def table_row(call: Call, x: View, out: View, table: NDArray[np.uint8]) -> None:
     """Appends reference.table; table is (256,) or (C, 256). out may be x."""
     values = np.array(table, np.uint8, order="C")
     if values.ndim == 1:
-        pointwise_row(call, "table", [out, x], label=label, table=values)
+        pointwise_row(call, "table", [out, x], table=values)
     else:
         own = View(values, values.shape[:1], values.strides[:1], "u8")
-        pointwise_row(call, "tables", [out, x, own], label=label)
+        pointwise_row(call, "tables", [out, x, own])
 
 
-def fill_row(call: Call, out: View, value: int, label: str = "") -> None:
+def fill_row(call: Call, out: View, value: int) -> None:
     """Appends: all of out = value."""
-    pointwise_row(call, "fill", [out], ints=int_parameters(value), label=label)
+    pointwise_row(call, "fill", [out], ints=int_parameters(value))

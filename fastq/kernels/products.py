@@ -113,17 +113,18 @@ class Layer:
         bias: NDArray[Any] = np.zeros(n, np.int32)
         clamp, zero_point, add = (0.0, 0.0), 0, (0.0, 0)
         match self.epilogue:
-            case Requant(multiplier, zero_point, given, qmin, qmax, add_multiplier, add_zero_point):
-                scale = multiplier
+            case Requant() as end:
+                scale, zero_point = end.multiplier, end.zero_point
                 taken_off = self.x_zero_point - emitter(self.isa).offset
-                folded = (0 if given is None else given) - taken_off * self.col_sums
+                folded = (0 if end.bias is None else end.bias) - taken_off * self.col_sums
                 bias = folded.astype(np.int32)  # modulo 2**32: its sum with acc is in range
-                clamp = (qmin - zero_point, qmax - zero_point)
-                add = (add_multiplier or 0.0, add_zero_point)
-            case Dequant(scale, _, given, fmin, fmax):
+                clamp = (end.qmin - zero_point, end.qmax - zero_point)
+                add = (end.add_multiplier or 0.0, end.add_zero_point)
+            case Dequant() as end:
+                scale = end.scale
                 # without a bias -0.0 is added: y + -0.0 is y, and -0.0 for y = -0.0
-                bias = np.full(n, -0.0, np.float32) if given is None else given
-                clamp = (fmin, fmax)
+                bias = np.full(n, -0.0, np.float32) if end.bias is None else end.bias
+                clamp = (end.fmin, end.fmax)
 
         def columns(values: NDArray[Any]) -> NDArray[Any]:
             return pad_columns(np.tile(values, self.fold), groups, packed.nr, packed.isa)
@@ -170,7 +171,6 @@ class Layer:
         scale: Place | None = None,
         zero_point: Place | None = None,
         per_row: bool = False,
-        label: str = "",
     ) -> None:
         """Appends out = the layer of x, whose shapes and strides the layer's class says.
 
@@ -182,7 +182,7 @@ class Layer:
         if scale is not None and zero_point is not None:
             scales = {block.ROW_SCALE: scale, block.ROW_ZERO_POINT: zero_point}
         views = [x, out] if add is None else [x, out, add]
-        self.append(call, views, Given(scales, per_row, label))
+        self.append(call, views, Given(scales, per_row))
 
     def append(self, call: Call, views: list[View], given: Given) -> None:
         """The rows of x, out and what is added, if anything."""
@@ -278,16 +278,14 @@ class Layer:
             values,
             places,
             nanoseconds(tile.isa, macs, tile.kind, packed.panels.nbytes),
-            given.label or str(tile),
         )
 
 
 class Given(NamedTuple):
-    """What a product's epilogue is told by a call; the row's label, if it has one of its own."""
+    """What a product's epilogue is told by a call."""
 
     scales: dict[int, Place]
     per_row: bool
-    label: str
 
 
 def bands_of(m: int, line: int, most: int) -> tuple[int, NDArray[np.int64]]:

@@ -328,7 +328,7 @@ def _cell_row(
         values[field + OPERAND_FIELDS - 1] = view.strides[0]
     kernel = cell_kernel(cell, x.kind, out.kind, bounded)
     time = rows * x.shape[1] * GATE_NANOSECONDS
-    call.row(kernel, FIELDS, tasks, values, places, time, f"{cell}_{out.kind}")
+    call.row(kernel, FIELDS, tasks, values, places, time)
 
 
 def _step(view: View, axis: int, t: int) -> View:

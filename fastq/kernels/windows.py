@@ -325,7 +325,6 @@ def _windows_row(
     columns: Windows,
     values: dict[int, int],
     places: dict[int, Place],
-    label: str,
     largest_factor: float = 0.0,
 ) -> None:
     """Appends a row; values and places are those of the operation."""
@@ -390,7 +389,6 @@ def _windows_row(
             **places,
         },
         float(reads) * x.item / BYTES_PER_NANOSECOND,
-        label or f"{operation}_{rows.taps.shape[1]}x{columns.taps.shape[1]}_{x.kind}",
     )
 
 
@@ -399,13 +397,11 @@ def _requantized(zero_point: int, qmin: int, qmax: int, x_zero_point: int = 0) -
     return {FLOATS: floats, INTS: int_parameters(zero_point, x_zero_point)}
 
 
-def max_windows_row(
-    call: Call, x: View, out: View, rows: Windows, columns: Windows, label: str = ""
-) -> None:
+def max_windows_row(call: Call, x: View, out: View, rows: Windows, columns: Windows) -> None:
     """Appends the largest of each window: max_pool2d, adaptive_max_pool2d, upsample_nearest2d."""
     if not rows.counts.all() or not columns.counts.all():
         raise ValueError("max_pool2d: a window misses x; wanted less padding or dilation")
-    _windows_row(call, "max", x, out, rows, columns, {}, _requantized(0, 0, 255), label)
+    _windows_row(call, "max", x, out, rows, columns, {}, _requantized(0, 0, 255))
 
 
 def mean_windows_row(
@@ -420,14 +416,13 @@ def mean_windows_row(
     zero_point: int = 0,
     qmin: int = 0,
     qmax: int = 255,
-    label: str = "",
 ) -> None:
     """Appends the mean of each window, counts (OH, OW): avg_pool2d, adaptive_avg_pool2d."""
     factors = np.ascontiguousarray(np.float32(multiplier) / counts.astype(np.float32))
     places = _requantized(zero_point, qmin, qmax, x_zero_point) | {FACTORS: factors}
     values = {FACTORS_ROW: factors.strides[0], FACTORS_PIXEL: factors.strides[1]}
     largest = np.abs(factors).max(initial=0.0)
-    _windows_row(call, "sum", x, out, rows, columns, values, places, label, largest)
+    _windows_row(call, "sum", x, out, rows, columns, values, places, largest)
 
 
 def max_pool2d_row(
@@ -439,14 +434,13 @@ def max_pool2d_row(
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
     ceil_mode: bool = False,
-    label: str = "",
 ) -> None:
     """Appends reference.max_pool2d."""
     rows, columns = (
         pool_windows(x.shape[1 + a], kernel_size[a], stride[a], padding[a], dilation[a], ceil_mode)
         for a in (0, 1)
     )
-    max_windows_row(call, x, out, rows, columns, label)
+    max_windows_row(call, x, out, rows, columns)
 
 
 def avg_pool2d_row(
@@ -464,7 +458,6 @@ def avg_pool2d_row(
     zero_point: int = 0,
     qmin: int = 0,
     qmax: int = 255,
-    label: str = "",
 ) -> None:
     """Appends reference.avg_pool2d."""
     rows, columns = (
@@ -477,14 +470,14 @@ def avg_pool2d_row(
         counts = np.full_like(counts, divisor_override)
     mean_windows_row(
         call, x, out, rows, columns, counts,
-        multiplier, x_zero_point, zero_point, qmin, qmax, label,
+        multiplier, x_zero_point, zero_point, qmin, qmax,
     )  # fmt: skip
 
 
-def adaptive_max_pool2d_row(call: Call, x: View, out: View, label: str = "") -> None:
+def adaptive_max_pool2d_row(call: Call, x: View, out: View) -> None:
     """Appends reference.adaptive_max_pool2d to the size of out."""
     rows, columns = (adaptive_windows(x.shape[a], out.shape[a]) for a in (1, 2))
-    max_windows_row(call, x, out, rows, columns, label)
+    max_windows_row(call, x, out, rows, columns)
 
 
 def adaptive_avg_pool2d_row(
@@ -496,14 +489,13 @@ def adaptive_avg_pool2d_row(
     zero_point: int = 0,
     qmin: int = 0,
     qmax: int = 255,
-    label: str = "",
 ) -> None:
     """Appends reference.adaptive_avg_pool2d to the size of out; (1, 1) is the mean over H and W."""
     rows, columns = (adaptive_windows(x.shape[a], out.shape[a]) for a in (1, 2))
     counts = np.multiply.outer(rows.sizes, columns.sizes)
     mean_windows_row(
         call, x, out, rows, columns, counts,
-        multiplier, x_zero_point, zero_point, qmin, qmax, label,
+        multiplier, x_zero_point, zero_point, qmin, qmax,
     )  # fmt: skip
 
 
@@ -512,12 +504,11 @@ def upsample_nearest2d_row(
     x: View,
     out: View,
     scale_factor: tuple[float, float] | None = None,
-    label: str = "",
 ) -> None:
     """Appends reference.upsample_nearest2d to the size of out."""
     scales = scale_factor or (None, None)
     rows, columns = (nearest_windows(x.shape[a], out.shape[a], scales[a - 1]) for a in (1, 2))
-    max_windows_row(call, x, out, rows, columns, label)
+    max_windows_row(call, x, out, rows, columns)
 
 
 def upsample_bilinear2d_row(
@@ -526,7 +517,6 @@ def upsample_bilinear2d_row(
     out: View,
     align_corners: bool = False,
     scale_factor: tuple[float, float] | None = None,
-    label: str = "",
 ) -> None:
     """Appends reference.upsample_bilinear2d to the size of out."""
     (rows, down), (columns, across) = (
@@ -537,4 +527,4 @@ def upsample_bilinear2d_row(
     )
     places = _requantized(0, 0, 255) | {FACTORS: across, ROW_FACTORS: down}
     values = {FACTORS_ROW: 0, FACTORS_PIXEL: 8}
-    _windows_row(call, "bilinear", x, out, rows, columns, values, places, label)
+    _windows_row(call, "bilinear", x, out, rows, columns, values, places)

@@ -149,7 +149,6 @@ def winograd_row(
     packed: NDArray[np.int8],
     epilogue: str,
     operands: dict[int, Place],
-    label: str,
 ) -> None:
     """Appends the convolution of x (B, HP, WP, C), padded, with packed filters to out (B, H, W, N).
 
@@ -199,7 +198,6 @@ def winograd_row(
         values,
         places,
         nanoseconds(split.tile.isa, int(split.cost * c * out.shape[3])),
-        label or f"winograd_{split.tile}",
     )
 
 
