@@ -243,6 +243,7 @@ def _filler(inputs: list[Any], tensors: dict[str, Tensor], sizes: Sizes) -> Call
     return fill
 
 
+@functools.cache
 def _target(name: str) -> Any:
     """The function of an "aten" node: one of FUNCTIONS, or an operator by
     "namespace.name.overload"."""

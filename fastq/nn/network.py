@@ -98,6 +98,7 @@ class QuantizedModel(nn.Module):
         self._ready: list[BoundProgram] | None = None
         self._one: Tensor | None = None  # of its tensors, and where its memory was
         self._at = 0
+        self._nodes: dict[str, Node] = {}  # of the float operators
         self._read_specs()
         self._bound()
         self.eval()
@@ -241,9 +242,12 @@ class QuantizedModel(nn.Module):
     def evaluate(self, stage: Stage, inputs: list[Any], sizes: Sizes) -> Any:
         """The value of a float operator."""
         name = stage.outputs[0]
-        module = self._modules.get(name)
-        tensors: dict[str, Tensor] = {} if module is None else dict(module._buffers)  # type: ignore[arg-type]
-        node = Node(name, stage.op, attrs=dict(stage.attrs), tensors=tensors)
+        node = self._nodes.get(name)
+        if node is None:
+            module = self._modules.get(name)
+            tensors: Any = {} if module is None else module._buffers  # as they are at each call
+            node = Node(name, stage.op, attrs=dict(stage.attrs), tensors=tensors)
+            self._nodes[name] = node
         try:
             return evaluate(node, inputs, sizes)
         except RuntimeError as error:
@@ -273,7 +277,14 @@ class QuantizedModel(nn.Module):
         return "\n  ".join([f"{type(self).__name__}(", head, *lines]) + "\n)"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ready": None, "_one": None, "in_spec": None, "out_spec": None}
+        made: dict[str, Any] = {
+            "_ready": None,
+            "_one": None,
+            "_nodes": {},
+            "in_spec": None,
+            "out_spec": None,
+        }
+        return {**self.__dict__, **made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
