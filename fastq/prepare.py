@@ -139,10 +139,10 @@ class Prepared:
                 self.seen[node].update(value.detach().numpy())
             stands = watched.get(node)
             if stands is not None:
-                if stands in scores:
-                    value = _with_floor(value)
                 if fills_low(node):  # what it marks is the least of the range
                     value = value.masked_fill(value <= MARK, -math.inf)
+                elif stands in scores or _has_marks(value):
+                    value = _with_floor(value)
                 if stands not in self.observers:
                     spec = self.config(node).observer
                     if stands in self.ranges.wide and spec == DEFAULT.observer:
@@ -380,15 +380,29 @@ def wide(qparams: QParams) -> QParams:
 
 
 FLOOR = 16.0  # so far below the least score, exp leaves 1e-7 of a weight
+FAR = 2.0**64
+APART = 1000  # times all else: what is so far below it says that a place is not to be taken
+
+
+def _has_marks(value: Tensor) -> bool:
+    """Whether some values are no values but marks, as of actions that are not allowed."""
+    if not value.is_floating_point() or not value.numel() or not float(value.min()) <= MARK:
+        return False  # or something is not a number
+    low = value <= MARK
+    rest = float(value.masked_fill(low, 0.0).nan_to_num().abs().max())
+    return APART * rest < -float(value[low].max())
 
 
 def _with_floor(scores: Tensor) -> Tensor:
-    """Scores of which -inf, by a mask that was not known as one, has a place in the range."""
-    hidden = scores == -math.inf
+    """Scores of which -inf, or a mark, by a mask that was not known as one, has a place in the
+    range."""
+    hidden = scores <= MARK if _has_marks(scores) else scores == -math.inf
     if not bool(hidden.any()) or bool(hidden.all()):
         return scores
-    least = float(scores[~hidden].nan_to_num().min())
-    return scores.masked_fill(hidden, least - FLOOR)
+    rest = scores[~hidden].nan_to_num()
+    if not bool(rest.any()):  # marks alone, which are added to others
+        return scores.clamp(min=-FAR)
+    return scores.masked_fill(hidden, float(rest.min()) - FLOOR)
 
 
 def fake_quantize(x: Tensor, qparams: QParams, *, out: Tensor | None = None) -> Tensor:

@@ -1232,3 +1232,20 @@ def test_a_maximum_of_what_is_not_marked(low: float) -> None:
         lambda net, x, pad: net.b(torch.where(pad > 0, low, net.a(x)).amax(1)),
     ):
         check(call(function, **linear)(), torch.randn(8, 12, 16), padding)
+
+
+@pytest.mark.parametrize("low", [-1e5, -1e8, torch.finfo(torch.float32).min])
+def test_choices_that_are_not_allowed(low: float) -> None:
+    """What is added to them leaves the others what they are, and takes them out of a softmax."""
+    model = call(
+        lambda net, x, legal: net.b(F.relu(net.a(x))) + (1 - legal) * low,
+        a=lambda: nn.Linear(16, 32), b=lambda: nn.Linear(32, 6),
+    )()  # fmt: skip
+    x, legal = torch.randn(64, 16), (torch.rand(64, 6) > 0.4).float()
+    legal[:, 0] = 1
+    int8 = quantized(model, (x, legal))
+    with torch.no_grad():
+        wanted, found = model(x, legal), int8(x, legal)
+    taken = legal.bool()
+    assert noise_ratio(wanted[taken], found[taken]) > 20
+    assert float(found.softmax(1)[~taken].max()) < 1e-5
