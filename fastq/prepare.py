@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastq.capture import Captured
-from fastq.graph import Graph, Node, Ref
+from fastq.graph import PRODUCTS, Graph, Node, Ref
 from fastq.lower import (
     MOVES,
     WEIGHTED,
@@ -141,7 +141,7 @@ class Prepared:
             if stands is not None:
                 if fills_low(node):  # what it marks is the least of the range
                     value = value.masked_fill(value <= MARK, -math.inf)
-                elif stands in scores or _has_marks(value):
+                elif stands in scores or (_may_have_marks(node) and _has_marks(value)):
                     value = _with_floor(value)
                 if stands not in self.observers:
                     spec = self.config(node).observer
@@ -382,6 +382,11 @@ def wide(qparams: QParams) -> QParams:
 FLOOR = 16.0  # so far below the least score, exp leaves 1e-7 of a weight
 FAR = 2.0**64
 APART = 1000  # times all else: what is so far below it says that a place is not to be taken
+
+
+def _may_have_marks(node: Node) -> bool:
+    """Products alone make none, but what is added to them may."""
+    return node.op not in PRODUCTS or len(node.inputs) == 2
 
 
 def _has_marks(value: Tensor) -> bool:
