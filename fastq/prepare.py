@@ -385,8 +385,9 @@ APART = 1000  # times all else: what is so far below it says that a place is not
 
 
 def _may_have_marks(node: Node) -> bool:
-    """Products alone make none, but what is added to them may."""
-    return node.op not in PRODUCTS or len(node.inputs) == 2
+    """Products alone make none, but what is added to them may; what a user gives is taken at its
+    word."""
+    return node.op not in (*PRODUCTS, "input") or len(node.inputs) == 2
 
 
 def _has_marks(value: Tensor) -> bool:

@@ -1249,3 +1249,11 @@ def test_choices_that_are_not_allowed(low: float) -> None:
     taken = legal.bool()
     assert noise_ratio(wanted[taken], found[taken]) > 20
     assert float(found.softmax(1)[~taken].max()) < 1e-5
+
+
+def test_inputs_are_taken_at_their_word() -> None:
+    """Of a feature that is -1e6 where it is missing, the layer makes what the float one makes."""
+    x = torch.randn(64, 8)
+    x[::4, 3] = -1e6
+    assert fastq.quantize_model(nn.Linear(8, 4), x, progress=False, remedies=()).program
+    check(nn.Sequential(nn.Linear(8, 4)), x, decibels=30)
