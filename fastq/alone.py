@@ -28,7 +28,7 @@ from fastq.nn.embedding import LEAST_ROW
 from fastq.nn.layer import STATE
 from fastq.prepare import Prepared
 from fastq.qconfig import QConfig
-from fastq.qparams import MAX_K, quantize_weight
+from fastq.qparams import MAX_K
 from fastq.summaries import ASKED
 from fastq.weights import outputs_first
 
@@ -90,7 +90,7 @@ def _fits(node: Node, least: int = 0) -> bool:
 
 def _quantized(weight: Tensor, config: QConfig) -> tuple[Tensor, Tensor]:
     real = weight.detach().numpy()
-    data, scale = quantize_weight(real, range=config.weight_range, bits=config.weight_bits)
+    data, scale = config.quantize_weight(real)
     return torch.from_numpy(data), torch.tensor(np.asarray(scale, np.float32))
 
 

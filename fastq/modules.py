@@ -87,10 +87,11 @@ def select(names: Names, selectors: Any, argument: str) -> set[nn.Module]:
 
 
 def choose(
-    names: Names, config: Config, skip: Selector | Iterable[Selector]
+    names: Names, config: Config | None, skip: Selector | Iterable[Selector], default: QConfig
 ) -> dict[str, QConfig | None]:
-    """The configuration of each module by its name; None is float."""
-    base = config if isinstance(config, QConfig) else QConfig()
+    """The configuration of each module by its name; None is float. `default` is that of modules of
+    which config says nothing."""
+    base = config if isinstance(config, QConfig) else default
     chosen: dict[str, QConfig | None] = {n: base for paths in names.values() for n in paths}
     rules = list(config.items()) if isinstance(config, Mapping) else []
     for selector, one in [*rules, (skip, None)]:

@@ -71,7 +71,7 @@ def prepare_model(
     alone  whether operators that no program can have become int8 layers: see alone.py.
     Raises CannotCapture when torch.export cannot follow the model.
     """
-    wanted = choose(module_names(model), config or DEFAULT, skip)
+    wanted = choose(module_names(model), config, skip, DEFAULT)
     twin = copy.deepcopy(model).eval()
     leave_fast_path(twin)
     captured = capture(twin, args, kwargs)

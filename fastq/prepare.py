@@ -32,7 +32,7 @@ from fastq.observer import Observer, make_observer
 from fastq.processes import Processes
 from fastq.program import RECURRENT, Program
 from fastq.qconfig import DEFAULT, QConfig
-from fastq.qparams import QParams, limits, quantize_weight
+from fastq.qparams import QParams, limits
 
 LAYERS = (*WEIGHTED, *RECURRENT)  # have a weight that becomes integers
 # of the ranges of int16, whose steps are enough for outliers that calibration did not see
@@ -141,8 +141,8 @@ class Prepared:
             if stands is not None:
                 if fills_low(node):  # what it marks is the least of the range
                     value = value.masked_fill(value <= MARK, -math.inf)
-                elif stands in scores or (_may_have_marks(node) and _has_marks(value)):
-                    value = _with_floor(value)
+                elif stands in scores or _may_have_marks(node):
+                    value = _with_floor(value, stands in scores)
                 if stands not in self.observers:
                     spec = self.config(node).observer
                     if stands in self.ranges.wide and spec == DEFAULT.observer:
@@ -298,7 +298,7 @@ class Prepared:
         if kept is None or kept[0] is not given:
             config = self.config(node)
             real = weight_of(node).float().numpy()
-            data, scale = quantize_weight(real, range=config.weight_range, bits=config.weight_bits)
+            data, scale = config.quantize_weight(real)
             kept = self._rounded[node] = (given, (data, scale))
         return kept[1]
 
@@ -380,7 +380,7 @@ def wide(qparams: QParams) -> QParams:
 
 
 FLOOR = 16.0  # so far below the least score, exp leaves 1e-7 of a weight
-FAR = 2.0**64
+FAR = 2.0**64  # a range of marks is kept to this: what it is multiplied with stays finite
 APART = 1000  # times all else: what is so far below it says that a place is not to be taken
 
 
@@ -390,25 +390,27 @@ def _may_have_marks(node: Node) -> bool:
     return node.op not in (*PRODUCTS, "input") or len(node.inputs) == 2
 
 
-def _has_marks(value: Tensor) -> bool:
-    """Whether some values are no values but marks, as of actions that are not allowed."""
+def _marks(value: Tensor) -> Tensor | None:
+    """Which values are none but marks, as of actions that are not allowed; None: there are none."""
     if not value.is_floating_point() or not value.numel() or not float(value.min()) <= MARK:
-        return False  # or something is not a number
+        return None  # or something is not a number
     low = value <= MARK
     rest = float(value.masked_fill(low, 0.0).nan_to_num().abs().max())
-    return APART * rest < -float(value[low].max())
+    return low if APART * rest < -float(value[low].max()) else None
 
 
-def _with_floor(scores: Tensor) -> Tensor:
-    """Scores of which -inf, or a mark, by a mask that was not known as one, has a place in the
-    range."""
-    hidden = scores <= MARK if _has_marks(scores) else scores == -math.inf
-    if not bool(hidden.any()) or bool(hidden.all()):
-        return scores
-    rest = scores[~hidden].nan_to_num()
+def _with_floor(value: Tensor, scores: bool) -> Tensor:
+    """A value of which marks have a place in the range, and of scores -inf, by a mask that was not
+    known as one."""
+    hidden = _marks(value)
+    if hidden is None and scores:
+        hidden = value == -math.inf
+    if hidden is None or not bool(hidden.any()) or bool(hidden.all()):
+        return value
+    rest = value[~hidden].nan_to_num()
     if not bool(rest.any()):  # marks alone, which are added to others
-        return scores.clamp(min=-FAR)
-    return scores.masked_fill(hidden, float(rest.min()) - FLOOR)
+        return value.clamp(min=-FAR)
+    return value.masked_fill(hidden, float(rest.min()) - FLOOR)
 
 
 def fake_quantize(x: Tensor, qparams: QParams, *, out: Tensor | None = None) -> Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import ArrayLike
 
 from fastq.observer import ObserverSpec, make_observer
-from fastq.qparams import WeightRange, check_weight_bits, check_weight_range
+from fastq.qparams import WeightRange, check_weight_bits, check_weight_range, quantize_weight
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,10 @@ class QConfig:
         make_observer(self.observer)
         check_weight_range("QConfig: weight_range", self.weight_range)
         check_weight_bits("QConfig: weight_bits", self.weight_bits)
+
+    def quantize_weight(self, weight: ArrayLike) -> tuple[Any, Any]:
+        """`fastq.quantize_weight` with this range and so many bits."""
+        return quantize_weight(weight, range=self.weight_range, bits=self.weight_bits)
 
 
 DEFAULT = QConfig()

@@ -39,7 +39,6 @@ from fastq.lower import FIXED, WEIGHTED, weight_of
 from fastq.prepare import Prepared, fake_quantize, grid_ends
 from fastq.processes import ALONE, Processes
 from fastq.program import NORMS
-from fastq.qparams import quantize_weight
 
 Batch = Sequence[Any]
 Remedies = str | Iterable[str]
@@ -704,9 +703,7 @@ def _fit(
 def _grid(prepared: Prepared, node: Node, weight: Tensor) -> tuple[Tensor, int]:
     """(scale (G, N / G), largest integer) for a weight (G, N / G, K), by the layer's QConfig."""
     config = prepared.config(node)
-    _, scale = quantize_weight(
-        weight.flatten(0, 1).numpy(), range=config.weight_range, bits=config.weight_bits
-    )
+    _, scale = config.quantize_weight(weight.flatten(0, 1).numpy())
     return torch.from_numpy(scale).reshape(weight.shape[:2]), 2 ** (config.weight_bits - 1) - 1
 
 

@@ -142,7 +142,7 @@ def _quantize(
     result.eval()
     leave_fast_path(result)
     names = module_names(result)
-    configs = choose(names, config or MINMAX, skip)
+    configs = choose(names, config, skip, MINMAX)
     left_dynamic = select(names, dynamic, "dynamic")
     rebuilt = []
     for module, paths in names.items():

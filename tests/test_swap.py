@@ -960,3 +960,10 @@ def test_a_weight_that_others_read_stays_float_without_a_graph_too() -> None:
     assert {name for name, result in results(int8).items() if result == "float"} == {"places", "a"}
     assert "computes with its weight itself" in reasons(int8)["places"]
     assert sqnr(model(tokens).detach(), int8(tokens)) > 25
+
+
+def test_layers_that_config_does_not_name_are_as_without_it() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(64, 8) ** 3
+    plain = quantize_layers(model, x, progress=False)
+    named = quantize_layers(model, x, config={"1": None}, progress=False)
+    assert named[0].input_qparams == plain[0].input_qparams

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastq.ops import Operands
 from fastq.qconfig import DEFAULT, QConfig
-from fastq.qparams import Dequant, QParams, quantize_weight
+from fastq.qparams import Dequant, QParams
 
 STATE = {
     "weight": torch.int8,
@@ -120,9 +120,7 @@ class QLayer(nn.Module):
     def _quantize(self, module: Any, input_qparams: QParams | None, config: QConfig) -> Self:
         """Take over the weight, bias and mode of a float module of the same shape."""
         weight = self._outputs_first(module.weight.detach().to("cpu", torch.float32))
-        data, scale = quantize_weight(
-            weight.numpy(), range=config.weight_range, bits=config.weight_bits
-        )
+        data, scale = config.quantize_weight(weight.numpy())
         with torch.no_grad():
             self.weight.copy_(self._outputs_first(torch.from_numpy(data)))
             self.weight_scale.copy_(torch.tensor(scale))
