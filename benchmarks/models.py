@@ -33,6 +33,7 @@ from fastq.graph import Sizes
 from fastq.kernels import isa, peak
 from fastq.layerwise import ratio
 from fastq.nn.network import Stage
+from fastq.packed import PackedWeights
 from fastq.plan import plan
 from fastq.profiling import memory as memory_of
 
@@ -250,7 +251,7 @@ def _run(*arguments: str, threads: int, capture: bool = False) -> subprocess.Com
 
 def _planning(program: Any, x: torch.Tensor) -> float:
     """Milliseconds for a plan of inputs like x, weights packed and kernels there."""
-    packed: dict[Any, Any] = {}
+    packed = PackedWeights()
     shapes, strides = [tuple(x.shape)], [tuple(4 * n for n in x.stride())]
     times = []
     for _ in range(PLANS + 1):  # the first one packs
