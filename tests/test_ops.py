@@ -22,6 +22,7 @@ from fastq import ops, reference
 from fastq.kernels import call, convolution, gemm, layers, products
 from fastq.kernels.convolution import pack_conv2d
 from fastq.kernels.tiles import GROUPS, group_tiles
+from fastq.ops import elementwise
 from fastq.qparams import MAX_K, Dequant, Epilogue, QParams, Requant, choose_qparams
 from fastq.weights import Conv2dWeight, LinearWeight
 
@@ -464,8 +465,8 @@ def test_grid_refuses(given: dict[str, Any], error: type[Exception], message: st
 @pytest.mark.parametrize("cache_bytes", [2**40, 0], ids=["cached", "streamed"])
 def test_wherever_an_array_lies(rng: Any, monkeypatch: Any, cache_bytes: int) -> None:
     """Stores are aligned to cache lines from the second vector on; nothing else is written."""
-    monkeypatch.setattr(ops, "_CACHE_BYTES", cache_bytes)
-    monkeypatch.setattr(ops, "_walks", {})
+    monkeypatch.setattr(elementwise, "_CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(elementwise, "_walks", {})
     for size, start in product((1, 63, 64, 65, 127, 1000), (0, 1, 7, 16, 33, 63)):
         x = rng.normal(0, 3, start + size).astype(np.float32)[start:]
         memory = np.full(size + 200, 77, np.uint8)

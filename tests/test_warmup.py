@@ -18,11 +18,13 @@ from click.testing import CliRunner
 from torch import nn
 
 import fastq
-from fastq import commands, ops
+from fastq import commands
 from fastq.kernels import executor, warmup
 from fastq.kernels import isa as isa_room
 from fastq.kernels.assembly import name
+from fastq.kernels.call import Calls
 from fastq.kernels.native import Kernel
+from fastq.ops import elementwise, ranges
 from fastq.qparams import Dequant, QParams, Requant
 from fastq.weights import Conv2dWeight, LinearWeight
 
@@ -52,8 +54,8 @@ def used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     for factory in {row.factory for row in warmup.FAMILIES}:
         monkeypatch.setattr(sys.modules[factory.__module__], factory.__name__, asked(factory))
 
-    monkeypatch.setattr(ops, "_range_calls", ops.Calls())  # no later test may find these there
-    monkeypatch.setattr(ops, "_walks", {})
+    monkeypatch.setattr(ranges, "_range_calls", Calls())  # no later test may find these there
+    monkeypatch.setattr(elementwise, "_walks", {})
 
     def run(table: executor.Table, bases: tuple[int, ...]) -> None:
         kernels = table.rows[:, executor.KERNEL]

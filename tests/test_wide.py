@@ -17,6 +17,7 @@ from fastq import ops, reference
 from fastq.kernels import isa as isa_room
 from fastq.lower import Ranges
 from fastq.network import prepare_model
+from fastq.ops.checks import as_values
 from fastq.program import Program, Step
 from fastq.qparams import MAX_WIDE_FEATURES, Requant
 from fastq.weights import Conv2dWeight, LinearWeight
@@ -118,7 +119,7 @@ def test_layer_norm(threads: int, rng: Any, shape: tuple[int, ...]) -> None:
 def test_arrays_that_are_not_aligned(rng: Any) -> None:
     held = values(rng, np.int16, 4 * 33).view(np.uint8)
     x = np.concatenate([held[:1], held])[1:].view(np.int16).reshape(4, 33)
-    assert not x.flags.aligned and ops._values("x", x).flags.aligned
+    assert not x.flags.aligned and as_values("x", x).flags.aligned
     assert_array_equal(ops.add(x, x, 0.5, 0.25), reference.add(x, x, 0.5, 0.25))
     want = reference.layer_norm(x, 20.0, 3.0, 1e-3, zero_point=100)
     assert_array_equal(ops.layer_norm(x, 20.0, 3.0, 1e-3, zero_point=100), want)
