@@ -10,12 +10,15 @@ only. What is computed of parameters alone becomes a constant, where it is the s
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
 
 from fastq.graph import Graph, Node, Ref, Size, Sizes, sizes_of
@@ -56,9 +59,11 @@ def capture(
     """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
     failed: CannotCapture | None = None
-    for states in _states(leaves):
+    for way in _ways_of_batches(leaves):
         try:
-            return _capture(model, leaves, spec, states)
+            captured = _capture(model, way, spec)
+            _verify(captured, model, args, dict(kwargs or {}))
+            return captured
         except CannotCapture as error:
             failed = failed or error
         except Exception as error:  # torch.export raises whatever its innards or the model raised
@@ -69,9 +74,54 @@ def capture(
     raise failed or AssertionError("there is one way at least")
 
 
-def _capture(model: nn.Module, plain: Sequence[Any], spec: Any, states: States) -> Captured:
-    """`capture` of leaves of which some are states."""
-    leaves = [_Leaf(x, follows) for x, follows in zip(plain, states, strict=True)]
+def _verify(
+    captured: Captured, model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
+) -> None:
+    """CannotCapture if the example itself, of its own sizes, has another result: the model branches
+    on a size, or keeps a state that is no buffer."""
+
+    def run(seed: int, network: Callable[[], Any]) -> list[Any]:
+        with quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return pytree.tree_leaves(network())
+
+    copied = twin(model)
+    called = partial(copied, *args, **kwargs)
+    once, again = run(0, called), run(0, called)
+    if not _alike(once, again):
+        raise CannotCapture("the model gives other values when it is called again: it has a state")
+    leaves = captured.in_spec.flatten_up_to((tuple(args), kwargs))
+    if not _alike(once, run(0, lambda: captured.graph.run(leaves))) and _alike(
+        once, run(1, called)  # else they are random
+    ):
+        raise CannotCapture(
+            "the model has other values for the example than its graph, which was captured for "
+            f"batches of {BATCHES[0]} and {BATCHES[1]}: it may branch on a size"
+        )
+
+
+UNLIKE, TINY = 1e-2, 1e-6  # of results that may only be rounded otherwise
+
+
+def _alike(one: Sequence[Any], two: Sequence[Any]) -> bool:
+    """Whether results are the same but for rounding, in shapes and where the first are finite."""
+    if len(one) != len(two):
+        return False
+    for x, y in zip(one, two, strict=True):
+        if not isinstance(x, Tensor):
+            if type(x) is not type(y) or x != y:
+                return False
+        elif not isinstance(y, Tensor) or x.shape != y.shape or x.dtype != y.dtype:
+            return False
+        elif x.is_floating_point():
+            a, b = (value.double()[x.isfinite()] for value in (x, y))
+            if not (a - b).norm() <= UNLIKE * a.norm() + TINY:
+                return False
+    return True
+
+
+def _capture(model: nn.Module, leaves: Leaves, spec: Any) -> Captured:
+    """`capture` of leaves with their batches where they say."""
     exported: dict[Stretch, _Exported] = {(): _export(model, leaves, spec, BATCHES[0], ())}
 
     def both(way: Way) -> tuple[_Exported, _Exported] | None:
@@ -100,6 +150,10 @@ def _capture(model: nn.Module, plain: Sequence[Any], spec: Any, states: States) 
                 if way == SAME:
                     raise
                 break
+            except Exception:  # more positions than the network has
+                if way == SAME:
+                    raise
+                continue
             graph.remove_unused()
             arguments = _arguments(graph, leaves, way)
             extents = {dims: axes for dims, axes, _ in after}.get(4, ())
@@ -110,47 +164,81 @@ def _capture(model: nn.Module, plain: Sequence[Any], spec: Any, states: States) 
 def _arguments(graph: Graph, leaves: Sequence[_Leaf], way: Way) -> tuple[Any, ...]:
     """The `arguments` of a Captured: the input nodes know which axes may have other sizes."""
     nodes = iter(graph.inputs)
-    arguments = tuple(next(nodes) if isinstance(x, Tensor) else x for x, _ in leaves)
+    arguments = tuple(next(nodes) if isinstance(leaf.x, Tensor) else leaf.x for leaf in leaves)
     for node, leaf in zip(arguments, leaves, strict=True):
         if isinstance(node, Node):
             one, two = (
-                _resized(leaf, batch, stretch).shape
+                _resized(leaf, leaves, batch, stretch).shape
                 for batch, stretch in zip(BATCHES, way, strict=True)
             )
             pairs = enumerate(zip(one, two, strict=True))
             node.attrs["free"] = tuple(i for i, (a, b) in pairs if a != b)
-            if leaf.follows is not None:
+            if leaf.follows is not None or leaf.like is not None:
                 node.attrs["batch"] = 1 if leaf.follows == 0 else None
     return arguments
 
 
 class _Leaf(NamedTuple):
-    """An example of one input; of a state, (layers, B, features), which axis of the first input its
-    axis 1 is as long as."""
+    """An example of one input.
+
+    follows  of a state, (layers, B, features), which axis of the first input its axis 1 is as long
+             as.
+    like     of an input without a batch, for each axis which axis of the first input, but its
+             batch, is as long; None: none, or it has a batch.
+    """
 
     x: Any
     follows: int | None = None
+    like: tuple[int | None, ...] | None = None
 
 
-States = tuple[int | None, ...]
+Leaves = list[_Leaf]
 
 
-def _states(leaves: Sequence[Any]) -> list[States]:
-    """Which leaves may be first states of recurrent layers: none, those whose axis 1 is the batch
-    of (B, ..), or those where it is of (L, B, ..)."""
-    tensors = [x for x in leaves if isinstance(x, Tensor)]
-    ways: list[States] = [(None,) * len(leaves)]
-    for axis in (0, 1):
-        if len(tensors) > 1 and tensors[0].dim() > 1:
-            like, size = tensors[0], tensors[0].shape[axis]
-            found = tuple(
-                axis
-                if isinstance(x, Tensor) and x is not like and x.dim() == 3 and x.shape[1] == size
-                else None
-                for x in leaves
-            )
-            ways += [found] * (axis in found)
+def _ways_of_batches(plain: Sequence[Any]) -> list[Leaves]:
+    """Which inputs may have a batch, and where: all along their first axis; but for those that have
+    one place there, or another number than the first input; but for first states of recurrent
+    layers, whose axis 1 is the batch of (B, ..), or those where it is of (L, B, ..)."""
+    tensors = [x for x in plain if isinstance(x, Tensor) and x.dim()]
+    ways = [[_Leaf(x) for x in plain]]
+    if not tensors:
+        return ways
+    first = tensors[0]
+
+    def alone(chosen: Callable[[int], bool]) -> Leaves:
+        return [
+            _Leaf(x, like=_like(x, first))
+            if isinstance(x, Tensor) and x.dim() and chosen(len(x))
+            else _Leaf(x)
+            for x in plain
+        ]
+
+    others = {len(x) for x in tensors} - {len(first)}
+    if 1 in others:  # such as a grid of positions
+        ways.insert(0, alone(lambda size: size == 1))
+    if others - {1}:  # such as a mask of (T, T)
+        ways.append(alone(lambda size: size != len(first)))
+    for axis in range(min(first.dim(), 2)):
+        states = [
+            _Leaf(x, axis)
+            if isinstance(x, Tensor)
+            and x is not first
+            and x.dim() == 3
+            and x.shape[1] == first.shape[axis]
+            else _Leaf(x)
+            for x in plain
+        ]
+        ways += [states] * any(leaf.follows is not None for leaf in states)
     return ways
+
+
+def _like(x: Tensor, first: Tensor) -> tuple[int | None, ...]:
+    """`_Leaf.like` of x: the same place where that fits, else the first axis that does."""
+    axes = {size: axis for axis, size in reversed([*enumerate(first.shape)]) if axis}
+    return tuple(
+        i if 0 < i < first.dim() and first.shape[i] == size else axes.get(size)
+        for i, size in enumerate(x.shape)
+    )
 
 
 # A size that is k * 5 in one capture and k * 17 in the other follows the batch: it grew by k * 12,
@@ -192,32 +280,43 @@ def _stretches(leaves: Sequence[_Leaf]) -> list[list[Way]]:
     return ways
 
 
-def _resized(leaf: _Leaf, batch: int, stretch: Stretch) -> Any:
+def _resized(leaf: _Leaf, leaves: Sequence[_Leaf], batch: int, stretch: Stretch) -> Any:
     """An example of another batch size, and of a greater extent."""
-    x, follows = leaf
+    x, follows, like = leaf
     if not isinstance(x, Tensor) or x.dim() == 0:
         return x
-    if follows != 1:
+    first = next(leaf.x for leaf in leaves if isinstance(leaf.x, Tensor) and leaf.x.dim())
+    if follows != 1 and like is None:
         axis = 0 if follows is None else 1
         repeats = -(-batch // max(x.shape[axis], 1))
         x = torch.cat([x] * repeats, axis).narrow(axis, 0, batch)
+    shown = x if like is None else first
     for dim, axes, more in stretch:
-        if dim != x.dim() or (dim == 2 and x.is_floating_point()):
+        if dim != shown.dim() or (dim == 2 and shown.is_floating_point()):
             continue
         if follows == 0 or (follows == 1 and axes != (1,)):
             continue
         for axis, count in zip(axes, more, strict=False):
-            if count < 0:
-                size = x.shape[axis]
-                x = x.narrow(axis, 0, max(size + count, min(size, 2)))
-            else:
-                x = torch.cat([x, x.narrow(axis, 0, 1).expand(*_grown(x.shape, axis, count))], axis)
+            for own in (axis,) if like is None else [i for i, of in enumerate(like) if of == axis]:
+                x = _stretched(x, own, count)
     return x.clone()
+
+
+def _stretched(x: Tensor, axis: int, count: int) -> Tensor:
+    """With so many places more along an axis, or fewer."""
+    if count < 0:
+        size = x.shape[axis]
+        return x.narrow(axis, 0, max(size + count, min(size, 2)))
+    return torch.cat([x, x.narrow(axis, 0, 1).expand(*_grown(x.shape, axis, count))], axis)
 
 
 def _sizes(leaves: Sequence[_Leaf], batch: int, stretch: Stretch) -> Sizes:
     """`sizes_of` an example; 0, which nothing follows, where its inputs have different ones."""
-    resized = [_resized(leaf, batch, stretch) for leaf in leaves if leaf.follows is None]
+    resized = [
+        _resized(leaf, leaves, batch, stretch)
+        for leaf in leaves
+        if leaf.follows is None and leaf.like is None
+    ]
     inputs = [x for x in resized if isinstance(x, Tensor)]
     return tuple(
         size if axis == 0 or all(x.shape[axis] == size for x in inputs if x.dim() > axis) else 0
@@ -255,10 +354,22 @@ class _Exported:
 def _export(
     model: nn.Module, leaves: Sequence[_Leaf], spec: Any, batch: int, stretch: Stretch
 ) -> _Exported:
-    example = pytree.tree_unflatten([_resized(leaf, batch, stretch) for leaf in leaves], spec)
-    with quiet(), torch.no_grad():
+    resized = [_resized(leaf, leaves, batch, stretch) for leaf in leaves]
+    example = pytree.tree_unflatten(resized, spec)
+    with quiet(), torch.no_grad(), _unchecked():
         program = torch.export.export(twin(model), example[0], example[1], strict=False)
     return _Exported(model, program)
+
+
+@contextmanager
+def _unchecked() -> Iterator[None]:
+    """torch.distributions does not check its arguments, which branches on values."""
+    checks = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(checks)
 
 
 def _general(first: tuple[_Exported, Sizes], second: tuple[_Exported, Sizes]) -> Graph:
@@ -335,6 +446,12 @@ def _generalize(first: Graph, second: Graph, sizes: Sizes, sizes_too: Sizes) -> 
                 raise CannotCapture(f"{one.name}: {key} depends on the size of the input")
     if len(first.outputs) != len(second.outputs):
         raise CannotCapture("the number of outputs depends on the size of the input")
+    for i, (one, two) in enumerate(zip(first.outputs, second.outputs, strict=True)):
+        if isinstance(one, Node):
+            if pairs[one] is not two:
+                raise CannotCapture(f"output {i} depends on the size of the input")
+        else:
+            first.outputs[i] = joined(f"output {i}", one, two)
 
 
 def _joined_groups(name: str, one: Any, two: Any) -> Any:

@@ -160,7 +160,7 @@ class Graph:
             for taken in set(node.inputs):  # its memory is free as soon as nobody waits for it
                 if last[taken] is node and taken not in kept:
                     del values[taken]
-        return [values[v] if isinstance(v, Node) else v for v in self.outputs]
+        return [values[v] if isinstance(v, Node) else sized(v, sizes) for v in self.outputs]
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes)
@@ -226,14 +226,21 @@ def normalization(eps: float, origin: Mapping[str, Tensor]) -> tuple[Tensor, Ten
     return factor, shift
 
 
+def sized(value: Any, sizes: Sizes) -> Any:
+    """What a `Size` is for an example of these sizes; anything else as it is."""
+    if not isinstance(value, Size):
+        return value
+    if value.axis >= len(sizes):
+        raise ValueError(f"a size that follows axis {value.axis} of inputs of {sizes}")
+    return value.factor * sizes[value.axis] + value.more
+
+
 def _filler(inputs: list[Any], tensors: dict[str, Tensor], sizes: Sizes) -> Callable[[Any], Any]:
     def fill(value: Any) -> Any:
         if isinstance(value, Ref):
             return inputs[value.index]
         if isinstance(value, Size):
-            if value.axis >= len(sizes):
-                raise ValueError(f"a size that follows axis {value.axis} of inputs of {sizes}")
-            return value.factor * sizes[value.axis] + value.more
+            return sized(value, sizes)
         if isinstance(value, str) and value.startswith("%"):
             return tensors[value[1:]]
         if isinstance(value, list | tuple):

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fastq.alone import make_alone, make_static
 from fastq.batches import Batches, arguments_of
@@ -17,7 +16,7 @@ from fastq.fuse import fuse
 from fastq.graph import Node
 from fastq.lower import Region
 from fastq.modules import INT8, Config, Selector, choose, listed, module_names
-from fastq.nn.network import QuantizedModel, Stage, assemble, spec_text
+from fastq.nn.network import QuantizedModel, Stage, assemble, leaves_of, spec_text
 from fastq.prepare import Prepared, prepare_graph
 from fastq.processes import ALONE, Processes
 from fastq.qconfig import DEFAULT
@@ -95,7 +94,12 @@ def calibrate(
     processes: Processes = ALONE,
 ) -> None:
     """Run the float network on all batches and watch its values; then the remedies."""
-    data = (pytree.tree_leaves(call_of(model, batch, forward)) for batch in batches)
+    captured, names = prepared.captured, forward_names(model)
+    data = (
+        leaves_of(model, *call_of(model, batch, forward), captured.in_spec, captured.arguments,
+                  names)
+        for batch in batches
+    )  # fmt: skip
     try:
         apply_remedies(
             prepared, data, remedies, total=batches.total, progress=progress, processes=processes

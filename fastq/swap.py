@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -172,7 +173,8 @@ def _quantize(
             layer.keep_dynamic("no calibration data")
     else:
         progress = progress and processes.rank == 0
-        traced, batch = _calibrate(result, calibration_data, forward, plan, progress)
+        with _unmarked(result):
+            traced, batch = _calibrate(result, calibration_data, forward, plan, progress)
         _merge(plan, processes)
         for layer in plan:
             if not layer.axes:
@@ -208,13 +210,14 @@ def _quantize(
         parameter.requires_grad = False
     keep_summary(result, report)
     if calibration_data is not None:
-        _run(
-            result,
-            batch,
-            forward,
-            "the int8 model, on the last calibration batch. If a module reads a layer's weight "
-            "instead of calling it, keep that layer float with skip=",
-        )
+        with _unmarked(result):
+            _run(
+                result,
+                batch,
+                forward,
+                "the int8 model, on the last calibration batch. If a module reads a layer's weight "
+                "instead of calling it, keep that layer float with skip=",
+            )
     return result
 
 
@@ -250,6 +253,34 @@ def _remember(model: nn.Module) -> Callable[[], None]:
             parameter.requires_grad = requires_grad
 
     return undo
+
+
+@contextlib.contextmanager
+def _unmarked(model: nn.Module) -> Iterator[None]:
+    """Whatever a forward stores on its modules, in buffers or elsewhere, is gone afterwards."""
+    tensors = itertools.chain(model.parameters(), model.buffers(), model.modules())
+    memo: dict[int, Any] = {id(one): one for one in tensors}
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    kept = []
+    for module in model.modules():
+        own = {
+            name: copy.deepcopy(value, memo) if isinstance(value, list | dict | set) else value
+            for name, value in vars(module).items()
+            if not name.startswith("_")
+        }
+        kept.append((module, dict(module._buffers), own))
+    try:
+        yield
+    finally:
+        for module, buffers, own in kept:
+            for name in [k for k in vars(module) if not k.startswith("_")]:
+                del vars(module)[name]
+            vars(module).update(own)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
 
 
 @dataclass(eq=False)

@@ -23,6 +23,7 @@ from fastq.graph import (
     Sizes,
     check_target,
     evaluate,
+    sized,
     sizes_of,
 )
 from fastq.nn.layer import accept, as_array, stay
@@ -229,7 +230,9 @@ class QuantizedModel(nn.Module):
         for stage in layout.stages:
             results = compute(stage, [values[name] for name in stage.inputs], sizes)
             values.update(zip(stage.outputs, results, strict=True))
-        outputs = [values[out] if isinstance(out, str) else out[1] for out in layout.outputs]
+        outputs = [
+            values[out] if isinstance(out, str) else sized(out[1], sizes) for out in layout.outputs
+        ]
         return outputs[0] if self._single else pytree.tree_unflatten(outputs, self.out_spec)
 
     def arrays(self, bound: BoundProgram, stage: Stage, inputs: list[Any]) -> list[Any]:
@@ -307,25 +310,28 @@ def leaves_of(
 
     names  of the parameters of the float network's forward. TypeError for other arguments.
     """
-    given_spec: Any
+    leaves: list[Any]
     leaves, given_spec = pytree.tree_flatten((args, kwargs))
     if given_spec == spec:
         return leaves
     wanted_args, wanted_kwargs = pytree.tree_unflatten(list(inputs), spec)
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    try:  # the same arguments, by position instead of by name or the other way round
+    given, why = {**dict(zip(names, args, strict=False)), **kwargs}, ""
+    try:  # the same arguments, by position instead of by name or the other way round, or dicts in
+        # another order
         moved = tuple(given.pop(names[i]) for i in range(len(wanted_args)))
-        leaves, given_spec = pytree.tree_flatten((moved, {k: given.pop(k) for k in wanted_kwargs}))
+        named = {k: given.pop(k) for k in wanted_kwargs}
+        leaves = spec.flatten_up_to((moved, named))
+        if len(args) <= len(names) and all(v is None for v in given.values()):
+            return leaves
     except (KeyError, IndexError):
-        given_spec = None
-    extra = len(args) > len(names) or any(v is not None for v in given.values())
-    if given_spec != spec or extra:
-        shown = [*map(str, names[: len(wanted_args)]), *(f"{k}=" for k in wanted_kwargs)]
-        raise TypeError(
-            f"{type(network).__name__}: got {len(args)} by position and {sorted(kwargs)} by name; "
-            f"wanted ({', '.join(shown)}), as in the calibration data"
-        )
-    return leaves
+        pass
+    except ValueError as error:  # within an argument
+        why = f" ({error})"
+    shown = [*map(str, names[: len(wanted_args)]), *(f"{k}=" for k in wanted_kwargs)]
+    raise TypeError(
+        f"{type(network).__name__}: got {len(args)} by position and {sorted(kwargs)} by name; "
+        f"wanted ({', '.join(shown)}), as in the calibration data{why}"
+    )
 
 
 def as_input(name: str, x: Any, extent: Sequence[int | None]) -> Any:
