@@ -81,7 +81,8 @@ def _verify(
     on a size, or keeps a state that is no buffer."""
 
     def run(seed: int, network: Callable[[], Any]) -> list[Any]:
-        with quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        plain = torch.autocast("cpu", enabled=False)
+        with quiet(), torch.no_grad(), plain, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return pytree.tree_leaves(network())
 
@@ -92,7 +93,8 @@ def _verify(
         raise CannotCapture("the model gives other values when it is called again: it has a state")
     leaves = captured.in_spec.flatten_up_to((tuple(args), kwargs))
     if not _alike(once, run(0, lambda: captured.graph.run(leaves))) and _alike(
-        once, run(1, called)  # else they are random
+        once,
+        run(1, called),  # else they are random
     ):
         raise CannotCapture(
             "the model has other values for the example than its graph, which was captured for "
@@ -356,7 +358,7 @@ def _export(
 ) -> _Exported:
     resized = [_resized(leaf, leaves, batch, stretch) for leaf in leaves]
     example = pytree.tree_unflatten(resized, spec)
-    with quiet(), torch.no_grad(), _unchecked():
+    with quiet(), torch.no_grad(), _unchecked(), torch.autocast("cpu", enabled=False):
         program = torch.export.export(twin(model), example[0], example[1], strict=False)
     return _Exported(model, program)
 

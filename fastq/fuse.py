@@ -7,6 +7,7 @@
     norm, the same               -> norm with a weight, and a bias
     mul by a constant of one axis -> affine
     pointwise, pointwise         -> pointwise                      (x * sigmoid(x) too)
+    torch's operators of the elements of one value -> pointwise    (where(x > 0, x, 0.1 * x))
     conv2d | linear, add         -> conv2d | linear with a second input
     ... , clamp                  -> ... with attrs["clamp"]        (ReLU, ReLU6)
 
@@ -22,18 +23,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastq.graph import VOLUMES, Graph, Node, Ref
+from fastq.graph import VOLUMES, Graph, Node, Ref, pointwise
+from fastq.masks import operator_of
 from fastq.weights import scale_outputs
 
 CLAMPING = ("conv2d", "linear", "conv_transpose2d", "add", "mul", "affine", "avg_pool2d",
             "adaptive_avg_pool2d")  # fmt: skip
 IMAGES = ("conv2d", "conv_transpose2d", *VOLUMES)  # products whose outputs are channels
+# operators that compute each element of a value from the same element of others
+ELEMENTWISE = frozenset([
+    "where", "maximum", "minimum", "max", "min", "add", "sub", "mul", "div", "pow", "gt", "ge",
+    "lt", "le", "eq", "ne", "logical_and", "logical_or", "logical_xor", "logical_not",
+    "bitwise_and", "bitwise_or", "bitwise_not", "masked_fill", "clamp", "clamp_min", "clamp_max",
+    "to", "_to_copy", "zeros_like", "ones_like", "full_like", "abs", "sign", "atan2", "fmod",
+    "remainder", "copysign", "hypot", "lerp", "addcmul", "addcdiv",
+])  # fmt: skip
+MAX_NODES = 16  # that become one function
 LAST_AXIS = ("layer_norm", "rms_norm")  # norms whose weights are those of features
 
 
 def fuse(graph: Graph) -> None:
     """All of the above, in the graph itself."""
-    for fuse_one in (_pad, _line, _affine, _factors, _pointwise, _add, _clamp):
+    for fuse_one in (_pad, _line, _affine, _factors, _pointwise, _of_one_value, _add, _clamp):
         fuse_one(graph)
         graph.remove_unused()
 
@@ -196,7 +207,9 @@ def _pointwise(graph: Graph) -> None:
         if node.op == "pointwise":
             (before,) = node.inputs
             if before.op == "pointwise" and _only_user(graph, users, before) is node:
-                node.attrs = {"calls": _chained(before.attrs["calls"], node.attrs["calls"])}
+                calls = list(before.attrs["calls"])
+                _append(calls, node.attrs["calls"], [len(calls)])
+                node.attrs = {"calls": calls}
                 node.inputs = list(before.inputs)
         elif node.op in ("add", "mul") and node.attrs.get("alpha", 1) == 1:
             x, y = node.inputs
@@ -213,22 +226,81 @@ def _pointwise(graph: Graph) -> None:
                     break
 
 
-def _chained(first: list[Any], then: list[Any]) -> list[Any]:
-    """The calls of `then` on the result of `first`."""
-    shift = len(first)
+def _of_one_value(graph: Graph) -> None:
+    """What torch computes of the elements of one value, by comparisons, choices or quotients."""
+    for node in list(graph.nodes):
+        found = _function(graph, node) if node.op == "aten" else None
+        if found is None:
+            continue
+        root, calls = found
+        try:
+            made = pointwise(calls, torch.ones(2))
+        except RuntimeError:  # it needs other dtypes
+            continue
+        if made.shape == (2,) and made.dtype is torch.float32:
+            node.op, node.inputs, node.attrs, node.tensors = "pointwise", [root], {}, {}
+            node.attrs["calls"] = calls
 
-    def moved(value: object) -> object:
-        if isinstance(value, Ref):
-            return Ref(value.index + shift)
-        return value
 
-    return [
-        *first,
-        *(
-            (name, tuple(moved(v) for v in args), {k: moved(v) for k, v in kwargs.items()})
-            for name, args, kwargs in then
-        ),
-    ]
+def _function(graph: Graph, node: Node) -> tuple[Node, list[Any]] | None:
+    """(x, calls) of a node whose elements are a function of those of x, the nearest such value."""
+    if not _is_elementwise(node):
+        return None
+    places = {value: i for i, value in enumerate(graph.nodes)}
+    inside, frontier = [node], {*node.inputs}
+    while len(frontier) > 1:
+        last = max(frontier, key=places.__getitem__)
+        if not _is_elementwise(last) or len(inside) >= MAX_NODES:
+            return None
+        frontier = (frontier - {last}) | {*last.inputs}
+        inside.append(last)
+    (root,) = frontier or {node}
+    if root.op in ("aten", "input", "constant") or root.shape != node.shape:  # of any dtype
+        return None
+    calls: list[Any] = []
+    made = {root: 0}  # value -> its Ref
+    for value in reversed(inside):
+        _append(calls, _calls(value), [made[v] for v in value.inputs])
+        made[value] = len(calls)
+    return root, calls
+
+
+def _is_elementwise(node: Node) -> bool:
+    """Whether its elements are functions of those of its inputs, place by place."""
+    known = node.op in ("pointwise", "add", "mul") or (
+        node.op == "aten"
+        and operator_of(node) in ELEMENTWISE
+        and all(tensor.numel() == 1 for tensor in node.tensors.values())
+    )
+    return known and all(value.shape == node.shape for value in node.inputs)
+
+
+def _calls(node: Node) -> list[Any]:
+    """As `pointwise` takes them; of one with several inputs, Ref(i) is input i."""
+    if node.op == "pointwise":
+        return node.attrs["calls"]  # type: ignore[no-any-return]
+    if node.op in ("add", "mul"):
+        return [(f"aten.{node.op}.Tensor", (Ref(0), Ref(1)), dict(node.attrs))]
+    args, kwargs = node.attrs["args"], node.attrs["kwargs"]
+    numbers = {f"%{name}": tensor.item() for name, tensor in node.tensors.items()}
+
+    def plain(value: Any) -> Any:
+        return numbers.get(value, value) if isinstance(value, str) else value
+
+    return [(node.attrs["target"], tuple(map(plain, args)), {k: plain(kwargs[k]) for k in kwargs})]
+
+
+def _append(calls: list[Any], more: list[Any], refs: list[int]) -> None:
+    """Adds calls whose inputs are what these Refs are in the longer chain."""
+    refs = list(refs)
+
+    def moved(value: Any) -> Any:
+        return Ref(refs[value.index]) if isinstance(value, Ref) else value
+
+    for target, args, kwargs in more:
+        named = {key: moved(value) for key, value in kwargs.items()}
+        calls.append((target, tuple(map(moved, args)), named))
+        refs.append(len(calls))
 
 
 def _add(graph: Graph) -> None:

@@ -132,7 +132,7 @@ def sensitivity(
     calibrate(prepared, model, batches, forward, remedies=remedies, progress=progress)
     arguments = pytree.tree_leaves(call)
     layers = prepared.layers()
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         real = _numbers(prepared.graph.run(arguments))
         bar = tqdm(layers, "sensitivity", unit="layer", disable=None if progress else True)
         return Sensitivity(tuple(_alone(prepared, layer, arguments, real) for layer in bar))

@@ -151,6 +151,7 @@ def find_regions(
             axis = node.attrs["dim"]
             if node.shape[axis] > MOST_SHARES and not _only_weights(node, axis, users, kept):
                 reasons[node] = f"shares of {node.shape[axis]} values, in steps of 1/255"
+    _join_floats(graph, reasons, users, kept)
     for node in graph.nodes:  # a constant is taken along where it is used
         if node.op == "constant" and len(node.shape) > 4:
             reasons[node] = "a constant of more than 4 axes"
@@ -177,6 +178,25 @@ def find_regions(
         outputs.sort(key=lambda node: returned.get(node, len(returned)))
         regions.append(Region(nodes, sorted(inputs, key=lambda node: places[node]), outputs))
     return regions, {node: reason for node, reason in reasons.items() if reason}
+
+
+def _join_floats(
+    graph: Graph, reasons: dict[Node, str], users: Mapping[Node, list[Node]], kept: set[Node]
+) -> None:
+    """Sums and products with what torch computes stay with it where all else they take, or all that
+    takes them, is float: a series less its mean has another range than the series."""
+    for nodes, why in (
+        (graph.nodes, "of float values alone"),
+        (reversed(graph.nodes), "with a float value, for float values alone"),
+    ):
+        for node in nodes:
+            if node.op not in ("add", "mul") or reasons[node]:
+                continue
+            floats = [value for value in node.inputs if reasons[value] and value.op != "constant"]
+            torch_s = any(value.op != "input" for value in floats)
+            taken = all(reasons[user] for user in users[node]) and (node in kept or users[node])
+            if torch_s and (len(floats) == 2 or (why.startswith("with") and taken)):
+                reasons[node] = why
 
 
 def _periodic(node: Node) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastq.alone import make_alone, make_static
@@ -26,7 +26,7 @@ from fastq.remedies import Remedies
 from fastq.remedies import calibrate as apply_remedies
 from fastq.summaries import ASKED, QuantizationSummary, Row, keep_summary
 from fastq.swap import leave_fast_path, outlook
-from fastq.trace import Forward
+from fastq.trace import Forward, duplicate
 
 
 class _Called(BaseException):
@@ -71,7 +71,7 @@ def prepare_model(
     Raises CannotCapture when torch.export cannot follow the model.
     """
     wanted = choose(module_names(model), config, skip, DEFAULT)
-    twin = copy.deepcopy(model).eval()
+    twin = duplicate(model).eval()
     leave_fast_path(twin)
     captured = capture(twin, args, kwargs)
     for part in (captured.in_spec, captured.out_spec):
@@ -101,9 +101,11 @@ def calibrate(
         for batch in batches
     )  # fmt: skip
     try:
-        apply_remedies(
-            prepared, data, remedies, total=batches.total, progress=progress, processes=processes
-        )
+        with torch.autocast("cpu", enabled=False):  # the ranges are those of float32
+            apply_remedies(
+                prepared, data, remedies, total=batches.total, progress=progress,
+                processes=processes,
+            )  # fmt: skip
     except Exception as error:
         error.add_note("fastq ran the float network on the calibration data")
         raise
@@ -208,17 +210,20 @@ def _in_order(prepared: Prepared) -> list[Any]:
 def summarize(prepared: Prepared, model: nn.Module) -> QuantizationSummary:
     """What becomes of each layer."""
     integer = {node.layer for node in prepared.layers()}
+    masks = _masks(prepared)
     floats = {
         node.layer: reason
         for node, reason in prepared.reasons.items()
-        if node.op != "input" and node.attrs.get("target") != "getitem"
+        if node.op != "input" and node.attrs.get("target") != "getitem" and node not in masks
     }
     folded = {name: node.layer for node in prepared.graph for name in node.attrs.get("folded", ())}
     inside = {node.layer for node in prepared.integer_nodes()}
     named = module_names(model)
     rows = []
-    for module, (name, *_) in listed(named).items():
+    known = {*integer, *inside, *floats, *folded, *prepared.alone}
+    for module, (first, *others) in listed(named).items():
         kind = type(module).__name__
+        name = next((n for n in (first, *others) if n in known), first)  # that it is called by
         if isinstance(module, INT8):
             rows.append(Row(name, kind, *outlook(module)))
         elif isinstance(module, nn.Embedding) and name not in prepared.alone:
@@ -239,6 +244,20 @@ def summarize(prepared: Prepared, model: nn.Module) -> QuantizationSummary:
         else:
             rows.append(Row(name, kind, "float", _elsewhere(name, prepared)))
     return QuantizationSummary(tuple(rows))
+
+
+def _masks(prepared: Prepared) -> set[Node]:
+    """Float nodes that only make masks of attention in the programs."""
+    graph, users = prepared.graph, prepared.graph.users()
+    kept, found = graph.output_nodes(), set[Node]()
+    for node in reversed(graph.nodes):
+        masks = (
+            user in found or (user.op == "softmax" and node in user.inputs[1:])
+            for user in users[node]
+        )
+        if node in prepared.reasons and node not in kept and users[node] and all(masks):
+            found.add(node)
+    return found
 
 
 def _elsewhere(name: str, prepared: Prepared) -> str:

@@ -126,11 +126,30 @@ class Prepared:
     def observe(self, arguments: Iterable[Any]) -> list[Any]:
         """One float pass over flat arguments, watched; the outputs. Ranges grow."""
         watched = self.ranges.watched()
-        softmaxes = (node for node in self.integer_nodes() if node.op == "softmax")
+        softmaxes = [node for node in self.integer_nodes() if node.op == "softmax"]
         scores = {self.ranges.find(node.inputs[0]) for node in softmaxes}
+        alone, bare = self._scores_alone(softmaxes), bare_weights(self.regions)
+        wanted = {v for softmax in alone.values() for v in softmax.inputs}
+        held: dict[Node, Tensor] = {}  # scores and masks, until their softmax
         self._qparams.clear()
 
+        def take(node: Node, stands: Node, value: Tensor) -> None:
+            if stands not in self.observers:
+                spec = self.config(node).observer
+                if stands in self.ranges.wide and spec == DEFAULT.observer:
+                    spec = "minmax"
+                self.observers[stands] = make_observer(spec)
+            self.observers[stands].update(value.detach().numpy())
+
         def watch(node: Node, value: Any) -> None:
+            if node in wanted:
+                held[node] = value
+            if node.op == "softmax" and node.inputs[0] in held:
+                x, *masks = (held[v] for v in node.inputs)
+                del held[node.inputs[0]]
+                floor = WEIGHT_FLOOR if node in bare else FLOOR
+                value = near_the_largest(x, floor, node.attrs["dim"], *masks)
+                take(node, self.ranges.find(node.inputs[0]), value)
             if node.op == "input" and len(node.shape) in (2, 4):
                 self.channels.setdefault(node, ChannelEnds()).update(value)
             if node in self.entries:
@@ -138,20 +157,30 @@ class Prepared:
                     self.seen[node] = make_observer(self.config(node).observer)
                 self.seen[node].update(value.detach().numpy())
             stands = watched.get(node)
-            if stands is not None:
+            if stands is not None and node not in alone:
                 if fills_low(node):  # what it marks is the least of the range
                     value = value.masked_fill(value <= MARK, -math.inf)
                 elif stands in scores or _may_have_marks(node):
                     value = _with_floor(value, stands in scores)
-                if stands not in self.observers:
-                    spec = self.config(node).observer
-                    if stands in self.ranges.wide and spec == DEFAULT.observer:
-                        spec = "minmax"
-                    self.observers[stands] = make_observer(spec)
-                self.observers[stands].update(value.detach().numpy())
+                take(node, stands, value)
 
         with torch.no_grad():
             return self.graph.run(arguments, watch)
+
+    def _scores_alone(self, softmaxes: Iterable[Node]) -> dict[Node, Node]:
+        """What says something about a range that nothing but one softmax reads -> that softmax."""
+        members: dict[Node, list[Node]] = {}
+        for node in self.ranges.parent:
+            members.setdefault(self.ranges.find(node), []).append(node)
+        watched, users, kept = self.ranges.watched(), self.graph.users(), self.graph.output_nodes()
+        found: dict[Node, Node] = {}
+        for softmax in softmaxes:
+            group = members[self.ranges.find(softmax.inputs[0])]
+            sources = [node for node in group if node in watched]
+            readers = {user for node in group for user in users[node]} - {*group}
+            if len(sources) == 1 and readers == {softmax} and kept.isdisjoint(group):
+                found[sources[0]] = softmax
+        return found
 
     def merge(self, processes: Processes) -> None:
         """Take what other processes observed into account, as if it had been observed here."""
@@ -379,7 +408,8 @@ def wide(qparams: QParams) -> QParams:
     return QParams(scale, dtype=np.dtype(np.int16))
 
 
-FLOOR = 16.0  # so far below the least score, exp leaves 1e-7 of a weight
+FLOOR = 16.0  # so far below the largest score, exp leaves 1e-7 of a weight
+WEIGHT_FLOOR = 8.0  # and none of 255 steps, where products sum the weights themselves
 FAR = 2.0**64  # a range of marks is kept to this: what it is multiplied with stays finite
 APART = 1000  # times all else: what is so far below it says that a place is not to be taken
 
@@ -411,6 +441,15 @@ def _with_floor(value: Tensor, scores: bool) -> Tensor:
     if not bool(rest.any()):  # marks alone, which are added to others
         return value.clamp(min=-FAR)
     return value.masked_fill(hidden, float(rest.min()) - FLOOR)
+
+
+def near_the_largest(x: Tensor, floor: float, dim: int, mask: Tensor | None = None) -> Tensor:
+    """Scores as a softmax tells them apart: so far below the largest of their line all are alike.
+    Those that the mask leaves out, 0 in it, say nothing of the range: they are the largest instead.
+    """
+    out = torch.zeros((), dtype=torch.bool) if mask is None else mask == 0
+    top = x.masked_fill(out, -math.inf).amax(dim, keepdim=True)
+    return torch.where(out, top, torch.maximum(x, top - floor))
 
 
 def fake_quantize(x: Tensor, qparams: QParams, *, out: Tensor | None = None) -> Tensor:

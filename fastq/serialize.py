@@ -26,7 +26,6 @@ deceive has the right digest as well. The same model gives the same file, byte f
 from __future__ import annotations
 
 import contextlib
-import copy
 import errno
 import json
 import os
@@ -48,6 +47,7 @@ from fastq.nn.network import decode_layout, encode_layout
 from fastq.qat import QATModel
 from fastq.summaries import QuantizationSummary, Result, Row, keep_summary
 from fastq.swap import leave_fast_path, rebuild
+from fastq.trace import duplicate
 
 TYPES: dict[str, Any] = {kind.__name__: kind for kind in LAYERS}
 
@@ -145,7 +145,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             f"{where} has int8 layers without the network around them; wanted a float model of "
             "its architecture as well: load(path, Net())"
         )
-    result = copy.deepcopy(model).eval()
+    result = duplicate(model).eval()
     leave_fast_path(result)
     for name in header["rebuilt"]:
         module, names = _find(where, result, name)

@@ -43,7 +43,7 @@ from fastq.processes import Processes
 from fastq.qconfig import QConfig
 from fastq.qparams import MAX_K
 from fastq.summaries import ASKED, QuantizationSummary, Result, Row, keep_summary
-from fastq.trace import Forward, Trace, plain_layer, trace
+from fastq.trace import Forward, Trace, duplicate, plain_layer, trace
 from fastq.weights import scale_outputs
 
 SWAPS: dict[type[nn.Module], Any] = {kind.FLOAT: kind for kind in LAYERS}
@@ -112,7 +112,7 @@ def quantize_layers(
         )
     processes = Processes(distributed)
     try:
-        result = model if inplace else copy.deepcopy(model)
+        result = model if inplace else duplicate(model)
     except Exception as error:
         error.add_note("quantize_layers copied the model; inplace=True changes it without a copy")
         raise
@@ -206,7 +206,7 @@ def _quantize(
             given = {"input_qparams": layer.observer.qparams()} if static else {}
             swap = SWAPS[type(layer.module)].from_float(layer.module, config=layer.config, **given)
             result = replace(result, layer.names, swap)
-    for parameter in result.parameters():
+    for parameter in _leaves(result):
         parameter.requires_grad = False
     keep_summary(result, report)
     if calibration_data is not None:
@@ -230,6 +230,16 @@ def _merge(plan: Sequence[_Layer], processes: Processes) -> None:
         layer.axes = set().union(*(part[layer.name] for part in axes))
 
 
+def _python_modules(model: nn.Module) -> list[nn.Module]:
+    """Its modules but for scripted ones, which nothing here changes."""
+    return [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+
+
+def _leaves(model: nn.Module) -> list[nn.Parameter]:
+    """Its parameters but for a scripted module's, which are no leaves in a copy."""
+    return [parameter for parameter in model.parameters() if parameter.is_leaf]
+
+
 def _remember(model: nn.Module) -> Callable[[], None]:
     """What gives the model its submodules, parameters and modes of now back."""
     flags = ("training", "activation_relu_or_gelu")
@@ -239,9 +249,9 @@ def _remember(model: nn.Module) -> Callable[[], None]:
             {flag: getattr(module, flag) for flag in flags if hasattr(module, flag)},
             [(members, dict(members)) for members in (module._modules, module._parameters)],
         )
-        for module in model.modules()
+        for module in _python_modules(model)
     ]
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    gradients = [(parameter, parameter.requires_grad) for parameter in _leaves(model)]
 
     def undo() -> None:
         for module, values, members in modules:
@@ -262,7 +272,7 @@ def _unmarked(model: nn.Module) -> Iterator[None]:
     memo: dict[int, Any] = {id(one): one for one in tensors}
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     kept = []
-    for module in model.modules():
+    for module in _python_modules(model):
         own = {
             name: copy.deepcopy(value, memo) if isinstance(value, list | dict | set) else value
             for name, value in vars(module).items()
@@ -451,7 +461,7 @@ class _Readers(TorchFunctionMode):
         super().__init__()
         self.layers = {layer.module: layer for layer in plan}
         self.owners: dict[int, list[nn.Module]] = {}  # several modules may share a parameter
-        for module in model.modules():
+        for module in _python_modules(model):
             for parameter in module.parameters(recurse=module in self.layers):
                 self.owners.setdefault(id(parameter), []).append(module)
         self.running: list[nn.Module] = []

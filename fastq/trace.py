@@ -174,7 +174,18 @@ def twin(model: nn.Module) -> nn.Module:
     A forward may store what it computes on its module, and while tracing that is no real tensor.
     """
     tensors = itertools.chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    return duplicate(model, {id(tensor): tensor for tensor in tensors})
+
+
+def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """copy.deepcopy of a model. What a module computed of its parameters, as a weight norm does,
+    has no history in the copy."""
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 class _Forward(nn.Module):

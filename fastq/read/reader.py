@@ -34,7 +34,9 @@ _POINTWISE = frozenset([
     "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "abs", "neg", "square", "pow", "reciprocal",
     "sin", "cos", "erf", "threshold", "hardshrink", "softshrink", "tanhshrink", "log_sigmoid",
     "softsign", "rsub", "sign", "floor", "ceil", "round", "trunc", "add", "sub", "mul", "div",
-    "maximum", "minimum", "fmod", "remainder", "nan_to_num", "logit", "atan2",
+    "maximum", "minimum", "fmod", "remainder", "nan_to_num", "logit", "atan2", "rrelu", "exp2",
+    "log2", "log10", "atan", "tan", "asin", "acos", "sinh", "cosh", "asinh", "acosh", "atanh",
+    "erfc", "frac",
 ])  # fmt: skip
 SAME = frozenset([
     "dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach",
