@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
+import functools
 import inspect
 import io
 import itertools
 import logging
+import operator
+import re
+import textwrap
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -48,7 +53,8 @@ class Trace:
                  nn.Conv2d, 2 after nn.Linear.
     readers      layer -> the module that computes with the layer's parameters itself instead of
                  calling it ('' is the model).
-    reason       why there is no graph, and so no facts; '' when there is one.
+    reason       why there is no graph; '' when there is one. Without, readers are those whose
+                 source says so.
     """
 
     batch_norms: dict[str, str] = field(default_factory=dict)
@@ -80,7 +86,7 @@ def trace(
         except Exception as error:  # both raise whatever their innards or the model raised
             message = str(error).strip().splitlines() or [""]
             failures.append(f"{name}: {type(error).__name__}: {message[0]:.120}")
-    return Trace(reason="; ".join(failures))
+    return Trace(readers=_in_source(model), reason="; ".join(failures))
 
 
 # what a subclass may come down to
@@ -211,6 +217,56 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+# of a parameter, not its values
+ASKED = ("shape", "size", "dtype", "device", "dim", "ndim", "numel", "requires_grad")
+
+
+def _in_source(model: nn.Module) -> dict[str, str]:
+    """`Trace.readers` by the source of the modules' forward, and of the methods that it calls: who
+    writes self.layer.weight there."""
+    names = {module: name for name, module in model.named_modules()}
+    found: dict[str, str] = {}
+    for module, name in names.items():
+        kind: Any = type(module)
+        for path in _parameters_in_source(kind):
+            try:
+                owner = operator.attrgetter(path)(module)
+            except AttributeError:
+                continue
+            if isinstance(owner, nn.Module) and owner in names:
+                found[names[owner]] = name
+    return found
+
+
+@functools.cache
+def _parameters_in_source(kind: Any) -> frozenset[str]:
+    """The layers whose weight or bias the forward of a class reads, as paths from self."""
+    seen, waiting, paths = set[str](), ["forward"], set[str]()
+    while waiting:
+        method = waiting.pop()
+        if method in seen or kind.__module__.startswith("torch."):
+            continue
+        seen.add(method)
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(kind, method))))
+        except (OSError, TypeError, SyntaxError, AttributeError):  # it has no source
+            continue
+        asked = {
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and node.attr in ASKED
+        }
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Attribute):
+                continue
+            text = ast.unparse(node)
+            if re.fullmatch(r"self\.\w+", text):
+                waiting.append(node.attr)
+            elif re.fullmatch(r"self(\.\w+)+\.(weight|bias)", text) and node not in asked:
+                paths.add(text.removeprefix("self.").rpartition(".")[0])
+    return frozenset(paths)
 
 
 Names = dict[nn.Module, str]
