@@ -34,9 +34,9 @@ IMAGES = ("conv2d", "conv_transpose2d", *VOLUMES)  # products whose outputs are 
 ELEMENTWISE = frozenset([
     "where", "maximum", "minimum", "max", "min", "add", "sub", "mul", "div", "pow", "gt", "ge",
     "lt", "le", "eq", "ne", "logical_and", "logical_or", "logical_xor", "logical_not",
-    "bitwise_and", "bitwise_or", "bitwise_not", "masked_fill", "clamp", "clamp_min", "clamp_max",
-    "to", "_to_copy", "zeros_like", "ones_like", "full_like", "abs", "sign", "atan2", "fmod",
-    "remainder", "copysign", "hypot", "lerp", "addcmul", "addcdiv",
+    "bitwise_and", "bitwise_or", "bitwise_not", "__and__", "__or__", "masked_fill", "clamp",
+    "clamp_min", "clamp_max", "to", "_to_copy", "zeros_like", "ones_like", "full_like", "abs",
+    "sign", "atan2", "fmod", "remainder", "copysign", "hypot", "lerp", "addcmul", "addcdiv",
 ])  # fmt: skip
 MAX_NODES = 16  # that become one function
 LAST_AXIS = ("layer_norm", "rms_norm")  # norms whose weights are those of features

@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from fastq import ops
 from fastq.batches import Batches
 from fastq.fuse import fold
-from fastq.graph import Node, Sizes, evaluate, normalization, sizes_of
+from fastq.graph import Node, Sizes, evaluate, normalization, sized, sizes_of
 from fastq.lower import (
     MOVES,
     SUFFIX,
@@ -235,12 +235,15 @@ class QATModel(nn.Module):
                 values[wanted] = leaf
             else:
                 check_constant(self, i, leaf, wanted)
-        one = _Pass(self, values, sizes_of(leaves))
+        sizes = sizes_of(leaves)
+        one = _Pass(self, values, sizes)
         for node in captured.graph:
             if node.op != "input":
                 values[node] = one.value(node)
         one.finish()
-        outputs = [values[v] if isinstance(v, Node) else v for v in captured.graph.outputs]
+        outputs = [
+            values[v] if isinstance(v, Node) else sized(v, sizes) for v in captured.graph.outputs
+        ]
         return pytree.tree_unflatten(outputs, captured.out_spec)
 
     def converted(self) -> QuantizedModel:

@@ -206,8 +206,11 @@ def _quantize(
             given = {"input_qparams": layer.observer.qparams()} if static else {}
             swap = SWAPS[type(layer.module)].from_float(layer.module, config=layer.config, **given)
             result = replace(result, layer.names, swap)
-    for parameter in _leaves(result):
-        parameter.requires_grad = False
+    for parameter in result.parameters():
+        if parameter.is_leaf:
+            parameter.requires_grad = False
+        else:  # a scripted module's, in a copy
+            parameter.detach_()
     keep_summary(result, report)
     if calibration_data is not None:
         with _unmarked(result):

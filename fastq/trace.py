@@ -53,8 +53,8 @@ class Trace:
                  nn.Conv2d, 2 after nn.Linear.
     readers      layer -> the module that computes with the layer's parameters itself instead of
                  calling it ('' is the model).
-    reason       why there is no graph; '' when there is one. Without, readers are those whose
-                 source says so.
+    reason       why there is no graph; '' when there is one. With neither a graph nor an example,
+                 readers are those whose source says so.
     """
 
     batch_norms: dict[str, str] = field(default_factory=dict)
@@ -86,7 +86,8 @@ def trace(
         except Exception as error:  # both raise whatever their innards or the model raised
             message = str(error).strip().splitlines() or [""]
             failures.append(f"{name}: {type(error).__name__}: {message[0]:.120}")
-    return Trace(readers=_in_source(model), reason="; ".join(failures))
+    readers = _in_source(model) if args is None else {}  # what runs is watched
+    return Trace(readers=readers, reason="; ".join(failures))
 
 
 # what a subclass may come down to

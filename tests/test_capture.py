@@ -545,3 +545,126 @@ def test_tokens_before_the_batch_with_states() -> None:
     model = Words().eval()
     captured = capture(model, [torch.randint(20, (9, 4)), *torch.randn(2, 1, 4, 16)])
     assert captured.arguments[0].attrs["free"] == (0, 1)
+
+
+# ---------------------------------------------------------------- what is no graph of its model
+
+
+LINEAR: dict[str, Callable[[], nn.Module]] = {"a": lambda: nn.Linear(8, 8)}
+
+
+class Adds(nn.Module):
+    """Each call adds to what the last one left, in an attribute or a buffer."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.a, self.where = nn.Linear(8, 8), where
+        self.last: Any = 0.0
+        self.register_buffer("kept", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.where == "attribute":
+            self.last = self.a(x) + self.last
+            return self.last
+        torch.add(self.kept, 1.0, out=self.kept)
+        return self.a(x) * self.kept
+
+
+@pytest.mark.parametrize("where", ["attribute", "buffer"])
+def test_a_state_is_no_graph(where: str) -> None:
+    model = Adds(where).eval()
+    with pytest.raises(CannotCapture, match="it has a state"):
+        capture(model, (torch.randn(4, 8),))
+    assert model.last == 0.0 and not model.kept.any()
+
+
+class Keeps(nn.Module):
+    """What it stores, it never reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.a(x)
+        return self.seen
+
+
+def test_what_is_stored_and_never_read_is_no_state() -> None:
+    check(Keeps(), torch.randn(4, 8))
+    noisy = call(lambda net, x: net.a(x) + torch.randn(x.shape[0], 8), a=lambda: nn.Linear(8, 8))
+    capture(noisy().eval(), (torch.randn(4, 8),))  # other numbers at each call
+
+
+def test_a_branch_on_the_batch_that_the_example_does_not_take() -> None:
+    model = call(lambda net, x: net.a(x) * (1 if x.shape[0] % 2 else -1), **LINEAR)().eval()
+    capture(model, (torch.randn(3, 8),))
+    with pytest.raises(CannotCapture, match="it may branch on a size"):
+        capture(model, (torch.randn(4, 8),))
+
+
+def test_sizes_that_are_returned_follow_the_input() -> None:
+    model = call(lambda net, x: (net.a(x), x.shape[0], {"rows": 2 * x.shape[1]}), **LINEAR)().eval()
+    captured = capture(model, (torch.randn(4, 6, 8),))
+    for shape in ((3, 6, 8), (4, 9, 8)):
+        x = torch.randn(*shape)
+        same(
+            (shape[0], {"rows": 2 * shape[1]}),
+            pytree.tree_unflatten(captured.graph.run([x]), captured.out_spec)[1:],
+        )
+    with pytest.raises(CannotCapture, match=r"output 1: 5\.0 and 17\.0"):
+        capture(call(lambda net, x: (net.a(x), float(len(x))), **LINEAR)(), (torch.randn(4, 8),))
+
+
+def test_inputs_without_a_batch() -> None:
+    """A grid of positions, and a mask of each token for each other."""
+    grid = call(
+        lambda net, x, grid: net.a(x) + net.b(grid),
+        a=lambda: nn.Conv2d(3, 8, 3, padding=1), b=lambda: nn.Conv2d(2, 8, 1),
+    )().eval()  # fmt: skip
+    captured = capture(grid, (image(), torch.randn(1, 2, *image().shape[2:])))
+    for batch, size in ((1, (8, 8)), (3, (11, 20))):
+        given = torch.randn(batch, 3, *size), torch.randn(1, 2, *size)
+        with torch.no_grad():
+            same(grid(*given), run(captured, *given))
+    attend = call(
+        lambda net, x, mask: attention_of(net, x, attn_mask=mask), a=lambda: nn.Linear(8, 24)
+    )().eval()
+    captured = capture(attend, (torch.randn(4, 6, 8), torch.zeros(6, 6)))
+    for tokens in (6, 9):
+        mask = torch.full((tokens, tokens), -torch.inf).triu(1)
+        x = torch.randn(2, tokens, 8)
+        with torch.no_grad():
+            same(attend(x, mask), run(captured, x, mask))
+
+
+@pytest.mark.parametrize("tokens", [15, 19, 20])
+def test_an_example_as_long_as_there_are_positions(tokens: int) -> None:
+    model = call(
+        lambda net, i: net.o(net.e(i) + net.p(torch.arange(i.shape[1]))),
+        e=lambda: nn.Embedding(9, 8), p=lambda: nn.Embedding(20, 8), o=lambda: nn.Linear(8, 4),
+    )().eval()  # fmt: skip
+    captured = capture(model, (torch.randint(0, 9, (4, tokens)),))
+    for length in (7, 20):
+        i = torch.randint(0, 9, (3, length))
+        with torch.no_grad():
+            same(model(i), run(captured, i))
+
+
+def test_distributions_do_not_check_their_arguments() -> None:
+    actor = call(lambda net, x: torch.distributions.Normal(net.a(x), torch.ones(8)).mean, **LINEAR)
+    checks = torch.distributions.Distribution._validate_args
+    check(actor(), torch.randn(4, 8))
+    assert torch.distributions.Distribution._validate_args is checks
+
+
+def test_autocast_is_left_outside() -> None:
+    with torch.autocast("cpu"):
+        captured = check(call(lambda net, x: F.relu(net.a(x)), **LINEAR)(), torch.randn(4, 8))
+    assert "linear" in ops(captured)
+
+
+def test_a_norm_whose_weight_is_computed() -> None:
+    hyper = call(lambda net, x: F.layer_norm(x, (8,), net.a(x).mean(0)), **LINEAR)
+    captured = check(hyper(), torch.randn(4, 8), batches=())
+    assert "layer_norm" not in ops(captured)

@@ -467,7 +467,7 @@ ISLANDS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         "grid",
     ),
     "cumsum": (lambda x: x.cumsum(3) / 4, "cumsum"),
-    "where": (lambda x: torch.where(x > 0, x, x * 0.1), "where"),
+    "where": (lambda x: torch.where(x > 0, x, x.flip(2)), "where"),
     "topk": (lambda x: x.topk(3, -1).values, "topk"),
     "norm": (lambda x: x / (x.norm(dim=1, keepdim=True) + 1), "norm"),
     "batch size": (lambda x: x + torch.arange(len(x))[:, None, None, None] / 10, "arange"),
@@ -1257,3 +1257,156 @@ def test_inputs_are_taken_at_their_word() -> None:
     x[::4, 3] = -1e6
     assert fastq.quantize_model(nn.Linear(8, 4), x, progress=False, remedies=()).program
     check(nn.Sequential(nn.Linear(8, 4)), x, decibels=30)
+
+
+class Two(nn.Module):
+    """Its inputs have ranges of very different widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.o = nn.Linear(8, 32), nn.Linear(8, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.o(F.relu(self.a(x) + 0.01 * self.b(y)))
+
+
+def test_the_order_of_arguments_in_a_dict() -> None:
+    """Of a batch of calibration data, and of a dict that is an argument."""
+    model = Two().eval()
+    batches = [{"x": torch.randn(64, 8), "y": 100 * torch.randn(64, 8)} for _ in range(2)]
+    turned = [batches[0], dict(reversed(batches[1].items()))]
+    one, two = (fastq.quantize_model(model, data, progress=False) for data in (batches, turned))
+    assert torch.equal(one(**batches[0]), two(**turned[1] | batches[0]))
+    for wrong in ({"x": torch.randn(4, 8)}, {**batches[0], "z": torch.randn(4)}):
+        with pytest.raises(TypeError, match=r"wanted \(x=, y=\), as in the calibration data"):
+            fastq.quantize_model(model, [batches[0], wrong], progress=False)
+    within = call(lambda net, d: net.a(d["p"]) - net.a(d["q"]), a=lambda: nn.Linear(8, 8))().eval()
+    p, q = torch.randn(2, 4, 8)
+    made = quantized(within, ({"p": p, "q": q},))
+    assert torch.equal(made({"q": q, "p": p}), made({"p": p, "q": q}))
+    with pytest.raises(TypeError, match="expected 2, but got 1"):
+        made({"p": p})
+
+
+def test_returned_sizes_are_kept_in_a_file(tmp_path) -> None:
+    model = call(lambda net, x: (net.a(x), x.shape[0]), a=lambda: nn.Linear(8, 8))().eval()
+    q = quantized(model, (torch.randn(16, 8),))
+    fastq.save(q, tmp_path / "sizes.safetensors")
+    for network in (q, fastq.load(tmp_path / "sizes.safetensors"), fastq.prepare_qat(q)):
+        assert network(torch.randn(3, 8))[1] == 3
+
+
+def test_under_autocast() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    x = torch.randn(4, 3, 12, 12)
+    wanted = quantized(model, (x,))
+    with torch.autocast("cpu"):
+        found = quantized(model, (x,))
+        assert len(fastq.sensitivity(model, x, progress=False).rows) == 2
+    assert torch.equal(wanted(x), found(x))
+
+
+class Twice(nn.Module):
+    """Its layers have two names each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.all = nn.Sequential(self.body, nn.ReLU(), self.head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.all(x)
+
+
+def masked(net: Call, x: Tensor) -> Tensor:
+    """A mask that is made in forward."""
+    mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+    return x + net.a(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("name", ["two names", "a mask in forward"])
+def test_what_is_int8_is_listed_as_int8(name: str) -> None:
+    attention = call(masked, a=lambda: nn.MultiheadAttention(8, 2, batch_first=True))
+    model = Twice() if name == "two names" else attention()
+    q = quantized(model, (torch.randn(4, 6, 8),), strict=True)
+    assert {row.result for row in fastq.summary(q).rows} == {"int8 static"}
+
+
+ELEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "where": lambda x: torch.where(x > 0, x, 0.2 * x),
+    "maximum": lambda x: torch.maximum(x, 0.2 * x),
+    "softsign": F.softsign,
+    "rrelu": F.rrelu,
+    "atan": torch.atan,
+    "times a comparison": lambda x: x * (x > 0.1),
+    "two comparisons": lambda x: torch.where((x > -1) & (x < 1), x, x.sign()),
+    "minimum with a constant": lambda x: torch.minimum(x, torch.full_like(x, 1.0)),
+    "masked_fill": lambda x: x.masked_fill(x < 0, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_a_function_of_one_value_is_a_table(name: str) -> None:
+    function = ELEMENTS[name]
+    q = check(call(lambda net, x: net.b(function(net.a(x))), a=lambda: nn.Conv2d(3, 8, 3),
+                   b=lambda: nn.Conv2d(8, 4, 3))(), torch.randn(4, 3, 12, 12))  # fmt: skip
+    assert isinstance(q, QuantizedModel) and q.program.steps
+
+
+def test_elements_of_two_values_are_no_table() -> None:
+    q = check(call(lambda net, x: net.b(torch.maximum(net.a(x), net.c(x))),
+                   a=lambda: nn.Conv2d(3, 8, 3), b=lambda: nn.Conv2d(8, 4, 3),
+                   c=lambda: nn.Conv2d(3, 8, 3))(), torch.randn(4, 3, 12, 12))  # fmt: skip
+    assert isinstance(q, QuantizedModel) and len(q.programs) == 2
+
+
+def test_a_series_without_its_mean_has_the_range_of_the_difference() -> None:
+    """A level that calibration did not see, which the network takes out and puts in again."""
+    model = call(
+        lambda net, x: net.a((x - (mean := x.mean(1, keepdim=True))).mT).mT + mean,
+        a=lambda: nn.Linear(48, 12),
+    )().eval()
+    q, x = quantized(model, (torch.randn(64, 48, 3),)), torch.randn(64, 48, 3)
+    with torch.no_grad():
+        level = noise_ratio(model(x), q(x))
+        for offset in (3, 30):
+            wanted = model(x + offset)
+            assert noise_ratio(wanted - offset, q(x + offset) - offset) > level - 1 > 30
+
+
+def alibi(net: Call, x: Tensor) -> Tensor:
+    """Attention whose scores fall with the distance."""
+    t = x.shape[1]
+    q, k, v = (part.unflatten(2, (4, 8)).transpose(1, 2) for part in net.a(x).chunk(3, -1))
+    far = (torch.arange(t)[:, None] - torch.arange(t)).abs()
+    slopes = 2.0 ** -torch.arange(1, 5).view(4, 1, 1)
+    return net.o(((q @ k.mT / 8**0.5 - slopes * far).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_scores_far_below_the_largest_take_no_steps() -> None:
+    torch.manual_seed(0)
+    model = call(alibi, a=lambda: nn.Linear(32, 96), o=lambda: nn.Linear(32, 32))().eval()
+    q = quantized(model, (torch.randn(4, 128, 32),))
+    (step,) = (step for step in q.program.steps if step.op == "softmax_weights")
+    assert 256 * step.arguments["scale"] < 20  # not 64
+    with torch.no_grad():
+        x = torch.randn(4, 128, 32)
+        assert noise_ratio(model(x), q(x)) > 25
+
+
+@pytest.mark.parametrize("fill", [-30.0, -1e9, -torch.inf])
+def test_a_mask_along_any_axis(fill: float) -> None:
+    """As of the neighbours in a graph: what is masked takes no more of the range than it needs."""
+    torch.manual_seed(0)
+    model = call(
+        lambda net, x, adj: net.o(torch.einsum("bijh,bjhd->bihd", torch.softmax(
+            (net.s(x).unsqueeze(2) + net.t(x).unsqueeze(1)).masked_fill(~adj.unsqueeze(-1), fill), 2
+        ), net.v(x).unflatten(2, (4, 8))).flatten(2)),
+        s=lambda: nn.Linear(16, 4), t=lambda: nn.Linear(16, 4), v=lambda: nn.Linear(16, 32),
+        o=lambda: nn.Linear(32, 3),
+    )().eval()  # fmt: skip
+    x, adjacent = torch.randn(8, 20, 16), torch.rand(8, 20, 20) > 0.7
+    adjacent |= torch.eye(20, dtype=torch.bool)
+    q = quantized(model, (x, adjacent))
+    with torch.no_grad():
+        assert noise_ratio(model(x, adjacent), q(x, adjacent)) > 25

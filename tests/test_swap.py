@@ -401,11 +401,9 @@ def test_a_layer_that_cannot_be_swapped_says_why(make: Callable, reason: str) ->
 
 def test_a_layer_under_the_old_weight_norm_says_why() -> None:
     model = nn.Sequential(weight_normed(nn.Linear(4, 4)), nn.Linear(4, 4))
-    with pytest.raises(RuntimeError) as caught:  # torch cannot copy such a layer
-        quantize_layers(model, X)
-    assert "inplace=True" in caught.value.__notes__[0]
-    got = quantize_layers(model, X, inplace=True)
-    assert results(got) == {"0": "float", "1": "int8 static"} and "hooks" in reasons(got)["0"]
+    for inplace in (False, True):
+        got = quantize_layers(model, X, inplace=inplace)
+        assert results(got) == {"0": "float", "1": "int8 static"} and "hooks" in reasons(got)["0"]
 
 
 def test_a_lazy_layer_says_that_it_has_no_shape_yet() -> None:
@@ -968,3 +966,92 @@ def test_layers_that_config_does_not_name_are_as_without_it() -> None:
     plain = quantize_layers(model, x, progress=False)
     named = quantize_layers(model, x, config={"1": None}, progress=False)
     assert named[0].input_qparams == plain[0].input_qparams
+
+
+class Marks(nn.Module):
+    """Its forward leaves traces, in a buffer and elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.count, self.seen = nn.Linear(8, 8), 0, list[Tensor]()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.count += 1
+        self.seen.append(x)
+        return self.layer(x) * self.calls
+
+
+def test_calibration_leaves_no_marks() -> None:
+    model = Marks().eval()
+    int8 = quantize_model(model, [torch.randn(4, 8)] * 3, progress=False)
+    for one in (model, int8):
+        assert (one.calls, one.count, one.seen) == (0, 0, [])
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        assert sqnr(model(x), int8(x)) > 25 and int8.calls == 1
+
+
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.layer(x))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_scripted_module_stays(inplace: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        script = torch.jit.script(Scripted())
+    model = nn.Sequential(nn.Linear(8, 16), script, nn.Linear(16, 4)).eval()
+    x = torch.randn(32, 8)
+    with torch.no_grad():
+        wanted = model(x)
+    for data in (None, x):
+        int8 = quantize_layers(model, data, progress=False)
+        assert results(int8).keys() == {"0", "2"} and sqnr(wanted, int8(x)) > 25
+    with pytest.raises(ValueError, match="no layer"):
+        quantize_layers(model, skip=["0", "2"], inplace=inplace)
+    assert torch.equal(model(x), wanted) and model[0].weight.requires_grad
+
+
+def test_a_weight_that_is_computed_of_parameters() -> None:
+    """As torch's old weight norm leaves it: with a history, which no copy can have."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        model = nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 16)), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(32, 8)
+    wanted = model.eval()(x).detach()
+    assert sqnr(wanted, quantize_model(model, x, progress=False)(x)) > 25
+    assert results(quantize_layers(model))["2"] == "int8 dynamic"
+    assert model[0].weight.requires_grad and torch.equal(model(x), wanted)
+
+
+class Reads(nn.Module):
+    """No graph can be had of it without an example: it branches on a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Embedding(50, 32), nn.Linear(32, 32)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return x @ self.table.weight.t()
+
+    def forward(self, i: Tensor) -> Tensor:
+        if i.shape[0] > self.layer.weight.shape[0]:
+            i = i[:10]
+        return self.logits(self.layer(self.table(i)))
+
+
+def test_who_reads_a_weight_is_seen_in_the_source() -> None:
+    model = Reads().eval()
+    int8 = quantize_layers(model)
+    assert results(int8) == {"table": "float", "layer": "int8 dynamic"}
+    assert "computes with its weight itself" in reasons(int8)["table"]
+    i = torch.randint(0, 50, (4, 6))
+    with torch.no_grad():
+        assert sqnr(model(i), int8(i)) > 25

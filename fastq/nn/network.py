@@ -316,17 +316,20 @@ def leaves_of(
         return leaves
     wanted_args, wanted_kwargs = pytree.tree_unflatten(list(inputs), spec)
     given, why = {**dict(zip(names, args, strict=False)), **kwargs}, ""
-    try:  # the same arguments, by position instead of by name or the other way round, or dicts in
-        # another order
+    ways: list[Any] = [(args, kwargs)]  # dicts in another order
+    try:  # what was given by position, by name, or the other way round
         moved = tuple(given.pop(names[i]) for i in range(len(wanted_args)))
         named = {k: given.pop(k) for k in wanted_kwargs}
-        leaves = spec.flatten_up_to((moved, named))
         if len(args) <= len(names) and all(v is None for v in given.values()):
-            return leaves
+            ways.append((moved, named))
     except (KeyError, IndexError):
         pass
-    except ValueError as error:  # within an argument
-        why = f" ({error})"
+    for way in ways:
+        try:
+            leaves = spec.flatten_up_to(way)
+            return leaves
+        except ValueError as error:
+            why = f" ({error})"
     shown = [*map(str, names[: len(wanted_args)]), *(f"{k}=" for k in wanted_kwargs)]
     raise TypeError(
         f"{type(network).__name__}: got {len(args)} by position and {sorted(kwargs)} by name; "
