@@ -648,24 +648,43 @@ class _Steps(nn.Module):
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a node's tensor is: a parameter or buffer, or a view of it with these strides."""
+    """Where a node's tensor is: a parameter or buffer, or a view of it with these strides.
+
+    held, dtype, order  the shape, dtype and strides that the parameter or buffer had.
+    """
 
     name: str
+    held: tuple[int, ...]
+    dtype: torch.dtype
+    order: tuple[int, ...]
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
     def find(self, named: Mapping[str, Tensor]) -> Tensor:
-        tensor = named[self.name]
-        if tensor.shape == self.shape and tensor.stride() == self.strides:
+        tensor = named.get(self.name)
+        if tensor is None or tensor.shape != self.held or tensor.dtype != self.dtype:
+            now = "gone" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise ValueError(
+                f"QATModel: {self.name} is {now}; wanted {self.held} {self.dtype}, which the graph "
+                "was made with. Layers are changed in the float model, before fastq.prepare_qat"
+            )
+        if (self.shape, self.strides) == (self.held, self.order):
             return tensor
+        if tensor.stride() != self.order:  # as after .to(memory_format=torch.channels_last)
+            given, tensor = tensor, torch.empty_strided(self.held, self.order, dtype=self.dtype)
+            tensor.copy_(given)
         return tensor.as_strided(self.shape, self.strides)
 
 
 def _places(node: Node, named: Mapping[str, Tensor]) -> dict[str, _Place | Tensor]:
     """The place of each of a node's tensors that is the network's own; others as they are."""
-    at = {(own.data_ptr(), own.numel()): name for name, own in named.items() if own.numel()}
+    at = {
+        (own.data_ptr(), own.numel()): (name, tuple(own.shape), own.dtype, own.stride())
+        for name, own in named.items()
+        if own.numel()
+    }
     return {
-        key: _Place(at[place], tuple(tensor.shape), tensor.stride())
+        key: _Place(*at[place], tuple(tensor.shape), tensor.stride())
         if (place := (tensor.data_ptr(), tensor.numel())) in at
         else tensor
         for key, tensor in (node.origin or node.tensors).items()

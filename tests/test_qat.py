@@ -525,6 +525,47 @@ def test_refusals(net: nn.Module, images: Tensor) -> None:
         fastq.prepare_qat(one, images)(torch.rand(1, 3, 3, 3))
 
 
+CHANGES = {
+    r"head.weight is \(7, 22\)": lambda net: setattr(net, "head", nn.Linear(22, 7)),
+    r"head.weight is \(2, 22\)": lambda net: setattr(net, "head", nn.Linear(22, 2)),
+    r"point.weight is \(8, 8, 3, 3\)": lambda net: setattr(net, "point", nn.Conv2d(8, 8, 3)),
+    "head.bias is gone": lambda net: setattr(net.head, "bias", None),
+    "head.weight is gone": lambda net: nn.utils.parametrizations.weight_norm(net.head),
+    "norm.running_mean is gone": lambda net: setattr(net, "norm", nn.Identity()),
+    "torch.float64; wanted .* torch.float32": nn.Module.double,
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_layers_are_changed_in_the_float_model(
+    net: nn.Module, images: Tensor, message: str
+) -> None:
+    model = fastq.prepare_qat(net, images, progress=False)
+    CHANGES[message](model)
+    for call in (lambda: model(images), lambda: fastq.convert(model)):
+        with pytest.raises(ValueError, match=message + ".*before fastq.prepare_qat"):
+            call()
+
+
+def test_another_order_in_memory_is_the_same_network(net: nn.Module, images: Tensor) -> None:
+    class Patches(nn.Module):
+        """Has a filter as a matrix: a view of it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(F.unfold(x, 3).transpose(1, 2), self.conv.weight.flatten(1))
+
+    for given in (net, Patches().eval()):
+        model = fastq.prepare_qat(given, images, progress=False).eval()
+        before = model(images)
+        assert_same(model.to(memory_format=torch.channels_last)(images), before)
+        train(model, images, 1)
+        assert all(p.grad.any() for p in model.parameters() if p.dim() == 4)
+
+
 def train_in_parallel(rank: int, meet: str) -> None:
     """One of two processes, each with half of the batch."""
     torch.set_num_threads(1)
