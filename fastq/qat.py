@@ -104,6 +104,10 @@ def prepare_qat(
 
     Dropout is off, as it is when the network is deployed. Float32, on the CPU.
 
+    Its submodules hold the parameters and buffers; the forward is the graph's. So hooks on them are
+    not called, and settings that change later do not count, but for a batch norm's momentum and
+    mode: `.eval()` keeps the statistics of that one.
+
     Raises TypeError for a model or data of a wrong kind; ValueError if nothing can become int8;
     ValueError too if torch.export cannot follow the model.
     """
@@ -287,6 +291,18 @@ class QATModel(nn.Module):
             prepared.chosen[node] = self._weight(node)
         return deployed
 
+    def _norm(self, node: Node) -> nn.Module:
+        """The module that has the statistics of a node's batch norm; without one, the whole."""
+        place = self._places[node]["running_mean"]
+        return self.get_submodule(
+            place.name.rpartition(".")[0] if isinstance(place, _Place) else ""
+        )
+
+    def _norm_moves(self, node: Node) -> bool:
+        """Whether a node has a batch norm whose statistics move now."""
+        moves = self.training and self._norms_move and "norm" in node.attrs
+        return moves and self._norm(node).training
+
     def _range(self, node: Node) -> _Range | None:
         """The range of a value; None if it is fixed."""
         return getattr(self.fastq, self._value(self._prepared.ranges.find(node)), None)
@@ -372,6 +388,20 @@ def _folded(node: Node, given: Mapping[str, Tensor], *affine: Tensor) -> dict[st
     return fold(node, given, factor, shift)
 
 
+def _share(module: nn.Module, momentum: float) -> float:
+    """How much of this batch is in the running statistics; counts it where torch does.
+
+    momentum  for a module that is no batch norm. Exported, that of a mean of all batches is 0.
+    """
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return momentum
+    share, count = module.momentum, module.num_batches_tracked
+    if count is not None:
+        count += 1
+        share = 1 / count.item() if share is None else share
+    return share or 0.0
+
+
 class _Pass:
     """One forward: the integers of each value, and beside them what has the gradient."""
 
@@ -422,7 +452,7 @@ class _Pass:
             return self.tensors[node]["value"]
         tensors = self.tensors[node]
         with torch.autocast("cpu", enabled=False):
-            if "norm" in node.attrs and self.model.training and self.model._norms_move:
+            if self.model._norm_moves(node):
                 tensors = self.renormalized(node, inputs[0])
             if node in self.prepared.chosen:
                 tensors = {**tensors, "weight": self.weight_on_grid(node, tensors["weight"])}
@@ -458,8 +488,9 @@ class _Pass:
 
         def move() -> None:
             unbiased = variance * (count / (count - 1))
-            given["running_mean"].lerp_(mean.to(given["running_mean"].dtype), norm["momentum"])
-            given["running_var"].lerp_(unbiased.to(given["running_var"].dtype), norm["momentum"])
+            share = _share(self.model._norm(node), norm["momentum"])
+            given["running_mean"].lerp_(mean.to(given["running_mean"].dtype), share)
+            given["running_var"].lerp_(unbiased.to(given["running_var"].dtype), share)
 
         self.statistics.append(move)
         return _folded(node, given, factor, shift)

@@ -289,6 +289,36 @@ def test_running_statistics_move_as_in_torch_and_then_stop() -> None:
     assert all(torch.equal(kept[key], value) for key, value in trained.state_dict().items())
 
 
+@pytest.mark.parametrize("momentum", [0.3, None], ids=["moving", "cumulative"])
+def test_batches_are_counted_as_in_torch(momentum: float | None) -> None:
+    torch.manual_seed(0)
+    model, x = plain(nn.Conv2d(3, 4, 3))
+    model[1].momentum = momentum
+    trained = fastq.prepare_qat(model, 4 * x, progress=False)
+    before = int(model[1].num_batches_tracked)
+    for scale in (2, 3, 4):
+        model.train()(scale * x)
+        trained(scale * x)
+    assert int(model[1].num_batches_tracked) == before + 3
+    assert int(trained.get_buffer("1.num_batches_tracked")) == before + 3
+    wanted, got = model[1].running_var, trained.get_buffer("1.running_var")
+    np.testing.assert_allclose(got, wanted, rtol=0.05)
+
+
+def test_one_batch_norm_is_frozen_as_in_torch(net: nn.Module, images: Tensor) -> None:
+    model = fastq.prepare_qat(net, images, progress=False)
+    model.stem.eval()
+    kept = copy.deepcopy(model.state_dict())
+    model(3 * images)
+    moved = {
+        name for name, value in model.state_dict().items()
+        if "running" in name and not torch.equal(value, kept[name])
+    }  # fmt: skip
+    assert moved == {f"{norm}.running_{of}" for norm in ("norm", "after") for of in ("mean", "var")}
+    model.train()(images)
+    assert not torch.equal(model.get_buffer("stem.1.running_mean"), kept["stem.1.running_mean"])
+
+
 def test_ranges_follow_the_data_of_training() -> None:
     torch.manual_seed(0)
     model = fastq.prepare_qat(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)),
