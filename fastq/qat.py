@@ -638,11 +638,11 @@ class _Range(nn.Module):
         # their range is twice what was seen.
         self.learned = learned and not self.wide
         if self.learned:
-            self.scale = nn.Parameter(torch.tensor(scale))
+            self.scale = nn.Parameter(torch.tensor(scale, dtype=torch.float32))
         else:
-            self.register_buffer("scale", torch.tensor(scale))
+            self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
         self.register_buffer("zero_point", torch.tensor(zero_point, dtype=torch.int32))
-        ends = torch.tensor(grid_ends(qparams))
+        ends = torch.tensor(grid_ends(qparams), dtype=torch.float32)
         self.register_buffer("ends", ends / HEADROOM if self.wide else ends)
 
     def qparams(self) -> QParams:

@@ -319,6 +319,30 @@ def test_one_batch_norm_is_frozen_as_in_torch(net: nn.Module, images: Tensor) ->
     assert not torch.equal(model.get_buffer("stem.1.running_mean"), kept["stem.1.running_mean"])
 
 
+class Deviation(nn.Module):
+    """A layer norm spelled out, then causal attention: both make constants when they are read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5)
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["observed", "learned"])
+def test_torchs_default_dtype_changes_nothing(learned: bool) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 12), Deviation(), nn.Linear(12, 4)), torch.randn(3, 5, 8)
+    wanted = fastq.prepare_qat(net, x, learned=learned)
+    wanted(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = fastq.prepare_qat(net, x, learned=learned)
+        model(x).sum().backward()
+        got = fastq.convert(model)(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(got, fastq.convert(wanted)(x))
+
+
 def test_ranges_follow_the_data_of_training() -> None:
     torch.manual_seed(0)
     model = fastq.prepare_qat(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)),

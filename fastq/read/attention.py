@@ -219,4 +219,5 @@ def _causal(reader: Reader, node: fx.Node, shape: Shape) -> Node:
     """A mask that leaves out the keys behind each query."""
     size = (*(1 for _ in shape[:-2]), *shape[-2:])
     made = reader.aten(f"{node.name}_ones", "ones.default", [], (size,), size)
+    made.attrs["kwargs"] = {"dtype": torch.float32}  # torch's default may be another
     return reader.aten(f"{node.name}_causal", "tril.default", [made], (Ref(0), 0), size)

@@ -94,7 +94,7 @@ def norm(reader: Reader, node: fx.Node, found: Norm | None) -> Node | None:
     dims = (*(d for d in range(last + 1) if d != dim), dim)
     x = reader.permute(f"{node.name}_last", x, dims)
     name: Any = node if dim == last else f"{node.name}_normed"
-    tensors = {} if factor == 1 else {"weight": torch.full((n,), factor)}
+    tensors = {} if factor == 1 else {"weight": torch.full((n,), factor, dtype=torch.float32)}
     attrs = {"shape": (n,), "eps": eps}
     y = reader.add(name, op, [x], attrs=attrs, tensors=tensors, shape=x.shape)
     return reader.permute(node, y, [dims.index(d) for d in range(last + 1)])
