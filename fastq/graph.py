@@ -260,8 +260,12 @@ def _target(name: str) -> Any:
     return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
 
 
-# those that are called past torch's dispatcher, which takes as long as a small layer
-FUNCTIONS: dict[str, Callable[..., Any]] = {"getitem": lambda values, index: values[index]}
+# those that are called past torch's dispatcher, which takes as long as a small layer, or has no
+# gradient of them
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "getitem": lambda values, index: values[index],
+    "aten.copy.default": lambda x, source, *_, **__: source.to(x.dtype).expand_as(x),
+}
 
 
 def check_target(name: Any) -> None:

@@ -579,6 +579,37 @@ def test_refusals(net: nn.Module, images: Tensor) -> None:
         fastq.prepare_qat(one, images)(torch.rand(1, 3, 3, 3))
 
 
+ASSIGNED = {
+    "a half": lambda y, h: y[:, :4].copy_(h[:, 4:]),
+    "inner pixels": lambda y, h: y[:, ::2, 1:-1, 2:].copy_(h[:, 1::2, 1:-1, 2:]),
+    "one channel": lambda y, h: y[:, 3].copy_(h.mean(1)),
+    "all": lambda y, h: y.copy_(2 * h),
+    "the same for all": lambda y, h: y[:, :4].copy_(h[:, 4:5]),
+    "bool": lambda y, h: y[:, :4].copy_(h[:, 4:] > 100),
+}
+
+
+@pytest.mark.parametrize("name", ASSIGNED)
+def test_what_is_assigned_to_a_part_has_a_gradient(images: Tensor, name: str) -> None:
+    class Assigned(nn.Module):
+        def forward(self, h: Tensor) -> Tensor:
+            y = h.clone()
+            ASSIGNED[name](y, h)
+            return y
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), Assigned(), nn.Conv2d(8, 4, 1)).eval()
+    model = fastq.prepare_qat(net, images)
+    y, wanted = model(images), net(images)
+    assert (y - wanted).norm() < 0.03 * wanted.norm()
+    for given in (y, wanted):
+        given.square().mean().backward()
+    for name, p in net.named_parameters():
+        got = model.get_parameter(name).grad
+        assert F.cosine_similarity(p.grad.flatten(), got.flatten(), 0) > 0.99, name
+    assert_same(model.eval()(images), fastq.convert(model)(images))
+
+
 CHANGES = {
     r"head.weight is \(7, 22\)": lambda net: setattr(net, "head", nn.Linear(22, 7)),
     r"head.weight is \(2, 22\)": lambda net: setattr(net, "head", nn.Linear(22, 2)),

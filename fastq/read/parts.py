@@ -27,6 +27,13 @@ def cat(reader: Reader, node: fx.Node, a: Arguments) -> Node | None:
     return parts[0] if len(parts) == 1 else reader.add(node, "concat", parts, attrs={"dim": dim})
 
 
+@reads_any("copy")
+def copy(reader: Reader, node: fx.Node, a: Arguments) -> Node | Tensor | None:
+    """What a part that is assigned to has then: all that is assigned."""
+    source = a["src"]
+    return source if tuple(source.shape) == shape_of(node) else None
+
+
 @reads_any("stack")
 def stack(reader: Reader, node: fx.Node, a: Arguments) -> Node | None:
     """A concatenation along a new axis."""
