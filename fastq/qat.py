@@ -452,7 +452,7 @@ class _Pass:
             return self.tensors[node]["value"]
         tensors = self.tensors[node]
         with torch.autocast("cpu", enabled=False):
-            if self.model._norm_moves(node):
+            if self.model._norm_moves(node) and inputs[0].numel():
                 tensors = self.renormalized(node, inputs[0])
             if node in self.prepared.chosen:
                 tensors = {**tensors, "weight": self.weight_on_grid(node, tensors["weight"])}
@@ -512,7 +512,7 @@ class _Pass:
         qparams, moving = self.prepared.qparams(node), self.model._range(node)
         # what is moved is on the grid already: its scale is learned where it was made
         learned = None if moving is None or node.op in MOVES else moving.scale
-        moves = self.moves_ranges and node in self.watched
+        moves = self.moves_ranges and node in self.watched and value.numel() > 0
         if moving is not None and not moving.learned and moves:
             self.seen.setdefault(moving, []).append(torch.stack(value.detach().aminmax()))
         return _on_grid(
@@ -597,7 +597,7 @@ class _OnGrid(torch.autograd.Function):
         if scale is not None and ctx.needs_input_grad[1]:
             slope = torch.where(inside, steps.round() - steps, steps.clamp(low, high))
             ctx.save_for_backward(inside, slope)
-            ctx.share, ctx.shape = (count * max(high, -low)) ** -0.5, scale.shape
+            ctx.share, ctx.shape = (max(count, 1) * max(high, -low)) ** -0.5, scale.shape
         else:
             ctx.save_for_backward(inside)
         return real()

@@ -610,6 +610,26 @@ def test_what_is_assigned_to_a_part_has_a_gradient(images: Tensor, name: str) ->
     assert_same(model.eval()(images), fastq.convert(model)(images))
 
 
+@pytest.mark.parametrize("learned", [False, True], ids=["observed", "learned"])
+def test_what_is_empty_moves_nothing(net: nn.Module, images: Tensor, learned: bool) -> None:
+    class Joined(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x.new_zeros(len(x), 0, 6), x], 1)
+
+    x = torch.randn(4, 5, 8)
+    joined = nn.Sequential(nn.Linear(8, 6), Joined(), nn.Linear(6, 2)).eval()
+    for float_model, given in ((net, images), (joined, x)):
+        model = fastq.prepare_qat(float_model, given, learned=learned)
+        kept = copy.deepcopy(model.state_dict())
+        y = model(given[:0])
+        y = y[0] if isinstance(y, tuple) else y
+        assert len(y) == 0
+        y.sum().backward()
+        assert all(torch.equal(kept[key], value) for key, value in model.state_dict().items())
+        train(model, given, 2)
+        assert_same(model.eval()(given), fastq.convert(model)(given))
+
+
 CHANGES = {
     r"head.weight is \(7, 22\)": lambda net: setattr(net, "head", nn.Linear(22, 7)),
     r"head.weight is \(2, 22\)": lambda net: setattr(net, "head", nn.Linear(22, 2)),
