@@ -152,12 +152,13 @@ def prepare_qat(
 
 
 def convert(model: nn.Module) -> QuantizedModel:
-    """The integer network of a model from `prepare_qat`, also inside DistributedDataParallel or
-    AveragedModel.
+    """The integer network of a model from `prepare_qat`, also inside DistributedDataParallel,
+    AveragedModel or what torch.compile returned.
 
     Its outputs are those of the trained model in eval mode, the same bits. The model stays as it
     is and may be trained on. TypeError for another model.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's
     if isinstance(model, nn.parallel.DistributedDataParallel | AveragedModel):
         model = model.module
     if not isinstance(model, QATModel):
@@ -231,6 +232,11 @@ class QATModel(nn.Module):
         float32 tensors on the CPU, as the float model took them; under autocast too. TypeError
         and ValueError for other arguments.
         """
+        if torch.compiler.is_compiling():  # Dynamo would look for torch in the kernels
+            return torch.compiler.disable(self._forward)(*args, **kwargs)
+        return self._forward(*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         captured = self._prepared.captured
         leaves = leaves_of(self, args, kwargs, captured.in_spec, captured.arguments, self._names)
         values: dict[Node, Any] = {}

@@ -630,6 +630,22 @@ def test_what_is_empty_moves_nothing(net: nn.Module, images: Tensor, learned: bo
         assert_same(model.eval()(given), fastq.convert(model)(given))
 
 
+def test_torch_compile_leaves_it_as_it_is(net: nn.Module, images: Tensor) -> None:
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, example: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    model = fastq.prepare_qat(net, images, progress=False)
+    compiled = torch.compile(copy.deepcopy(model), backend=backend)
+    assert train(compiled, images) == train(model, images)
+    assert_same(fastq.convert(compiled)(images), model.eval()(images))
+    assert_same(compiled.eval()(images[:3]), model(images[:3]))
+    assert not graphs
+
+
 CHANGES = {
     r"head.weight is \(7, 22\)": lambda net: setattr(net, "head", nn.Linear(22, 7)),
     r"head.weight is \(2, 22\)": lambda net: setattr(net, "head", nn.Linear(22, 2)),
