@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -46,8 +47,9 @@ def quantize_model(
     operator between two programs, or becomes an int8 layer there, if it is an embedding, a 3-D
     convolution, or a recurrent layer whose states are given to it or asked for.
     `fastq.summary(result)` says for each layer what it became and why. A model that torch.export
-    cannot follow gets int8 layers in its place instead: `quantize_layers`, which is also what is
-    used without calibration data.
+    cannot follow, or whose graph has other values for the first batch, gets int8 layers in the
+    place of its own, with a warning: `quantize_layers`, which is also what is used without
+    calibration data.
 
     calibration_data  one batch (a tensor or a dict), or an iterable of batches, such as a
         DataLoader. A batch is a tensor: model(batch); a dict: model(**batch); or a tuple or list
@@ -139,6 +141,8 @@ def quantize_model(
             error.add_note(f"layers were tried, for there is no integer network: {why}")
             raise
         note = f"int8 layers, not one network: {why}"
+        lost = "" if remedies == remedy_names(DEFAULT) else f"; remedies={remedies} want a network"
+        warnings.warn(f"quantize_model: {type(model).__name__}: {note}{lost}", stacklevel=2)
         keep_summary(result, replace(summary(result), note=note))
         return result
     calibrate(
