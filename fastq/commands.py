@@ -101,8 +101,13 @@ def bench(context: click.Context, what: str | None, options: tuple[str, ...]) ->
 
     `fastq bench --kernels --help` lists the options that may follow.
     """
+    if what is None and set(options) & set(context.help_option_names):
+        click.echo(context.get_help())  # with what to measure, it is that benchmark's
+        return
     if what is None:
-        raise click.UsageError("what to measure comes first: fastq bench --kernels ...")
+        raise click.UsageError(
+            f"got {' '.join(options)}; what to measure comes first: fastq bench --kernels ..."
+        )
     root = Path(fastq.__file__).parents[1]
     if not (root / "pyproject.toml").is_file() or not (root / "benchmarks").is_dir():
         sys.exit(

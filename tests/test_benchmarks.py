@@ -137,6 +137,9 @@ def test_the_choice_of_a_tile_is_sensible(isa: str) -> None:
 def test_the_command_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     result = invoke("--suite", "gemm")
     assert result.exit_code == 2 and "fastq bench --kernels" in result.output
+    for given in ("--help",), ("-h",), ("--suite", "gemm", "-h"):
+        result = invoke(*given)
+        assert result.exit_code == 0 and "--accuracy" in result.output
     assert "--filter" in invoke("--kernels", "--help").output
     monkeypatch.setattr(fastq, "__file__", str(tmp_path / "site-packages/fastq/__init__.py"))
     result = invoke("--kernels")
