@@ -15,11 +15,13 @@ from tqdm import tqdm
 
 from fastq.batches import Batches
 from fastq.graph import Node, evaluate
-from fastq.modules import Config, Selector
+from fastq.modules import Config, Selector, check_module
 from fastq.network import calibrate, call_of, prepare_model
+from fastq.nn.network import QuantizedModel
 from fastq.prepare import Prepared, fake_quantize
+from fastq.qat import QATModel
 from fastq.read import CannotCapture
-from fastq.remedies import Remedies
+from fastq.remedies import Remedies, remedy_names
 from fastq.trace import Forward
 
 
@@ -102,6 +104,15 @@ class Sensitivity:
         return figure
 
 
+def check_float(name: str, model: Any) -> None:
+    """TypeError unless it is a module that was not made an integer network yet."""
+    check_module(name, model)
+    if isinstance(model, QuantizedModel | QATModel):
+        wanted = "fastq.convert(model)" if isinstance(model, QATModel) else "a float model"
+        kind = type(model).__name__
+        raise TypeError(f"{name}: this {kind} is quantized already; wanted {wanted}")
+
+
 def sensitivity(
     model: nn.Module,
     calibration_data: Any,
@@ -122,6 +133,8 @@ def sensitivity(
 
     Raises ValueError when torch.export cannot follow the model; else as quantize_model does.
     """
+    check_float("sensitivity", model)
+    remedies = remedy_names(remedies)
     batches = Batches(calibration_data)
     first = batches.first()
     call = call_of(model, first, forward)

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -37,6 +38,18 @@ LISTED = (
     _BatchNorm,
 )
 TABLES = (nn.Embedding, nn.EmbeddingBag)
+SELECTORS = "names, patterns such as '*.attn.*', or classes of modules"
+
+
+def check_module(name: str, model: Any) -> None:
+    """TypeError unless it is a module that can be looked into."""
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        exported = isinstance(model, torch.export.ExportedProgram)
+        hint = ": the one that was exported, or the program's .module(), if its batch is dynamic"
+        raise TypeError(
+            f"{name}: got {type(model).__name__}, wanted a torch.nn.Module, not "
+            f"scripted{hint * exported}"
+        )
 
 
 def module_names(model: nn.Module) -> Names:
@@ -55,22 +68,26 @@ def listed(names: Names) -> Names:
     return {m: paths for m, paths in names.items() if isinstance(m, LISTED) and m not in without}
 
 
+def several(selectors: Any, argument: str) -> tuple[Any, ...]:
+    """One selector or several as a tuple, which can be read again."""
+    if isinstance(selectors, str | type):
+        return (selectors,)
+    if not isinstance(selectors, Iterable):
+        raise TypeError(f"{argument}: got {selectors!r:.80}, wanted {SELECTORS}; or () for none")
+    return tuple(selectors)
+
+
 def select(names: Names, selectors: Any, argument: str) -> set[nn.Module]:
     """The modules that match a name, pattern or class, and all modules within them."""
-    if isinstance(selectors, str | type):
-        selectors = (selectors,)
     modules = {name: module for module, paths in names.items() for name in paths}
     hits: set[str] = set()
-    for selector in selectors:
+    for selector in several(selectors, argument):
         if isinstance(selector, str):
             found = {name for name in modules if fnmatch.fnmatchcase(name, selector)}
         elif isinstance(selector, type) and issubclass(selector, nn.Module):
             found = {name for name, module in modules.items() if isinstance(module, selector)}
         else:
-            raise TypeError(
-                f"{argument} has {selector!r}, wanted names, patterns such as '*.attn.*', or "
-                "classes of modules"
-            )
+            raise TypeError(f"{argument} has {selector!r:.80}, wanted {SELECTORS}")
         if not found:
             layers = [name for paths in listed(names).values() for name in paths]
             raise ValueError(
@@ -91,6 +108,11 @@ def choose(
 ) -> dict[str, QConfig | None]:
     """The configuration of each module by its name; None is float. `default` is that of modules of
     which config says nothing."""
+    if not isinstance(config, QConfig | Mapping | None):
+        raise TypeError(
+            f"config: got {config!r:.80}, wanted a fastq.QConfig, or a dict from {SELECTORS} to "
+            "one, or to None to keep them float"
+        )
     base = config if isinstance(config, QConfig) else default
     chosen: dict[str, QConfig | None] = {n: base for paths in names.values() for n in paths}
     rules = list(config.items()) if isinstance(config, Mapping) else []

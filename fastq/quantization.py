@@ -7,16 +7,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastq.batches import Batches
 from fastq.ladder import climb
-from fastq.modules import Config, Selector
+from fastq.layerwise import check_float
+from fastq.modules import Config, Selector, several
 from fastq.network import calibrate, call_of, finish, prepare_model
-from fastq.nn.network import QuantizedModel
 from fastq.processes import Processes
-from fastq.qat import QATModel
 from fastq.read import CannotCapture
 from fastq.remedies import DEFAULT, Remedies, remedy_names
 from fastq.summaries import keep_summary, summary
@@ -79,17 +77,9 @@ def quantize_model(
     a name that matches nothing, and if nothing can become int8. An error that the model
     raises passes through, with a note.
     """
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(
-            f"quantize_model: got {type(model).__name__}, wanted a torch.nn.Module, not scripted"
-        )
-    if isinstance(model, QuantizedModel | QATModel):
-        wanted = "fastq.convert(model)" if isinstance(model, QATModel) else "a float model"
-        raise TypeError(
-            f"quantize_model: this {type(model).__name__} is quantized already; wanted {wanted}"
-        )
+    check_float("quantize_model", model)
     remedies = remedy_names(remedies)
-    skip = (skip,) if isinstance(skip, str | type) else tuple(skip)  # a search reads it again
+    skip = several(skip, "skip")  # a search reads it again
     if (evaluate is None) != (max_drop is None):
         raise TypeError("quantize_model: evaluate= and max_drop= come together")
     processes = Processes(distributed)

@@ -119,6 +119,8 @@ def _size(arguments: Batch) -> int:
 
 def remedy_names(remedies: Remedies) -> tuple[str, ...]:
     """The names, in the order in which they are applied."""
+    if not isinstance(remedies, Iterable):
+        raise TypeError(f"remedies: got {remedies!r:.80}, wanted names, or () for none")
     given = (remedies,) if isinstance(remedies, str) else tuple(remedies)
     unknown = [name for name in given if name not in REMEDIES]
     if unknown:

@@ -27,6 +27,7 @@ from fastq.modules import (
     TABLES,
     Config,
     Selector,
+    check_module,
     choose,
     listed,
     module_names,
@@ -106,10 +107,7 @@ def quantize_layers(
     a name in skip or dynamic that matches nothing, and if no layer can become int8. An error
     that the model raises passes through, with a note.
     """
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(
-            f"quantize_layers: got {type(model).__name__}, wanted a torch.nn.Module, not scripted"
-        )
+    check_module("quantize_layers", model)
     processes = Processes(distributed)
     try:
         result = model if inplace else duplicate(model)

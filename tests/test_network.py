@@ -1175,12 +1175,25 @@ def test_what_is_quantized_already() -> None:
     int8 = fastq.quantize_model(model, x, progress=False)
     with pytest.raises(TypeError, match="is quantized already; wanted a float model"):
         fastq.quantize_model(int8, x)
+    with pytest.raises(TypeError, match=r"sensitivity: .* is quantized already; wanted a float"):
+        fastq.sensitivity(int8, x)
     training = fastq.prepare_qat(model, x, progress=False)
     with pytest.raises(TypeError, match=r"is quantized already; wanted fastq.convert.model"):
         fastq.quantize_model(training, x)
+    with pytest.raises(TypeError, match=r"sensitivity: .* already; wanted fastq.convert.model"):
+        fastq.sensitivity(training, x)
     with pytest.raises(ValueError, match=r"in training; .* fastq.save.fastq.convert.model"):
         fastq.save(training, "nowhere")
     assert fastq.summary(training).rows == fastq.summary(int8).rows
+
+
+def test_what_is_no_module() -> None:
+    model, x = flat_network()
+    for function in (fastq.quantize_model, fastq.quantize_layers, fastq.sensitivity):
+        with pytest.raises(TypeError, match=f"{function.__name__}: got int, wanted a torch.nn.Mod"):
+            function(5, x)
+        with pytest.raises(TypeError, match=r"the one that was exported, or the program's .module"):
+            function(torch.export.export(model, (x,)), x)
 
 
 def test_why_there_is_no_network_is_said() -> None:

@@ -132,6 +132,8 @@ def test_names_are_checked_and_put_in_order() -> None:
     assert remedy_names(()) == ()
     with pytest.raises(ValueError, match="remedies: 'magic' is none; there are cross_layer"):
         remedy_names(["gptq", "magic"])
+    with pytest.raises(TypeError, match=r"remedies: got None, wanted names, or \(\) for none"):
+        remedy_names(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("model", [Residual, Depthwise])

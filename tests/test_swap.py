@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+import fastq
 from fastq.nn import QConv2d, QLinear
 from fastq.qconfig import QConfig
 from fastq.qparams import MAX_K, choose_qparams
@@ -314,6 +315,24 @@ def test_a_name_that_matches_nothing_is_refused() -> None:
         quantize_layers(Cnn(), dynamic=[3])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="no layer of this Mlp"):
         quantize_layers(Mlp(), skip="*")
+
+
+@pytest.mark.parametrize("function", [quantize_layers, fastq.quantize_model, fastq.sensitivity])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"skip": None}, r"skip: got None, wanted names, .*; or \(\) for none"),
+        ({"skip": nn.Linear(4, 2)}, r"skip: got Linear\(in_features=4"),
+        ({"config": "f"}, "config: got 'f', wanted a fastq.QConfig, or a dict from names"),
+        ({"config": [("f", None)]}, r"config: got \[\('f', None\)\], wanted a fastq.QConfig"),
+        ({"config": fastq.QConfig}, "config: got <class .*QConfig'>, wanted a fastq.QConfig"),
+        ({"config": {5: None}}, "config: got 5, wanted names"),
+    ],
+    ids=["none", "module", "name", "pairs", "class", "number"],
+)
+def test_a_wrong_kind_of_choice_is_refused(function: Any, given: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        function(Mlp(), X, **given)
 
 
 def test_strict_lists_what_stays_float() -> None:
