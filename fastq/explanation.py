@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -84,6 +84,15 @@ class Explanation:
         return "\n".join(lines)
 
 
+def check_count(what: str, value: Any) -> None:
+    """TypeError or ValueError unless it is an int of at least 1."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < 1:
+        raise (ValueError if whole else TypeError)(
+            f"{what}={value!r:.80}, wanted an int of at least 1"
+        )
+
+
 def explain(layer: Any, shape: tuple[int, ...]) -> Explanation:
     """Runs a layer on random input of this shape and says which kernels it took, and how long.
 
@@ -92,8 +101,13 @@ def explain(layer: Any, shape: tuple[int, ...]) -> Explanation:
     shape  of the input: (*, K); (B, C, H, W) of a QConv2d, (B, H, W, C) of a Conv2dWeight, ...
 
     Takes seconds: it measures the machine's limits, and compiles the kernels anew to read their
-    assembly. Raises TypeError for another layer, and what the layer raises for a wrong shape.
+    assembly. Raises TypeError for another layer, ValueError for a size of 0, and what the layer
+    raises for a wrong shape.
     """
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"explain: shape={shape!r:.80}, wanted the sizes of the input, as (1, 512)")
+    for size in shape:
+        check_count("explain: a size of the input", size)
     weight, run, size = _prepared(layer, tuple(shape))
     run()  # packs the weight, compiles what is missing
     with executor.recording() as runs:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -42,6 +44,18 @@ class Attempt:
         return f"{' + '.join(self.remedies)}{floats}"
 
 
+def score(evaluate: Any, network: nn.Module) -> float:
+    """What a user's function says of a network; TypeError unless it says one number."""
+    if not callable(evaluate):
+        raise TypeError(f"evaluate: got {evaluate!r:.80}, wanted a function that scores a model")
+    found = evaluate(network)
+    number: Any = None if isinstance(found, str) else found  # a text is no score
+    try:
+        return float(number)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"evaluate gave {found!r:.80}; wanted one number") from error
+
+
 def climb(
     model: nn.Module,
     data: Any,
@@ -71,11 +85,16 @@ def climb(
     echo      takes the lines.
     processes that build together: the first one's scores count, and its lines are seen.
 
-    Where nothing is within the budget the best attempt is returned, with a UserWarning.
-    Raises ValueError for a negative max_drop or data that can be read once only.
+    Where nothing is within the budget the best attempt is returned, with a UserWarning. An attempt
+    that scores NaN is the worst.
+    Raises ValueError for a negative max_drop, data that can be read once only, or a float network
+    that scores NaN; TypeError for a score that is no number.
     """
-    if not max_drop >= 0:
-        raise ValueError(f"max_drop={max_drop}; wanted at least 0, in the score's units")
+    real = isinstance(max_drop, Real)
+    if not real or not max_drop >= 0:
+        raise (ValueError if real else TypeError)(
+            f"max_drop={max_drop!r}; wanted at least 0, in the score's units"
+        )
     if iter(data) is data:
         raise ValueError(
             f"calibration_data is a {type(data).__name__}, which can be read once only; a search "
@@ -85,9 +104,11 @@ def climb(
         echo = _silent
 
     def score_of(network: nn.Module) -> float:
-        return processes.agree(lambda: float(evaluate(network)))
+        return processes.agree(lambda: score(evaluate, network))
 
     goal = score_of(model)
+    if math.isnan(goal):
+        raise ValueError("evaluate gave nan for the float model; wanted a score to compare with")
     echo(f"float32: {goal:.4g}; wanted: at least {goal - max_drop:.4g}")
     best: tuple[Attempt, nn.Module] | None = None
 
@@ -96,7 +117,8 @@ def climb(
         nonlocal best
         names = remedy_names(remedies)
         made = build(names, skip)
-        new = Attempt(names, skip, score_of(made))
+        scored = score_of(made)
+        new = Attempt(names, skip, -math.inf if math.isnan(scored) else scored)
         gain = 0.0 if best is None else new.score - best[0].score
         if best is None:
             said = ""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from fastq.batches import arguments_of
+from fastq.explanation import check_count
 from fastq.graph import INT8_OPERATORS, Sizes
 from fastq.kernels import executor, isa, peak
 from fastq.kernels.assembly import kernel_at, name_of
@@ -201,8 +202,7 @@ def profile(model: QuantizedModel, x: Any, *, passes: int = 20) -> Profile:
             "quantize_model makes of a network that torch.export can follow; fastq.explain takes "
             "single layers"
         )
-    if passes < 1:
-        raise ValueError(f"profile: passes={passes}, wanted at least 1")
+    check_count("profile: passes", passes)
     args, kwargs = arguments_of(x)
     steps: list[StepProfile] = []
 

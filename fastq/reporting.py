@@ -25,8 +25,10 @@ from tqdm import tqdm
 from fastq import ops
 from fastq.batches import Batches
 from fastq.capture import Captured
+from fastq.explanation import check_count
 from fastq.graph import CONVOLUTION_LAYER, VOLUMES, Graph, Node, Sizes, evaluate
 from fastq.kernels import isa
+from fastq.ladder import score
 from fastq.layerwise import ratio
 from fastq.lower import MOVES, normalized, weight_of
 from fastq.network import call_of, prepare_model
@@ -308,6 +310,7 @@ def report(
     FileNotFoundError if the path's folder is missing; and what the models raise.
     """
     int8 = _checked(float_model, quantized, batch_sizes, passes, path)
+    known = None if labels is None else _classes(labels)
     batches = Batches(data, "data")
     first = batches.first()
     twin = copy.deepcopy(float_model).eval()
@@ -321,10 +324,10 @@ def report(
             call = call_of(twin, batch, forward)
             seen.add(twin(*call[0], **call[1]), comparison.add(*call), _batch_size(call))
     scores = {}
-    if labels is not None:
-        scores[ACCURACY] = seen.accuracy(torch.as_tensor(labels))
+    if known is not None:
+        scores[ACCURACY] = seen.accuracy(known)
     if evaluate is not None:
-        scores["score"] = float(evaluate(twin)), float(evaluate(int8))
+        scores["score"] = score(evaluate, twin), score(evaluate, int8)
     calls = {n: _resized((args, kwargs), n, prepared.captured) for n in batch_sizes}
     bar = tqdm(total=len(calls) + 1, desc="measure", unit="part", disable=_off(progress))
     load = _load()
@@ -364,15 +367,26 @@ def _checked(
             f"report: quantized is a {type(quantized).__name__}; wanted a fastq.QuantizedModel, "
             "which quantize_model makes of a network that torch.export can follow"
         )
-    if not batch_sizes or min(batch_sizes) < 1:
-        raise ValueError(f"report: batch_sizes={batch_sizes!r}, wanted sizes of at least 1")
-    if passes < 1:
-        raise ValueError(f"report: passes={passes}, wanted at least 1")
+    if not isinstance(batch_sizes, Sequence) or not batch_sizes:
+        raise (ValueError if isinstance(batch_sizes, Sequence) else TypeError)(
+            f"report: batch_sizes={batch_sizes!r:.80}, wanted one or more, as (1, 32)"
+        )
+    for size in batch_sizes:
+        check_count("report: a size of batch_sizes", size)
+    check_count("report: passes", passes)
     if path is not None and Path(path).suffix == ".md":
         raise ValueError(f"report: path={str(path)!r} is the Markdown's; wanted a .html beside it")
     if path is not None and not Path(path).parent.is_dir():
         raise FileNotFoundError(f"report: there is no folder {Path(path).parent}")
     return quantized
+
+
+def _classes(labels: Any) -> Tensor:
+    """The classes of the inputs; TypeError unless they are integers."""
+    given = torch.as_tensor(labels)
+    if given.is_floating_point() or given.is_complex():
+        raise TypeError(f"report: labels are {given.dtype}; wanted the int class of each input")
+    return given
 
 
 def _off(progress: bool) -> bool | None:
@@ -583,6 +597,7 @@ class _Outputs:
         self.samples = 0
         self.tallies: list[_Tally] = []
         self.predictions: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self.classes = 0
 
     def add(self, real: Any, made: Any, samples: int) -> None:
         pairs = [
@@ -595,6 +610,7 @@ class _Outputs:
         for tally, pair in zip(self.tallies, pairs, strict=True):
             tally.add(*pair)
         if pairs and pairs[0][0].dim() >= 2 and pairs[0][0].shape[1] > 1:
+            self.classes = pairs[0][0].shape[1]
             for kept, output in zip(self.predictions, pairs[0], strict=True):
                 kept.append(output.argmax(1))
 
@@ -611,6 +627,11 @@ class _Outputs:
             raise ValueError(
                 f"report: labels {tuple(labels.shape)}, predictions {tuple(a.shape)}; wanted a "
                 "class for each input, and a first output (n, classes, ...)"
+            )
+        if not bool(((labels >= 0) & (labels < self.classes)).all()):
+            raise ValueError(
+                f"report: labels from {int(labels.min())} to {int(labels.max())}; wanted 0 to "
+                f"{self.classes - 1}, for a first output of {self.classes} classes"
             )
         return tuple(float((p == labels).double().mean()) for p in (a, b))  # type: ignore[return-value]
 

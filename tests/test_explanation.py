@@ -104,6 +104,11 @@ def test_what_cannot_be_explained() -> None:
         fastq.explain(network, (1, 2))
     with pytest.raises(ValueError, match="wanted"):
         fastq.explain(fastq.QLinear.from_float(nn.Linear(2, 3).requires_grad_(False)), (1, 5))
+    layer = fastq.QLinear.from_float(nn.Linear(2, 3).requires_grad_(False))
+    with pytest.raises(TypeError, match="shape=8, wanted the sizes of the input"):
+        fastq.explain(layer, 8)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a size of the input=0, wanted an int of"):
+        fastq.explain(layer, (0, 2))
     with pytest.raises(LookupError, match="no kernel is at"):
         kernel_at(1)
 

@@ -159,5 +159,7 @@ def test_what_it_does_not_take() -> None:
     model = quantized()
     with pytest.raises(ValueError, match="passes=0"):
         fastq.profile(model, X, passes=0)
+    with pytest.raises(TypeError, match="passes='a', wanted an int of at least 1"):
+        fastq.profile(model, X, passes="a")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="wanted float32"):
         fastq.profile(model, torch.randn(3, 6, 6), passes=1)

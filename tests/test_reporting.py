@@ -331,8 +331,15 @@ def test_a_loaded_network_has_the_same_report(networks, tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"labels": torch.zeros(3)}, ValueError, r"labels \(3,\), predictions \(24,\)"),
+        ({"labels": [0] * 3}, ValueError, r"labels \(3,\), predictions \(24,\)"),
+        ({"labels": torch.zeros(24)}, TypeError, "labels are torch.float32; wanted the int class"),
+        ({"labels": [0] * 23 + [4]}, ValueError, "labels from 0 to 4; wanted 0 to 3"),
+        ({"labels": [0] * 23 + [-1]}, ValueError, "labels from -1 to 0; wanted 0 to 3"),
+        ({"evaluate": 5}, TypeError, "evaluate: got 5, wanted a function"),
+        ({"evaluate": lambda m: None}, TypeError, "evaluate gave None; wanted one number"),
         ({"batch_sizes": ()}, ValueError, "batch_sizes"),
+        ({"batch_sizes": 4}, TypeError, "batch_sizes=4, wanted one or more"),
+        ({"batch_sizes": (1.5,)}, TypeError, "a size of batch_sizes=1.5, wanted an int of"),
         ({"passes": 0}, ValueError, "passes=0"),
         ({"quantized": nn.Linear(1, 1)}, TypeError, "wanted a fastq.QuantizedModel"),
         ({"float_model": 3}, TypeError, "float_model is a int"),

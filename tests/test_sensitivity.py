@@ -191,6 +191,28 @@ def test_out_of_reach_is_said_and_the_best_is_returned() -> None:
     assert "gptq" in result.remedies and set(result.remedies) <= set(REMEDIES)
 
 
+def test_a_score_that_is_nan_is_the_worst() -> None:
+    scores = iter([0.0, math.nan, -0.5])
+    made = climb(Network(), [], lambda m: next(scores), 0.5, Built, echo=lambda line: None)
+    assert made.remedies != DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "max_drop", "error", "message"),
+    [
+        (5, 1, TypeError, "evaluate: got 5, wanted a function that scores a model"),
+        (lambda m: None, 1, TypeError, "evaluate gave None; wanted one number"),
+        (lambda m: "x", 1, TypeError, "evaluate gave 'x'; wanted one number"),
+        (lambda m: torch.ones(2), 1, TypeError, "evaluate gave tensor.*; wanted one number"),
+        (lambda m: math.nan, 1, ValueError, "evaluate gave nan for the float model"),
+        (lambda m: 1.0, "1", TypeError, "max_drop='1'; wanted at least 0"),
+    ],
+)
+def test_a_score_is_one_number(evaluate: Any, max_drop: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        climb(Network(), [], evaluate, max_drop, Built)
+
+
 def test_the_ladder_refuses_what_it_cannot_search_with() -> None:
     with pytest.raises(ValueError, match="max_drop=-1; wanted at least 0"):
         climb(Network(), [], lambda m: 0.0, -1, Built)
