@@ -25,13 +25,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastq import ops
-from fastq.qparams import HISTOGRAM_KEYS, QParams, choose_qparams
+from fastq.qparams import HISTOGRAM_KEYS, QParams, as_array, choose_qparams
 
 
 @runtime_checkable
@@ -94,10 +95,7 @@ class MovingAverageObserver:
     """
 
     def __init__(self, averaging_constant: float = 0.1) -> None:
-        if not 0 < averaging_constant <= 1:
-            raise ValueError(
-                f"MovingAverageObserver: averaging_constant={averaging_constant}; wanted (0, 1]"
-            )
+        _check_number("MovingAverageObserver: averaging_constant", averaging_constant, 0, 1)
         self.averaging_constant = averaging_constant
         self.count = 0
         self.minimum = 0.0
@@ -288,8 +286,7 @@ class PercentileObserver(_Histogram):
 
     def __init__(self, percentile: float = 99.999) -> None:
         super().__init__()
-        if not 50 < percentile <= 100:
-            raise ValueError(f"PercentileObserver: percentile={percentile}; wanted (50, 100]")
+        _check_number("PercentileObserver: percentile", percentile, 50, 100)
         self.percentile = percentile
 
     def _range(self) -> tuple[float, float]:
@@ -428,9 +425,16 @@ def make_observer(spec: ObserverSpec) -> Observer:
     return made
 
 
+def _check_number(what: str, value: Any, low: int, high: int) -> None:
+    """TypeError or ValueError unless it is a number beyond low, up to high."""
+    real = isinstance(value, Real)
+    if not real or not low < value <= high:
+        raise (ValueError if real else TypeError)(f"{what}={value!r}; wanted ({low}, {high}]")
+
+
 def _float32(x: ArrayLike) -> NDArray[np.float32]:
     with np.errstate(over="ignore"):  # beyond float32: an infinity, which does not count
-        return np.asarray(x, np.float32)
+        return as_array("observer: x", x).astype(np.float32, copy=False)
 
 
 def _finite_range(x: ArrayLike) -> tuple[int, np.float32, np.float32]:

@@ -35,11 +35,33 @@ MAX_WIDE_FEATURES = 2**14  # of one of int16: N * x - sum(x) stays in int32
 
 
 def quantized_dtype(dtype: DTypeLike) -> np.dtype[Any]:
-    """The dtype as a NumPy dtype; ValueError unless it is uint8, int8, int16 or int32."""
-    result = np.dtype(dtype)
+    """The dtype, torch's too, as a NumPy dtype; ValueError, or TypeError for what is no dtype,
+    unless it is uint8, int8, int16 or int32."""
+    given: Any = dtype
+    if type(dtype).__module__ == "torch":
+        given = str(dtype).removeprefix("torch.")
+    try:
+        result = np.dtype(given)
+    except TypeError:
+        raise TypeError(f"dtype: got {given!r}, wanted uint8, int8, int16 or int32") from None
     if result not in QUANTIZED_DTYPES:
         raise ValueError(f"dtype: got {result}, wanted uint8, int8, int16 or int32")
     return result
+
+
+def as_array(what: str, x: Any) -> NDArray[Any]:
+    """x as an array; TypeError for one with a mask, which nothing here would heed."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{what} is a {type(x).__name__}; wanted an array: x.filled(0) is one")
+    return np.asarray(x)
+
+
+def check_axis(name: str, axis: Any, shape: tuple[int, ...] | None = None) -> None:
+    """TypeError unless it is an int, ValueError unless an array of this shape has such an axis."""
+    if not isinstance(axis, int | np.integer):
+        raise TypeError(f"{name}: axis={axis!r}; wanted an int")
+    if shape is not None and not -len(shape) <= axis < len(shape):
+        raise ValueError(f"{name}: axis={axis} for an array of shape {shape}")
 
 
 @functools.cache
@@ -139,6 +161,8 @@ class QParams:
         dtype = quantized_dtype(self.dtype)
         scale = check_scale("QParams: scale", self.scale)
         zero_point = check_zero_point("QParams: zero_point", self.zero_point, dtype)
+        if self.axis is not None:
+            check_axis("QParams", self.axis)
         if self.axis is None and (scale.ndim or zero_point.ndim):
             raise ValueError(
                 f"QParams: scale {scale.shape} and zero_point {zero_point.shape} "
@@ -178,15 +202,18 @@ def choose_qparams(
     minimum, maximum  scalars, or (n,) along `axis`. The range is widened to include 0.
     symmetric         zero_point 0 and scale = max|x| / qmax (weights); else affine.
 
-    Affine, in float32 throughout: scale = (max - min) / (qmax - qmin),
-    zero_point = clip(rint(qmin - min / scale)). Source: ONNX DynamicQuantizeLinear.
-    A range of zero width has scale 1.0. Raises ValueError for NaN, infinities or min > max.
+    Affine, in float32 throughout: scale = (max - min) / (qmax - qmin), or the difference of both
+    quotients where that of the ends overflows; zero_point = clip(rint(qmin - min / scale)).
+    Source: ONNX DynamicQuantizeLinear. A range of zero width has scale 1.0.
+    Raises ValueError for NaN, infinities or min > max.
     """
     dtype = quantized_dtype(dtype)
-    lo, hi = np.asarray(minimum, np.float32), np.asarray(maximum, np.float32)
+    with np.errstate(over="ignore"):
+        lo, hi = np.asarray(minimum, np.float32), np.asarray(maximum, np.float32)
     if not (np.isfinite(lo).all() and np.isfinite(hi).all() and (lo <= hi).all()):
         raise ValueError(
-            f"choose_qparams: wanted finite minimum <= maximum, got {minimum!r} and {maximum!r}"
+            "choose_qparams: wanted finite minimum <= maximum in float32, got "
+            f"{minimum!r} and {maximum!r}"
         )
     info = np.iinfo(dtype)
     lo, hi = np.minimum(lo, np.float32(0)), np.maximum(hi, np.float32(0))
@@ -195,8 +222,10 @@ def choose_qparams(
         return QParams(scale, np.zeros(scale.shape, np.int32), dtype, axis)
     if dtype.itemsize > 1:
         raise ValueError(f"choose_qparams: affine {dtype} is not supported; use symmetric=True")
+    steps = info.max - info.min
     with np.errstate(over="ignore"):
-        scale = _safe_scale(hi - lo, info.max - info.min)
+        width = hi - lo
+    scale = np.where(np.isinf(width), hi / steps - lo / steps, _safe_scale(width, steps))
     zero_point = np.clip(np.rint(np.float32(info.min) - lo / scale), info.min, info.max)
     return QParams(scale, zero_point.astype(np.int32), dtype, axis)
 
@@ -237,11 +266,16 @@ def quantize_weight(
            "mse": of the scales of 1, 0.99, ... 0.3 times the largest weight, the one of least
            squared error, for each slice; of equals the largest.
 
-    Raises ValueError for non-finite weights and other ranges and bits.
+    The weight may be a torch tensor, also one that requires grad.
+    Raises ValueError for non-finite weights, other ranges and bits, and an axis that is none.
     """
     check_weight_range("quantize_weight: range", range)
     check_weight_bits("quantize_weight: bits", bits)
-    w = np.asarray(weight, np.float32)
+    given: Any = weight
+    if hasattr(given, "detach"):  # torch's
+        given = given.detach().float()
+    w = as_array("quantize_weight: weight", given).astype(np.float32, copy=False)
+    check_axis("quantize_weight", axis, w.shape)
     if not np.isfinite(w).all():
         raise ValueError("quantize_weight: the weight has NaN or infinite values")
     slices = np.moveaxis(w, axis, 0)

@@ -259,6 +259,10 @@ def test_percentiles_by_hand_and_of_numpy(rng: np.random.Generator) -> None:
     for bad in (50, 101, np.nan):
         with pytest.raises(ValueError, match=rf"percentile={bad}; wanted \(50, 100\]"):
             PercentileObserver(bad)
+    with pytest.raises(TypeError, match=r"percentile='a'; wanted \(50, 100\]"):
+        PercentileObserver("a")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="x is a MaskedArray; wanted an array"):
+        PercentileObserver().update(np.ma.masked_array([1.0]))
 
 
 def test_divergence_by_hand() -> None:

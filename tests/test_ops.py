@@ -564,8 +564,25 @@ def test_the_textbook_form() -> None:
         fastq.quantize(torch.tensor(x, requires_grad=True), 1.0)
 
 
+def test_tensors_give_tensors() -> None:
+    import torch
+
+    x = torch.tensor([-1.0, 0.5, 3.0])
+    q = fastq.quantize(x, scale=0.5, dtype=torch.int8)
+    assert q.dtype is torch.int8 and q.tolist() == [-2, 1, 6]
+    for half in (torch.bfloat16, torch.float16):
+        scale = torch.tensor(0.5, dtype=half)
+        assert torch.equal(fastq.quantize(x.to(half), scale=scale, dtype="int8"), q)
+    acc, out = torch.tensor([-3, 10], dtype=torch.int32), torch.empty(2, dtype=torch.uint8)
+    assert fastq.requantize(acc, 0.5).tolist() == [0, 5]
+    assert fastq.requantize(acc, 0.5, 1, dtype=torch.int8, qmin=0).dtype is torch.int8
+    assert fastq.requantize(acc, 0.5, out=out) is out and out.tolist() == [0, 5]
+    assert isinstance(fastq.requantize(acc.numpy(), 0.5), np.ndarray)
+
+
 X, W = np.zeros((3, 5), np.uint8), LinearWeight(np.zeros((4, 5), np.int8))
 XF = np.zeros((3, 5), np.float32)
+MASKED = np.ma.masked_array(XF)
 IMAGE, FILTER = np.zeros((1, 5, 5, 3), np.uint8), Conv2dWeight(np.zeros((4, 3, 3, 3), np.int8))
 
 BAD_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
@@ -657,6 +674,17 @@ BAD_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
         TypeError,
         "wanted a QParams",
     ),
+    "dtype_unknown": (
+        lambda: ops.quantize(XF, 1.0, dtype="s8"),
+        TypeError,
+        "got 's8', wanted uint",
+    ),
+    "quantize_masked": (lambda: ops.quantize(MASKED, 1.0), TypeError, r"x\.filled\(0\) is one"),
+    "dequantize_masked": (lambda: ops.dequantize(MASKED, 1.0), TypeError, "q is a MaskedArray"),
+    "requantize_masked": (lambda: ops.requantize(MASKED, 1.0), TypeError, "acc is a MaskedArray"),
+    "range_masked": (lambda: ops.dynamic_qparams(MASKED), TypeError, "x is a MaskedArray"),
+    "axis_name": (lambda: ops.quantize(XF, scale=1.0, axis="a"), TypeError, "wanted an int"),
+    "qparams_axis": (lambda: QParams(np.ones(3), axis="a"), TypeError, "QParams: axis='a'; wanted"),
     "masked": (lambda: ops.linear(np.ma.masked_array(X), W), TypeError, "wanted a NumPy array"),
     "weight_half_group": (
         lambda: Conv2dWeight(np.zeros((5, 3, 3, 3), np.int8), groups=2.5),

@@ -13,7 +13,7 @@ from onnx.backend.test.loader import load_model_tests
 from onnx.reference import ReferenceEvaluator
 
 from fastq import ops, reference
-from fastq.qparams import Dequant, QParams, Requant, choose_qparams, quantize_weight
+from fastq.qparams import Dequant, QParams, Requant, choose_qparams, limits, quantize_weight
 from fastq.weights import Conv2dWeight, LinearWeight
 
 
@@ -32,6 +32,20 @@ def test_choose_qparams_by_hand() -> None:
         choose_qparams(0.0, np.inf)
     with pytest.raises(ValueError, match="finite minimum <= maximum"):
         choose_qparams(1.0, -1.0)
+    with pytest.raises(ValueError, match=r"in float32, got 0 and 1e\+300"):
+        choose_qparams(0, 1e300)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+def test_a_range_whose_width_overflows_is_covered(dtype: Any) -> None:
+    largest = float(np.finfo(np.float32).max)
+    for lo, hi in ((-3e38, 3e38), (-largest, largest), (-1e38, largest), (-largest, 1e36)):
+        q = choose_qparams(lo, hi, dtype)
+        low, high = (float(q.scale) * (end - int(q.zero_point)) for end in limits(np.dtype(dtype)))
+        half = float(q.scale) * 0.501  # the zero point is rounded
+        assert low - half <= lo and hi <= high + half
+    many = choose_qparams([-3e38, -1.0], [3e38, 3.0], axis=0)
+    assert many.scale.tolist() == [choose_qparams(-3e38, 3e38).scale, np.float32(4 / 255)]
 
 
 @pytest.mark.parametrize(
@@ -150,6 +164,23 @@ def test_ranges_and_bits_that_cannot_be() -> None:
         quantize_weight(w, bits=9)
     with pytest.raises(TypeError, match=r"bits=4\.0; wanted an int"):
         quantize_weight(w, bits=4.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"quantize_weight: axis=7 for an array of shape \(1, 1\)"):
+        quantize_weight(w, axis=7)
+    with pytest.raises(TypeError, match="quantize_weight: axis='a'; wanted an int"):
+        quantize_weight(w, axis="a")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="weight is a MaskedArray"):
+        quantize_weight(np.ma.masked_array(w))
+
+
+def test_a_weight_of_torch() -> None:
+    import torch
+
+    weight = torch.nn.Linear(3, 4).weight
+    data, scale = quantize_weight(weight.detach().numpy())
+    assert_array_equal(quantize_weight(weight)[0], data)  # type: ignore[arg-type]
+    half = weight.detach().bfloat16()
+    assert_array_equal(quantize_weight(half)[1], quantize_weight(half.float())[1])  # type: ignore[arg-type]
+    assert scale.dtype == np.float32
 
 
 def test_histogram_by_hand() -> None:

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastq.arguments import Check
 from fastq.kernels.call import address_of
-from fastq.qparams import MAX_FACTOR, Dequant, Requant, check_zero_point, clamp_of
+from fastq.qparams import MAX_FACTOR, Dequant, Requant, as_array, check_zero_point, clamp_of
 
 UINT8, INT8, INT16, INT32, FLOAT32 = map(np.dtype, ("uint8", "int8", "int16", "int32", "float32"))
 KIND = {
@@ -28,7 +28,7 @@ _EPILOGUES = Requant, Dequant  # `isinstance` of a tuple takes a third of that o
 def as_float32(what: str, x: ArrayLike) -> NDArray[np.float32]:
     if type(x) is np.ndarray and x.dtype is FLOAT32:
         return x
-    array = np.asarray(x)
+    array = as_array(what, x)
     if array.dtype == FLOAT32:
         return array
     if array.dtype.kind != "f" and (isinstance(x, np.ndarray) or array.dtype.kind not in "iu"):

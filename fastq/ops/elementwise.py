@@ -27,7 +27,16 @@ from fastq.ops.checks import (
     typed_array,
 )
 from fastq.ops.known import MOST_CHECKED, Known, span_of
-from fastq.qparams import FLT_MAX, FLT_MIN, check_scale, check_zero_point, limits, quantized_dtype
+from fastq.qparams import (
+    FLT_MAX,
+    FLT_MIN,
+    as_array,
+    check_axis,
+    check_scale,
+    check_zero_point,
+    limits,
+    quantized_dtype,
+)
 from fastq.weights import pair
 
 _ELEMENTWISE_BLOCK = 16 * 1024  # values per task
@@ -59,6 +68,7 @@ def quantize(
                 the CPU (the result is of the same kind), or nested lists.
     scale       finite, > 0: a scalar, or (n,) along `axis`.
     zero_point  integer in the range of dtype: a scalar, or (n,) along `axis`.
+    dtype       NumPy's or torch's.
     out         written and returned if given: shape of x, the dtype, C-contiguous.
 
     NaN becomes zero_point (real 0); infinities saturate. Raises TypeError and ValueError for
@@ -157,7 +167,7 @@ def dequantize(
         return again
     if _is_tensor(q):
         return _through_numpy(dequantize, q, scale, out, zero_point=zero_point, axis=axis)
-    integers = np.asarray(q)
+    integers = as_array("dequantize: q", q)
     kind = _integer("dequantize: q", integers)
     steps = _scale("dequantize: scale", scale)
     ends = limits(kind)
@@ -180,7 +190,7 @@ def requantize(
 
     y = clip(rint(float32(acc) * multiplier) + zero_point, qmin, qmax), ties to even.
 
-    acc         int32, any shape.
+    acc         int32, any shape; a NumPy array or a torch tensor on the CPU, as in `quantize`.
     multiplier  finite, > 0: a scalar, or (n,) along `axis`: x_scale * weight_scale / y_scale.
     qmin, qmax  the clamp, within the range of dtype, which is the default.
 
@@ -191,7 +201,10 @@ def requantize(
     again = _again(asked, acc, multiplier, zero_point, axis, out)
     if again is not None:
         return again
-    integers = np.asarray(acc)
+    if _is_tensor(acc):
+        return _through_numpy(requantize, acc, multiplier, out, zero_point=zero_point, axis=axis,
+                              dtype=dtype, qmin=qmin, qmax=qmax)  # fmt: skip
+    integers = as_array("requantize: acc", acc)
     if integers.dtype != np.int32:
         raise TypeError(f"requantize: acc {integers.shape} {integers.dtype}; wanted int32")
     kind = quantized_dtype(dtype)
@@ -271,8 +284,8 @@ def _elementwise(
     """asked as of `_again`, dtype and ends as of a `_Walk`. Arrays of scales and zero points are
     copies: `out` may lie over what the caller gave."""
     name = asked[0]
-    if axis is not None and not isinstance(axis, _INTEGERS):
-        raise TypeError(f"{name}: axis={axis!r}; wanted an int")
+    if axis is not None:
+        check_axis(name, axis, x.shape)
     key: tuple[Any, ...] = asked, axis, x.dtype, x.shape, x.strides
     try:
         walk = _walks.get(key)
@@ -311,8 +324,6 @@ def _walk(
 ) -> _Walk:
     layout, rows, columns, params = "tensor", 1, x.size, 1
     if axis is not None:
-        if not -x.ndim <= axis < x.ndim:
-            raise ValueError(f"{name}: axis={axis} for an array of shape {x.shape}")
         axis %= x.ndim
         params = x.shape[axis]
         columns = int(np.prod(x.shape[axis + 1 :]))
@@ -399,7 +410,11 @@ def _through_numpy(function: Any, x: Any, parameter: Any, out: Any, **named: Any
         raise ValueError(f"{function.__name__}: x requires grad; x.detach() has no gradient")
 
     def array(value: Any) -> Any:
-        return value.numpy(force=True) if _is_tensor(value) else value
+        if not _is_tensor(value):
+            return value
+        if value.dtype is torch.bfloat16:  # NumPy has none
+            value = value.float()
+        return value.numpy(force=True)
 
     for key, value in named.items():
         named[key] = array(value)
