@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastq import QParams, choose_qparams, ops, reference
-from fastq.nn import QConv2d, QLinear
+from fastq import QParams, choose_qparams, ops, quantize_model, reference
+from fastq.nn import QLSTM, QConv2d, QEmbedding, QLinear, QLSTMCell, QMultiheadAttention
 from fastq.nn.conv import CONVOLUTIONS
 from fastq.qparams import Dequant, quantize_weight
 from fastq.weights import Conv2dWeight, LinearWeight
@@ -217,6 +217,8 @@ def test_conv_takes_any_strides_and_an_empty_batch(mode):
         (torch.float16, r"x\.float\(\) works"),
         (torch.bfloat16, r"x\.float\(\) works"),
         (torch.float64, r"x\.float\(\) works"),
+        (torch.uint8, r"x\.float\(\) works"),
+        (torch.int64, r"x\.float\(\) works"),
         (torch.int8, r"dtype of a layer's weight: quantize_model\(\.\.\., skip=\) keeps"),
     ],
 )
@@ -224,6 +226,49 @@ def test_conv_takes_any_strides_and_an_empty_batch(mode):
 def test_other_dtypes_are_refused(layer, dtype, hint):
     with pytest.raises(TypeError, match=f"wanted float32; .*{hint}"):
         layer(torch.zeros(2, 4, 4, 4, dtype=dtype))
+
+
+LAYERS = {
+    "linear": QLinear(4, 3), "conv": QConv2d(4, 3, 1), "lstm": QLSTM(4, 3), "cell": QLSTMCell(4, 3),
+    "embedding": QEmbedding(4, 3), "attention": QMultiheadAttention(4, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_is_no_tensor_is_refused(name):
+    layer = LAYERS[name]
+    count = 3 if name == "attention" else 1
+    with pytest.raises(TypeError, match=f"{type(layer).__name__}: x is a NoneType; wanted a ten"):
+        layer(*[None] * count)
+    with pytest.raises(TypeError, match=r"a ndarray; wanted a tensor of .*torch\.from_numpy\(x\)"):
+        layer(*[np.ones((2, 4, 4, 4), np.float32)] * count)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: QLinear(4, 3),
+        lambda x: QConv2d(4, 3, 1),
+        lambda x: quantize_model(nn.Linear(4, 3), x, progress=False),
+    ],
+    ids=["linear", "conv", "network"],
+)
+def test_tensors_without_memory_are_refused(make):
+    """Kernels take addresses, and 0 is the one of what torch.func.functionalize makes."""
+    x = torch.ones(2, 4, 4, 4)
+    layer = make(x)
+    with pytest.raises(TypeError, match=r"x is torch\.sparse_coo; wanted a dense tensor: x\.to_d"):
+        layer(x.to_sparse())
+    with pytest.raises((TypeError, ValueError), match=r"is on meta[;,] wanted the CPU"):
+        layer(x.to("meta"))
+    for call in (
+        lambda: torch.func.vmap(layer)(torch.ones(3, *x.shape)),
+        lambda: torch.func.jvp(layer, (x,), (x,)),
+        lambda: torch.func.functionalize(layer)(x),
+    ):
+        with pytest.raises(TypeError, match=r"has no memory, as within torch\.func; wanted a call"):
+            call()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastq.nn.layer import check_kind, stay
+from fastq.nn.layer import check_kind, check_tensor, stay
 from fastq.nn.linear import QLinear
 from fastq.qconfig import DEFAULT, QConfig
 
@@ -145,6 +145,8 @@ class QMultiheadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        for x in (query, key, value):
+            check_tensor("QMultiheadAttention", x)
         if query.is_nested:
             return self._nested(query, key, value, need_weights, attn_mask)
         if is_causal and attn_mask is None:

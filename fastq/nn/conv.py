@@ -24,7 +24,7 @@ from torch._C import _get_tracing_state
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from fastq.nn.layer import QLayer, accept, as_array, operands_of
+from fastq.nn.layer import QLayer, accept, as_array, check_tensor, operands_of
 from fastq.ops import Operands, conv2d_float
 from fastq.weights import Conv2dWeight, explicit_padding, outputs_first, several
 
@@ -236,8 +236,13 @@ def _images(x: Tensor, operands: Operands, last: bool) -> Tensor:
             else:
                 y = x.new_empty(b, n, oh, ow)  # sooner than of a tuple
             planes = not last and n > 1 and oh * ow > 1  # or both orders are one
-            operands.conv2d(x.shape, x.stride(), planes, x.data_ptr(), y.data_ptr())
-            return y
+            try:
+                at = x.data_ptr()
+            except RuntimeError:
+                at = 0
+            if at:  # there is memory: not within torch.func
+                operands.conv2d(x.shape, x.stride(), planes, at, y.data_ptr())
+                return y
     nhwc = as_array(x).transpose(0, 2, 3, 1)
     out = conv2d_float(nhwc, weight, operands.epilogue, x_qparams=operands.x_qparams)
     y = from_numpy(out.transpose(0, 3, 1, 2))
@@ -300,6 +305,8 @@ class QConv(QLayer):
 
     def _accepted(self, x: Tensor) -> Tensor:
         """x as it may be convolved, or the reason why not, as an error."""
+        if type(x) is not Tensor:
+            check_tensor(type(self).__name__, x)
         axes = self.AXES
         fits = axes < x.dim() <= axes + 2 and x.shape[-axes - 1] == self.in_channels
         if fits and x.dtype is float32 and not x.requires_grad:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastq.graph import BAG_LAYER, EMBEDDING_LAYER, FUNCTIONS
-from fastq.nn.layer import QLayer, check_kind
+from fastq.nn.layer import QLayer, check_kind, check_tensor
 from fastq.qconfig import DEFAULT, QConfig
 from fastq.qparams import QParams
 
@@ -72,6 +72,7 @@ class QTable(QLayer):
         return data
 
     def _check_tokens(self, tokens: Tensor) -> None:
+        check_tensor(type(self).__name__, tokens, "int64 or int32 tokens")
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(
                 f"{type(self).__name__}: input is {tokens.dtype}; wanted int64 or int32 tokens"

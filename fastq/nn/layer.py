@@ -355,7 +355,7 @@ def accept(name: str, x: Tensor, expected: str, fits: bool, what: str = "x") -> 
         dtype, shape = str(x.dtype).removeprefix("torch."), tuple(x.shape)
         if fits:
             hint = f"{what}.float() works"
-            if not x.is_floating_point():
+            if x.dtype == torch.int8:  # nobody's picture
                 hint = (
                     "the model probably converts to the dtype of a layer's weight: "
                     "quantize_model(..., skip=) keeps that layer float"
@@ -370,9 +370,26 @@ def accept(name: str, x: Tensor, expected: str, fits: bool, what: str = "x") -> 
     return x.detach()
 
 
+def check_tensor(name: str, x: Any, wanted: str = "float32") -> None:
+    """TypeError unless x is a tensor."""
+    if not isinstance(x, Tensor):
+        hint = ": torch.from_numpy(x)" if hasattr(x, "__array__") else ""
+        raise TypeError(f"{name}: x is a {type(x).__name__}; wanted a tensor of {wanted}{hint}")
+
+
 def as_array(x: Tensor) -> Any:
-    """The NumPy view of a float32 tensor."""
+    """The NumPy view of a float32 tensor; TypeError for one that has no memory to look at."""
     try:
-        return x.numpy()
-    except RuntimeError:  # NumPy has no lazy negation, as in z.conj().imag
-        return x.resolve_neg().numpy()
+        array = x.numpy()
+        if x.data_ptr() or not x.numel():  # else torch.func's wrapper of a tensor: not its values
+            return array
+    except (RuntimeError, TypeError):
+        if x.is_neg():  # NumPy has no lazy negation, as in z.conj().imag
+            return x.resolve_neg().numpy()
+    if x.layout is not torch.strided:
+        problem = f"is {x.layout}; wanted a dense tensor: x.to_dense()"
+    elif not x.is_cpu:
+        problem = f"is on {x.device}; wanted the CPU"
+    else:
+        problem = "has no memory, as within torch.func; wanted a call of the layer outside of it"
+    raise TypeError(f"an int8 layer: x {problem}")

@@ -8,7 +8,7 @@ from torch import Tensor, float32, from_numpy, nn
 from torch._C import _get_tracing_state
 from torch.compiler import is_compiling
 
-from fastq.nn.layer import QLayer, accept, as_array, operands_of
+from fastq.nn.layer import QLayer, accept, as_array, check_tensor, operands_of
 from fastq.ops import Operands, linear_float
 from fastq.weights import LinearWeight
 
@@ -53,7 +53,9 @@ class QLinear(QLayer):
         return LinearWeight(data)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_nested and type(x) is Tensor:  # nn.TransformerEncoder makes these of padded input
+        if type(x) is not Tensor:
+            check_tensor("QLinear", x)
+        elif x.is_nested:  # nn.TransformerEncoder makes these of padded input
             return torch.nested.as_nested_tensor([self.forward(part) for part in x.unbind()])
         shape = x.shape
         fits = len(shape) > 0 and shape[-1] == self.in_features
@@ -92,8 +94,13 @@ def run(x: Tensor, shape: torch.Size, operands: Operands) -> Tensor:
         sizes = *shape[:-1], n
     if m and n and x.is_cpu and x.is_contiguous() and not x.is_neg():
         y = x.new_empty(*sizes)
-        operands.linear(m, 4 * k, x.data_ptr(), y.data_ptr())
-        return y
+        try:
+            at = x.data_ptr()
+        except RuntimeError:
+            at = 0
+        if at:  # there is memory: not within torch.func
+            operands.linear(m, 4 * k, at, y.data_ptr())
+            return y
     rows = as_array(x).reshape(m, k)
     out = linear_float(rows, operands.weight, operands.epilogue, x_qparams=operands.x_qparams)
     return from_numpy(out).reshape(sizes)

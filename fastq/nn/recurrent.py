@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from fastq.graph import CELL_LAYER, FUNCTIONS, RECURRENT_LAYER
-from fastq.nn.layer import STATE, State, accept, as_array, check_kind, operands_of
+from fastq.nn.layer import STATE, State, accept, as_array, check_kind, check_tensor, operands_of
 from fastq.nn.linear import QLinear
 from fastq.nn.linear import run as linear
 from fastq.ops import Operands, recurrent_float
@@ -345,6 +345,7 @@ class QRecurrent(Recurrent):
     def forward(self, input: Any, hx: Any = None) -> Any:
         packed = isinstance(input, PackedSequence)
         x: Tensor = input.data if packed else input
+        check_tensor(type(self).__name__, x)
         batched = packed or x.dim() == 3
         name, k = type(self).__name__, self.input_size
         wanted = f"(steps, {k}) or ({'B, steps' if self.batch_first else 'steps, B'}, {k})"
@@ -393,6 +394,7 @@ class QRecurrentCell(Recurrent):
         self.input_size = input_size
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
+        check_tensor(type(self).__name__, input)
         k = self.input_size
         fits = input.dim() in (1, 2) and input.shape[-1] == k
         x = accept(type(self).__name__, input, f"(B, {k}) or ({k},)", fits)
