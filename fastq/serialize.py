@@ -29,6 +29,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,9 +75,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a quantized model's tensors and a header to one safetensors file.
 
     The file is complete or not there: it is written beside `path`, then moved, so that an older
-    file is never lost. Raises TypeError unless `model` is a module, ValueError if it has no int8
-    layer or if its state_dict has anything but tensors, OSError if the file cannot be written:
-    FileNotFoundError if its folder is missing.
+    file is never lost; the new one has its mode. Raises TypeError unless `model` is a module,
+    ValueError if it has no int8 layer or if its state_dict has anything but tensors, OSError if
+    the file cannot be written: FileNotFoundError if its folder is missing, IsADirectoryError or
+    FileExistsError for what is there and no regular file.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"save: got {type(model).__name__}, wanted the model, then the path")
@@ -117,7 +119,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "summary": [[row.name, row.kind, row.result, row.reason] for row in report.rows],
     }
     text = json.dumps({"sha256": digest(header, _parts(tensors)), **header})
-    _write(Path(os.path.realpath(path)), safetensors.torch.save(tensors, {"fastq": text}))
+    _write(path, safetensors.torch.save(tensors, {"fastq": text}))
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
@@ -181,7 +183,7 @@ def _save_network(
         "note": report.note,
     }
     text = json.dumps({"sha256": digest(header, _parts(tensors)), **header})
-    _write(Path(os.path.realpath(path)), safetensors.torch.save(tensors, {"fastq": text}))
+    _write(path, safetensors.torch.save(tensors, {"fastq": text}))
 
 
 def _load_network(where: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> QuantizedModel:
@@ -230,14 +232,24 @@ def _parts(tensors: Mapping[str, Tensor]) -> Parts:
     }
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(given: str | os.PathLike[str], data: bytes) -> None:
+    path = Path(os.path.realpath(given))
     if not path.parent.is_dir():
         raise FileNotFoundError(
             errno.ENOENT, f"save: there is no folder {path.parent}; make it first", str(path)
         )
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    old = path.exists()
+    if old and not path.is_file():  # a folder, a device, a pipe
+        raise OSError(
+            errno.EISDIR if path.is_dir() else errno.EEXIST,
+            "save: this is there and no regular file; wanted the name of a file",
+            os.fspath(given),
+        )
+    beside = path.with_name(f".fastq-{uuid.uuid4().hex}")  # as short for a long name
     try:
         with open(beside, "xb") as file:
+            if old:
+                shutil.copymode(path, beside)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -196,6 +196,38 @@ def test_an_old_file_is_replaced_and_a_link_is_followed(path: Path) -> None:
     assert torch.equal(load(path, Net())(images()), model(images()))
 
 
+def test_the_mode_of_an_old_file_is_kept(path: Path) -> None:
+    path.chmod(0o600)
+    save(quantized(None), path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    new = path.with_name("new")
+    save(quantized(None), new)
+    plain = path.with_name("plain")
+    plain.touch()
+    assert new.stat().st_mode == plain.stat().st_mode
+
+
+def test_what_is_no_regular_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipe, folder, link = tmp_path / "pipe", tmp_path / "folder", tmp_path / "link"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    link.symlink_to(pipe)
+    for given, error in (
+        (pipe, FileExistsError), (link, FileExistsError), (folder, IsADirectoryError),
+        ("", IsADirectoryError),
+    ):  # fmt: skip
+        with pytest.raises(error, match="no regular file; wanted the name of a file") as caught:
+            save(quantized(None), given)
+        assert caught.value.filename == str(given)
+    assert pipe.is_fifo() and sorted(tmp_path.iterdir()) == [folder, link, pipe]
+
+
+def test_a_name_may_be_as_long_as_the_system_takes(tmp_path: Path) -> None:
+    save(quantized(None), tmp_path / ("n" * 255))
+    assert [len(path.name) for path in tmp_path.iterdir()] == [255]
+
+
 def test_a_missing_folder_is_an_os_error(tmp_path: Path) -> None:
     path = tmp_path / "no" / "net"
     with pytest.raises(FileNotFoundError) as caught:
