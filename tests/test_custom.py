@@ -80,11 +80,14 @@ def test_a_network_with_it_is_saved(tmp_path):
         (lambda x: x.cumsum(0), "a function of each element alone"),
         (lambda x: x.flip(0), "a function of each element alone"),
         (lambda x: 3, "gives int"),
+        (lambda x: x.sin_(), r"writes to its input, .*; wanted a new tensor"),
+        (lambda x: x.relu_(), r"writes to its input, .*; wanted a new tensor"),
     ],
 )
 def test_what_is_not_pointwise_is_refused(function, message):
-    with pytest.raises(ValueError, match=message):
-        fastq.pointwise(function)(torch.arange(12.0).reshape(4, 3))
+    for inference in (False, True):
+        with torch.inference_mode(inference), pytest.raises(ValueError, match=message):
+            fastq.pointwise(function)(torch.arange(12.0).reshape(4, 3))
 
 
 @pytest.mark.parametrize("given", [3, nn.ReLU, nn.ReLU()])
