@@ -26,6 +26,7 @@ from fastq.masks import operator_of
 from fastq.nn.conv import products
 from fastq.nn.embedding import LEAST_ROW
 from fastq.nn.layer import STATE
+from fastq.observer import qparams_of
 from fastq.prepare import Prepared
 from fastq.qconfig import QConfig
 from fastq.qparams import MAX_K
@@ -68,7 +69,7 @@ def make_static(prepared: Prepared) -> None:
         seen = prepared.seen.get(node.inputs[0]) if node.inputs else None
         if node.attrs.get("target") != CONVOLUTION_LAYER or seen is None or not seen.count:
             continue
-        found = seen.qparams()
+        found = qparams_of(seen, node.layer or node.name)
         node.tensors["input_scale"] = torch.tensor(found.scale.item(), dtype=torch.float32)
         node.tensors["input_zero_point"] = torch.tensor(found.zero_point.item(), dtype=torch.int32)
         given = node.attrs["args"]

@@ -425,6 +425,20 @@ def make_observer(spec: ObserverSpec) -> Observer:
     return made
 
 
+def qparams_of(observer: Observer, layer: str) -> QParams:
+    """What an observer, which may be a user's own, found: TypeError or ValueError unless it is
+    uint8 QParams for all of a value. The layer is for the error."""
+    found: Any = observer.qparams()
+    known = isinstance(found, QParams)
+    if not known or found.dtype != np.uint8 or found.axis is not None:
+        given = f"{found.dtype} QParams with axis={found.axis}" if known else f"{found!r:.80}"
+        raise (ValueError if known else TypeError)(
+            f"observer: {type(observer).__name__} of '{layer}' gave {given}; wanted uint8 QParams "
+            "without an axis, as fastq.choose_qparams(minimum, maximum) gives"
+        )
+    return found
+
+
 def _check_number(what: str, value: Any, low: int, high: int) -> None:
     """TypeError or ValueError unless it is a number beyond low, up to high."""
     real = isinstance(value, Real)

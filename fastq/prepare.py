@@ -28,7 +28,7 @@ from fastq.lower import (
     weight_of,
 )
 from fastq.masks import MARK, fills_low
-from fastq.observer import Observer, make_observer
+from fastq.observer import Observer, make_observer, qparams_of
 from fastq.processes import Processes
 from fastq.program import RECURRENT, Program
 from fastq.qconfig import DEFAULT, QConfig
@@ -300,7 +300,7 @@ class Prepared:
             observer = self.observers.get(stands)
             if observer is None or not observer.count:
                 raise ValueError(f"{node.name}: no finite value was seen of it")
-            found = observer.qparams()
+            found = qparams_of(observer, node.layer or node.name)
             if stands in self.ranges.symmetric:
                 found = symmetric(found)
             if stands in self.ranges.wide:

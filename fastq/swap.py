@@ -36,10 +36,10 @@ from fastq.modules import (
 )
 from fastq.nn import LAYERS, QMultiheadAttention
 from fastq.nn.conv import products
-from fastq.nn.embedding import QTable
+from fastq.nn.embedding import LEAST_ROW, QTable
 from fastq.nn.layer import QLayer
 from fastq.nn.recurrent import Recurrent
-from fastq.observer import Observer, make_observer
+from fastq.observer import Observer, make_observer, qparams_of
 from fastq.processes import Processes
 from fastq.qconfig import QConfig
 from fastq.qparams import MAX_K
@@ -79,7 +79,8 @@ def quantize_layers(
     ranges of their inputs (static); a layer that it never reaches, or all of them without
     calibration data, take the range of each input as it comes (dynamic). So do always nn.LSTM,
     nn.GRU, nn.RNN, their cells (QLSTM, ...) and nn.MultiheadAttention (QMultiheadAttention). Of an
-    nn.Embedding or nn.EmbeddingBag the rows become int8 (QEmbedding, QEmbeddingBag).
+    nn.Embedding or nn.EmbeddingBag the rows become int8 (QEmbedding, QEmbeddingBag), but those of
+    fewer than 32 values, which a scale for each would not make smaller; no summary lists these.
     `fastq.summary(result)` says for each layer what it became and why. What stays float gets
     requires_grad=False, since int8 layers have no gradient to pass on. Images are faster in
     torch.channels_last: the result is, then, and torch's own pooling is, too.
@@ -201,7 +202,7 @@ def _quantize(
     for layer in plan:
         if layer.becomes_int8():
             static = layer.result == "int8 static"
-            given = {"input_qparams": layer.observer.qparams()} if static else {}
+            given = {"input_qparams": qparams_of(layer.observer, layer.name)} if static else {}
             swap = SWAPS[type(layer.module)].from_float(layer.module, config=layer.config, **given)
             result = replace(result, layer.names, swap)
     for parameter in result.parameters():
@@ -417,8 +418,8 @@ def _refuse_nothing(model: nn.Module, plan: list[_Layer]) -> None:
     table = f"\n{QuantizationSummary(tuple(x.row() for x in plan))}" if plan else ""
     raise ValueError(
         f"quantize_layers: no layer of this {type(model).__name__} can become int8; wanted at "
-        "least one plain nn.Linear, convolution, embedding, recurrent or attention layer, "
-        f"float32, on the CPU{table}"
+        "least one plain nn.Linear, convolution, embedding (of rows of at least "
+        f"{LEAST_ROW} values), recurrent or attention layer, float32, on the CPU{table}"
     )
 
 

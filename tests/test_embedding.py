@@ -223,6 +223,11 @@ def test_a_network(tmp_path: Path) -> None:
     assert "words" not in rows_of(fastq.convert(fastq.prepare_qat(model, data)))
 
 
+def test_rows_that_are_too_short_are_the_reason() -> None:
+    with pytest.raises(ValueError, match=r"embedding \(of rows of at least 32 values\)"):
+        fastq.quantize_layers(nn.Embedding(10, LEAST_ROW - 1))
+
+
 def test_layers() -> None:
     torch.manual_seed(0)
     model, tokens = Words().eval(), torch.randint(0, 60, (4, 7))

@@ -52,6 +52,31 @@ def test_the_observer_of_a_layer_is_that_of_its_output() -> None:
     assert torch.equal(output(), output(config={"2": clipped}))
 
 
+@pytest.mark.parametrize("function", ["quantize_model", "quantize_layers"])
+@pytest.mark.parametrize(
+    ("found", "error", "message"),
+    [
+        ("x", TypeError, "gave 'x'"),
+        (fastq.QParams([1.0], axis=0), ValueError, "gave uint8 QParams with axis=0"),
+        (fastq.choose_qparams(-1, 1, "int8"), ValueError, "gave int8 QParams with axis=None"),
+    ],
+    ids=["text", "axis", "int8"],
+)
+def test_what_an_observer_gives_is_checked(
+    function: str, found: Any, error: type[Exception], message: str
+) -> None:
+    import torch
+    from torch import nn
+
+    class Mine(fastq.MinMaxObserver):
+        def qparams(self) -> Any:
+            return found
+
+    model, config = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4)), {"0": QConfig(Mine)}
+    with pytest.raises(error, match=rf"observer: Mine of '0' {message}.*; wanted uint8 QParams"):
+        getattr(fastq, function)(model, torch.randn(4, 8), config=config, progress=False)
+
+
 def test_the_observer_of_a_layer_holds_through_pooling() -> None:
     import torch
     from torch import nn
