@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import fastq
+from benchmarks.measure import machine
 from fastq.layerwise import decibels
 from fastq.network import finish, prepare_model
 from fastq.remedies import DEFAULT, REMEDIES, calibrate, remedy_names
@@ -38,6 +39,7 @@ class Result:
     agreement  % of predictions that are float32's; NaN where nothing is predicted.
     snr        of the outputs against float32's, in dB.
     seconds    to calibrate and to quantize.
+    The others say on what it was measured.
     """
 
     network: str
@@ -48,6 +50,10 @@ class Result:
     agreement: float
     snr: float
     seconds: float
+    cpu: str = ""
+    isa: str = ""
+    versions: str = ""
+    commit: str = ""
 
     def __str__(self) -> str:
         return (
@@ -85,8 +91,13 @@ def measure(
         equal = 100 * (got.argmax(1) == real.argmax(1)).double().mean().item()
         yield Result(
             network, name, metric, score, float32, equal if predicts else math.nan,
-            decibels(real, got), seconds,
+            decibels(real, got), seconds, **about(),
         )  # fmt: skip
+
+
+def about() -> dict[str, str]:
+    """What it is measured on."""
+    return {key: machine()[key] for key in ("cpu", "isa", "versions", "commit")}
 
 
 def quantized(model: nn.Module, data: list[Any], names: str, config: fastq.QConfig) -> nn.Module:

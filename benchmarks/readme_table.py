@@ -130,8 +130,12 @@ def models_table(rows: list[ModelRow]) -> str:
 
 
 def accuracy_table(rows: list[Result]) -> str:
-    """Markdown: a line per network and method."""
+    """Markdown: what was measured on what, then a line per network and method."""
+    first = rows[0]
+    commits = ", ".join(dict.fromkeys(row.commit for row in rows))
     lines = [
+        f"{first.cpu}, {first.isa}, commit {commits}; {first.versions}.",
+        "",
         "| network | method | metric | int8 | float32 | same prediction | SNR of the outputs |",
         "|---|---|---|---:|---:|---:|---:|",
     ]

@@ -255,7 +255,10 @@ def _function(graph: Graph, node: Node) -> tuple[Node, list[Any]] | None:
         frontier = (frontier - {last}) | {*last.inputs}
         inside.append(last)
     (root,) = frontier or {node}
-    if root.op in ("aten", "input", "constant") or root.shape != node.shape:  # of any dtype
+    source = root
+    while source.op in ("reshape", "permute", "slice"):
+        (source,) = source.inputs
+    if source.op in ("aten", "input", "constant") or root.shape != node.shape:  # of any dtype
         return None
     calls: list[Any] = []
     made = {root: 0}  # value -> its Ref

@@ -515,7 +515,9 @@ def test_a_model_that_cannot_be_captured_gets_int8_layers():
             return self.a(x) if float(x.sum()) > 0 else self.b(x)
 
     model, x = Data().eval(), torch.randn(8, 6)
-    q = quantized(model, (x,), (-x,))
+    remedies = ("gptq",)
+    with pytest.warns(UserWarning, match=r"not one network: .*; remedies=\('gptq',\) want a"):
+        q = quantized(model, (x,), (-x,), remedies=remedies)
     assert "int8 layers, not one network" in fastq.summary(q).note
     assert isinstance(q.a, fastq.QLinear)
     assert noise_ratio(model(x).detach(), q(x)) > 25
@@ -815,6 +817,7 @@ OTHER_MOVES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", OTHER_MOVES)
+@pytest.mark.filterwarnings("ignore:quantize_model.*not one network")  # by a mask
 def test_other_moves_are_right(name: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Apply(OTHER_MOVES[name]), nn.ReLU())
     int8 = quantized(model, (torch.randn(6, 3, 6, 8),))

@@ -75,6 +75,7 @@ def calibrate(rank: int, folder: str, kinds: list[str]) -> None:
     os._exit(0)  # all is written; torch's threads may abort a process that ends by itself
 
 
+@pytest.mark.filterwarnings("ignore:quantize_model.*not one network")
 def test_all_processes_get_the_network_of_one(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(remedies, "SAMPLE_BYTES", remedies.SAMPLE_BYTES)  # put back at the end
     threads = torch.get_num_threads()

@@ -358,6 +358,7 @@ def test_what_stays_float_says_why(name: str) -> None:
     assert noise_ratio(model(x).detach(), int8(x)) > 25
 
 
+@pytest.mark.filterwarnings("ignore:quantize_model.*not one network")
 def test_packed_sequences_are_for_layers() -> None:
     model, x = network(of_packed, nn.LSTM(10, 12, batch_first=True)), torch.randn(8, 7, 6)
     int8 = fastq.quantize_model(model, x, progress=False)

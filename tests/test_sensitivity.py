@@ -237,6 +237,7 @@ class Branching(nn.Module):
         return self.a(x) if x.sum() > 0 else x
 
 
+@pytest.mark.filterwarnings("ignore:quantize_model.*not one network")
 def test_a_search_over_a_model_without_a_graph() -> None:
     x = torch.rand(16, 8)
     given = {"evaluate": lambda m: float(isinstance(m.a, nn.Linear)), "max_drop": 0.5}

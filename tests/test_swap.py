@@ -895,6 +895,7 @@ def test_the_random_state_is_left_alone() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.filterwarnings("ignore:quantize_model.*not one network")
 def test_config_of_layers() -> None:
     """With data or without, and where a network that cannot be captured becomes layers."""
 
@@ -950,7 +951,8 @@ def test_the_note_of_layers_is_saved(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.a(x) if x.sum() > 0 else x
 
-    made = quantize_model(Net(), torch.rand(4, 8), progress=False)
+    with pytest.warns(UserWarning, match="Net: int8 layers, not one network: GuardOnData"):
+        made = quantize_model(Net(), torch.rand(4, 8), progress=False)
     assert "GuardOnDataDependent" in summary(made).note
     save(made, tmp_path / "q")
     assert summary(load(tmp_path / "q", Net())) == summary(made)
@@ -1004,7 +1006,8 @@ class Marks(nn.Module):
 
 def test_calibration_leaves_no_marks() -> None:
     model = Marks().eval()
-    int8 = quantize_model(model, [torch.randn(4, 8)] * 3, progress=False)
+    with pytest.warns(UserWarning, match="changes a parameter or buffer"):
+        int8 = quantize_model(model, [torch.randn(4, 8)] * 3, progress=False)
     for one in (model, int8):
         assert (one.calls, one.count, one.seen) == (0, 0, [])
     x = torch.randn(4, 8)
