@@ -32,7 +32,8 @@ class Captured:
 
     arguments           for each leaf of (args, kwargs) its input node, or the leaf itself if it
                         is no tensor. "free" in its attrs are the axes that may have other sizes,
-                        "batch" is the one that grows with the batch, if it is not the first.
+                        "batch" is the one that grows with the batch, if it is not the first;
+                        "single" one has one place along its first axis, for a larger batch.
     in_spec, out_spec   pytree specs of (args, kwargs) and of the result.
     extents             the axes of an image that may have other sizes; if any may, sequences of
                         other lengths may go through. The batch size may always differ.
@@ -62,7 +63,7 @@ def capture(
     for way in _ways_of_batches(leaves):
         try:
             captured = _capture(model, way, spec)
-            _verify(captured, model, args, dict(kwargs or {}))
+            _verify(captured, model, way)
             return captured
         except CannotCapture as error:
             failed = failed or error
@@ -74,11 +75,12 @@ def capture(
     raise failed or AssertionError("there is one way at least")
 
 
-def _verify(
-    captured: Captured, model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
-) -> None:
-    """CannotCapture if the example itself, of its own sizes, has another result: the model branches
-    on a size, or keeps a state that is no buffer."""
+def _verify(captured: Captured, model: nn.Module, way: Leaves) -> None:
+    """CannotCapture if the example, of its own sizes but for a large batch, has another result: the
+    model branches on a size, or keeps a state that is no buffer."""
+    args, kwargs = pytree.tree_unflatten([_few(leaf, way) for leaf in way], captured.in_spec)
+    copied = duplicate(model, {id(one): one for one in model.parameters()})
+    called = partial(copied, *args, **kwargs)
 
     def run(seed: int, network: Callable[[], Any]) -> list[Any]:
         plain = torch.autocast("cpu", enabled=False)
@@ -86,20 +88,37 @@ def _verify(
             torch.manual_seed(seed)
             return pytree.tree_leaves(network())
 
-    copied = duplicate(model, {id(one): one for one in model.parameters()})
-    called = partial(copied, *args, **kwargs)
-    once, again = run(0, called), run(0, called)
-    if not _alike(once, again):
+    masks = {node.inputs[1] for node in captured.graph if node.op == "softmax" and node.inputs[1:]}
+    blind = False
+
+    def watch(node: Node, value: Any) -> None:
+        nonlocal blind
+        blind |= node in masks and bool((value == 0).all(-1).any())
+
+    once = run(0, called)
+    if not _alike(once, run(0, called)):
         raise CannotCapture("the model gives other values when it is called again: it has a state")
-    leaves = captured.in_spec.flatten_up_to((tuple(args), kwargs))
-    if not _alike(once, run(0, lambda: captured.graph.run(leaves))) and _alike(
-        once,
-        run(1, called),  # else they are random
-    ):
+    leaves = captured.in_spec.flatten_up_to((args, kwargs))
+    if _alike(once, run(0, lambda: captured.graph.run(leaves, watch))):
+        return
+    random = not _alike(once, run(1, called))
+    if not (random or blind):  # of a line that is masked as a whole, each has values of its own
         raise CannotCapture(
             "the model has other values for the example than its graph, which was captured for "
             f"batches of {BATCHES[0]} and {BATCHES[1]}: it may branch on a size"
         )
+
+
+FEW = 16  # of a batch
+
+
+def _few(leaf: _Leaf, way: Leaves) -> Any:
+    """The first ones of an example of one input."""
+    x, axis = leaf.x, 0 if leaf.follows is None else 1
+    if not isinstance(x, Tensor) or x.dim() == 0 or leaf.follows == 1 or leaf.like is not None:
+        return x
+    first = next(one.x for one in way if isinstance(one.x, Tensor) and one.x.dim())
+    return x.narrow(axis, 0, FEW) if x.shape[axis] == len(first) > FEW else x
 
 
 UNLIKE, TINY = 1e-2, 1e-6  # of results that may only be rounded otherwise
@@ -175,6 +194,8 @@ def _arguments(graph: Graph, leaves: Sequence[_Leaf], way: Way) -> tuple[Any, ..
             )
             pairs = enumerate(zip(one, two, strict=True))
             node.attrs["free"] = tuple(i for i, (a, b) in pairs if a != b)
+            first = next(one.x for one in leaves if isinstance(one.x, Tensor) and one.x.dim())
+            node.attrs["single"] = leaf.x.dim() > 0 and len(leaf.x) == 1 < len(first)
             if leaf.follows is not None or leaf.like is not None:
                 node.attrs["batch"] = 1 if leaf.follows == 0 else None
     return arguments
@@ -199,8 +220,8 @@ Leaves = list[_Leaf]
 
 def _ways_of_batches(plain: Sequence[Any]) -> list[Leaves]:
     """Which inputs may have a batch, and where: all along their first axis; but for those that have
-    one place there, or another number than the first input; but for first states of recurrent
-    layers, whose axis 1 is the batch of (B, ..), or those where it is of (L, B, ..)."""
+    another number of places there than the first input; but for first states of recurrent layers,
+    whose axis 1 is the batch of (B, ..), or those where it is of (L, B, ..)."""
     tensors = [x for x in plain if isinstance(x, Tensor) and x.dim()]
     ways = [[_Leaf(x) for x in plain]]
     if not tensors:
@@ -215,10 +236,7 @@ def _ways_of_batches(plain: Sequence[Any]) -> list[Leaves]:
             for x in plain
         ]
 
-    others = {len(x) for x in tensors} - {len(first)}
-    if 1 in others:  # such as a grid of positions
-        ways.insert(0, alone(lambda size: size == 1))
-    if others - {1}:  # such as a mask of (T, T)
+    if any(len(x) != len(first) for x in tensors):  # such as a mask of (T, T)
         ways.append(alone(lambda size: size != len(first)))
     for axis in range(min(first.dim(), 2)):
         states = [
@@ -287,7 +305,7 @@ def _resized(leaf: _Leaf, leaves: Sequence[_Leaf], batch: int, stretch: Stretch)
     x, follows, like = leaf
     if not isinstance(x, Tensor) or x.dim() == 0:
         return x
-    first = next(leaf.x for leaf in leaves if isinstance(leaf.x, Tensor) and leaf.x.dim())
+    first = next(one.x for one in leaves if isinstance(one.x, Tensor) and one.x.dim())
     if follows != 1 and like is None:
         axis = 0 if follows is None else 1
         repeats = -(-batch // max(x.shape[axis], 1))

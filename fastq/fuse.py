@@ -30,7 +30,8 @@ from fastq.weights import scale_outputs
 CLAMPING = ("conv2d", "linear", "conv_transpose2d", "add", "mul", "affine", "avg_pool2d",
             "adaptive_avg_pool2d")  # fmt: skip
 IMAGES = ("conv2d", "conv_transpose2d", *VOLUMES)  # products whose outputs are channels
-# operators that compute each element of a value from the same element of others
+# operators that compute each element of a value from the same element of others; of those that have
+# other forms, too, the shapes tell
 ELEMENTWISE = frozenset([
     "where", "maximum", "minimum", "max", "min", "add", "sub", "mul", "div", "pow", "gt", "ge",
     "lt", "le", "eq", "ne", "logical_and", "logical_or", "logical_xor", "logical_not",
@@ -39,6 +40,7 @@ ELEMENTWISE = frozenset([
     "sign", "atan2", "fmod", "remainder", "copysign", "hypot", "lerp", "addcmul", "addcdiv",
 ])  # fmt: skip
 MAX_NODES = 16  # that become one function
+GAP, STEEPEST = 2.0**-8, 24.0  # between the numbers at which it is looked at, and its slope there
 LAST_AXIS = ("layer_norm", "rms_norm")  # norms whose weights are those of features
 
 
@@ -227,26 +229,29 @@ def _pointwise(graph: Graph) -> None:
 
 
 def _of_one_value(graph: Graph) -> None:
-    """What torch computes of the elements of one value, by comparisons, choices or quotients."""
+    """What torch computes of the elements of one value, by comparisons, choices or quotients. A
+    function that jumps stays with torch, which knows better than 256 steps on which side it is."""
+    places = {value: i for i, value in enumerate(graph.nodes)}
+    numbers = torch.arange(-8, 8, GAP)
     for node in list(graph.nodes):
-        found = _function(graph, node) if node.op == "aten" else None
+        found = _function(places, node) if node.op == "aten" else None
         if found is None:
             continue
         root, calls = found
         try:
-            made = pointwise(calls, torch.ones(2))
+            made = pointwise(calls, numbers)
         except RuntimeError:  # it needs other dtypes
             continue
-        if made.shape == (2,) and made.dtype is torch.float32:
+        plain = made.shape == numbers.shape and made.dtype is torch.float32
+        if plain and bool((made.diff().abs() < STEEPEST * GAP).all()):
             node.op, node.inputs, node.attrs, node.tensors = "pointwise", [root], {}, {}
             node.attrs["calls"] = calls
 
 
-def _function(graph: Graph, node: Node) -> tuple[Node, list[Any]] | None:
+def _function(places: Mapping[Node, int], node: Node) -> tuple[Node, list[Any]] | None:
     """(x, calls) of a node whose elements are a function of those of x, the nearest such value."""
     if not _is_elementwise(node):
         return None
-    places = {value: i for i, value in enumerate(graph.nodes)}
     inside, frontier = [node], {*node.inputs}
     while len(frontier) > 1:
         last = max(frontier, key=places.__getitem__)
@@ -271,9 +276,8 @@ def _function(graph: Graph, node: Node) -> tuple[Node, list[Any]] | None:
 def _is_elementwise(node: Node) -> bool:
     """Whether its elements are functions of those of its inputs, place by place."""
     known = node.op in ("pointwise", "add", "mul") or (
-        node.op == "aten"
-        and operator_of(node) in ELEMENTWISE
-        and all(tensor.numel() == 1 for tensor in node.tensors.values())
+        # a tensor may be a parameter, to be trained
+        node.op == "aten" and operator_of(node) in ELEMENTWISE and not node.tensors
     )
     return known and all(value.shape == node.shape for value in node.inputs)
 
@@ -284,13 +288,7 @@ def _calls(node: Node) -> list[Any]:
         return node.attrs["calls"]  # type: ignore[no-any-return]
     if node.op in ("add", "mul"):
         return [(f"aten.{node.op}.Tensor", (Ref(0), Ref(1)), dict(node.attrs))]
-    args, kwargs = node.attrs["args"], node.attrs["kwargs"]
-    numbers = {f"%{name}": tensor.item() for name, tensor in node.tensors.items()}
-
-    def plain(value: Any) -> Any:
-        return numbers.get(value, value) if isinstance(value, str) else value
-
-    return [(node.attrs["target"], tuple(map(plain, args)), {k: plain(kwargs[k]) for k in kwargs})]
+    return [(node.attrs["target"], node.attrs["args"], node.attrs["kwargs"])]
 
 
 def _append(calls: list[Any], more: list[Any], refs: list[int]) -> None:
@@ -308,6 +306,7 @@ def _append(calls: list[Any], more: list[Any], refs: list[int]) -> None:
 
 def _add(graph: Graph) -> None:
     """The later of two products takes the sum: the earlier one's result is there by then."""
+    batch = _of_the_batch(graph)
     for node in list(graph.nodes):
         if node.op != "add" or node.attrs.get("alpha", 1) != 1:
             continue
@@ -320,6 +319,7 @@ def _add(graph: Graph) -> None:
             and len(layer.inputs) == 1
             and layer is not other
             and layer.shape == other.shape
+            and (layer in batch) == (other in batch)  # else one may be broadcast
             and other.op != "constant"
             and _only_user(graph, users, layer) is node
         ]
@@ -330,6 +330,18 @@ def _add(graph: Graph) -> None:
         graph.nodes.remove(layer)
         graph.nodes[graph.nodes.index(node)] = layer
         graph.replace(node, layer)
+
+
+def _of_the_batch(graph: Graph) -> set[Node]:
+    """The nodes whose values have as many places along their first axis as the batch: they depend
+    on an input that has."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if (node.op == "input" and not node.attrs.get("single")) or not found.isdisjoint(
+            node.inputs
+        ):
+            found.add(node)
+    return found
 
 
 def _clamp(graph: Graph) -> None:

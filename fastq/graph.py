@@ -264,7 +264,7 @@ def _target(name: str) -> Any:
 # gradient of them
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "getitem": lambda values, index: values[index],
-    "aten.copy.default": lambda x, source, *_, **__: source.to(x.dtype).expand_as(x),
+    "aten.copy.default": lambda x, source, *_, **__: source.to(x.dtype).expand_as(x).clone(),
 }
 
 

@@ -185,18 +185,21 @@ def _join_floats(
 ) -> None:
     """Sums and products with what torch computes stay with it where all else they take, or all that
     takes them, is float: a series less its mean has another range than the series."""
-    for nodes, why in (
-        (graph.nodes, "of float values alone"),
-        (reversed(graph.nodes), "with a float value, for float values alone"),
-    ):
-        for node in nodes:
-            if node.op not in ("add", "mul") or reasons[node]:
-                continue
-            floats = [value for value in node.inputs if reasons[value] and value.op != "constant"]
-            torch_s = any(value.op != "input" for value in floats)
-            taken = all(reasons[user] for user in users[node]) and (node in kept or users[node])
-            if torch_s and (len(floats) == 2 or (why.startswith("with") and taken)):
-                reasons[node] = why
+
+    def floats(node: Node) -> int:
+        """How many of the two are float, if torch computes one of them."""
+        if node.op not in ("add", "mul") or reasons[node]:
+            return 0
+        found = [value for value in node.inputs if reasons[value] and value.op != "constant"]
+        return len(found) if any(value.op != "input" for value in found) else 0
+
+    for node in graph.nodes:
+        if floats(node) == 2:
+            reasons[node] = "of float values alone"
+    for node in reversed(graph.nodes):
+        read = node in kept or bool(users[node])
+        if read and floats(node) and all(reasons[user] for user in users[node]):
+            reasons[node] = "with a float value, for float values alone"
 
 
 def _periodic(node: Node) -> bool:

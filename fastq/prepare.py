@@ -5,7 +5,7 @@ weights shall become. Calibration fills it, remedies change it, `lower` gives th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,62 +125,27 @@ class Prepared:
 
     def observe(self, arguments: Iterable[Any]) -> list[Any]:
         """One float pass over flat arguments, watched; the outputs. Ranges grow."""
-        watched = self.ranges.watched()
-        softmaxes = [node for node in self.integer_nodes() if node.op == "softmax"]
-        scores = {self.ranges.find(node.inputs[0]) for node in softmaxes}
-        alone, bare = self._scores_alone(softmaxes), bare_weights(self.regions)
-        wanted = {v for softmax in alone.values() for v in softmax.inputs}
-        held: dict[Node, Tensor] = {}  # scores and masks, until their softmax
+        watcher = Watcher(self)
         self._qparams.clear()
 
-        def take(node: Node, stands: Node, value: Tensor) -> None:
-            if stands not in self.observers:
-                spec = self.config(node).observer
-                if stands in self.ranges.wide and spec == DEFAULT.observer:
-                    spec = "minmax"
-                self.observers[stands] = make_observer(spec)
-            self.observers[stands].update(value.detach().numpy())
-
         def watch(node: Node, value: Any) -> None:
-            if node in wanted:
-                held[node] = value
-            if node.op == "softmax" and node.inputs[0] in held:
-                x, *masks = (held[v] for v in node.inputs)
-                del held[node.inputs[0]]
-                floor = WEIGHT_FLOOR if node in bare else FLOOR
-                value = near_the_largest(x, floor, node.attrs["dim"], *masks)
-                take(node, self.ranges.find(node.inputs[0]), value)
             if node.op == "input" and len(node.shape) in (2, 4):
                 self.channels.setdefault(node, ChannelEnds()).update(value)
             if node in self.entries:
                 if node not in self.seen:
                     self.seen[node] = make_observer(self.config(node).observer)
                 self.seen[node].update(value.detach().numpy())
-            stands = watched.get(node)
-            if stands is not None and node not in alone:
-                if fills_low(node):  # what it marks is the least of the range
-                    value = value.masked_fill(value <= MARK, -math.inf)
-                elif stands in scores or _may_have_marks(node):
-                    value = _with_floor(value, stands in scores)
-                take(node, stands, value)
+            for source, counts in watcher.see(node, value):
+                stands = self.ranges.find(source)
+                if stands not in self.observers:
+                    spec = self.config(source).observer
+                    if stands in self.ranges.wide and spec == DEFAULT.observer:
+                        spec = "minmax"
+                    self.observers[stands] = make_observer(spec)
+                self.observers[stands].update(counts.detach().numpy())
 
         with torch.no_grad():
             return self.graph.run(arguments, watch)
-
-    def _scores_alone(self, softmaxes: Iterable[Node]) -> dict[Node, Node]:
-        """What says something about a range that nothing but one softmax reads -> that softmax."""
-        members: dict[Node, list[Node]] = {}
-        for node in self.ranges.parent:
-            members.setdefault(self.ranges.find(node), []).append(node)
-        watched, users, kept = self.ranges.watched(), self.graph.users(), self.graph.output_nodes()
-        found: dict[Node, Node] = {}
-        for softmax in softmaxes:
-            group = members[self.ranges.find(softmax.inputs[0])]
-            sources = [node for node in group if node in watched]
-            readers = {user for node in group for user in users[node]} - {*group}
-            if len(sources) == 1 and readers == {softmax} and kept.isdisjoint(group):
-                found[sources[0]] = softmax
-        return found
 
     def merge(self, processes: Processes) -> None:
         """Take what other processes observed into account, as if it had been observed here."""
@@ -383,6 +348,47 @@ class Prepared:
         return tensors if bias is None else {**tensors, "bias": bias}
 
 
+class Watcher:
+    """Sees the values of one pass, and what of them says something about a range."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        ranges, graph = prepared.ranges, prepared.graph
+        self.watched, self.bare = ranges.watched(), bare_weights(prepared.regions)
+        softmaxes = [node for node in prepared.integer_nodes() if node.op == "softmax"]
+        self.scores = {ranges.find(node.inputs[0]) for node in softmaxes}
+        self.alone: dict[Node, Node] = {}  # softmax -> what it alone reads, and whose range it is
+        self.held: dict[Node, Tensor] = {}  # scores and masks, until their softmax
+        members: dict[Node, list[Node]] = {}
+        for node in ranges.parent:
+            members.setdefault(ranges.find(node), []).append(node)
+        users, kept = graph.users(), graph.output_nodes()
+        for softmax in softmaxes:
+            group = members[ranges.find(softmax.inputs[0])]
+            sources = [node for node in group if node in self.watched]
+            readers = {user for node in group for user in users[node]} - {*group}
+            if len(sources) == 1 and readers == {softmax} and kept.isdisjoint(group):
+                self.alone[softmax] = sources[0]
+        self.wanted = {value for softmax in self.alone for value in softmax.inputs}
+        self.later = {*self.alone.values()}
+
+    def see(self, node: Node, value: Any) -> Iterator[tuple[Node, Tensor]]:
+        """(node, what of its value counts) of all that can be told now."""
+        if node in self.wanted:
+            self.held[node] = value
+        if node in self.alone:
+            x, *masks = (self.held[v] for v in node.inputs)
+            del self.held[node.inputs[0]]
+            floor = WEIGHT_FLOOR if node in self.bare else FLOOR
+            yield self.alone[node], near_the_largest(x, floor, node.attrs["dim"], *masks)
+        if node in self.watched and node not in self.later:
+            scores = self.watched[node] in self.scores
+            if fills_low(node):  # what it marks is the least of the range
+                value = value.masked_fill(value <= MARK, -math.inf)
+            elif scores or _may_have_marks(node):
+                value = _with_floor(value, scores)
+            yield node, value
+
+
 def grid_ends(qparams: QParams) -> tuple[float, float]:
     """The smallest and the largest number of a per-tensor quantization."""
     scale, (low, high) = float(qparams.scale), grid_steps(qparams)
@@ -408,7 +414,7 @@ def wide(qparams: QParams) -> QParams:
     return QParams(scale, dtype=np.dtype(np.int16))
 
 
-FLOOR = 16.0  # so far below the largest score, exp leaves 1e-7 of a weight
+FLOOR = 16.0  # so far below the others' scores, exp leaves 1e-7 of a weight
 WEIGHT_FLOOR = 8.0  # and none of 255 steps, where products sum the weights themselves
 FAR = 2.0**64  # a range of marks is kept to this: what it is multiplied with stays finite
 APART = 1000  # times all else: what is so far below it says that a place is not to be taken

@@ -53,6 +53,7 @@ from fastq.nn.network import QuantizedModel, as_input, check_constant, leaves_of
 from fastq.prepare import (
     HEADROOM,
     Prepared,
+    Watcher,
     Weight,
     grid_ends,
     grid_steps,
@@ -422,7 +423,7 @@ class _Pass:
             self.runs: dict[Node, _Run] = {}
             for region in self.prepared.regions:
                 self.runs |= dict.fromkeys(region.nodes, _Run(self.prepared, region))
-        self.watched = self.prepared.ranges.watched()
+        self.watcher = Watcher(self.prepared)
         self.quantized = set(self.prepared.ranges.parent)
         self.moves_ranges = model.training and model._ranges_move
         self.seen: dict[_Range, list[Tensor]] = {}
@@ -518,13 +519,26 @@ class _Pass:
         qparams, moving = self.prepared.qparams(node), self.model._range(node)
         # what is moved is on the grid already: its scale is learned where it was made
         learned = None if moving is None or node.op in MOVES else moving.scale
-        moves = self.moves_ranges and node in self.watched and value.numel() > 0
-        if moving is not None and not moving.learned and moves:
-            self.seen.setdefault(moving, []).append(torch.stack(value.detach().aminmax()))
+        if self.moves_ranges:
+            for source, counts in self.watcher.see(node, value.detach()):
+                self.follow(source, counts)
         return _on_grid(
             value, learned, partial(run.real, node), float(qparams.scale), *grid_steps(qparams),
             value[:1].numel(),
         )  # fmt: skip
+
+    def follow(self, node: Node, value: Tensor) -> None:
+        """A range that follows the values of training goes where these are."""
+        moving = self.model._range(node)
+        if moving is None or moving.learned or not value.numel():
+            return
+        ends = torch.stack(value.aminmax())
+        if not bool(ends.isfinite().all()):
+            value = value[value.isfinite()]
+            if not value.numel():
+                return
+            ends = torch.stack(value.aminmax())
+        self.seen.setdefault(moving, []).append(ends)
 
     def finish(self) -> None:
         """Moves what moves in training: from the next forward on."""

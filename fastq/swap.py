@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -270,29 +268,32 @@ def _remember(model: nn.Module) -> Callable[[], None]:
 @contextlib.contextmanager
 def _unmarked(model: nn.Module) -> Iterator[None]:
     """Whatever a forward stores on its modules, in buffers or elsewhere, is gone afterwards."""
-    tensors = itertools.chain(model.parameters(), model.buffers(), model.modules())
-    memo: dict[int, Any] = {id(one): one for one in tensors}
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    kept = []
+    attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    containers: dict[int, tuple[Any, Any]] = {}  # each, and what is in it
     for module in _python_modules(model):
-        own = {
-            name: copy.deepcopy(value, memo) if isinstance(value, list | dict | set) else value
-            for name, value in vars(module).items()
-            if not name.startswith("_")
-        }
-        kept.append((module, dict(module._buffers), own))
+        own = {name: v for name, v in vars(module).items() if not name.startswith("_")}
+        attributes.append((vars(module), own))
+        waiting = [module._buffers, *own.values()]
+        while waiting:
+            value: Any = waiting.pop()
+            if type(value) in (list, dict, set) and id(value) not in containers:
+                containers[id(value)] = value, value.copy()
+                waiting += value.values() if isinstance(value, dict) else value
     try:
         yield
     finally:
-        for module, buffers, own in kept:
-            for name in [k for k in vars(module) if not k.startswith("_")]:
-                del vars(module)[name]
-            vars(module).update(own)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
+        for now, before in attributes:
+            for name in [name for name in now if not name.startswith("_")]:
+                del now[name]
+            now.update(before)
+        for container, content in containers.values():
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
+        for buffer, value in values:
+            if not torch.equal(buffer, value):
+                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                    buffer.copy_(value)
 
 
 @dataclass(eq=False)

@@ -220,8 +220,8 @@ def quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-# of a parameter, not its values
-ASKED = ("shape", "size", "dtype", "device", "dim", "ndim", "numel", "requires_grad")
+# what may be asked of a parameter that is not its values
+PROPERTIES = ("shape", "size", "dtype", "device", "dim", "ndim", "numel", "requires_grad")
 
 
 def _in_source(model: nn.Module) -> dict[str, str]:
@@ -254,20 +254,31 @@ def _parameters_in_source(kind: Any) -> frozenset[str]:
             tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(kind, method))))
         except (OSError, TypeError, SyntaxError, AttributeError):  # it has no source
             continue
-        asked = {
-            node.value
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Attribute) and node.attr in ASKED
-        }
+        (function,) = tree.body
+        own = function.args.args[0].arg  # type: ignore[attr-defined]
+        parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
         for node in ast.walk(tree):
             if not isinstance(node, ast.Attribute):
                 continue
             text = ast.unparse(node)
-            if re.fullmatch(r"self\.\w+", text):
+            if re.fullmatch(rf"{own}\.\w+", text):
                 waiting.append(node.attr)
-            elif re.fullmatch(r"self(\.\w+)+\.(weight|bias)", text) and node not in asked:
-                paths.add(text.removeprefix("self.").rpartition(".")[0])
+            elif re.fullmatch(rf"{own}(\.\w+)+\.(weight|bias)", text) and _is_read(node, parents):
+                paths.add(text.removeprefix(f"{own}.").rpartition(".")[0])
     return frozenset(paths)
+
+
+def _is_read(node: ast.AST, parents: Mapping[ast.AST, ast.AST]) -> bool:
+    """Whether the values of a parameter are, and not what else may be asked of it."""
+    parent = parents[node]
+    if isinstance(parent, ast.Attribute):
+        if parent.attr in ("data", "detach"):
+            return _is_read(parent, parents)
+        return parent.attr not in PROPERTIES
+    if isinstance(parent, ast.Call):  # x.to(weight), isinstance(weight, ...)
+        called = ast.unparse(parent.func).rpartition(".")[2]
+        return called not in ("to", "type_as", "isinstance", "hasattr", "getattr", "len", "type")
+    return not isinstance(parent, ast.Compare | ast.Expr | ast.BoolOp | ast.If)
 
 
 Names = dict[nn.Module, str]

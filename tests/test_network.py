@@ -22,6 +22,7 @@ from networks import (
     Case,
     LayerScale,
     SpelledLayerNorm,
+    attention_of,
     between,
     call,
     conv,
@@ -1354,7 +1355,7 @@ ELEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "softsign": F.softsign,
     "rrelu": F.rrelu,
     "atan": torch.atan,
-    "times a comparison": lambda x: x * (x > 0.1),
+    "times a comparison": lambda x: x * (x > 0),
     "two comparisons": lambda x: torch.where((x > -1) & (x < 1), x, x.sign()),
     "minimum with a constant": lambda x: torch.minimum(x, torch.full_like(x, 1.0)),
     "masked_fill": lambda x: x.masked_fill(x < 0, 0.0),
@@ -1426,3 +1427,49 @@ def test_a_mask_along_any_axis(fill: float) -> None:
     q = quantized(model, (x, adjacent))
     with torch.no_grad():
         assert noise_ratio(model(x, adjacent), q(x, adjacent)) > 25
+
+
+def test_a_function_that_jumps_stays_with_torch() -> None:
+    q = check(call(lambda net, x: net.b(torch.where(net.a(x) > 0, 1.0, net.a(x))),
+                   a=lambda: nn.Conv2d(3, 8, 3), b=lambda: nn.Conv2d(8, 4, 3))(),
+              torch.randn(4, 3, 12, 12), decibels=20)  # fmt: skip
+    assert isinstance(q, QuantizedModel) and len(q.programs) == 2
+
+
+def test_one_place_for_a_batch_or_one_for_each() -> None:
+    model = call(
+        lambda net, x, y: net.o(F.relu(net.a(x) + net.b(y))), a=lambda: nn.Conv2d(3, 8, 1),
+        b=lambda: nn.Conv2d(2, 8, 1), o=lambda: nn.Conv2d(8, 4, 1),
+    )().eval()  # fmt: skip
+    x = torch.randn(8, 3, 6, 6)
+    q = quantized(model, (x, torch.randn(1, 2, 6, 6)))
+    assert isinstance(q, QuantizedModel)
+    for places in (1, 8):
+        y = torch.randn(places, 2, 6, 6)
+        with torch.no_grad():
+            assert noise_ratio(model(x, y), q(x, y)) > 20
+
+
+def test_what_is_copied_has_memory_of_its_own() -> None:
+    def copied(net: Call, x: Tensor) -> tuple[Tensor, ...]:
+        same, part = torch.zeros_like(x), torch.zeros_like(x)
+        same.copy_(x)
+        part[:] = x[:, :1]
+        return net.a(x), same, part
+
+    x = torch.randn(4, 8)
+    q, kept = quantized(call(copied, a=lambda: nn.Linear(8, 8))(), (x,)), x.clone()
+    for made in q(x)[1:]:
+        made.add_(1)
+    assert torch.equal(x, kept)
+
+
+def test_rows_that_are_masked_as_a_whole_are_no_other_network() -> None:
+    """Of finite marks, float has the softmax of the scores there; the integers, equal shares."""
+    mask = torch.ones(4, 1, 6, 6)
+    mask[:, :, :2] = 0
+    model = call(
+        lambda net, x, mask: attention_of(net, x, attn_mask=(1 - mask) * -1e4),
+        a=lambda: nn.Linear(8, 24),
+    )()
+    assert isinstance(quantized(model, (torch.randn(4, 6, 8), mask)), QuantizedModel)

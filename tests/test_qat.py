@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import CASES
+from networks import CASES, call, noise_ratio
 from torch import Tensor, nn
 
 import fastq
@@ -663,9 +663,9 @@ def test_layers_are_changed_in_the_float_model(
 ) -> None:
     model = fastq.prepare_qat(net, images, progress=False)
     CHANGES[message](model)
-    for call in (lambda: model(images), lambda: fastq.convert(model)):
+    for act in (lambda: model(images), lambda: fastq.convert(model)):
         with pytest.raises(ValueError, match=message + ".*before fastq.prepare_qat"):
-            call()
+            act()
 
 
 def test_another_order_in_memory_is_the_same_network(net: nn.Module, images: Tensor) -> None:
@@ -708,3 +708,44 @@ def train_in_parallel(rank: int, meet: str) -> None:
 
 def test_two_processes_train_one_network(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(train_in_parallel, (str(tmp_path / "meet"),), 2)
+
+
+@pytest.mark.parametrize("fill", [-1e9, -torch.inf])
+def test_masks_do_not_widen_the_ranges_of_training(fill: float) -> None:
+    """Of scores whose mask is not along the last axis, so that no program knows it as one."""
+    torch.manual_seed(0)
+    model = call(
+        lambda net, x, near: net.o(torch.einsum(
+            "bij,bjd->bid",
+            (net.s(x) + net.t(x).mT).masked_fill(~near, fill).transpose(1, 2).softmax(1).mT,
+            net.v(x),
+        )),
+        s=lambda: nn.Linear(8, 1), t=lambda: nn.Linear(8, 1), v=lambda: nn.Linear(8, 16),
+        o=lambda: nn.Linear(16, 4),
+    )().eval()  # fmt: skip
+    x, near = torch.randn(8, 12, 8), (torch.rand(8, 12, 12) > 0.6) | torch.eye(12, dtype=torch.bool)
+    wanted = model(x, near).detach()
+    training = fastq.prepare_qat(
+        model, [(x, near)], forward=lambda net, batch: net(*batch), progress=False
+    )
+    for _ in range(50):
+        assert training(x, near).isfinite().all()
+    made = fastq.convert(training)
+    assert torch.equal(training.eval()(x, near), made(x, near))
+    assert noise_ratio(wanted, made(x, near)) > 25
+
+
+def test_a_number_that_is_a_parameter_is_trained() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), Threshold(), nn.Linear(16, 4))
+    training = fastq.prepare_qat(model, torch.randn(64, 16), progress=False)
+    training(torch.randn(64, 16)).square().sum().backward()
+    assert dict(training.named_parameters())["1.least"].grad.abs() > 0
+
+
+class Threshold(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.least = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x > 0, x, self.least)

@@ -1,5 +1,6 @@
 import copy
 import pickle
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -995,21 +996,25 @@ class Marks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer, self.count, self.seen = nn.Linear(8, 8), 0, list[Tensor]()
+        self.kept: dict[str, Any] = {"lock": threading.Lock(), "last": []}
         self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("ones", torch.ones(1).expand(8))  # cannot be written
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         self.count += 1
         self.seen.append(x)
-        return self.layer(x) * self.calls
+        self.kept["last"].append(x)
+        return self.layer(x) * self.calls * self.ones
 
 
 def test_calibration_leaves_no_marks() -> None:
     model = Marks().eval()
+    model.kept["lock"] = 0  # torch.export copies the model
     with pytest.warns(UserWarning, match="changes a parameter or buffer"):
         int8 = quantize_model(model, [torch.randn(4, 8)] * 3, progress=False)
     for one in (model, int8):
-        assert (one.calls, one.count, one.seen) == (0, 0, [])
+        assert (one.calls, one.count, one.seen, one.kept["last"]) == (0, 0, [], [])
     x = torch.randn(4, 8)
     with torch.no_grad():
         assert sqnr(model(x), int8(x)) > 25 and int8.calls == 1
@@ -1064,8 +1069,10 @@ class Reads(nn.Module):
         return x @ self.table.weight.t()
 
     def forward(self, i: Tensor) -> Tensor:
-        if i.shape[0] > self.layer.weight.shape[0]:
-            i = i[:10]
+        if i.shape[0] > self.layer.weight.shape[0] and self.layer.bias is not None:
+            i = i[:10]  # none of this reads the layer
+        if not isinstance(self.layer.weight, Tensor) or self.layer.weight.data.dtype is torch.int:
+            return i
         return self.logits(self.layer(self.table(i)))
 
 
@@ -1077,3 +1084,10 @@ def test_who_reads_a_weight_is_seen_in_the_source() -> None:
     i = torch.randint(0, 50, (4, 6))
     with torch.no_grad():
         assert sqnr(model(i), int8(i)) > 25
+
+
+def test_what_cannot_be_copied_is_left_as_it_is() -> None:
+    model = Marks().eval()
+    lock, kept = model.kept["lock"], model.kept
+    int8 = quantize_layers(model, torch.randn(4, 8), inplace=True, progress=False)
+    assert int8.kept is kept and kept == {"lock": lock, "last": []} and int8.calls == 0

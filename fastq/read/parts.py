@@ -31,7 +31,8 @@ def cat(reader: Reader, node: fx.Node, a: Arguments) -> Node | None:
 def copy(reader: Reader, node: fx.Node, a: Arguments) -> Node | Tensor | None:
     """What a part that is assigned to has then: all that is assigned."""
     source = a["src"]
-    return source if tuple(source.shape) == shape_of(node) else None
+    own = source in reader.computed  # memory of its own, and not the caller's
+    return source if own and tuple(source.shape) == shape_of(node) else None
 
 
 @reads_any("stack")
