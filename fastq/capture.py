@@ -36,7 +36,8 @@ class Captured:
                         "single" one has one place along its first axis, for a larger batch.
     in_spec, out_spec   pytree specs of (args, kwargs) and of the result.
     extents             the axes of an image that may have other sizes; if any may, sequences of
-                        other lengths may go through. The batch size may always differ.
+                        other lengths may go through. The batch size may always differ, of inputs
+                        that have a batch.
     """
 
     graph: Graph
@@ -227,17 +228,10 @@ def _ways_of_batches(plain: Sequence[Any]) -> list[Leaves]:
     if not tensors:
         return ways
     first = tensors[0]
-
-    def alone(chosen: Callable[[int], bool]) -> Leaves:
-        return [
-            _Leaf(x, like=_like(x, first))
-            if isinstance(x, Tensor) and x.dim() and chosen(len(x))
-            else _Leaf(x)
-            for x in plain
-        ]
-
-    if any(len(x) != len(first) for x in tensors):  # such as a mask of (T, T)
-        ways.append(alone(lambda size: size != len(first)))
+    others = [x for x in tensors if len(x) != len(first)]  # such as a mask of (T, T)
+    if others:
+        alone = set(map(id, others))
+        ways.append([_Leaf(x, like=_like(x, first) if id(x) in alone else None) for x in plain])
     for axis in range(min(first.dim(), 2)):
         states = [
             _Leaf(x, axis)
