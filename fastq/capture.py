@@ -118,8 +118,7 @@ def _few(leaf: _Leaf, way: Leaves) -> Any:
     x, axis = leaf.x, 0 if leaf.follows is None else 1
     if not isinstance(x, Tensor) or x.dim() == 0 or leaf.follows == 1 or leaf.like is not None:
         return x
-    first = next(one.x for one in way if isinstance(one.x, Tensor) and one.x.dim())
-    return x.narrow(axis, 0, FEW) if x.shape[axis] == len(first) > FEW else x
+    return x.narrow(axis, 0, FEW) if x.shape[axis] == len(_first(way)) > FEW else x
 
 
 UNLIKE, TINY = 1e-2, 1e-6  # of results that may only be rounded otherwise
@@ -195,8 +194,7 @@ def _arguments(graph: Graph, leaves: Sequence[_Leaf], way: Way) -> tuple[Any, ..
             )
             pairs = enumerate(zip(one, two, strict=True))
             node.attrs["free"] = tuple(i for i, (a, b) in pairs if a != b)
-            first = next(one.x for one in leaves if isinstance(one.x, Tensor) and one.x.dim())
-            node.attrs["single"] = leaf.x.dim() > 0 and len(leaf.x) == 1 < len(first)
+            node.attrs["single"] = leaf.x.dim() > 0 and len(leaf.x) == 1 < len(_first(leaves))
             if leaf.follows is not None or leaf.like is not None:
                 node.attrs["batch"] = 1 if leaf.follows == 0 else None
     return arguments
@@ -217,6 +215,11 @@ class _Leaf(NamedTuple):
 
 
 Leaves = list[_Leaf]
+
+
+def _first(leaves: Sequence[_Leaf]) -> Tensor:
+    """The first input that has axes."""
+    return next(x for x, *_ in leaves if isinstance(x, Tensor) and x.dim())
 
 
 def _ways_of_batches(plain: Sequence[Any]) -> list[Leaves]:
@@ -299,12 +302,11 @@ def _resized(leaf: _Leaf, leaves: Sequence[_Leaf], batch: int, stretch: Stretch)
     x, follows, like = leaf
     if not isinstance(x, Tensor) or x.dim() == 0:
         return x
-    first = next(one.x for one in leaves if isinstance(one.x, Tensor) and one.x.dim())
     if follows != 1 and like is None:
         axis = 0 if follows is None else 1
         repeats = -(-batch // max(x.shape[axis], 1))
         x = torch.cat([x] * repeats, axis).narrow(axis, 0, batch)
-    shown = x if like is None else first
+    shown = x if like is None else _first(leaves)
     for dim, axes, more in stretch:
         if dim != shown.dim() or (dim == 2 and shown.is_floating_point()):
             continue

@@ -337,9 +337,8 @@ def _of_the_batch(graph: Graph) -> set[Node]:
     on an input that has."""
     found: set[Node] = set()
     for node in graph.nodes:
-        if (node.op == "input" and not node.attrs.get("single")) or not found.isdisjoint(
-            node.inputs
-        ):
+        has_one = node.op == "input" and not node.attrs.get("single")
+        if has_one or not found.isdisjoint(node.inputs):
             found.add(node)
     return found
 

@@ -238,7 +238,10 @@ def bare_weights(regions: Sequence[Region]) -> set[Node]:
     share the attention."""
     found: set[Node] = set()
     for region in regions:
-        users = {n: [u for u in region.nodes if n in u.inputs] for n in region.nodes}
+        users: dict[Node, list[Node]] = {node: [] for node in region.nodes}
+        for node in region.nodes:
+            for value in users.keys() & node.inputs:
+                users[value].append(node)
         for node in region.nodes:
             if node.op == "softmax":
                 found |= _only_weights(node, node.attrs["dim"], users, region.outputs) or set()

@@ -423,9 +423,9 @@ class _Pass:
             self.runs: dict[Node, _Run] = {}
             for region in self.prepared.regions:
                 self.runs |= dict.fromkeys(region.nodes, _Run(self.prepared, region))
-        self.watcher = Watcher(self.prepared)
         self.quantized = set(self.prepared.ranges.parent)
-        self.moves_ranges = model.training and model._ranges_move
+        moves = model.training and model._ranges_move
+        self.watcher = Watcher(self.prepared) if moves else None  # of the ranges that move
         self.seen: dict[_Range, list[Tensor]] = {}
         self.statistics: list[Callable[[], None]] = []
 
@@ -519,7 +519,7 @@ class _Pass:
         qparams, moving = self.prepared.qparams(node), self.model._range(node)
         # what is moved is on the grid already: its scale is learned where it was made
         learned = None if moving is None or node.op in MOVES else moving.scale
-        if self.moves_ranges:
+        if self.watcher is not None:
             for source, counts in self.watcher.see(node, value.detach()):
                 self.follow(source, counts)
         return _on_grid(

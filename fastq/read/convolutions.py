@@ -17,6 +17,7 @@ from fastq.weights import several
 
 # across a line: as if there were no such axis
 _ACROSS = {"stride": 1, "padding": (0, 0), "dilation": 1}
+# also the least that each may be
 _ACROSS_TRANSPOSED = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
 
 
@@ -35,8 +36,10 @@ def transposed(reader: Reader, node: fx.Node, x: Node, a: Arguments) -> Node | N
     if tensors is None:
         return None
     axes = tensors["weight"].dim() - 2
-    least = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
-    attrs = {name: several(name, numbers(a[name]), axes, low) for name, low in least.items()}
+    attrs = {
+        name: several(name, numbers(a[name]), axes, least)
+        for name, least in _ACROSS_TRANSPOSED.items()
+    }
     return _of_axes(reader, node, "conv_transpose", x, a, attrs, _ACROSS_TRANSPOSED, tensors)
 
 
