@@ -19,6 +19,7 @@ from fastq.qparams import (
     Requant,
     clamp_of,
 )
+from fastq.sizes import Size
 from fastq.weights import LARGEST, Conv2dWeight, LinearWeight
 
 
@@ -79,6 +80,10 @@ def _maybe(check: Check) -> Check:
     return Check(f"None or {check.wanted}", lambda v: v is None or check.fits(v))
 
 
+def _or_size(check: Check) -> Check:
+    return Check(f"{check.wanted}, or a Size", lambda v: isinstance(v, Size) or check.fits(v))
+
+
 def _is_order(v: Any) -> bool:
     return AXES.fits(v) and sorted(v) == list(range(len(v)))
 
@@ -118,7 +123,10 @@ OVERRIDE = _whole(1, 2**31 - 1)
 AVERAGE = {"multiplier": MULTIPLIER, "x_zero_point": BYTE, **REQUANTIZED}
 TWO = {"a_zero_point": BYTE, "b_zero_point": BYTE, **REQUANTIZED}
 RESIZED = _each(_real(2.0**-64, 2.0**64), 2)  # so that positions in the input stay finite
-RESIZE = {"output_size": _maybe(PAIR), "scale_factor": _maybe(RESIZED)}
+RESIZE = {
+    "output_size": _maybe(_each(_or_size(_whole(1, LARGEST)), 2)),
+    "scale_factor": _maybe(RESIZED),
+}
 VECTOR, VECTORS = _array(np.float32, 0, 1), _array(np.float32, 1)
 NORM = {"multiplier": VECTOR, "shift": VECTOR, "epsilon": EPSILON, **REQUANTIZED}
 FACTORS = Check(f"{VECTORS.wanted}, over 0", _is_factor)

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
 
-from fastq.graph import Graph, Node, Ref, Size, Sizes, sizes_of
+from fastq.extents import size_along
+from fastq.graph import Graph, Node, Ref, sizes_of
 from fastq.read import CannotCapture, Folded, Indirect, Reader
+from fastq.sizes import Size, Sizes, sized
 from fastq.trace import duplicate, quiet, twin
 
 
@@ -193,6 +195,7 @@ def _arguments(graph: Graph, leaves: Sequence[_Leaf], way: Way) -> tuple[Any, ..
                 for batch, stretch in zip(BATCHES, way, strict=True)
             )
             pairs = enumerate(zip(one, two, strict=True))
+            node.attrs["real"] = leaf.x.dtype is torch.float32
             node.attrs["free"] = tuple(i for i, (a, b) in pairs if a != b)
             node.attrs["single"] = leaf.x.dim() > 0 and len(leaf.x) == 1 < len(_first(leaves))
             if leaf.follows is not None or leaf.like is not None:
@@ -450,12 +453,15 @@ def _generalize(first: Graph, second: Graph, sizes: Sizes, sizes_too: Sizes) -> 
             groups = (node.attrs["groups"] for node in (one, two))
             one.attrs["groups"] = _joined_groups(one.name, *groups)
         else:
+            if "size" in one.attrs:
+                size = _size_like(one, two, pairs, sizes, sizes_too)
+                one.attrs["size"] = two.attrs["size"] = size
             one.attrs = joined(one.name, one.attrs, two.attrs)
             if one.op in FOLLOWING and _has_size(one.attrs) and not one.tensors:
                 target, arguments = FOLLOWING[one.op]
                 args = (Ref(0), *(one.attrs.get(key) for key in arguments))
                 one.op, one.attrs = "aten", {"target": target, "args": args, "kwargs": {}}
-            if one.op != "aten" and _has_size(one.attrs):
+            if one.op != "aten" and _has_size({**one.attrs, "size": None}):
                 raise CannotCapture(f"{one.name}: {one.op} depends on the size of the input")
         for key, tensor in one.tensors.items():
             if not _equal(tensor, two.tensors[key]):
@@ -468,6 +474,28 @@ def _generalize(first: Graph, second: Graph, sizes: Sizes, sizes_too: Sizes) -> 
                 raise CannotCapture(f"output {i} depends on the size of the input")
         else:
             first.outputs[i] = joined(f"output {i}", one, two)
+
+
+def _size_like(
+    one: Node, two: Node, pairs: dict[Node, Node], sizes: Sizes, sizes_too: Sizes
+) -> dict[str, Any]:
+    """attrs["size"] of what resizes an image to the size of a value before it: the last that had
+    that size in both examples."""
+    size: dict[str, Any] = one.attrs["size"]
+    wanted, wanted_too = (node.attrs["size"].get("size") for node in (one, two))
+    if wanted == wanted_too:
+        return size
+    values = [*pairs]
+    for value in reversed(values[: values.index(one)]):
+        if value.shape[2:] != wanted or pairs[value].shape[2:] != wanted_too:
+            continue
+        ends = zip(wanted, wanted_too, strict=True)
+        found = [a if a == b else size_along(value, axis) for axis, (a, b) in enumerate(ends, 2)]
+        if None not in found and all(
+            sized(found, of) == [*ends] for of, ends in ((sizes, wanted), (sizes_too, wanted_too))
+        ):
+            return {"size": tuple(found)}
+    raise CannotCapture(f"{one.name}: it is resized to {wanted} and {wanted_too} for two inputs")
 
 
 def _joined_groups(name: str, one: Any, two: Any) -> Any:

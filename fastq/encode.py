@@ -24,9 +24,12 @@ import numpy as np
 
 from fastq.program import Program, Step
 from fastq.qparams import Dequant, Requant
+from fastq.sizes import Size
 from fastq.weights import Conv2dWeight, LinearWeight
 
-CLASSES: dict[str, Any] = {c.__name__: c for c in (Requant, Dequant, LinearWeight, Conv2dWeight)}
+CLASSES: dict[str, Any] = {
+    c.__name__: c for c in (Requant, Dequant, LinearWeight, Conv2dWeight, Size)
+}
 DERIVED = ("panels",)  # fields that are a cache
 VERSION = 8  # of the files
 Parts = dict[str, tuple[str, list[int], Any]]  # a tensor's name -> dtype as torch's, shape, bytes

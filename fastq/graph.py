@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastq.qparams import GATES
+from fastq.sizes import Size, Sizes, sized, sizes_of_shapes
 
 Values = dict["Node", Any]
 POINTWISE_NAMESPACE = "fastq_pointwise"  # of operators made by `fastq.pointwise`
@@ -29,28 +30,9 @@ class Ref:
     index: int
 
 
-@dataclass(frozen=True)
-class Size:
-    """A number that follows the example: `factor` times a size of it, and `more`.
-
-    axis  of the network's first input that has it; 0 is the batch.
-    """
-
-    axis: int
-    factor: int = 1
-    more: int = 0
-
-
-Sizes = tuple[int, ...]  # of an example: of each axis, in the first input that has it
-
-
 def sizes_of(arguments: Iterable[Any]) -> Sizes:
     """The sizes that `Size` counts from, of the leaves of a network's arguments."""
-    sizes: list[int] = []
-    for x in arguments:
-        if isinstance(x, Tensor):
-            sizes += x.shape[len(sizes) :]
-    return tuple(sizes) or (1,)
+    return sizes_of_shapes(x.shape for x in tensors_of(arguments))
 
 
 @dataclass(eq=False)
@@ -203,6 +185,8 @@ def evaluate(
         return _target(node.attrs["target"])(
             *map(fill, node.attrs["args"]), **{k: fill(v) for k, v in node.attrs["kwargs"].items()}
         )
+    if "size" in node.attrs:  # that an image is resized to
+        node = replace(node, attrs=sized(node.attrs, sizes))
     y = OPERATIONS[node.op](node, *inputs)
     if unclamped is not None:
         unclamped(node, y)
@@ -226,21 +210,12 @@ def normalization(eps: float, origin: Mapping[str, Tensor]) -> tuple[Tensor, Ten
     return factor, shift
 
 
-def sized(value: Any, sizes: Sizes) -> Any:
-    """What a `Size` is for an example of these sizes; anything else as it is."""
-    if not isinstance(value, Size):
-        return value
-    if value.axis >= len(sizes):
-        raise ValueError(f"a size that follows axis {value.axis} of inputs of {sizes}")
-    return value.factor * sizes[value.axis] + value.more
-
-
 def _filler(inputs: list[Any], tensors: dict[str, Tensor], sizes: Sizes) -> Callable[[Any], Any]:
     def fill(value: Any) -> Any:
         if isinstance(value, Ref):
             return inputs[value.index]
         if isinstance(value, Size):
-            return sized(value, sizes)
+            return value.of(sizes)
         if isinstance(value, str) and value.startswith("%"):
             return tensors[value[1:]]
         if isinstance(value, list | tuple):

@@ -30,6 +30,7 @@ from fastq.qparams import (
     Requant,
     limits,
 )
+from fastq.sizes import Size
 from fastq.weights import Conv2dWeight, LinearWeight, outputs_first
 
 Weights = Callable[[Node], tuple[Any, Any]]  # a node's (int8 data, float32 scale per output)
@@ -125,10 +126,10 @@ class Region:
 
     @property
     def quantized_inputs(self) -> list[Node]:
-        """All but those that grids alone take, which quantize them themselves."""
-        gridded = {value for node in self.nodes if node.op == "grid" for value in node.inputs}
+        """All but those that grids alone take, which quantize them themselves, and those of which
+        only the size is asked."""
         taken = {value for node in self.nodes if node.op != "grid" for value in node.inputs}
-        return [value for value in self.inputs if value in taken or value not in gridded]
+        return [value for value in self.inputs if value in taken]
 
 
 def find_regions(
@@ -151,6 +152,9 @@ def find_regions(
             axis = node.attrs["dim"]
             if node.shape[axis] > MOST_SHARES and not _only_weights(node, axis, users, kept):
                 reasons[node] = f"shares of {node.shape[axis]} values, in steps of 1/255"
+    for node in graph.nodes:
+        if not all(x.attrs.get("real", True) for x in _measured(graph, node)):
+            reasons[node] = "resized to the size of an input that is not float32"
     _join_floats(graph, reasons, users, kept)
     for node in graph.nodes:  # a constant is taken along where it is used
         if node.op == "constant" and len(node.shape) > 4:
@@ -174,6 +178,7 @@ def find_regions(
         nodes = members[key]
         inside = set(nodes)
         inputs = dict.fromkeys(v for n in nodes for v in n.inputs if v not in inside)
+        inputs |= dict.fromkeys(v for n in nodes for v in _measured(graph, n))
         outputs = [n for n in nodes if n in kept or any(u not in inside for u in users[n])]
         outputs.sort(key=lambda node: returned.get(node, len(returned)))
         regions.append(Region(nodes, sorted(inputs, key=lambda node: places[node]), outputs))
@@ -200,6 +205,12 @@ def _join_floats(
         read = node in kept or bool(users[node])
         if read and floats(node) and all(reasons[user] for user in users[node]):
             reasons[node] = "with a float value, for float values alone"
+
+
+def _measured(graph: Graph, node: Node) -> list[Node]:
+    """The inputs of the network whose sizes an image is resized to."""
+    followed = [n.axis for n in node.attrs.get("size", {}).get("size", ()) if isinstance(n, Size)]
+    return [next(x for x in graph.inputs if len(x.shape) > axis) for axis in followed]
 
 
 def _periodic(node: Node) -> bool:

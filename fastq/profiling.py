@@ -18,7 +18,7 @@ import torch
 
 from fastq.batches import arguments_of
 from fastq.explanation import check_count
-from fastq.graph import INT8_OPERATORS, Sizes
+from fastq.graph import INT8_OPERATORS
 from fastq.kernels import executor, isa, peak
 from fastq.kernels.assembly import kernel_at, name_of
 from fastq.kernels.call import address_of
@@ -26,6 +26,7 @@ from fastq.kernels.simd import emitter
 from fastq.nn.network import QuantizedModel, Stage
 from fastq.plan import BoundProgram
 from fastq.program import Step
+from fastq.sizes import Sizes
 
 FLOAT_BYTES = 4
 LEAST = 1e-3  # microseconds of a kernel: shares are over its time

@@ -18,7 +18,7 @@ quantize, constant, add, conv2d and linear make int16; WIDE says who takes it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from fastq import reference
 from fastq.arguments import MAX_AXES, PADDING_MODES, check_arguments, check_channels
 from fastq.qparams import MAX_K, Dequant, Requant
+from fastq.sizes import Sizes, sized, sizes_of_shapes
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
@@ -67,6 +68,12 @@ class Step:
 
     def __reduce__(self) -> Any:  # of a MappingProxyType there is no copy and no pickle
         return Step, (self.op, self.name, self.inputs, dict(self.arguments), self.layer)
+
+    def sized(self, sizes: Sizes) -> Step:
+        """With the numbers that its `Size` arguments are, for inputs of these sizes."""
+        if not isinstance(self.arguments.get("output_size"), tuple):
+            return self
+        return replace(self, arguments=sized(dict(self.arguments), sizes))
 
     def __str__(self) -> str:
         shown = ", ".join([*self.inputs, *(f"{k}={_short(v)}" for k, v in self.arguments.items())])
@@ -107,7 +114,8 @@ class Program:
     outputs  for each output its name and `axes`: the result is its value transposed by them. They
              are all float32 values of the steps, in any order.
     extents  the inputs' shapes that it was made for, where other ones may not be given: sizes
-             that are None may differ. One tuple for each input.
+             that are None may differ. One tuple for each input. A `Size` among the arguments of a
+             step counts from the inputs' sizes.
     dtypes   of each value: "float32", "uint8" or "int16".
     """
 
@@ -163,10 +171,12 @@ class Program:
         """The shape of every value; ValueError for inputs that do not fit."""
         self.check(inputs)
         shapes = dict(zip(self.inputs, map(tuple, inputs), strict=True))
+        sizes = sizes_of_shapes(inputs)
         for step in self.steps:
             shape = OPERATIONS[step.op].shape
             try:
-                shapes[step.name] = tuple(map(int, shape(step, *(shapes[i] for i in step.inputs))))
+                made = shape(step.sized(sizes), *(shapes[i] for i in step.inputs))
+                shapes[step.name] = tuple(map(int, made))
                 if step.inputs:
                     check_channels(step, shapes[step.inputs[0]], self.dtypes[step.inputs[0]])
                 _check_size(shapes[step.name])
@@ -193,9 +203,10 @@ class Program:
         """Every value of the program, by the specification."""
         self.check([x.shape for x in inputs])
         values = dict(zip(self.inputs, inputs, strict=True))
+        sizes = sizes_of_shapes(x.shape for x in inputs)
         for step in self.steps:
-            run = OPERATIONS[step.op].run
-            values[step.name] = run(module, step, *(values[name] for name in step.inputs))
+            run, taken = OPERATIONS[step.op].run, (values[name] for name in step.inputs)
+            values[step.name] = run(module, step.sized(sizes), *taken)
         return values
 
     def reference(self, *inputs: Array, module: Any = reference) -> list[Array]:
@@ -409,6 +420,8 @@ def _adaptive(step: Step, x: Shape) -> Shape:
 def _upsampled(step: Step, x: Shape) -> Shape:
     a = step.arguments
     if a.get("output_size"):
+        if min(a["output_size"]) < 1:
+            raise ValueError(f"{step.op}: to {a['output_size']}; wanted a pixel at least")
         return (x[0], *a["output_size"], x[3])
     sizes = [int(n * f) for n, f in zip(x[1:3], a["scale_factor"], strict=True)]
     return (x[0], *sizes, x[3])

@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from fastq import ops
 from fastq.batches import Batches
 from fastq.fuse import fold
-from fastq.graph import Node, Sizes, evaluate, normalization, sized, sizes_of
+from fastq.graph import Node, evaluate, normalization, sizes_of
 from fastq.lower import (
     MOVES,
     SUFFIX,
@@ -66,6 +66,7 @@ from fastq.qconfig import QConfig
 from fastq.qparams import FLT_MIN, QParams, choose_qparams, quantize_weight
 from fastq.read import CannotCapture
 from fastq.recipe import read_recipe
+from fastq.sizes import Sizes, sized
 from fastq.summaries import QuantizationSummary, summary
 from fastq.trace import Forward
 
@@ -422,7 +423,7 @@ class _Pass:
             self.tensors = model._deploy(self.given)
             self.runs: dict[Node, _Run] = {}
             for region in self.prepared.regions:
-                self.runs |= dict.fromkeys(region.nodes, _Run(self.prepared, region))
+                self.runs |= dict.fromkeys(region.nodes, _Run(self.prepared, region, sizes))
         self.quantized = set(self.prepared.ranges.parent)
         moves = model.training and model._ranges_move
         self.watcher = Watcher(self.prepared) if moves else None  # of the ranges that move
@@ -558,8 +559,8 @@ class _Run:
     values  of its nodes and of what it takes, as training sees them.
     """
 
-    def __init__(self, prepared: Prepared, region: Region) -> None:
-        self.prepared, self.region = prepared, region
+    def __init__(self, prepared: Prepared, region: Region, sizes: Sizes) -> None:
+        self.prepared, self.region, self.sizes = prepared, region, sizes
         self.lowered = prepared.lowered(region)
         self.steps = {step.name: step for step in self.lowered.program.steps}
         self.arrays: dict[str, Any] = {}
@@ -577,7 +578,7 @@ class _Run:
         if name not in self.arrays:
             step = self.steps[name]
             inputs = map(self.array, step.inputs)
-            self.arrays[name] = OPERATIONS[step.op].run(ops, step, *inputs)
+            self.arrays[name] = OPERATIONS[step.op].run(ops, step.sized(self.sizes), *inputs)
         return self.arrays[name]
 
     def ends_float(self, node: Node) -> bool:

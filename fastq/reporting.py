@@ -26,7 +26,7 @@ from fastq import ops
 from fastq.batches import Batches
 from fastq.capture import Captured
 from fastq.explanation import check_count
-from fastq.graph import CONVOLUTION_LAYER, VOLUMES, Graph, Node, Sizes, evaluate
+from fastq.graph import CONVOLUTION_LAYER, VOLUMES, Graph, Node, evaluate
 from fastq.kernels import isa
 from fastq.ladder import score
 from fastq.layerwise import ratio
@@ -41,6 +41,7 @@ from fastq.program import VIEWS
 from fastq.qparams import QParams
 from fastq.recipe import read_recipe
 from fastq.serialize import save
+from fastq.sizes import Sizes
 from fastq.summaries import QuantizationSummary, summary
 from fastq.trace import Forward
 

@@ -376,6 +376,30 @@ class UNet(nn.Module):
         return self.leave(torch.cat([x, self.up(y)], 1))
 
 
+class Pyramid(nn.Module):
+    """Of a feature pyramid network: each level is resized to the next larger one's size, and the
+    result to the input's; `function` is between two of them."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor] = F.relu) -> None:
+        super().__init__()
+        self.function = function
+        self.enter = nn.Conv2d(3, 6, 3, 2, 1)
+        self.levels = nn.ModuleList([nn.Conv2d(6, 6, 3, 2, 1), nn.Conv2d(6, 6, 2, 2)])
+        self.laterals = nn.ModuleList([nn.Conv2d(6, 5, 1) for _ in range(3)])
+        self.leave = nn.Conv2d(5, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values = [F.max_pool2d(F.relu(self.enter(x)), 2, ceil_mode=True)]
+        for level in self.levels:
+            values.append(F.relu(level(values[-1])))
+        top = self.function(self.laterals[2](values[2]))
+        y = top
+        for i, kind in ((1, "nearest"), (0, "bilinear")):
+            skip = self.laterals[i](values[i])
+            y = skip + F.interpolate(y, size=skip.shape[2:], mode=kind)
+        return F.interpolate(self.leave(y), x.shape[2:], mode="bilinear"), top
+
+
 class Shuffle(nn.Module):
     """Of ShuffleNet: half of the channels pass by, then all are shuffled."""
 
@@ -1123,6 +1147,20 @@ CASES: dict[str, Case] = {
             nn.Conv2d(5, 3, 3),
         ),
         images(3),
+    ),
+    "pyramid": Case(Pyramid, images(3), extents=(25, 32, 47)),
+    "pyramid in parts": Case(
+        lambda: Pyramid(lambda x: x + x.cumsum(1)), images(3), extents=(25, 34), programs=2
+    ),
+    "sequences resized": Case(
+        call(
+            lambda net, x: net.c(F.interpolate(net.b(net.a(x)), x.shape[2], mode="linear")),
+            a=lambda: nn.Conv1d(4, 6, 3, 2),
+            b=lambda: nn.MaxPool1d(2),
+            c=lambda: nn.Conv1d(6, 3, 1),
+        ),
+        signals(4),
+        extents=(30, 41),
     ),
     "u-net": Case(UNet, squares(1), extents=(12, 16)),
     # sequences

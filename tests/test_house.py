@@ -17,6 +17,7 @@ ROOMS = sorted(p.relative_to(ROOT).with_suffix("").as_posix() for p in ROOT.rglo
 # A room may import the rooms before it, and no other; those up to "runtime" need no torch.
 ORDER = [
     "qparams",
+    "sizes",
     "weights",
     "arguments",
     "reference",
@@ -39,6 +40,7 @@ ORDER = [
     "nn",
     "masks",
     "read",
+    "extents",
     "capture",
     "fuse",
     "lower",

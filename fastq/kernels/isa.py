@@ -32,7 +32,7 @@ _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
 ISAS = (
     Isa("amx_int8", ("amx-tile", "amx-int8", *_AVX512)),
     Isa("avx512_vnni", _AVX512),
-    Isa("avx_vnni", ("avx2", "avxvnni")),
+    Isa("avx_vnni", ("avx2", "vpdpbusd ymm")),
     Isa("avx2", ("avx2",)),
     Isa("neon_i8mm", ("i8mm",)),
     Isa("neon_dotprod", ("dotprod",)),
@@ -47,11 +47,17 @@ BY_NAME = {isa.name: isa for isa in ISAS}
 
 @functools.cache
 def target_features() -> frozenset[str]:
-    """What Numba compiles for, not what the CPU has: other IR would end the process."""
+    """What Numba compiles for, not what the CPU has: other IR would end the process.
+
+    In LLVM's names; "vpdpbusd ymm" is AVX-VNNI, or AVX512-VNNI's on half of its vectors.
+    """
     from numba.core.registry import cpu_target
 
     codegen = cpu_target.target_context.codegen()
     named = frozenset(f[1:] for f in codegen._tm_features.split(",") if f.startswith("+"))
+    # one instruction in two encodings; the compiler takes the one that there is
+    if "avxvnni" in named or named >= {"avx512vnni", "avx512vl"}:
+        named |= {"vpdpbusd ymm"}
     return named | arm_features(codegen._tm)
 
 

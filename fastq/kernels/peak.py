@@ -48,7 +48,7 @@ class Dot(NamedTuple):
 DOTS = (
     Dot("tdpbusd tmm", "amx-int8", "tile", 8192, 16 * 16 * 64, 4, True, ""),
     Dot("vpdpbusd zmm", "avx512vnni", "i32", 512, 64, 24, True, "vpdpbusd $2, $2, $0"),
-    Dot("vpdpbusd ymm", "avxvnni", "i32", 256, 32, 12, True, "{vex} vpdpbusd $2, $2, $0"),
+    Dot("vpdpbusd ymm", "vpdpbusd ymm", "i32", 256, 32, 12, True, "{vex} vpdpbusd $2, $2, $0"),
     Dot(
         "vpmaddwd + vpaddd ymm", "avx2", "i32", 256, 16, 12, True,
         "vpmaddwd $2, $2, $1; vpaddd $1, $0, $0",
@@ -114,9 +114,11 @@ def _dots(typingctx: Any, row: Any, n: Any) -> Any:
         # v: any of the 32 AVX-512 registers; the scratch $1 must not share the operand's register
         register = {512: "v", 256: "x", 128: "w"}[dot.bits]
         both = ir.LiteralStructType([vector, vector])
+        # without AVX-VNNI it is AVX512-VNNI's, which has the other encoding
+        encoded = dot.asm if "avxvnni" in target_features() else dot.asm.removeprefix("{vex} ")
         asm = ir.InlineAsm(
             ir.FunctionType(both, [vector, vector]),
-            dot.asm,
+            encoded,
             f"={register},=&{register},{register},0",
             side_effect=True,
         )

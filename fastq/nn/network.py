@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Self
 
 import torch
@@ -19,16 +19,14 @@ from fastq.graph import (
     OPERATIONS,
     Node,
     Ref,
-    Size,
-    Sizes,
     check_target,
     evaluate,
-    sized,
     sizes_of,
 )
 from fastq.nn.layer import accept, as_array, stay
 from fastq.plan import BoundProgram
 from fastq.program import Program, extent_text, fits
+from fastq.sizes import Size, Sizes, sized
 
 
 @dataclass(frozen=True)
@@ -538,7 +536,7 @@ def encode_value(value: Any) -> Any:
     if isinstance(value, Ref):
         return {"ref": value.index}
     if isinstance(value, Size):
-        return {"size": [value.axis, value.factor, value.more]}
+        return {"size": list(astuple(value))}
     for kind, names in NAMED.items():
         for name, known in names.items():
             if type(value) is type(known) and value == known:
@@ -563,7 +561,7 @@ def decode_value(given: Any) -> Any:
             return {k: decode_value(v) for k, v in content.items()}
         case "ref" if type(content) is int and content >= 0:
             return Ref(content)
-        case "size" if all(type(n) is int for n in content) and content[0] >= 0:
+        case "size" if isinstance(content, list):
             return Size(*content)
         case _ if content in NAMED.get(kind, {}):
             return NAMED[kind][content]

@@ -1,0 +1,153 @@
+"""Sizes that follow a network's input: their arithmetic, and what a network's operations make."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from networks import Apply, Pyramid, call, conv
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastq
+from fastq.capture import capture
+from fastq.extents import size_along
+from fastq.sizes import Size, sized, sizes_of_shapes
+
+
+def test_a_size_is_what_was_done_to_it_in_order() -> None:
+    """plus, times and over, one after another, against integers; `over` has a form or says no."""
+    draw, forms = random.Random(0), 0
+    for _ in range(500):
+        size: Size | None = Size(1)
+        numbers = list(range(100, 140))
+        for _ in range(draw.randrange(1, 6)):
+            n = draw.randrange(1, 5)
+            match draw.randrange(3):
+                case 0:
+                    more = draw.randrange(-6, 7)
+                    size, numbers = size.plus(more), [x + more for x in numbers]
+                case 1:
+                    size, numbers = size.times(n), [x * n for x in numbers]
+                case _:
+                    size, numbers = size.over(n), [x // n for x in numbers]
+            if size is None:
+                break
+            forms += 1
+            assert [size.of((7, n)) for n in range(100, 140)] == numbers
+    assert forms > 1000
+
+
+def test_what_is_sized() -> None:
+    sizes = sizes_of_shapes([(2, 9), (5, 6, 7, 8), ()])
+    assert sizes == (2, 9, 7, 8) and sizes_of_shapes([]) == (1,)
+    given = {"a": (Size(3), 4), "b": [Size(0, 2, 1)], "c": "x"}
+    assert sized(given, sizes) == {"a": (8, 4), "b": [5], "c": "x"}
+    with pytest.raises(ValueError, match="follows axis 4"):
+        Size(4).of(sizes)
+
+
+@pytest.mark.parametrize("given", [(-1,), (1, 1.0), (1, True), (1, 2**40), (1, 1, 0, 0)])
+def test_a_size_of_other_numbers_is_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match="wanted integers"):
+        Size(*given)
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "convolution": lambda: nn.Conv2d(4, 4, (3, 2), (2, 3), (1, 0), (2, 1)),
+    "uneven": lambda: nn.Conv2d(4, 4, 4, padding="same"),
+    "transposed": lambda: nn.ConvTranspose2d(4, 4, 3, 2, 1, output_padding=1),
+    "max pool": lambda: nn.MaxPool2d(3, 2, 1),
+    "up": lambda: nn.MaxPool2d(3, 2, ceil_mode=True),
+    "dilated": lambda: nn.MaxPool2d(3, 1, dilation=2),
+    "average": lambda: nn.AvgPool2d((2, 3)),
+    "pad": lambda: nn.ZeroPad2d((1, 2, 0, 3)),
+    "reflect": lambda: nn.ReflectionPad2d(1),
+    "twice": lambda: nn.Upsample(scale_factor=2),
+    "a half": lambda: nn.UpsamplingBilinear2d(scale_factor=0.5),
+    "turned": lambda: Apply(lambda x: x.transpose(2, 3)),
+    "every other": lambda: Apply(lambda x: x[:, :, ::2, 1:]),
+    "functions": lambda: Apply(lambda x: F.gelu(x) * 3 + x.sigmoid()),
+    "norm": lambda: nn.Sequential(nn.BatchNorm2d(4), nn.PReLU()),
+    "parts": lambda: Apply(lambda x: torch.cat([x[:, :2], F.relu(x[:, 2:])], 1)),
+    "features": lambda: Apply(lambda x: F.softmax(x.permute(0, 2, 3, 1), -1).permute(0, 3, 1, 2)),
+}
+
+
+def test_what_operations_make_of_the_sizes_of_an_image() -> None:
+    """Any five of them, one after another: `size_along` of each value, against what torch makes of
+    images of other sizes. Where it knows none, the image was enlarged before it was made smaller.
+    """
+    draw, known = random.Random(1), 0
+    for _ in range(40):
+        names = draw.choices(list(LAYERS), k=5)
+        model = nn.Sequential(conv(3, 4, 1)(), *(LAYERS[name]() for name in names)).eval()
+        with torch.no_grad():
+            graph = capture(model, (torch.randn(2, 3, 64, 77),)).graph
+        (end,) = graph.outputs
+        found = size_along(end, 2), size_along(end, 3)
+        enlarged = {"twice", "transposed"} & {*names}
+        assert None not in found or enlarged, names
+        if None in found:
+            continue
+        known += 1
+        for shape in ((1, 3, 64, 77), (1, 3, 71, 64), (1, 3, 90, 101), (2, 3, 66, 83)):
+            with torch.no_grad():
+                wanted = model(torch.randn(shape)).shape[2:]
+            assert sized(found, shape) == tuple(wanted), names
+    assert known > 25
+
+
+def test_what_does_not_follow_the_input() -> None:
+    def along(function: Callable[[Tensor], Tensor], axis: int = 2) -> Size | None:
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), Apply(function))
+        return size_along(capture(model, (torch.randn(2, 3, 16, 18),)).graph.outputs[0], axis)
+
+    assert along(lambda x: F.adaptive_avg_pool2d(x, (5, None)), 2) is None
+    assert along(lambda x: F.interpolate(x, size=(5, 7)), 3) is None
+    assert along(lambda x: F.avg_pool2d(x, 1, 3, ceil_mode=True)) is None  # its last may be outside
+    assert along(lambda x: x[:, :, -5:]) is None
+    assert along(lambda x: x[:, :, :5]) is None
+    assert along(lambda x: torch.cat([x, x], 2)) is None
+    assert along(lambda x: x.cumsum(1)) is None
+    assert along(lambda x: x, 1) is None
+    assert along(F.relu) == Size(2)
+
+
+def test_a_pyramid_is_one_network_for_images_of_any_size() -> None:
+    """Sizes that were rounded otherwise on the way, in whatever was calibrated."""
+    torch.manual_seed(0)
+    model = Pyramid().eval()
+    int8 = fastq.quantize_model(model, [torch.randn(4, 3, 32, 40)], progress=False)
+    assert int8.program.extents == ((None, 3, None, None),)
+    for height in range(20, 45):
+        x = torch.randn(2, 3, height, 71 - height)
+        with torch.no_grad():
+            wanted = model(x)
+        for y, found in zip(wanted, int8(x), strict=True):
+            assert y.shape == found.shape
+            assert (y - found).norm() < 0.1 * y.norm()
+
+
+def test_resized_to_an_input_that_no_program_takes() -> None:
+    """Its size is asked for all the same; of one that is no float32, torch resizes."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        y = net.a((x.float() / 3).cumsum(1))
+        return net.b(F.interpolate(F.max_pool2d(y, 2), size=x.shape[2:]))
+
+    model = call(forward, a=conv(3, 4, 3, padding=1), b=conv(4, 2, 1))().eval()
+    for dtype, floats in ((torch.float32, 0), (torch.uint8, 1)):
+
+        def image(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.randint(0, 7, shape).to(dtype)
+
+        int8 = fastq.quantize_model(model, [image(4, 3, 17, 20)], progress=False)
+        assert repr(int8).count("resized to the size of an input") == floats
+        x = image(1, 3, 24, 33)
+        with torch.no_grad():
+            wanted = model(x)
+        assert (wanted - int8(x)).norm() < 0.05 * wanted.norm()
