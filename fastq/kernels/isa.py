@@ -61,6 +61,12 @@ def target_features() -> frozenset[str]:
     return named | arm_features(codegen._tm)
 
 
+def ymm_encoding() -> str:
+    """What the assembler wants before `vpdpbusd ymm`: AVX-VNNI's encoding, or AVX512-VNNI's."""
+    features = target_features()
+    return "" if "avx512vnni" in features and "avxvnni" not in features else "{vex} "
+
+
 def arm_features(machine: Any) -> frozenset[str]:
     """What a 64-bit ARM target has: all have vectors and their fused products.
 

@@ -114,11 +114,9 @@ def _dots(typingctx: Any, row: Any, n: Any) -> Any:
         # v: any of the 32 AVX-512 registers; the scratch $1 must not share the operand's register
         register = {512: "v", 256: "x", 128: "w"}[dot.bits]
         both = ir.LiteralStructType([vector, vector])
-        # without AVX-VNNI it is AVX512-VNNI's, which has the other encoding
-        encoded = dot.asm if "avxvnni" in target_features() else dot.asm.removeprefix("{vex} ")
         asm = ir.InlineAsm(
             ir.FunctionType(both, [vector, vector]),
-            encoded,
+            dot.asm.replace("{vex} ", isa.ymm_encoding()),
             f"={register},=&{register},{register},0",
             side_effect=True,
         )

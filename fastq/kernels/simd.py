@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from llvmlite import binding, ir
 
+from fastq.kernels.isa import ymm_encoding
+
 binding.initialize_native_asmparser()  # without it, LLVM ends the process at inline assembly
 
 KR = 4
@@ -450,9 +452,11 @@ class MaddAdd(Madd):
     def dot(self, b: Any, acc: Any, a: Any, w: Any) -> Any:
         if not self.native:
             return super().dot(b, acc, a, w)
-        name, register = ("vpdpwssd", "v") if self.bits == 512 else ("{vex} vpdpwssd", "x")
+        encoding, register = ("", "v") if self.bits == 512 else (ymm_encoding(), "x")
         kind = ir.FunctionType(self.acc, [self.acc, self.operand, self.operand])
-        asm = ir.InlineAsm(kind, f"{name} $3, $2, $0", f"={register},0,{register},{register}")
+        asm = ir.InlineAsm(
+            kind, f"{encoding}vpdpwssd $3, $2, $0", f"={register},0,{register},{register}"
+        )
         return b.call(asm, [acc, a, w])
 
 
