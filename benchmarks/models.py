@@ -32,7 +32,7 @@ from benchmarks.model_peers import PEERS, Peer, Subject
 from fastq.graph import Sizes
 from fastq.kernels import isa, peak
 from fastq.layerwise import ratio
-from fastq.nn.network import Stage
+from fastq.layout import Stage
 from fastq.packed import PackedWeights
 from fastq.plan import plan
 from fastq.profiling import memory as memory_of

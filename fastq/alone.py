@@ -20,8 +20,8 @@ from fastq.graph import (
     RECURRENT_LAYER,
     VOLUMES,
     Node,
-    Ref,
 )
+from fastq.layout import Ref
 from fastq.masks import operator_of
 from fastq.nn.conv import products
 from fastq.nn.embedding import LEAST_ROW

@@ -22,7 +22,8 @@ from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
 
 from fastq.extents import size_along
-from fastq.graph import Graph, Node, Ref, sizes_of
+from fastq.graph import Graph, Node, sizes_of
+from fastq.layout import Ref
 from fastq.read import CannotCapture, Folded, Indirect, Reader
 from fastq.sizes import Size, Sizes, sized
 from fastq.trace import duplicate, quiet, twin

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastq.graph import VOLUMES, Graph, Node, Ref, pointwise
+from fastq.graph import VOLUMES, Graph, Node, pointwise
+from fastq.layout import Ref
 from fastq.masks import operator_of
 from fastq.weights import scale_outputs
 

@@ -16,18 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastq.layout import Ref
 from fastq.qparams import GATES
 from fastq.sizes import Size, Sizes, sized, sizes_of_shapes
 
 Values = dict["Node", Any]
 POINTWISE_NAMESPACE = "fastq_pointwise"  # of operators made by `fastq.pointwise`
-
-
-@dataclass(frozen=True)
-class Ref:
-    """In the arguments of an "aten" node: its input number `index`."""
-
-    index: int
 
 
 def sizes_of(arguments: Iterable[Any]) -> Sizes:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastq.graph import Node, Ref, evaluate
+from fastq.graph import Node, evaluate
+from fastq.layout import Ref
 
 LOWEST = -100.0  # added to a score, this or less leaves nothing of its weight
 MARK = -1e4  # in the place of a value, this or less is none

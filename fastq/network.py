@@ -14,9 +14,10 @@ from fastq.batches import Batches, arguments_of
 from fastq.capture import capture
 from fastq.fuse import fuse
 from fastq.graph import Node
+from fastq.layout import Stage
 from fastq.lower import Region
 from fastq.modules import INT8, Config, Selector, choose, listed, module_names
-from fastq.nn.network import QuantizedModel, Stage, assemble, leaves_of, spec_text
+from fastq.nn.network import QuantizedModel, assemble, leaves_of, spec_text
 from fastq.prepare import Prepared, prepare_graph
 from fastq.processes import ALONE, Processes
 from fastq.qconfig import DEFAULT

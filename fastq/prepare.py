@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastq.capture import Captured
-from fastq.graph import PRODUCTS, Graph, Node, Ref
+from fastq.graph import PRODUCTS, Graph, Node
+from fastq.layout import Ref
 from fastq.lower import (
     MOVES,
     WEIGHTED,

@@ -23,7 +23,8 @@ from fastq.kernels import executor, isa, peak
 from fastq.kernels.assembly import kernel_at, name_of
 from fastq.kernels.call import address_of
 from fastq.kernels.simd import emitter
-from fastq.nn.network import QuantizedModel, Stage
+from fastq.layout import Stage
+from fastq.nn.network import QuantizedModel
 from fastq.plan import BoundProgram
 from fastq.program import Step
 from fastq.sizes import Sizes

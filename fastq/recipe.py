@@ -22,8 +22,9 @@ from torch import Tensor
 
 from fastq.capture import Captured
 from fastq.graph import OPERATIONS, Graph, Node, check_target
+from fastq.layout import NOTES, decode_value, encode_value
 from fastq.lower import Ranges, Region, turned
-from fastq.nn.network import NOTES, QuantizedModel, decode_value, encode_value
+from fastq.nn.network import NAMED, QuantizedModel
 from fastq.prepare import LAYERS, Prepared
 from fastq.qconfig import QConfig
 from fastq.qparams import QParams, clamp_of, value_dtype
@@ -54,7 +55,9 @@ def write_recipe(prepared: Prepared) -> tuple[dict[str, Any], dict[str, Tensor]]
                 "name": node.name,
                 "op": node.op,
                 "inputs": [v.name for v in node.inputs],
-                "attrs": {k: encode_value(v) for k, v in node.attrs.items() if k not in NOTES},
+                "attrs": {
+                    k: encode_value(v, NAMED) for k, v in node.attrs.items() if k not in NOTES
+                },
                 "layer": node.layer,
                 "kind": node.kind,
                 "shape": list(node.shape),
@@ -63,7 +66,8 @@ def write_recipe(prepared: Prepared) -> tuple[dict[str, Any], dict[str, Tensor]]
             for node in prepared.graph
         ],
         "outputs": [
-            v.name if isinstance(v, Node) else [encode_value(v)] for v in prepared.graph.outputs
+            v.name if isinstance(v, Node) else [encode_value(v, NAMED)]
+            for v in prepared.graph.outputs
         ],
         "regions": [
             {
@@ -106,7 +110,8 @@ class _Reader:
             self.nodes[given["name"]] = self.node(given, given["name"] in members)
         nodes = list(self.nodes.values())
         outputs = [
-            self.nodes[v] if isinstance(v, str) else decode_value(v[0]) for v in recipe["outputs"]
+            self.nodes[v] if isinstance(v, str) else decode_value(v[0], NAMED)
+            for v in recipe["outputs"]
         ]
         graph = Graph(nodes, [node for node in nodes if node.op == "input"], outputs)
         arguments = tuple(
@@ -143,7 +148,7 @@ class _Reader:
         name, op = given["name"], given["op"]
         if op not in KINDS:
             raise ValueError(f"{name} is a {op!r:.80}, which is no operation")
-        attrs = {key: decode_value(value) for key, value in given["attrs"].items()}
+        attrs = {key: decode_value(value, NAMED) for key, value in given["attrs"].items()}
         for target in [attrs["target"]] if op == "aten" else [c[0] for c in attrs.get("calls", ())]:
             check_target(target)
         keys = [

@@ -30,9 +30,10 @@ from fastq.graph import CONVOLUTION_LAYER, VOLUMES, Graph, Node, evaluate
 from fastq.kernels import isa
 from fastq.ladder import score
 from fastq.layerwise import ratio
+from fastq.layout import Stage
 from fastq.lower import MOVES, normalized, weight_of
 from fastq.network import call_of, prepare_model
-from fastq.nn.network import QuantizedModel, Stage
+from fastq.nn.network import QuantizedModel
 from fastq.observer import HistogramObserver
 from fastq.page import Bars, Block, Details, Heading, Histogram, Table, Text, html, markdown
 from fastq.prepare import Prepared, grid_ends

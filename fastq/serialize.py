@@ -42,9 +42,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastq.encode import VERSION, Parts, digest, read_header
+from fastq.layout import decode_layout, encode_layout
 from fastq.modules import INT8, listed, module_names, replace
 from fastq.nn import LAYERS, QuantizedModel
-from fastq.nn.network import decode_layout, encode_layout
+from fastq.nn.network import NAMED, check_operator
 from fastq.qat import QATModel
 from fastq.summaries import QuantizationSummary, Result, Row, keep_summary
 from fastq.swap import leave_fast_path, rebuild
@@ -177,7 +178,7 @@ def _save_network(
     header = {
         "format": "fastq",
         "version": VERSION,
-        "network": encode_layout(model.layout),
+        "network": encode_layout(model.layout, NAMED),
         "rebuilt": report.rebuilt,
         "summary": [[row.name, row.kind, row.result, row.reason] for row in report.rows],
         "note": report.note,
@@ -188,7 +189,7 @@ def _save_network(
 
 def _load_network(where: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> QuantizedModel:
     try:
-        result = QuantizedModel(decode_layout(header["network"]), tensors)
+        result = QuantizedModel(decode_layout(header["network"], NAMED, check_operator), tensors)
     except ValueError as error:
         raise ValueError(f"{where} holds no network in order: {error}") from error
     keep_summary(result, _summary(where, header))

@@ -27,6 +27,7 @@ ORDER = [
     "qconfig",
     "program",
     "encode",
+    "layout",
     "phases",
     "packed",
     "placement",

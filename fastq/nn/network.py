@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
 from typing import Any, Self
 
 import torch
@@ -14,61 +12,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastq.encode import decode_program, encode_program
-from fastq.graph import (
-    INT8_OPERATORS,
-    OPERATIONS,
-    Node,
-    Ref,
-    check_target,
-    evaluate,
-    sizes_of,
-)
+from fastq.graph import INT8_OPERATORS, OPERATIONS, Node, check_target, evaluate, sizes_of
+from fastq.layout import Layout, Stage
 from fastq.nn.layer import accept, as_array, stay
 from fastq.plan import BoundProgram
 from fastq.program import Program, extent_text, fits
-from fastq.sizes import Size, Sizes, sized
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One thing to do: run program number `program`, or evaluate a float node.
-
-    inputs, outputs  names of values.      attrs  of an "aten" node or an operation of `graph`.
-    layer, why       of a float node, for reports: its module, and why it has no integer form.
-    """
-
-    op: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    attrs: Mapping[str, Any]
-    program: int = -1
-    layer: str = ""
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a network is put together; with the tensors of its state it is all of it.
-
-    inputs    a name for each leaf of (args, kwargs); None for one that is no tensor.
-    extents   the sizes that each input must have, None for any; None for one that is no tensor.
-    constants the leaves that are no tensors, by their place.
-    outputs   for each leaf of the result a name, or ("constant", value).
-    specs     of (args, kwargs) and of the result, as pytree's JSON.
-    names     of the parameters of the float network's forward.
-    recipe    what the programs were made from, as JSON (recipe.py): not needed to run them.
-    """
-
-    stages: tuple[Stage, ...]
-    programs: tuple[Mapping[str, Any], ...]
-    inputs: tuple[str | None, ...]
-    extents: tuple[tuple[int | None, ...] | None, ...]
-    constants: Mapping[str, Any]
-    outputs: tuple[Any, ...]
-    specs: tuple[str, str]
-    names: tuple[str, ...]
-    recipe: Mapping[str, Any]
-
+from fastq.sizes import Sizes, sized
 
 # what programs are made of
 ARRAYS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.float32)
@@ -456,157 +405,12 @@ NAMED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def encode_layout(layout: Layout) -> dict[str, Any]:
-    """A layout as JSON; TypeError for an operator's argument that has no form there."""
-    stages = [
-        {
-            "op": stage.op,
-            "inputs": list(stage.inputs),
-            "outputs": list(stage.outputs),
-            "attrs": {k: encode_value(v) for k, v in stage.attrs.items() if k not in NOTES},
-            "program": stage.program,
-            "layer": stage.layer,
-            "why": stage.why,
-        }
-        for stage in layout.stages
-    ]
-    return {
-        "stages": stages,
-        "programs": list(layout.programs),
-        "inputs": list(layout.inputs),
-        "extents": [None if e is None else list(e) for e in layout.extents],
-        "constants": {k: encode_value(v) for k, v in layout.constants.items()},
-        "outputs": [
-            out if isinstance(out, str) else [encode_value(out[1])] for out in layout.outputs
-        ],
-        "specs": list(layout.specs),
-        "names": list(layout.names),
-        "recipe": layout.recipe,
-    }
-
-
-def decode_layout(given: Any) -> Layout:
-    """The layout again; ValueError for what `encode_layout` does not write."""
-    try:
-        stages = tuple(
-            Stage(
-                s["op"],
-                tuple(s["inputs"]),
-                tuple(s["outputs"]),
-                {k: decode_value(v) for k, v in s["attrs"].items()},
-                s["program"],
-                s["layer"],
-                s["why"],
-            )
-            for s in given["stages"]
-        )
-        layout = Layout(
-            stages,
-            tuple(given["programs"]),
-            tuple(given["inputs"]),
-            tuple(None if e is None else tuple(e) for e in given["extents"]),
-            {k: decode_value(v) for k, v in given["constants"].items()},
-            tuple(
-                out if isinstance(out, str) else ("constant", decode_value(out[0]))
-                for out in given["outputs"]
-            ),
-            (given["specs"][0], given["specs"][1]),
-            tuple(given["names"]),
-            given["recipe"],
-        )
-        _check(layout)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"a layout is not in order: {type(error).__name__}: {error}") from error
-    return layout
-
-
-NOTES = ("folded", "norm", "why")  # of a graph, not needed to run it
-
-
-def encode_value(value: Any) -> Any:
-    """An attribute of a node as JSON; TypeError for what has no form there."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {"float": str(value)}
-    if isinstance(value, list | tuple):
-        return {type(value).__name__: [encode_value(v) for v in value]}
-    if isinstance(value, dict):
-        return {"dict": {str(k): encode_value(v) for k, v in value.items()}}
-    if isinstance(value, Ref):
-        return {"ref": value.index}
-    if isinstance(value, Size):
-        return {"size": list(astuple(value))}
-    for kind, names in NAMED.items():
-        for name, known in names.items():
-            if type(value) is type(known) and value == known:
-                return {kind: name}
-    raise TypeError(f"an operator takes {value!r:.80}, which has no form in a file")
-
-
-def decode_value(given: Any) -> Any:
-    """The attribute again; ValueError for what `encode_value` does not write."""
-    if not isinstance(given, dict):
-        if isinstance(given, list):
-            raise ValueError(f"wanted an object, got {given!r:.80}")
-        return given
-    ((kind, content),) = given.items()
-    match kind:
-        case "float" if content in ("inf", "-inf", "nan"):
-            return float(content)
-        case "list" | "tuple":
-            values = [decode_value(v) for v in content]
-            return values if kind == "list" else tuple(values)
-        case "dict":
-            return {k: decode_value(v) for k, v in content.items()}
-        case "ref" if type(content) is int and content >= 0:
-            return Ref(content)
-        case "size" if isinstance(content, list):
-            return Size(*content)
-        case _ if content in NAMED.get(kind, {}):
-            return NAMED[kind][content]
-    raise ValueError(f"{given!r:.80} is no value of an operator")
-
-
-def _check(layout: Layout) -> None:
-    """ValueError unless each stage takes what is there and names an operator that may run."""
-    known = {name for name in layout.inputs if name is not None}
-    texts = [*layout.specs, *layout.names, *known]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("names and specs are strings")
-    fits = len(layout.extents) == len(layout.inputs) and all(
-        (name is None) == (extent is None)
-        and all(n is None or type(n) is int for n in extent or ())
-        for name, extent in zip(layout.inputs, layout.extents, strict=True)
-    )
-    if not fits:
-        raise ValueError(f"extents {layout.extents!r:.80} for inputs {layout.inputs}")
-    wanted = {str(i) for i, name in enumerate(layout.inputs) if name is None}
-    if wanted != layout.constants.keys():
-        raise ValueError(f"constants {sorted(layout.constants)} for inputs {layout.inputs}")
-    for stage in layout.stages:
-        texts = [*stage.inputs, *stage.outputs, stage.layer, stage.why]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{stage!r:.80}: names are strings")
-        if missing := [name for name in stage.inputs if name not in known]:
-            raise ValueError(f"{stage.outputs} takes {missing}, which no stage before it makes")
-        known.update(stage.outputs)
-        if stage.op == "program":
-            programs = layout.programs
-            if type(stage.program) is not int or not 0 <= stage.program < len(programs):
-                raise ValueError(f"there is no program {stage.program!r}")
-            taken, made = programs[stage.program]["inputs"], programs[stage.program]["outputs"]
-            if len(taken) != len(stage.inputs) or len(made) != len(stage.outputs):
-                raise ValueError(f"{stage.outputs}: another number of inputs or outputs")
-        elif stage.op == "aten":
-            check_target(stage.attrs["target"])
-        elif stage.op == "pointwise":
-            for target, _, _ in stage.attrs["calls"]:
-                check_target(target)
-        elif stage.op not in OPERATIONS and stage.op != "constant":
-            raise ValueError(f"{stage.op!r} is no operation")
-        if stage.op != "program" and (stage.program != -1 or len(stage.outputs) != 1):
-            raise ValueError(f"{stage.outputs}: a float operator has one output")
-    ends = [out for out in layout.outputs if isinstance(out, str)]
-    if missing := [name for name in ends if name not in known]:
-        raise ValueError(f"no stage makes the outputs {missing}")
+def check_operator(stage: Stage) -> None:
+    """ValueError unless a float stage names an operation, or an operator that only computes."""
+    if stage.op == "aten":
+        check_target(stage.attrs["target"])
+    elif stage.op == "pointwise":
+        for target, _, _ in stage.attrs["calls"]:
+            check_target(target)
+    elif stage.op not in OPERATIONS and stage.op != "constant":
+        raise ValueError(f"{stage.op!r} is no operation")

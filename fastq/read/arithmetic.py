@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fastq.graph import Node, Ref
+from fastq.graph import Node
+from fastq.layout import Ref
 from fastq.read.exported import Arguments
 from fastq.read.norms import norm
 from fastq.read.reader import MAX_TERMS, Reader, reads, reads_any

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fastq.graph import Node, Ref
+from fastq.graph import Node
+from fastq.layout import Ref
 from fastq.masks import LOWEST, is_low, is_mask, operand, operator_of, possible_values
 from fastq.read.exported import Arguments
 from fastq.read.reader import Reader, reads

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fastq.graph import POINTWISE_NAMESPACE, PRODUCTS, Graph, Node, Ref
+from fastq.graph import POINTWISE_NAMESPACE, PRODUCTS, Graph, Node
+from fastq.layout import Ref
 from fastq.read.exported import (
     Arguments,
     arguments_of,
