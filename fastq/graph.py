@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from fastq.layout import Ref
 from fastq.qparams import GATES
-from fastq.sizes import Size, Sizes, sized, sizes_of_shapes
+from fastq.sizes import Size, Sizes, reshaped, sized, sizes_of_shapes
 
 Values = dict["Node", Any]
 POINTWISE_NAMESPACE = "fastq_pointwise"  # of operators made by `fastq.pointwise`
@@ -378,24 +378,6 @@ def _prelu(node: Node, x: Tensor) -> Tensor:
 
 def _reshape(node: Node, x: Tensor) -> Tensor:
     return x.reshape(reshaped(x.shape, node.attrs["groups"]))
-
-
-def reshaped(shape: Iterable[int], groups: Any) -> list[int]:
-    """The new shape: `groups` are pairs (axes that are joined, sizes that they are split into).
-
-    At most one of the sizes is None: what is left of the group.
-    """
-    sizes = list(shape)
-    result: list[int] = []
-    for axes, parts in groups:
-        total = 1
-        for axis in axes:
-            total *= sizes[axis]
-        known = 1
-        for part in parts:
-            known *= 1 if part is None else part
-        result += [total // known if part is None else part for part in parts]
-    return result
 
 
 def _concat(node: Node, *xs: Tensor) -> Tensor:

@@ -75,3 +75,21 @@ def sized(value: Any, sizes: Sizes) -> Any:
     if isinstance(value, dict):
         return {key: sized(v, sizes) for key, v in value.items()}
     return value
+
+
+def reshaped(shape: Iterable[int], groups: Any) -> list[int]:
+    """The new shape: `groups` are pairs (axes that are joined, sizes that they are split into).
+
+    At most one of the sizes is None: what is left of the group.
+    """
+    sizes = list(shape)
+    result: list[int] = []
+    for axes, parts in groups:
+        total = 1
+        for axis in axes:
+            total *= sizes[axis]
+        known = 1
+        for part in parts:
+            known *= 1 if part is None else part
+        result += [total // known if part is None else part for part in parts]
+    return result

@@ -28,6 +28,7 @@ ORDER = [
     "program",
     "encode",
     "layout",
+    "operators",
     "phases",
     "packed",
     "placement",
