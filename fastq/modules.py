@@ -68,7 +68,7 @@ def listed(names: Names) -> Names:
     return {m: paths for m, paths in names.items() if isinstance(m, LISTED) and m not in without}
 
 
-def several(selectors: Any, argument: str) -> tuple[Any, ...]:
+def selectors_of(selectors: Any, argument: str) -> tuple[Any, ...]:
     """One selector or several as a tuple, which can be read again."""
     if isinstance(selectors, str | type):
         return (selectors,)
@@ -81,7 +81,7 @@ def select(names: Names, selectors: Any, argument: str) -> set[nn.Module]:
     """The modules that match a name, pattern or class, and all modules within them."""
     modules = {name: module for module, paths in names.items() for name in paths}
     hits: set[str] = set()
-    for selector in several(selectors, argument):
+    for selector in selectors_of(selectors, argument):
         if isinstance(selector, str):
             found = {name for name in modules if fnmatch.fnmatchcase(name, selector)}
         elif isinstance(selector, type) and issubclass(selector, nn.Module):

@@ -12,7 +12,7 @@ from torch import nn
 from fastq.batches import Batches
 from fastq.ladder import climb
 from fastq.layerwise import check_float
-from fastq.modules import Config, Selector, several
+from fastq.modules import Config, Selector, selectors_of
 from fastq.network import calibrate, call_of, finish, prepare_model
 from fastq.processes import Processes
 from fastq.read import CannotCapture
@@ -79,7 +79,7 @@ def quantize_model(
     """
     check_float("quantize_model", model)
     remedies = remedy_names(remedies)
-    skip = several(skip, "skip")  # a search reads it again
+    skip = selectors_of(skip, "skip")  # a search reads it again
     if (evaluate is None) != (max_drop is None):
         raise TypeError("quantize_model: evaluate= and max_drop= come together")
     processes = Processes(distributed)

@@ -24,7 +24,7 @@ from torch._C import _get_tracing_state
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from fastq.nn.layer import QLayer, accept, as_array, check_tensor, operands_of
+from fastq.nn.layer import QLayer, accept, array_of, check_tensor, operands_of
 from fastq.ops import Operands, conv2d_float
 from fastq.weights import Conv2dWeight, explicit_padding, outputs_first, several
 
@@ -243,7 +243,7 @@ def _images(x: Tensor, operands: Operands, last: bool) -> Tensor:
             if at:  # there is memory: not within torch.func
                 operands.conv2d(x.shape, x.stride(), planes, at, y.data_ptr())
                 return y
-    nhwc = as_array(x).transpose(0, 2, 3, 1)
+    nhwc = array_of(x).transpose(0, 2, 3, 1)
     out = conv2d_float(nhwc, weight, operands.epilogue, x_qparams=operands.x_qparams)
     y = from_numpy(out.transpose(0, 3, 1, 2))
     return y if last else y.contiguous()

@@ -377,7 +377,7 @@ def check_tensor(name: str, x: Any, wanted: str = "float32") -> None:
         raise TypeError(f"{name}: x is a {type(x).__name__}; wanted a tensor of {wanted}{hint}")
 
 
-def as_array(x: Tensor) -> Any:
+def array_of(x: Tensor) -> Any:
     """The NumPy view of a float32 tensor; TypeError for one that has no memory to look at."""
     try:
         array = x.numpy()

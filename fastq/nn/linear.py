@@ -8,7 +8,7 @@ from torch import Tensor, float32, from_numpy, nn
 from torch._C import _get_tracing_state
 from torch.compiler import is_compiling
 
-from fastq.nn.layer import QLayer, accept, as_array, check_tensor, operands_of
+from fastq.nn.layer import QLayer, accept, array_of, check_tensor, operands_of
 from fastq.ops import Operands, linear_float
 from fastq.weights import LinearWeight
 
@@ -101,7 +101,7 @@ def run(x: Tensor, shape: torch.Size, operands: Operands) -> Tensor:
         if at:  # there is memory: not within torch.func
             operands.linear(m, 4 * k, at, y.data_ptr())
             return y
-    rows = as_array(x).reshape(m, k)
+    rows = array_of(x).reshape(m, k)
     out = linear_float(rows, operands.weight, operands.epilogue, x_qparams=operands.x_qparams)
     return from_numpy(out).reshape(sizes)
 

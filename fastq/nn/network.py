@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from fastq.encode import decode_program, encode_program
 from fastq.graph import INT8_OPERATORS, OPERATIONS, Node, check_target, evaluate, sizes_of
 from fastq.layout import Layout, Stage
-from fastq.nn.layer import accept, as_array, stay
+from fastq.nn.layer import accept, array_of, stay
 from fastq.plan import BoundProgram
 from fastq.program import Program, extent_text, fits
 from fastq.sizes import Sizes, sized
@@ -291,7 +291,7 @@ def as_input(name: str, x: Any, extent: Sequence[int | None]) -> Any:
     x = accept(name, x, extent_text(extent), x.dim() == len(extent))
     if x.device.type != "cpu":
         raise ValueError(f"{name} is on {x.device}, wanted the CPU")
-    return as_array(x)
+    return array_of(x)
 
 
 def check_extent(name: str, x: Tensor, extent: Sequence[int | None]) -> None:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from fastq.graph import CELL_LAYER, FUNCTIONS, RECURRENT_LAYER
-from fastq.nn.layer import STATE, State, accept, as_array, check_kind, check_tensor, operands_of
+from fastq.nn.layer import STATE, State, accept, array_of, check_kind, check_tensor, operands_of
 from fastq.nn.linear import QLinear
 from fastq.nn.linear import run as linear
 from fastq.ops import Operands, recurrent_float
@@ -123,9 +123,9 @@ def _steps(
 ) -> list[Tensor]:
     """The same of sequences of one length: recurrent_float."""
     _, hh, hr = products
-    hidden, state = (*map(as_array, states), None)[:2]
+    hidden, state = (*map(array_of, states), None)[:2]
     y, last = recurrent_float(
-        as_array(gates), hh.weight, hh.epilogue, cell=cell, hidden=hidden, state=state,
+        array_of(gates), hh.weight, hh.epilogue, cell=cell, hidden=hidden, state=state,
         axis=time, reverse=reverse, x_qparams=hh.x_qparams,
         projection=None if hr is None else (hr.weight, hr.epilogue, hr.x_qparams),
     )  # fmt: skip

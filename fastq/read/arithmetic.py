@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from fastq.graph import Node
 from fastq.layout import Ref
-from fastq.read.exported import Arguments
+from fastq.read.exported import Arguments, ranked_shape
 from fastq.read.norms import norm
 from fastq.read.reader import MAX_TERMS, Reader, reads, reads_any
 from fastq.read.spelled import product, quotient
@@ -62,7 +62,7 @@ def binary(
     sides = []
     for i, value in enumerate((x, y)):
         if isinstance(value, Tensor):
-            shape = (1,) * (rank - value.dim()) + tuple(value.shape)
+            shape = ranked_shape(value, rank)
             sides.append(reader.constant(f"{node.name}_constant", value, shape))
         else:
             sides.append(reader.ranked(f"{node.name}_{i}", value, rank))
@@ -73,7 +73,7 @@ def binary(
 def _scaled(reader: Reader, node: fx.Node, x: Node, factor: Tensor) -> Node | None:
     """A product with one factor for each channel."""
     rank = len(x.shape)
-    shape = (1,) * (rank - factor.dim()) + tuple(factor.shape)
+    shape = ranked_shape(factor, rank)
     if not 2 <= rank <= 4 or shape != (1, x.shape[1], *(1 for _ in x.shape[2:])):
         return None
     factor = factor.detach().reshape(-1)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fastq.graph import Node
 from fastq.layout import Ref
 from fastq.masks import LOWEST, is_low, is_mask, operand, operator_of, possible_values
-from fastq.read.exported import Arguments
+from fastq.read.exported import Arguments, ranked_shape
 from fastq.read.reader import Reader, reads
 
 Shape = tuple[int, ...]
@@ -45,7 +45,7 @@ def attention(reader: Reader, node: fx.Node, q: Node, a: Arguments) -> Node | No
     if isinstance(mask, Tensor) and mask.dtype is torch.bool and bool(mask.all()):
         mask = None
     if mask is not None:
-        if not _covers(_padded(mask, rank), shape):
+        if not _covers(ranked_shape(mask, rank), shape):
             return None
         if _is_bool(reader, mask):
             found = _mask(reader, node, mask, shape)
@@ -58,7 +58,7 @@ def attention(reader: Reader, node: fx.Node, q: Node, a: Arguments) -> Node | No
     if mask is not None and not masks:
         name = f"{node.name}_added"
         if isinstance(mask, Tensor):
-            added = reader.constant(name, mask, _padded(mask, rank))
+            added = reader.constant(name, mask, ranked_shape(mask, rank))
         else:
             added = reader.ranked(name, mask, rank)
         scores = reader.add(f"{node.name}_masked", "add", [scores, added], shape=shape)
@@ -169,11 +169,6 @@ def _finite(reader: Reader, value: Any) -> bool:
     return -inf not in (possible_values(value, reader.flags) or ())
 
 
-def _padded(value: Node | Tensor, rank: int) -> Shape:
-    """Its shape, with axes of size 1 before."""
-    return (1,) * (rank - len(value.shape)) + tuple(value.shape)
-
-
 def _covers(size: Shape, shape: Shape) -> bool:
     """Whether a mask of this size is one of scores of this shape, with all of their keys."""
     along = len(size) == len(shape) and size[-1] == shape[-1]
@@ -186,7 +181,7 @@ def _mask(
     """A mask of scores of this shape as 1.0 and 0.0; `hides`: a bool one says what is left out.
     None for what is no mask."""
     rank = len(shape)
-    size = _padded(value, rank)
+    size = ranked_shape(value, rank)
     if not _covers(size, shape):
         return None
     if rank > 4:  # one for each head too, for then all axes but the batch are one

@@ -29,6 +29,11 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return tuple(map(int, value.shape)) if isinstance(value, Tensor) else ()
 
 
+def ranked_shape(value: Any, rank: int) -> tuple[int, ...]:
+    """Its shape, with axes of size 1 before, up to that many."""
+    return (1,) * (rank - len(value.shape)) + tuple(value.shape)
+
+
 def memory_of(node: fx.Node) -> int:
     """Of two values that lie in the same memory it is the same."""
     value = node.meta.get("val")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from fastq.graph import Node
-from fastq.read.exported import Arguments, arguments_of, name_of, shape_of
+from fastq.read.exported import Arguments, arguments_of, name_of, ranked_shape, shape_of
 from fastq.read.reader import GROWING, MAX_TERMS, Reader, concatenated, reads, reads_any, without
 
 
@@ -59,7 +59,7 @@ def expand(reader: Reader, node: fx.Node, a: Arguments) -> Node | Tensor | None:
         taken = {name_of(user.target) for user in node.users}
         masks = isinstance(x, Tensor) and taken == {"scaled_dot_product_attention"}
         return x if masks else None
-    size = (1,) * (len(shape) - len(x.shape)) + tuple(x.shape)
+    size = ranked_shape(x, len(shape))
     grown = [i for i, (n, m) in enumerate(zip(shape, size, strict=True)) if n != m]
 
     def broadcasts(user: fx.Node) -> bool:
@@ -89,7 +89,7 @@ def expand(reader: Reader, node: fx.Node, a: Arguments) -> Node | Tensor | None:
 def repeat(reader: Reader, node: fx.Node, a: Arguments) -> Node | Tensor | None:
     """Of axes of size 1 an expansion, of others a concatenation."""
     x, shape = a["self"], shape_of(node)
-    size = (1,) * (len(shape) - len(x.shape)) + tuple(x.shape)
+    size = ranked_shape(x, len(shape))
     times = [n // m if m else 1 for n, m in zip(shape, size, strict=True)]
     if 0 in shape:
         return None

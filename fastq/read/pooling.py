@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from fastq.read.spelled import is_part
 from fastq.weights import several
 
 # across a line: as if there were no such axis
-_ACROSS = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
+_WINDOW = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
 
 
 @reads("max_pool1d", "max_pool2d")
@@ -27,8 +28,13 @@ def max_pool(reader: Reader, node: fx.Node, x: Node, a: Arguments) -> Node | Non
 def max_pool_with_indices(
     reader: Reader, node: fx.Node, x: Node, a: Arguments
 ) -> list[Node | None] | None:
-    """It returns indices as well; a list, of which getitem takes the first."""
-    y = None if takes_indices(node) else max_pool(reader, node, x, a)
+    """It returns indices as well."""
+    return _first_of_two(node, lambda: max_pool(reader, node, x, a))
+
+
+def _first_of_two(node: fx.Node, read: Callable[[], Node | None]) -> list[Node | None] | None:
+    """Of operators that return indices as well, if nobody takes them: a list, as getitem wants."""
+    y = None if takes_indices(node) else read()
     return None if y is None else [y, None]
 
 
@@ -43,11 +49,11 @@ def _pooled(
     reader: Reader, node: fx.Node, op: str, x: Node, a: Arguments, **others: Any
 ) -> Node | None:
     axes = _axes(node)
-    given = {key: a[key] for key in _ACROSS if key in a}
+    given = {key: a[key] for key in _WINDOW if key in a}
     given["stride"] = given["stride"] or given["kernel_size"]
     window = {key: several(key, numbers(value), axes, 0) for key, value in given.items()}
     if axes == 1:
-        window = {key: (_ACROSS[key], *along) for key, along in window.items()}
+        window = {key: (_WINDOW[key], *along) for key, along in window.items()}
     return _of_image(reader, node, op, x, {"pool": {**window, **others}})
 
 
@@ -60,8 +66,7 @@ def adaptive_avg_pool(reader: Reader, node: fx.Node, x: Node, a: Arguments) -> N
 def adaptive_max_pool(
     reader: Reader, node: fx.Node, x: Node, a: Arguments
 ) -> list[Node | None] | None:
-    y = None if takes_indices(node) else _adaptive(reader, node, "adaptive_max_pool2d", x, a)
-    return None if y is None else [y, None]
+    return _first_of_two(node, lambda: _adaptive(reader, node, "adaptive_max_pool2d", x, a))
 
 
 def _adaptive(reader: Reader, node: fx.Node, op: str, x: Node, a: Arguments) -> Node | None:
@@ -115,10 +120,9 @@ def amax(reader: Reader, node: fx.Node, x: Node, a: Arguments) -> Node | None:
 def largest(reader: Reader, node: fx.Node, x: Node, a: Arguments) -> list[Node | None] | None:
     """Along one axis: it returns indices as well, as the poolings do."""
     by_axis = a.get("dim") is not None  # else it is a scalar, or the larger of two
-    if not by_axis or node.meta["val"][0].dtype is not torch.float32 or takes_indices(node):
+    if not by_axis or node.meta["val"][0].dtype is not torch.float32:
         return None
-    y = amax(reader, node, x, {**a, "dim": [a["dim"]]})
-    return None if y is None else [y, None]
+    return _first_of_two(node, lambda: amax(reader, node, x, {**a, "dim": [a["dim"]]}))
 
 
 def _over(

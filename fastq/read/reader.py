@@ -25,6 +25,7 @@ from fastq.read.exported import (
     is_off,
     memory_of,
     name_of,
+    ranked_shape,
     shape_of,
     used_of,
 )
@@ -394,7 +395,7 @@ class Reader:
 
     def ranked(self, name: str, x: Node, rank: int) -> Node:
         """With as many axes, those that it lacks before its own."""
-        shape = (1,) * (rank - len(x.shape)) + x.shape
+        shape = ranked_shape(x, rank)
         if shape == x.shape:
             return x
         groups = reshape_groups(x.shape, shape)
