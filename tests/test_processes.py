@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import fastq
-from fastq import QConfig, remedies
+from fastq import QConfig
 from fastq.observer import OBSERVERS, make_observer
+from fastq.remedies import side_by_side
 
 PROCESSES = 2
 EXACT = sorted(name for name in OBSERVERS if name != "moving_average")
@@ -46,7 +47,7 @@ def batches(*shape: int) -> list[Tensor]:
 
 def quantized(kind: str, rank: int | None = None) -> nn.Module:
     """The network, calibrated on a process's part of the data, or by one process on all."""
-    remedies.SAMPLE_BYTES = 1  # one batch, which the first process has
+    side_by_side.SAMPLE_BYTES = 1  # one batch, which the first process has
     parts = {None: slice(None), 0: slice(0, 4), 1: slice(4, 6)}
     named: dict[str, Any] = {"distributed": rank is not None, "progress": False}
     if kind == "uncapturable":
@@ -77,7 +78,9 @@ def calibrate(rank: int, folder: str, kinds: list[str]) -> None:
 
 @pytest.mark.filterwarnings("ignore:quantize_model.*not one network")
 def test_all_processes_get_the_network_of_one(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(remedies, "SAMPLE_BYTES", remedies.SAMPLE_BYTES)  # put back at the end
+    monkeypatch.setattr(
+        side_by_side, "SAMPLE_BYTES", side_by_side.SAMPLE_BYTES
+    )  # put back at the end
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the processes: float sums depend on it
     kinds = [*EXACT, "max_drop", "uncapturable", "training"]

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 import fastq
-from fastq import remedies as room
 from fastq.graph import Node, evaluate
 from fastq.layerwise import decibels
 from fastq.network import finish, prepare_model
@@ -23,7 +22,8 @@ from fastq.observer import PercentileObserver
 from fastq.plan import BoundProgram
 from fastq.prepare import Prepared
 from fastq.qconfig import QConfig
-from fastq.remedies import REMEDIES, calibrate, remedy_names, walk
+from fastq.remedies import REMEDIES, calibrate, remedy_names, rounding, side_by_side
+from fastq.remedies.side_by_side import by_channel, simulation, take_sample, walk
 
 
 def images(count: int = 8, channels: int = 3, size: int = 12) -> Tensor:
@@ -155,7 +155,7 @@ def test_balanced_errors_sum_to_half_a_step(
     prepared = prepared_for(layer, torch.randn(2, layer.in_channels, 6, 6), weight_bits=bits)
     (node,) = prepared.layers()
     nearest, scale = prepared.weight(node)
-    room.balanced_rounding(prepared, [])
+    rounding.balanced_rounding(prepared, [])
     data, same_scale = prepared.weight(node)
     np.testing.assert_array_equal(same_scale, scale)
     assert np.abs(data).max() <= 2 ** (bits - 1) - 1
@@ -173,7 +173,7 @@ def test_equal_weights_are_not_all_turned() -> None:
         layer.weight[:] = torch.tensor([127.0] + [10.4] * 7)
     prepared = prepared_for(layer, torch.randn(2, 8))
     (node,) = prepared.layers()
-    room.balanced_rounding(prepared, [])
+    rounding.balanced_rounding(prepared, [])
     data, _ = prepared.weight(node)
     assert sorted(data[0]) == [10] * 4 + [11] * 3 + [127]  # 7 * 0.4 is 2.8
 
@@ -186,8 +186,8 @@ def test_bias_correction_restores_the_mean_of_every_layer() -> None:
         calibrate(prepared, data, names)
         shifts = []
         for node, sides in walk(prepared, data):
-            errors = [s.wanted - evaluate(room._simulated(prepared, node), s.inputs) for s in sides]
-            mean = room._by_channel(node, torch.cat(errors)).mean(1).abs().max()
+            errors = [s.wanted - evaluate(simulation(prepared, node), s.inputs) for s in sides]
+            mean = by_channel(node, torch.cat(errors)).mean(1).abs().max()
             shifts.append(float(mean / torch.cat([s.wanted for s in sides]).std()))
         worst[names] = max(shifts)
     assert worst["bias_correction",] < 0.1 * worst[()]
@@ -250,9 +250,9 @@ def test_batch_norm_gains_and_restores_mean_and_variance() -> None:
     prepared = prepared_for(Depthwise(), data[0], weight_bits=3)
     calibrate(prepared, [[batch] for batch in data], "batch_norm")
     for node, sides in walk(prepared, [[batch] for batch in data]):
-        got = torch.cat([evaluate(room._simulated(prepared, node), s.inputs) for s in sides])
+        got = torch.cat([evaluate(simulation(prepared, node), s.inputs) for s in sides])
         wanted = torch.cat([s.wanted for s in sides])
-        got, wanted = room._by_channel(node, got), room._by_channel(node, wanted)
+        got, wanted = by_channel(node, got), by_channel(node, wanted)
         torch.testing.assert_close(got.mean(1), wanted.mean(1), atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(got.std(1), wanted.std(1), atol=1e-3, rtol=1e-3)
 
@@ -261,7 +261,7 @@ def test_batch_norm_gains_and_restores_mean_and_variance() -> None:
 def test_learned_rounding_gains_more_than_the_mean(
     remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "ADAROUND_STEPS", 200)
+    monkeypatch.setattr(rounding, "ADAROUND_STEPS", 200)
     torch.manual_seed(0)
     data, test, network = batches(), images(32), Residual()
     only_mean = gained(network, data, test, "bias_correction", weight_bits=4)
@@ -486,7 +486,7 @@ def test_the_float_network_stays_as_it_is() -> None:
 
 
 def test_adaround_stops_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "ADAROUND_SECONDS", 1e-6)
+    monkeypatch.setattr(rounding, "ADAROUND_SECONDS", 1e-6)
     prepared = prepared_for(Residual(), images(), weight_bits=4)
     calibrate(prepared, [[images()]], "adaround")
     assert set(prepared.layers()) == prepared.chosen.keys()
@@ -498,9 +498,9 @@ def test_the_sample_is_bounded_and_all_batches_are_observed_once(
     data = batches(count=5)
     value = 4 * 8 * 16 * 12 * 12  # bytes of the largest one, for a batch
     for bytes_, count in ((1, 1), (2 * value, 2), (9 * value, 5)):
-        monkeypatch.setattr(room, "SAMPLE_BYTES", bytes_)
+        monkeypatch.setattr(side_by_side, "SAMPLE_BYTES", bytes_)
         prepared = prepared_for(Residual(), data[0])
-        assert len(room.take_sample(prepared, iter([[batch] for batch in data]))) == count
+        assert len(take_sample(prepared, iter([[batch] for batch in data]))) == count
         calibrate(prepared, ([batch] for batch in data), "bias_correction")
         (x,) = prepared.graph.inputs
         assert prepared.observers[prepared.ranges.find(x)].count == 5 * data[0].numel()
@@ -514,8 +514,8 @@ def test_rows_are_the_products_of_a_convolution(stride: int, groups: int) -> Non
     prepared = prepared_for(layer, x)
     prepared.observe([x])
     ((node, sides),) = walk(prepared, [[x]])
-    rows = room._rows(node, sides)
-    y = torch.einsum("rgk,gnk->rgn", rows.x, room._float_weight(node)).flatten(1) + layer.bias
+    rows = rounding._rows(node, sides)
+    y = torch.einsum("rgk,gnk->rgn", rows.x, rounding._float_weight(node)).flatten(1) + layer.bias
     with torch.no_grad():
         real = layer(sides[0].inputs[0])
     assert len(y) == real.numel() // 6

@@ -1,0 +1,152 @@
+"""The sample that remedies work on, and the float network and the simulated one side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastq.graph import Node, Values, evaluate, pixels_together, sizes_of, tensors_of
+from fastq.prepare import Prepared, fake_quantize
+
+Batch = Sequence[Any]
+
+SAMPLE_BYTES = 2**26  # of the network's largest value: 32 images for ResNet-50
+
+
+def take_sample(prepared: Prepared, batches: Iterator[Batch]) -> list[Batch]:
+    """The next batches, until the network's largest value has SAMPLE_BYTES in them."""
+    values = [n.shape for n in prepared.quantized_values() if n.shape and 0 not in n.shape]
+    largest = max((math.prod(shape[1:]) for shape in values), default=1)
+    sample: list[Batch] = []
+    total = 0
+    for arguments in batches:
+        sample.append(arguments)
+        total += 4 * largest * _size(arguments)
+        if total >= SAMPLE_BYTES:
+            break
+    return sample
+
+
+def _size(arguments: Batch) -> int:
+    """The number of images, or the like, in a batch."""
+    return next((len(x) for x in arguments if isinstance(x, Tensor) and x.dim()), 1)
+
+
+def bar(items: Any, title: str, progress: bool, total: int | None = None) -> Any:
+    """A progress bar, if wanted and standard error is a terminal."""
+    return tqdm(items, title, total, disable=None if progress else True)
+
+
+@dataclass
+class Side:
+    """One batch at a layer, as it is when the layer's turn has come.
+
+    inputs  its inputs, quantized, as the simulation has them.
+    wanted  its output in the float network, before the clamp.
+    made    its output in the simulation, before the clamp: a remedy that knows it may put it here,
+            and the layer is not run again.
+    """
+
+    inputs: list[Tensor]
+    wanted: Tensor
+    made: Tensor | None = None
+
+
+def walk(
+    prepared: Prepared, batches: Sequence[Batch], *, floats: bool = True
+) -> Iterator[tuple[Node, list[Side]]]:
+    """Run the float network and the simulated one, an operation at a time, on all batches.
+
+    floats  whether the float network is wanted: without it, `wanted` is empty.
+
+    Gives each layer that becomes integers before it is run; what has been made of the layer by the
+    time that the next one is asked for is what the layers after it see.
+    """
+    graph, layers, quantized = prepared.graph, set(prepared.products()), prepared.quantized_values()
+    last = {value: node for node in graph for value in node.inputs}
+    reals: list[Values] = [{} for _ in batches] if floats else []
+    grids: list[Values] = [{} for _ in batches]
+    sizes = [sizes_of(arguments) for arguments in batches]
+    for node in graph:
+        if node.op == "input":
+            place = graph.inputs.index(node)
+            given = [pixels_together(tensors_of(arguments)[place]) for arguments in batches]
+            for values, value in zip(reals, given, strict=False):
+                values[node] = value
+            made: list[Any] = given
+        else:
+            bare = _unclamped(node) if node in layers else node
+            for values, size in zip(reals, sizes, strict=False):
+                values[node] = evaluate(bare, [values[v] for v in node.inputs], size)
+            if node in layers:
+                wanted = [values[node] for values in reals] or [torch.empty(0)] * len(batches)
+                sides = [
+                    Side([grid[v] for v in node.inputs], real)
+                    for grid, real in zip(grids, wanted, strict=True)
+                ]
+                yield node, sides
+                if any(side.made is None for side in sides):
+                    bare = simulation(prepared, node)
+                made = [
+                    evaluate(bare, side.inputs) if side.made is None else side.made
+                    for side in sides
+                ]
+                made = [clamped(node, value, out=value) for value in made]
+                for values in reals:
+                    values[node] = clamped(node, values[node], out=values[node])
+            else:
+                made = [
+                    evaluate(node, [grid[v] for v in node.inputs], size)
+                    for grid, size in zip(grids, sizes, strict=True)
+                ]
+        for grid, value in zip(grids, made, strict=True):
+            if node in quantized and isinstance(value, Tensor):
+                # a float operator may give 0 / 0, which the way into a program takes as 0
+                if node in prepared.reasons:
+                    value = value.nan_to_num(0.0, math.inf, -math.inf)
+                # a product is new memory, whose pages cost more than what is computed in them
+                out = value if node in layers else None
+                value = fake_quantize(value, prepared.qparams(node), out=out)
+            grid[node] = value
+        for taken in set(node.inputs):
+            if last[taken] is node:
+                for values in (*reals, *grids):
+                    del values[taken]
+
+
+def _unclamped(node: Node) -> Node:
+    return replace(node, attrs={k: v for k, v in node.attrs.items() if k != "clamp"})
+
+
+def clamped(node: Node, value: Tensor, out: Tensor | None = None) -> Tensor:
+    """The value of a node after its clamp; in the memory of `out`, which may be the value's."""
+    return torch.clamp(value, *node.attrs["clamp"], out=out) if "clamp" in node.attrs else value
+
+
+def simulation(prepared: Prepared, node: Node) -> Node:
+    """A layer with its integer weight and without its clamp."""
+    tensors = prepared.simulated_tensors(node)
+    return replace(
+        _unclamped(node), tensors=tensors | {"weight": pixels_together(tensors["weight"])}
+    )
+
+
+def by_channel(node: Node, value: Tensor) -> Tensor:
+    """(C, all else) of an image, or of features that are the last axis."""
+    return value.transpose(0, channel_axis(node, value.dim())).flatten(1)
+
+
+def channel_axis(node: Node, rank: int) -> int:
+    return 1 if node.op in ("conv2d", "conv_transpose2d", "affine", "group_norm") else rank - 1
+
+
+def along(factor: Tensor, tensor: Tensor, axis: int) -> Tensor:
+    shape = [1] * max(tensor.dim(), 1)
+    shape[axis] = -1
+    return factor.reshape(shape)
