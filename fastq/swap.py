@@ -179,10 +179,14 @@ def _quantize(
             elif not layer.observer.count:
                 layer.keep_dynamic("the calibration data gave it no finite value")
     for layer in plan:
+        caster = traced.casters.get(layer.name)
         reader = traced.readers.get(layer.name, "" if layer.read else None)
-        if reader is not None:
-            who = f"'{reader}'" if reader else "the model"
-            layer.keep_float(f"{who} computes with its weight itself instead of calling it")
+        for who, what in (
+            (caster, "converts to the dtype of its weight"),
+            (reader, "computes with its weight itself instead of calling it"),
+        ):
+            if who is not None:
+                layer.keep_float(f"{repr(who) if who else 'the model'} {what}")
     _refuse_nothing(result, plan)
 
     folds = _choose_folds(plan, traced)

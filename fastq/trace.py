@@ -16,7 +16,7 @@ import textwrap
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,12 +53,14 @@ class Trace:
                  nn.Conv2d, 2 after nn.Linear.
     readers      layer -> the module that computes with the layer's parameters itself instead of
                  calling it ('' is the model).
+    casters      layer -> the module whose source converts to the dtype of the layer's weight.
     reason       why there is no graph; '' when there is one. With neither a graph nor an example,
                  readers are those whose source says so.
     """
 
     batch_norms: dict[str, str] = field(default_factory=dict)
     readers: dict[str, str] = field(default_factory=dict)
+    casters: dict[str, str] = field(default_factory=dict)
     reason: str = ""
 
 
@@ -74,6 +76,19 @@ def trace(
     control flow that depends on the data's values, may still pass torch.fx, which is also what
     is left without an example (args=None). The model is in eval mode and stays as it is.
     """
+    found = _followed(model, args, kwargs, forward)
+    readers, casters = _in_source(model)
+    if found.reason and args is None:  # else what runs is watched
+        found = replace(found, readers=readers)
+    return replace(found, casters=casters)
+
+
+def _followed(
+    model: nn.Module,
+    args: tuple[Any, ...] | None,
+    kwargs: Mapping[str, Any] | None,
+    forward: Forward | None,
+) -> Trace:
     captures = [("torch.export", _by_export), ("torch.fx", _by_fx)]
     failures = []
     for name, capture in captures[args is None :]:
@@ -86,8 +101,7 @@ def trace(
         except Exception as error:  # both raise whatever their innards or the model raised
             message = str(error).strip().splitlines() or [""]
             failures.append(f"{name}: {type(error).__name__}: {message[0]:.120}")
-    readers = _in_source(model) if args is None else {}  # what runs is watched
-    return Trace(readers=readers, reason="; ".join(failures))
+    return Trace(reason="; ".join(failures))
 
 
 # what a subclass may come down to
@@ -221,30 +235,32 @@ def quiet() -> Iterator[None]:
 
 
 # what may be asked of a parameter that is not its values
-PROPERTIES = ("shape", "size", "dtype", "device", "dim", "ndim", "numel", "requires_grad")
+PROPERTIES = ("shape", "size", "device", "dim", "ndim", "numel", "requires_grad")
 
 
-def _in_source(model: nn.Module) -> dict[str, str]:
-    """`Trace.readers` by the source of the modules' forward, and of the methods that it calls: who
-    writes self.layer.weight there."""
+def _in_source(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+    """`Trace.readers` and `casters` by the source of the modules' forward, and of the methods that
+    it calls: who writes self.layer.weight there, or self.layer.weight.dtype."""
     names = {module: name for name, module in model.named_modules()}
-    found: dict[str, str] = {}
+    readers: dict[str, str] = {}
+    casters: dict[str, str] = {}
     for module, name in names.items():
         kind: Any = type(module)
-        for path in _parameters_in_source(kind):
+        for path, what in _parameters_in_source(kind):
             try:
                 owner = operator.attrgetter(path)(module)
             except AttributeError:
                 continue
             if isinstance(owner, nn.Module) and owner in names:
-                found[names[owner]] = name
-    return found
+                (casters if what == "dtype" else readers)[names[owner]] = name
+    return readers, casters
 
 
 @functools.cache
-def _parameters_in_source(kind: Any) -> frozenset[str]:
-    """The layers whose weight or bias the forward of a class reads, as paths from self."""
-    seen, waiting, paths = set[str](), ["forward"], set[str]()
+def _parameters_in_source(kind: Any) -> frozenset[tuple[str, str]]:
+    """The layers whose weight or bias the forward of a class reads, as paths from self, and what is
+    read of it: "values" or "dtype"."""
+    seen, waiting, paths = set[str](), ["forward"], set[tuple[str, str]]()
     while waiting:
         method = waiting.pop()
         if method in seen or kind.__module__.startswith("torch."):
@@ -263,22 +279,31 @@ def _parameters_in_source(kind: Any) -> frozenset[str]:
             text = ast.unparse(node)
             if re.fullmatch(rf"{own}\.\w+", text):
                 waiting.append(node.attr)
-            elif re.fullmatch(rf"{own}(\.\w+)+\.(weight|bias)", text) and _is_read(node, parents):
-                paths.add(text.removeprefix(f"{own}.").rpartition(".")[0])
+            elif re.fullmatch(rf"{own}(\.\w+)+\.(weight|bias)", text):
+                what = _read_of(node, parents)
+                if what == "dtype" and "torch.int8" in ast.unparse(tree):
+                    what = ""  # it knows of such weights
+                if what:
+                    paths.add((text.removeprefix(f"{own}.").rpartition(".")[0], what))
     return frozenset(paths)
 
 
-def _is_read(node: ast.AST, parents: Mapping[ast.AST, ast.AST]) -> bool:
-    """Whether the values of a parameter are, and not what else may be asked of it."""
+def _read_of(node: ast.AST, parents: Mapping[ast.AST, ast.AST]) -> str:
+    """What is read of a parameter: "values", "dtype", or "" for what int8 does not change."""
     parent = parents[node]
+    compared = ast.Compare | ast.Expr | ast.BoolOp | ast.If
     if isinstance(parent, ast.Attribute):
         if parent.attr in ("data", "detach"):
-            return _is_read(parent, parents)
-        return parent.attr not in PROPERTIES
+            return _read_of(parent, parents)
+        if parent.attr == "dtype":
+            return "" if isinstance(parents[parent], compared | ast.Attribute) else "dtype"
+        return "" if parent.attr in PROPERTIES else "values"
     if isinstance(parent, ast.Call):  # x.to(weight), isinstance(weight, ...)
         called = ast.unparse(parent.func).rpartition(".")[2]
-        return called not in ("to", "type_as", "isinstance", "hasattr", "getattr", "len", "type")
-    return not isinstance(parent, ast.Compare | ast.Expr | ast.BoolOp | ast.If)
+        if called in ("to", "type_as"):
+            return "dtype"
+        return "" if called in ("isinstance", "hasattr", "getattr", "len", "type") else "values"
+    return "" if isinstance(parent, compared) else "values"
 
 
 Names = dict[nn.Module, str]

@@ -503,7 +503,8 @@ def test_a_weight_that_another_module_computes_with_stays_float(data: Tensor | N
 
 class Casts(Mlp):
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        return self.a(x.to(self.a.weight.dtype))
+        layers = dict(self.named_modules())  # its source does not tell whose dtype it asks for
+        return self.a(x.to(layers["a"].weight.dtype))
 
 
 def test_a_model_that_cannot_run_in_int8_fails_at_once_and_says_what_to_do() -> None:
@@ -1084,6 +1085,45 @@ def test_who_reads_a_weight_is_seen_in_the_source() -> None:
     i = torch.randint(0, 50, (4, 6))
     with torch.no_grad():
         assert sqnr(model(i), int8(i)) > 25
+
+
+class Converts(nn.Module):
+    """To the dtype of a weight, in two ways."""
+
+    def __init__(self, way: int) -> None:
+        super().__init__()
+        self.way, self.patches, self.head = way, nn.Linear(8, 32), nn.Linear(32, 4)
+
+    def variable(self, x: Tensor) -> Tensor:
+        wanted = self.patches.weight.dtype
+        return x.to(dtype=wanted)
+
+    def alike(self, x: Tensor) -> Tensor:
+        return x.type_as(self.patches.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.patches((self.variable, self.alike)[self.way](x)))
+
+
+class KnowsOfInt8(Converts):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.patches.weight.dtype and self.patches.weight.dtype != torch.int8:
+            x = x.to(self.patches.weight.dtype)
+        return self.head(self.patches(x))
+
+
+@pytest.mark.parametrize("data", [None, torch.randn(16, 8)])
+def test_what_the_model_converts_to_the_dtype_of_stays_float(data: Tensor | None) -> None:
+    """Patch embeddings of CLIP and SigLIP. T5 looks whether it is int8."""
+    x = torch.randn(5, 8)
+    for model in (Converts(0), Converts(1), KnowsOfInt8(0)):
+        int8 = quantize_layers(model.eval(), data, progress=False)
+        float_ones = {name for name, result in results(int8).items() if result == "float"}
+        assert float_ones == (set() if isinstance(model, KnowsOfInt8) else {"patches"})
+        if float_ones:
+            assert "the model converts to the dtype of its weight" in reasons(int8)["patches"]
+        with torch.no_grad():
+            assert sqnr(model(x), int8(x)) > 25
 
 
 def test_what_cannot_be_copied_is_left_as_it_is() -> None:
