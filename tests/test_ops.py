@@ -828,7 +828,32 @@ def test_a_bias_that_could_overflow_is_refused() -> None:
     assert_same(ops.linear(x, negative, last), reference.linear(x, negative, last))
 
 
-def test_a_weight_keeps_a_bounded_number_of_layers_and_shapes(rng: Any) -> None:
+def test_what_is_kept_is_bounded_and_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(call, "MAX_SHAPES", 20)
+    kept, made = call.Idle(), 0
+
+    def use(keys: int) -> int:
+        """How many of so many keys, each in its turn, are made anew."""
+        nonlocal made
+        before = made
+        for key in range(keys):
+            one = kept.take(key)
+            if one is None:
+                made += 1
+                one = key
+            assert one == key
+            kept.give(key, one)
+        return made - before
+
+    assert (use(20), use(20)) == (20, 0)  # as many as there may be
+    use(22)
+    assert sum(use(22) for _ in range(10)) < 110 and len(kept) == 20  # a few more
+
+
+def test_a_weight_keeps_a_bounded_number_of_layers_and_shapes(
+    rng: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(call, "MAX_SHAPES", 16)
     weight = LinearWeight(s8(rng, 8, 8))
     for m in range(1, 3 * call.MAX_SHAPES):
         ops.linear(u8(rng, m, 8), weight, Dequant(float(m)))

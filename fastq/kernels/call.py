@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from fastq.kernels import executor
 from fastq.kernels.pack import aligned_empty
 
-MAX_SHAPES = 16  # input shapes whose calls are kept
+MAX_SHAPES = 512  # input shapes whose calls are kept
 SLACK = 256  # bytes beyond the workspace that a kernel's vector loads may touch
 # "u8x2" are uint8 values held as int16, as some tiers want them; "s16" has all of int16
 ITEM_BYTES = {"u8": 1, "s8": 1, "u8x2": 2, "s16": 2, "s32": 4, "f32": 4}
@@ -268,7 +269,11 @@ class Call:
 
 
 class Idle:
-    """What was made for a key and is not in use, a few keys back; threads may share it."""
+    """What was made for a key and is not in use, of MAX_SHAPES keys; threads may share it.
+
+    Of more keys, one that is drawn goes: were it the oldest, as many sizes and one more, each in
+    its turn, would all be made anew each time.
+    """
 
     def __init__(self) -> None:
         self._lists: dict[Any, list[Any]] = {}
@@ -280,8 +285,8 @@ class Idle:
         except IndexError:  # all are in use
             return None
         except KeyError:
-            for oldest in list(self._lists)[: len(self._lists) + 1 - MAX_SHAPES]:
-                self._lists.pop(oldest, None)
+            while len(self._lists) >= MAX_SHAPES:
+                self._lists.pop(random.choice([*self._lists]), None)
             self._lists.setdefault(key, [])
             return None
 
