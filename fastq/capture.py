@@ -10,22 +10,39 @@ only. What is computed of parameters alone becomes a constant, where it is the s
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
+from fastq.examples import (
+    BATCHES,
+    SAME,
+    Leaf,
+    Leaves,
+    Stretch,
+    Way,
+    first_of,
+    other_extents,
+    regrown,
+    resized,
+    shapes_of,
+    stretches,
+    ways_of_batches,
+)
 from fastq.extents import size_along
-from fastq.graph import Graph, Node, sizes_of
+from fastq.graph import Graph, Node
 from fastq.layout import Ref
 from fastq.read import CannotCapture, Folded, Indirect, Reader
-from fastq.sizes import Size, Sizes, sized
+from fastq.sizes import Shapes, Size, sized
 from fastq.trace import duplicate, quiet, twin
 
 
@@ -62,36 +79,63 @@ def capture(
     Raises CannotCapture when torch.export cannot follow the model, or when the graph depends on
     the batch size in a way that has no name here.
     """
-    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
+    given, spec = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
     failed: CannotCapture | None = None
-    for way in _ways_of_batches(leaves):
+    for leaves in ways_of_batches(given):
         try:
-            captured = _capture(model, way, spec)
-            _verify(captured, model, way)
-            return captured
+            return _capture(model, leaves, spec)
         except CannotCapture as error:
             failed = failed or error
         except Exception as error:  # torch.export raises whatever its innards or the model raised
             message = str(error).strip().splitlines() or [""]
-            reason = CannotCapture(f"{type(error).__name__}: {message[0]:.160}")
+            reason = CannotCapture(
+                f"{type(error).__name__}: {message[0]:.160} (of examples of {BATCHES[0]} and of "
+                f"{BATCHES[1]}, made of the first batch)"
+            )
             reason.__cause__ = error
             failed = failed or reason
     raise failed or AssertionError("there is one way at least")
 
 
-def _verify(captured: Captured, model: nn.Module, way: Leaves) -> None:
+def _verify(captured: Captured, model: nn.Module, leaves: Leaves) -> None:
     """CannotCapture if the example, of its own sizes but for a large batch, has another result: the
     model branches on a size, or keeps a state that is no buffer."""
-    args, kwargs = pytree.tree_unflatten([_few(leaf, way) for leaf in way], captured.in_spec)
-    copied = duplicate(model, {id(one): one for one in model.parameters()})
+    copied = _copied(model)
+    few = [_few(leaf, leaves) for leaf in leaves]
+    args, kwargs = pytree.tree_unflatten(few, captured.in_spec)
+    once, again = (_results(partial(copied, *args, **kwargs)) for _ in range(2))
+    if not _alike(once, again):
+        raise CannotCapture("the model gives other values when it is called again: it has a state")
+    if not _is_the_model(captured, copied, few):
+        raise CannotCapture(
+            "the model has other values for the example than its graph, which was captured for "
+            f"batches of {BATCHES[0]} and {BATCHES[1]}: it may branch on a size"
+        )
+
+
+def _holds(captured: Captured, model: nn.Module, leaves: Leaves, way: Way) -> bool:
+    """Whether the graph is the model for other extents, too. What both captures had by chance, as
+    no padding, is another number there."""
+    copied = _copied(model)
+    for stretch in other_extents(leaves, way):
+        example = [resized(leaf, leaves, 2, stretch) for leaf in leaves]
+        try:
+            if not _is_the_model(captured, copied, example):
+                return False
+        except Exception:  # the model does not take it
+            continue
+    return True
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """The model with its own parameters, to be run: what it stores stays in the copy."""
+    return duplicate(model, {id(one): one for one in model.parameters()})
+
+
+def _is_the_model(captured: Captured, copied: nn.Module, values: Sequence[Any]) -> bool:
+    """Whether the graph has the model's results for an example; raises what the model raises."""
+    args, kwargs = pytree.tree_unflatten(values, captured.in_spec)
     called = partial(copied, *args, **kwargs)
-
-    def run(seed: int, network: Callable[[], Any]) -> list[Any]:
-        plain = torch.autocast("cpu", enabled=False)
-        with quiet(), torch.no_grad(), plain, torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return pytree.tree_leaves(network())
-
     masks = {node.inputs[1] for node in captured.graph if node.op == "softmax" and node.inputs[1:]}
     blind = False
 
@@ -99,29 +143,35 @@ def _verify(captured: Captured, model: nn.Module, way: Leaves) -> None:
         nonlocal blind
         blind |= node in masks and bool((value == 0).all(-1).any())
 
-    once = run(0, called)
-    if not _alike(once, run(0, called)):
-        raise CannotCapture("the model gives other values when it is called again: it has a state")
-    leaves = captured.in_spec.flatten_up_to((args, kwargs))
-    if _alike(once, run(0, lambda: captured.graph.run(leaves, watch))):
-        return
-    random = not _alike(once, run(1, called))
-    if not (random or blind):  # of a line that is masked as a whole, each has values of its own
-        raise CannotCapture(
-            "the model has other values for the example than its graph, which was captured for "
-            f"batches of {BATCHES[0]} and {BATCHES[1]}: it may branch on a size"
-        )
+    wanted = _results(called)
+    try:
+        found = _results(lambda: captured.graph.run(values, watch))
+    except Exception:  # shapes that do not fit, or whatever torch's operators say of them
+        return False
+    if _alike(wanted, found) or blind:  # of a line that is masked as a whole, each has its own
+        return True
+    return not _alike(wanted, _results(called, seed=1))  # it is random
+
+
+def _results(network: Callable[[], Any], seed: int = 0) -> list[Any]:
+    plain = torch.autocast("cpu", enabled=False)
+    with quiet(), torch.no_grad(), plain, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return pytree.tree_leaves(network())
 
 
 FEW = 16  # of a batch
 
 
-def _few(leaf: _Leaf, way: Leaves) -> Any:
+def _few(leaf: Leaf, way: Leaves) -> Any:
     """The first ones of an example of one input."""
     x, axis = leaf.x, 0 if leaf.follows is None else 1
     if not isinstance(x, Tensor) or x.dim() == 0 or leaf.follows == 1 or leaf.like is not None:
         return x
-    return x.narrow(axis, 0, FEW) if x.shape[axis] == len(_first(way)) > FEW else x
+    if x.shape[axis] == len(first_of(way)) > FEW:
+        for one in (axis, *leaf.also):
+            x = x.narrow(one, 0, FEW)
+    return x
 
 
 UNLIKE, TINY = 1e-2, 1e-6  # of results that may only be rounded otherwise
@@ -146,7 +196,8 @@ def _alike(one: Sequence[Any], two: Sequence[Any]) -> bool:
 
 def _capture(model: nn.Module, leaves: Leaves, spec: Any) -> Captured:
     """`capture` of leaves with their batches where they say."""
-    exported: dict[Stretch, _Exported] = {(): _export(model, leaves, spec, BATCHES[0], ())}
+    first = Stretch()
+    exported = {first: _export(model, leaves, spec, BATCHES[0], first)}
 
     def both(way: Way) -> tuple[_Exported, _Exported] | None:
         """The captures of both examples; None if the model does not take these sizes."""
@@ -160,16 +211,23 @@ def _capture(model: nn.Module, leaves: Leaves, spec: Any) -> Captured:
                 raise
             return None
 
-    for ways in (*_stretches(leaves), (SAME,)):
-        for way in ways:
+    for ways in (*stretches(leaves), [SAME]):
+        tries = RETRIES
+        while ways:
+            way, *ways = ways
             before, after = way
-            sizes = _sizes(leaves, BATCHES[0], before), _sizes(leaves, BATCHES[1], after)
-            too_short = before and sizes[0][1:] == sizes[1][1:]  # to be shortened
+            shapes = _shapes(leaves, way)
+            too_short = before.parts and shapes[0] == shapes_of(leaves, BATCHES[0], after)
             pair = None if too_short else both(way)
             if pair is None:
                 continue
             try:
-                graph = _general((pair[0], sizes[0]), (pair[1], sizes[1]))
+                graph = _general((pair[0], shapes[0]), (pair[1], shapes[1]))
+            except Ambiguous as error:
+                tries -= 1
+                told = (w for w in regrown(way) if error.told_by(_shapes(leaves, w)[1]))
+                ways = [*itertools.islice(told, 1 if tries >= 0 else 0), *ways]
+                continue
             except CannotCapture:  # another network for each size: it holds for this one
                 if way == SAME:
                     raise
@@ -180,174 +238,55 @@ def _capture(model: nn.Module, leaves: Leaves, spec: Any) -> Captured:
                 continue
             graph.remove_unused()
             arguments = _arguments(graph, leaves, way)
-            extents = {dims: axes for dims, axes, _ in after}.get(4, ())
-            return Captured(graph, arguments, spec, pair[0].out_spec, extents)
+            extents = {dims: axes for dims, axes, _ in after.parts}.get(4, ())
+            captured = Captured(graph, arguments, spec, pair[0].out_spec, extents)
+            _verify(captured, model, leaves)
+            if way == SAME or _holds(captured, model, leaves, way):
+                return captured
+            break
     raise AssertionError("the last way returns or raises")
 
 
-def _arguments(graph: Graph, leaves: Sequence[_Leaf], way: Way) -> tuple[Any, ...]:
+RETRIES = 3  # with other sizes, where some values had the same by chance
+
+
+class Ambiguous(CannotCapture):
+    """Two values or more had the size that another is resized to, in both examples."""
+
+    def __init__(self, name: str, sizes: Sequence[Sequence[Any]]) -> None:
+        super().__init__(f"{name}: it is resized to the size of one value or of another one")
+        self.sizes = sizes
+
+    def told_by(self, shapes: Shapes) -> bool:
+        """Whether inputs of these shapes tell them apart."""
+        numbers = [tuple(sized(size, shapes)) for size in self.sizes]
+        return len(set(numbers)) == len(numbers)
+
+
+def _shapes(leaves: Leaves, way: Way) -> tuple[Shapes, Shapes]:
+    """Those of both examples."""
+    one, two = (shapes_of(leaves, b, s) for b, s in zip(BATCHES, way, strict=True))
+    return one, two
+
+
+def _arguments(graph: Graph, leaves: Leaves, way: Way) -> tuple[Any, ...]:
     """The `arguments` of a Captured: the input nodes know which axes may have other sizes."""
     nodes = iter(graph.inputs)
     arguments = tuple(next(nodes) if isinstance(leaf.x, Tensor) else leaf.x for leaf in leaves)
     for node, leaf in zip(arguments, leaves, strict=True):
         if isinstance(node, Node):
             one, two = (
-                _resized(leaf, leaves, batch, stretch).shape
+                resized(leaf, leaves, batch, stretch).shape
                 for batch, stretch in zip(BATCHES, way, strict=True)
             )
             pairs = enumerate(zip(one, two, strict=True))
+            node.attrs["number"] = graph.inputs.index(node)
             node.attrs["real"] = leaf.x.dtype is torch.float32
             node.attrs["free"] = tuple(i for i, (a, b) in pairs if a != b)
-            node.attrs["single"] = leaf.x.dim() > 0 and len(leaf.x) == 1 < len(_first(leaves))
+            node.attrs["single"] = leaf.x.dim() > 0 and len(leaf.x) == 1 < len(first_of(leaves))
             if leaf.follows is not None or leaf.like is not None:
                 node.attrs["batch"] = 1 if leaf.follows == 0 else None
     return arguments
-
-
-class _Leaf(NamedTuple):
-    """An example of one input.
-
-    follows  of a state, (layers, B, features), which axis of the first input its axis 1 is as long
-             as.
-    like     of an input without a batch, for each axis which axis of the first input, but its
-             batch, is as long; None: none, or it has a batch.
-    """
-
-    x: Any
-    follows: int | None = None
-    like: tuple[int | None, ...] | None = None
-
-
-Leaves = list[_Leaf]
-
-
-def _first(leaves: Sequence[_Leaf]) -> Tensor:
-    """The first input that has axes."""
-    return next(x for x, *_ in leaves if isinstance(x, Tensor) and x.dim())
-
-
-def _ways_of_batches(plain: Sequence[Any]) -> list[Leaves]:
-    """Which inputs may have a batch, and where: all along their first axis; but for those that have
-    another number of places there than the first input; but for first states of recurrent layers,
-    whose axis 1 is the batch of (B, ..), or those where it is of (L, B, ..)."""
-    tensors = [x for x in plain if isinstance(x, Tensor) and x.dim()]
-    ways = [[_Leaf(x) for x in plain]]
-    if not tensors:
-        return ways
-    first = tensors[0]
-    others = [x for x in tensors if len(x) != len(first)]  # such as a mask of (T, T)
-    if others:
-        alone = set(map(id, others))
-        ways.append([_Leaf(x, like=_like(x, first) if id(x) in alone else None) for x in plain])
-    for axis in range(min(first.dim(), 2)):
-        states = [
-            _Leaf(x, axis)
-            if isinstance(x, Tensor)
-            and x is not first
-            and x.dim() == 3
-            and x.shape[1] == first.shape[axis]
-            else _Leaf(x)
-            for x in plain
-        ]
-        ways += [states] * any(leaf.follows is not None for leaf in states)
-    return ways
-
-
-def _like(x: Tensor, first: Tensor) -> tuple[int | None, ...]:
-    """`_Leaf.like` of x: the same place where that fits, else the first axis that does."""
-    axes = {size: axis for axis, size in reversed([*enumerate(first.shape)]) if axis}
-    return tuple(
-        i if 0 < i < first.dim() and first.shape[i] == size else axes.get(size)
-        for i, size in enumerate(x.shape)
-    )
-
-
-# A size that is k * 5 in one capture and k * 17 in the other follows the batch: it grew by k * 12,
-# which none of the numbers in `_stretches` is, nor what strides and upsampling by 2 make of them.
-BATCHES = (5, 17)
-# (number of axes, the axes that grow, by how much)
-Stretch = tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
-Way = tuple[Stretch, Stretch]  # how the examples of both captures are changed
-SAME: Way = ((), ())  # only the batch differs
-
-
-def _stretches(leaves: Sequence[_Leaf]) -> list[list[Way]]:
-    """Ways to change the examples of both captures. Each axis grows by another number, so that it
-    is known which one a size follows.
-
-    By an odd number first: a network that pads to even sizes is another one then, and its graph
-    holds for one size only. Many networks take multiples of 32 alone, which comes second. Some
-    take no longer sequences than the example: shorter ones come last. One that reads the columns of
-    an image as a sequence takes any width of one height, or the other way round.
-    """
-    dims = {leaf.x.dim() for leaf in leaves if isinstance(leaf.x, Tensor)}
-
-    def stretch(
-        axis: int, pixels: tuple[int, ...], tokens: tuple[int, ...], of: tuple[int, ...] = (2, 3)
-    ) -> Stretch:
-        pixels = tuple(pixels[i - 2] for i in of)
-        return ((2, (1,), tokens), (3, (axis,), tokens), (4, of, pixels), (5, (2, 3, 4), tokens))
-
-    ways: list[list[Way]] = []
-    for axis in (2, 1) if 3 in dims else (2,):  # (B, C, L), then (B, L, C)
-        longer = stretch(axis, (65, 67), (7, 11, 13)), stretch(axis, (64, 128), (8, 16, 20))
-        ways.append([((), one) for one in longer])
-        if dims & {2, 3}:
-            shorter = stretch(axis, (1, 2), (-1, -2, -4)), stretch(axis, (65, 67), (-8, -10, -14))
-            ways[-1].append(shorter)
-    for of in ((3,), (2,)) if 4 in dims else ():
-        longer = stretch(2, (65, 67), (7, 11, 13), of), stretch(2, (64, 128), (8, 16, 20), of)
-        ways.append([((), one) for one in longer])
-    return ways
-
-
-def _resized(leaf: _Leaf, leaves: Sequence[_Leaf], batch: int, stretch: Stretch) -> Any:
-    """An example of another batch size, and of a greater extent."""
-    x, follows, like = leaf
-    if not isinstance(x, Tensor) or x.dim() == 0:
-        return x
-    if follows != 1 and like is None:
-        axis = 0 if follows is None else 1
-        repeats = -(-batch // max(x.shape[axis], 1))
-        x = torch.cat([x] * repeats, axis).narrow(axis, 0, batch)
-    shown = x if like is None else _first(leaves)
-    for dim, axes, more in stretch:
-        if dim != shown.dim() or (dim == 2 and shown.is_floating_point()):
-            continue
-        if follows == 0 or (follows == 1 and axes != (1,)):
-            continue
-        for axis, count in zip(axes, more, strict=False):
-            for own in (axis,) if like is None else [i for i, of in enumerate(like) if of == axis]:
-                x = _stretched(x, own, count)
-    return x.clone()
-
-
-def _stretched(x: Tensor, axis: int, count: int) -> Tensor:
-    """With so many places more along an axis, or fewer."""
-    if count < 0:
-        size = x.shape[axis]
-        return x.narrow(axis, 0, max(size + count, min(size, 2)))
-    return torch.cat([x, x.narrow(axis, 0, 1).expand(*_grown(x.shape, axis, count))], axis)
-
-
-def _sizes(leaves: Sequence[_Leaf], batch: int, stretch: Stretch) -> Sizes:
-    """`sizes_of` an example; 0, which nothing follows, where its inputs have different ones."""
-    resized = [
-        _resized(leaf, leaves, batch, stretch)
-        for leaf in leaves
-        if leaf.follows is None and leaf.like is None
-    ]
-    inputs = [x for x in resized if isinstance(x, Tensor)]
-    return tuple(
-        size if axis == 0 or all(x.shape[axis] == size for x in inputs if x.dim() > axis) else 0
-        for axis, size in enumerate(sizes_of(inputs))
-    )
-
-
-def _grown(shape: Sequence[int], axis: int, more: int) -> list[int]:
-    sizes = list(shape)
-    sizes[axis] = more
-    return sizes
 
 
 class _Exported:
@@ -371,11 +310,9 @@ class _Exported:
         return reader.graph(), reader.folded
 
 
-def _export(
-    model: nn.Module, leaves: Sequence[_Leaf], spec: Any, batch: int, stretch: Stretch
-) -> _Exported:
-    resized = [_resized(leaf, leaves, batch, stretch) for leaf in leaves]
-    example = pytree.tree_unflatten(resized, spec)
+def _export(model: nn.Module, leaves: Leaves, spec: Any, batch: int, stretch: Stretch) -> _Exported:
+    values = [resized(leaf, leaves, batch, stretch) for leaf in leaves]
+    example = pytree.tree_unflatten(values, spec)
     with quiet(), torch.no_grad(), _unchecked(), torch.autocast("cpu", enabled=False):
         program = torch.export.export(twin(model), example[0], example[1], strict=False)
     return _Exported(model, program)
@@ -383,17 +320,20 @@ def _export(
 
 @contextmanager
 def _unchecked() -> Iterator[None]:
-    """torch.distributions does not check its arguments, which branches on values."""
-    checks = Distribution._validate_args
+    """Where torch itself would branch on values: torch.distributions checks its arguments, and
+    nn.TransformerEncoder looks whether a mask is the causal one, to say so to faster kernels."""
+    checks, is_causal = Distribution._validate_args, transformer._detect_is_causal_mask
     Distribution.set_default_validate_args(False)
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
     try:
         yield
     finally:
         Distribution.set_default_validate_args(checks)
+        transformer._detect_is_causal_mask = is_causal
 
 
-def _general(first: tuple[_Exported, Sizes], second: tuple[_Exported, Sizes]) -> Graph:
-    """The graph of two captures, each with the sizes of its example."""
+def _general(first: tuple[_Exported, Shapes], second: tuple[_Exported, Shapes]) -> Graph:
+    """The graph of two captures, each with the shapes of its example."""
     try:
         return _read_both(first, second, True)
     except CannotCapture:  # what was unrolled may have other sizes in each
@@ -401,7 +341,7 @@ def _general(first: tuple[_Exported, Sizes], second: tuple[_Exported, Sizes]) ->
 
 
 def _read_both(
-    first: tuple[_Exported, Sizes], second: tuple[_Exported, Sizes], unrolls: bool
+    first: tuple[_Exported, Shapes], second: tuple[_Exported, Shapes], unrolls: bool
 ) -> Graph:
     (one, folded), (two, folded_too) = (given.read((), unrolls) for given, _ in (first, second))
     live = {
@@ -424,7 +364,7 @@ FOLLOWING = {
 }
 
 
-def _generalize(first: Graph, second: Graph, sizes: Sizes, sizes_too: Sizes) -> None:
+def _generalize(first: Graph, second: Graph, shapes: Shapes, shapes_too: Shapes) -> None:
     """Turns what differs with the sizes of the example into Size, in `first`.
 
     Raises CannotCapture for other differences.
@@ -438,7 +378,7 @@ def _generalize(first: Graph, second: Graph, sizes: Sizes, sizes_too: Sizes) -> 
         if type(one) is type(two) and (one == two or one is two):
             return one
         if type(one) is int and type(two) is int:
-            size = _followed(one, two, sizes, sizes_too)
+            size = _followed(one, two, shapes, shapes_too)
             if size is not None:
                 return size
         raise CannotCapture(f"{name}: {one} and {two} for two sizes of the input")
@@ -455,7 +395,7 @@ def _generalize(first: Graph, second: Graph, sizes: Sizes, sizes_too: Sizes) -> 
             one.attrs["groups"] = _joined_groups(one.name, *groups)
         else:
             if "size" in one.attrs:
-                size = _size_like(one, two, pairs, sizes, sizes_too)
+                size = _size_like(first.inputs, one, two, pairs, shapes, shapes_too)
                 one.attrs["size"] = two.attrs["size"] = size
             one.attrs = joined(one.name, one.attrs, two.attrs)
             if one.op in FOLLOWING and _has_size(one.attrs) and not one.tensors:
@@ -478,25 +418,58 @@ def _generalize(first: Graph, second: Graph, sizes: Sizes, sizes_too: Sizes) -> 
 
 
 def _size_like(
-    one: Node, two: Node, pairs: dict[Node, Node], sizes: Sizes, sizes_too: Sizes
+    inputs: Sequence[Node],
+    one: Node,
+    two: Node,
+    pairs: dict[Node, Node],
+    shapes: Shapes,
+    shapes_too: Shapes,
 ) -> dict[str, Any]:
-    """attrs["size"] of what resizes an image to the size of a value before it: the last that had
-    that size in both examples."""
+    """attrs["size"] of what resizes an image to the size of a value before it: one that had that
+    size in both examples."""
     size: dict[str, Any] = one.attrs["size"]
     wanted, wanted_too = (node.attrs["size"].get("size") for node in (one, two))
     if wanted == wanted_too:
         return size
-    values = [*pairs]
-    for value in reversed(values[: values.index(one)]):
+    values, ends = [*pairs], [*enumerate(zip(wanted, wanted_too, strict=True), 2)]
+    found: list[tuple[int | Size, ...]] = []
+    for value in values[: values.index(one)]:
         if value.shape[2:] != wanted or pairs[value].shape[2:] != wanted_too:
             continue
-        ends = zip(wanted, wanted_too, strict=True)
-        found = [a if a == b else size_along(value, axis) for axis, (a, b) in enumerate(ends, 2)]
-        if None not in found and all(
-            sized(found, of) == [*ends] for of, ends in ((sizes, wanted), (sizes_too, wanted_too))
+        along = [a if a == b else size_along(inputs, value, axis) for axis, (a, b) in ends]
+        sizes = tuple(s for s in along if s is not None)
+        told = [tuple(sized(sizes, of)) for of in (shapes, shapes_too)]
+        if told == [tuple(wanted), tuple(wanted_too)] and not any(
+            _same_sizes(sizes, other) for other in found
         ):
-            return {"size": tuple(found)}
-    raise CannotCapture(f"{one.name}: it is resized to {wanted} and {wanted_too} for two inputs")
+            found.append(sizes)
+    if not found:
+        raise CannotCapture(f"{one.name}: it is resized to {wanted} and {wanted_too}")
+    if len(found) > 1:
+        raise Ambiguous(one.name, found)
+    return {"size": found[0]}
+
+
+def _same_sizes(one: Sequence[int | Size], two: Sequence[int | Size]) -> bool:
+    """Whether they are the same for whatever input."""
+    for a, b in zip(one, two, strict=True):
+        if a == b:
+            continue
+        if isinstance(a, Size) and isinstance(b, Size):
+            if (a.input, a.axis) != (b.input, b.axis):
+                return False
+            shape = [(0,) * a.axis] * a.input
+            if any(
+                a.of([*shape, (0,) * a.axis + (n,)]) != b.of([*shape, (0,) * a.axis + (n,)])
+                for n in range(PERIOD)
+            ):
+                return False
+        elif a != b:
+            return False
+    return True
+
+
+PERIOD = 2**11  # of sizes that tell formulas apart: a multiple of most strides
 
 
 def _joined_groups(name: str, one: Any, two: Any) -> Any:
@@ -512,17 +485,22 @@ def _joined_groups(name: str, one: Any, two: Any) -> Any:
     return tuple(groups)
 
 
-def _followed(one: int, two: int, sizes: Sizes, sizes_too: Sizes) -> Size | None:
-    """What is `one` for an example of the first sizes and `two` for the second; or None."""
-    pairs = enumerate(zip(sizes, sizes_too, strict=True))
-    grown = [(axis, a, b) for axis, (a, b) in pairs if a != b]
-    for axis, a, b in grown:
+def _followed(one: int, two: int, shapes: Shapes, shapes_too: Shapes) -> Size | None:
+    """What is `one` for an example of the first shapes and `two` for the second; or None."""
+    grown = [
+        (number, axis, a, b)
+        for number, pair in enumerate(zip(shapes, shapes_too, strict=True))
+        for axis, (a, b) in enumerate(zip(*pair, strict=True))
+        if a != b
+    ]
+    for number, axis, a, b in grown:
         if one * b == two * a and one % a == 0:
-            return Size(axis, one // a)
-    for axis, a, b in grown[1:]:  # but for the batch
+            return Size(number, axis, one // a)
+    for number, axis, a, b in grown:
         factor, rest = divmod(two - one, b - a)
-        if rest == 0 and factor in (1, 2):  # more would be found for squares as well
-            return Size(axis, factor, one - factor * a)
+        # more would be found for squares as well
+        if rest == 0 and factor in (1, 2) and (a, b) != BATCHES:
+            return Size(number, axis, factor, one - factor * a)
     return None
 
 

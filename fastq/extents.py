@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -17,14 +17,14 @@ KEEPING = ("add", "mul", "affine", "prelu", "pointwise", "softmax", "concat", "l
 WHOLE = 2**62  # slices up to here go up to the end
 
 
-def size_along(node: Node, axis: int) -> Size | None:
-    """The size of this axis, for any input; None where it does not follow one, or not in a way
-    that a `Size` can say."""
+def size_along(inputs: Sequence[Node], node: Node, axis: int) -> Size | None:
+    """The size of this axis of a value, by those of the network's inputs; None where it does not
+    follow one, or not in a way that a `Size` can say."""
     changes: list[Change] = []
     size: Size | None = None
     while size is None:
         if node.op == "input":
-            size = Size(axis)
+            size = Size(inputs.index(node), axis)
         elif isinstance(given := _given(node, axis), Size):
             size = given
         else:

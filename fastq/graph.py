@@ -18,15 +18,15 @@ from torch.nn import functional as F
 
 from fastq.layout import Ref
 from fastq.qparams import GATES
-from fastq.sizes import Size, Sizes, reshaped, sized, sizes_of_shapes
+from fastq.sizes import Shapes, Size, reshaped, sized
 
 Values = dict["Node", Any]
 POINTWISE_NAMESPACE = "fastq_pointwise"  # of operators made by `fastq.pointwise`
 
 
-def sizes_of(arguments: Iterable[Any]) -> Sizes:
-    """The sizes that `Size` counts from, of the leaves of a network's arguments."""
-    return sizes_of_shapes(x.shape for x in tensors_of(arguments))
+def shapes_of(arguments: Iterable[Any]) -> Shapes:
+    """What a `Size` counts from: the shapes of the tensors among a network's arguments."""
+    return [tuple(x.shape) for x in tensors_of(arguments)]
 
 
 @dataclass(eq=False)
@@ -118,7 +118,7 @@ class Graph:
         unclamped  unclamped(node, value) sees each operation's value before its clamp.
         """
         given = tensors_of(arguments)
-        sizes = sizes_of(given)
+        shapes = shapes_of(given)
         last = {value: node for node in self.nodes for value in node.inputs}
         kept = self.output_nodes()
         values: Values = {}
@@ -128,7 +128,7 @@ class Graph:
             else:
                 own = (tensors or {}).get(node)
                 stand_in = node if own is None else replace(node, tensors=own)
-                value = evaluate(stand_in, [values[v] for v in node.inputs], sizes, unclamped)
+                value = evaluate(stand_in, [values[v] for v in node.inputs], shapes, unclamped)
             if watch is not None:
                 changed = watch(node, value)
                 value = value if changed is None else changed
@@ -136,7 +136,7 @@ class Graph:
             for taken in set(node.inputs):  # its memory is free as soon as nobody waits for it
                 if last[taken] is node and taken not in kept:
                     del values[taken]
-        return [values[v] if isinstance(v, Node) else sized(v, sizes) for v in self.outputs]
+        return [values[v] if isinstance(v, Node) else sized(v, shapes) for v in self.outputs]
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes)
@@ -164,23 +164,23 @@ def pixels_together(x: Any) -> Any:
 def evaluate(
     node: Node,
     inputs: list[Any],
-    sizes: Sizes = (1,),
+    shapes: Shapes = (),
     unclamped: Callable[[Node, Tensor], None] | None = None,
 ) -> Any:
     """The value of a node, in float; unclamped(node, value) sees it before its clamp.
 
-    sizes  of the example that goes through the network.
+    shapes  of the inputs of the network.
     """
     if node.op == "constant":
         return node.tensors["value"]
     if node.op == "aten":  # some, as view, ask for the order that the network's own values have
         plain = [x.contiguous() if isinstance(x, Tensor) else x for x in inputs]
-        fill = _filler(plain, node.tensors, sizes)
+        fill = _filler(plain, node.tensors, shapes)
         return _target(node.attrs["target"])(
             *map(fill, node.attrs["args"]), **{k: fill(v) for k, v in node.attrs["kwargs"].items()}
         )
     if "size" in node.attrs:  # that an image is resized to
-        node = replace(node, attrs=sized(node.attrs, sizes))
+        node = replace(node, attrs=sized(node.attrs, shapes))
     y = OPERATIONS[node.op](node, *inputs)
     if unclamped is not None:
         unclamped(node, y)
@@ -204,12 +204,12 @@ def normalization(eps: float, origin: Mapping[str, Tensor]) -> tuple[Tensor, Ten
     return factor, shift
 
 
-def _filler(inputs: list[Any], tensors: dict[str, Tensor], sizes: Sizes) -> Callable[[Any], Any]:
+def _filler(inputs: list[Any], tensors: dict[str, Tensor], shapes: Shapes) -> Callable[[Any], Any]:
     def fill(value: Any) -> Any:
         if isinstance(value, Ref):
             return inputs[value.index]
         if isinstance(value, Size):
-            return value.of(sizes)
+            return value.of(shapes)
         if isinstance(value, str) and value.startswith("%"):
             return tensors[value[1:]]
         if isinstance(value, list | tuple):
@@ -267,7 +267,7 @@ def pointwise(calls: list[Any], x: Tensor) -> Tensor:
     """A chain of (target, args, kwargs): Ref(0) is x, Ref(i) the result of call i."""
     values = [x]
     for target, args, kwargs in calls:
-        fill = _filler(values, {}, (1,))
+        fill = _filler(values, {}, ())
         given = [
             torch.tensor(v) if tensor and isinstance(v, int | float) else fill(v)
             for v, tensor in zip(args, _take_tensors(target), strict=False)

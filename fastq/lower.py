@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -125,6 +125,11 @@ class Region:
     outputs: list[Node] = field(default_factory=list)
 
     @property
+    def given(self) -> list[Node]:
+        """The inputs of the program."""
+        return [node for node in self.inputs if node.op != "constant"]
+
+    @property
     def quantized_inputs(self) -> list[Node]:
         """All but those that grids alone take, which quantize them themselves, and those of which
         only the size is asked."""
@@ -209,8 +214,8 @@ def _join_floats(
 
 def _measured(graph: Graph, node: Node) -> list[Node]:
     """The inputs of the network whose sizes an image is resized to."""
-    followed = [n.axis for n in node.attrs.get("size", {}).get("size", ()) if isinstance(n, Size)]
-    return [next(x for x in graph.inputs if len(x.shape) > axis) for axis in followed]
+    sizes = node.attrs.get("size", {}).get("size", ())
+    return [graph.inputs[n.input] for n in sizes if isinstance(n, Size)]
 
 
 def _periodic(node: Node) -> bool:
@@ -447,9 +452,8 @@ class _Lowering:
                 )  # fmt: skip
             order = self.axes[name]
             outputs.append((name, tuple(order.index(d) for d in range(len(order)))))
-        given = [node for node in region.inputs if node.op != "constant"]
-        extents = tuple(self.extent(node) for node in given)
-        names = tuple(node.name for node in given)
+        extents = tuple(self.extent(node) for node in region.given)
+        names = tuple(node.name for node in region.given)
         return Program(names, tuple(self.steps), tuple(outputs), extents)
 
     def extent(self, node: Node) -> tuple[int | None, ...]:
@@ -760,6 +764,13 @@ class _Lowering:
             **self.requantized(node),
         )  # fmt: skip
 
+    def own(self, size: int | Size) -> int | Size:
+        """A size that follows an input of the network, by that input's number in the program."""
+        if not isinstance(size, Size):
+            return size
+        numbers = [node.attrs.get("number") for node in self.region.given]
+        return replace(size, input=numbers.index(size.input))
+
     def lower_unary(self, node: Node) -> str:
         """Pooling and resizing: images, and arguments that are torch's."""
         a, (x,) = node.attrs, node.inputs
@@ -770,8 +781,9 @@ class _Lowering:
             case "adaptive_max_pool2d":
                 arguments = {"output_size": tuple(a["output_size"])}
             case "upsample_nearest2d" | "upsample_bilinear2d":
+                size = a["size"].get("size")
                 arguments = {
-                    "output_size": a["size"].get("size"),
+                    "output_size": None if size is None else tuple(map(self.own, size)),
                     "scale_factor": a["size"].get("scale_factor"),
                 }
                 if node.op == "upsample_bilinear2d":

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastq.layout import Named, Ref, Stage
-from fastq.sizes import Sizes, reshaped, sized
+from fastq.sizes import Shapes, reshaped, sized
 
 Array = NDArray[Any]
 
@@ -412,7 +412,7 @@ def _calls(calls: Sequence[Any], x: Array) -> Array:
     """A chain of (target, args, kwargs): Ref(0) is x, Ref(i) the result of call i."""
     values = [x]
     for target, args, kwargs in calls:
-        values.append(_call(target, args, kwargs, values, {}, (1,)))
+        values.append(_call(target, args, kwargs, values, {}, ()))
     return values[-1]
 
 
@@ -446,13 +446,13 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 def evaluate(
-    stage: Stage, inputs: Sequence[Array], tensors: Mapping[str, Array], sizes: Sizes
+    stage: Stage, inputs: Sequence[Array], tensors: Mapping[str, Array], shapes: Shapes
 ) -> Any:
-    """The value of a float stage; sizes are those of the network's inputs."""
+    """The value of a float stage; shapes are those of the network's inputs."""
     attrs = stage.attrs
     with np.errstate(all="ignore"):  # as torch: infinities and NaN are values
         if stage.op == "aten":
-            return _call(attrs["target"], attrs["args"], attrs["kwargs"], inputs, tensors, sizes)
+            return _call(attrs["target"], attrs["args"], attrs["kwargs"], inputs, tensors, shapes)
         y = OPERATIONS[stage.op](attrs, *inputs, **tensors)
         return _clamp(y, *attrs["clamp"]) if "clamp" in attrs else y
 
@@ -473,7 +473,7 @@ def _call(
     kwargs: Mapping[str, Any],
     inputs: Sequence[Any],
     tensors: Mapping[str, Array],
-    sizes: Sizes,
+    shapes: Shapes,
 ) -> Any:
     def fill(value: Any) -> Any:
         if isinstance(value, Ref):
@@ -482,6 +482,6 @@ def _call(
             return tensors[value[1:]]
         if isinstance(value, list | tuple):
             return type(value)(fill(v) for v in value)
-        return sized(value, sizes)
+        return sized(value, shapes)
 
     return FUNCTIONS[target](*map(fill, args), **{k: fill(v) for k, v in kwargs.items()})

@@ -27,7 +27,7 @@ from fastq.layout import Stage
 from fastq.nn.network import QuantizedModel
 from fastq.plan import BoundProgram
 from fastq.program import Step
-from fastq.sizes import Sizes
+from fastq.sizes import Shapes
 
 FLOAT_BYTES = 4
 LEAST = 1e-3  # microseconds of a kernel: shares are over its time
@@ -208,9 +208,9 @@ def profile(model: QuantizedModel, x: Any, *, passes: int = 20) -> Profile:
     args, kwargs = arguments_of(x)
     steps: list[StepProfile] = []
 
-    def watch(stage: Stage, inputs: list[Any], bound: BoundProgram | None, sizes: Sizes) -> None:
+    def watch(stage: Stage, inputs: list[Any], bound: BoundProgram | None, shapes: Shapes) -> None:
         if bound is None:
-            steps.append(_float_step(model, stage, inputs, sizes, passes))
+            steps.append(_float_step(model, stage, inputs, shapes, passes))
         else:
             steps.extend(_integer_steps(bound, inputs, passes))
 
@@ -232,7 +232,7 @@ def memory(model: QuantizedModel, x: Any) -> Memory:
     """The bytes that model(x) takes; x as in `profile`."""
     arenas = [0]
 
-    def watch(stage: Stage, inputs: list[Any], bound: BoundProgram | None, sizes: Sizes) -> None:
+    def watch(stage: Stage, inputs: list[Any], bound: BoundProgram | None, shapes: Shapes) -> None:
         if bound is not None:
             key, plan = bound.take(*inputs)
             arenas.append(plan.call.scratch_bytes)
@@ -248,7 +248,7 @@ def memory(model: QuantizedModel, x: Any) -> Memory:
     )
 
 
-Watch = Callable[[Stage, list[Any], BoundProgram | None, Sizes], None]
+Watch = Callable[[Stage, list[Any], BoundProgram | None, Shapes], None]
 
 
 def _walk(model: QuantizedModel, x: Any, watch: Watch) -> int:
@@ -260,15 +260,15 @@ def _walk(model: QuantizedModel, x: Any, watch: Watch) -> int:
     bound = model._bound()
     values: dict[int, Any] = {}
 
-    def compute(stage: Stage, inputs: list[Any], sizes: Sizes) -> list[Any]:
+    def compute(stage: Stage, inputs: list[Any], shapes: Shapes) -> list[Any]:
         if stage.program < 0:
-            watch(stage, inputs, None, sizes)
-            results = [model.evaluate(stage, inputs, sizes)]
+            watch(stage, inputs, None, shapes)
+            results = [model.evaluate(stage, inputs, shapes)]
         else:
             program = bound[stage.program]
             arrays = model.arrays(program, stage, inputs)
             results = [torch.from_numpy(y) for y in program(*arrays)]
-            watch(stage, arrays, program, sizes)
+            watch(stage, arrays, program, shapes)
         values.update((id(value), value) for value in (*inputs, *results))
         return results
 
@@ -282,9 +282,9 @@ def _tensor_bytes(values: Iterable[Any]) -> int:
 
 
 def _float_step(
-    model: QuantizedModel, stage: Stage, inputs: list[Any], sizes: Sizes, passes: int
+    model: QuantizedModel, stage: Stage, inputs: list[Any], shapes: Shapes, passes: int
 ) -> StepProfile:
-    (time,) = medians([lambda: model.evaluate(stage, inputs, sizes)], passes)
+    (time,) = medians([lambda: model.evaluate(stage, inputs, shapes)], passes)
     op = stage.attrs.get("target", stage.op)
     int8 = op in INT8_OPERATORS
     return StepProfile(
@@ -294,7 +294,7 @@ def _float_step(
         kernels=(KernelTime("int8 layer" if int8 else "torch", time),),
         macs=0,
         read=_tensor_bytes(inputs),
-        written=_tensor_bytes([model.evaluate(stage, inputs, sizes)]),
+        written=_tensor_bytes([model.evaluate(stage, inputs, shapes)]),
         why="" if int8 else stage.why,
     )
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from fastq import reference
 from fastq.arguments import MAX_AXES, PADDING_MODES, check_arguments, check_channels
 from fastq.qparams import MAX_K, Dequant, Requant
-from fastq.sizes import Sizes, sized, sizes_of_shapes
+from fastq.sizes import Shapes, sized
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
@@ -69,11 +69,11 @@ class Step:
     def __reduce__(self) -> Any:  # of a MappingProxyType there is no copy and no pickle
         return Step, (self.op, self.name, self.inputs, dict(self.arguments), self.layer)
 
-    def sized(self, sizes: Sizes) -> Step:
-        """With the numbers that its `Size` arguments are, for inputs of these sizes."""
+    def sized(self, shapes: Shapes) -> Step:
+        """With the numbers that its `Size` arguments are, for inputs of these shapes."""
         if not isinstance(self.arguments.get("output_size"), tuple):
             return self
-        return replace(self, arguments=sized(dict(self.arguments), sizes))
+        return replace(self, arguments=sized(dict(self.arguments), shapes))
 
     def __str__(self) -> str:
         shown = ", ".join([*self.inputs, *(f"{k}={_short(v)}" for k, v in self.arguments.items())])
@@ -115,7 +115,7 @@ class Program:
              are all float32 values of the steps, in any order.
     extents  the inputs' shapes that it was made for, where other ones may not be given: sizes
              that are None may differ. One tuple for each input. A `Size` among the arguments of a
-             step counts from the inputs' sizes.
+             step counts from the inputs' shapes.
     dtypes   of each value: "float32", "uint8" or "int16".
     """
 
@@ -171,11 +171,10 @@ class Program:
         """The shape of every value; ValueError for inputs that do not fit."""
         self.check(inputs)
         shapes = dict(zip(self.inputs, map(tuple, inputs), strict=True))
-        sizes = sizes_of_shapes(inputs)
         for step in self.steps:
             shape = OPERATIONS[step.op].shape
             try:
-                made = shape(step.sized(sizes), *(shapes[i] for i in step.inputs))
+                made = shape(step.sized(inputs), *(shapes[i] for i in step.inputs))
                 shapes[step.name] = tuple(map(int, made))
                 if step.inputs:
                     check_channels(step, shapes[step.inputs[0]], self.dtypes[step.inputs[0]])
@@ -201,12 +200,12 @@ class Program:
 
     def values(self, *inputs: Array, module: Any = reference) -> dict[str, Array]:
         """Every value of the program, by the specification."""
-        self.check([x.shape for x in inputs])
+        given = [x.shape for x in inputs]
+        self.check(given)
         values = dict(zip(self.inputs, inputs, strict=True))
-        sizes = sizes_of_shapes(x.shape for x in inputs)
         for step in self.steps:
             run, taken = OPERATIONS[step.op].run, (values[name] for name in step.inputs)
-            values[step.name] = run(module, step.sized(sizes), *taken)
+            values[step.name] = run(module, step.sized(given), *taken)
         return values
 
     def reference(self, *inputs: Array, module: Any = reference) -> list[Array]:

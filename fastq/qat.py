@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from fastq import ops
 from fastq.batches import Batches
 from fastq.fuse import fold
-from fastq.graph import Node, evaluate, normalization, sizes_of
+from fastq.graph import Node, evaluate, normalization, shapes_of
 from fastq.lower import (
     MOVES,
     SUFFIX,
@@ -66,7 +66,7 @@ from fastq.qconfig import QConfig
 from fastq.qparams import FLT_MIN, QParams, choose_qparams, quantize_weight
 from fastq.read import CannotCapture
 from fastq.recipe import read_recipe
-from fastq.sizes import Sizes, sized
+from fastq.sizes import Shapes, sized
 from fastq.summaries import QuantizationSummary, summary
 from fastq.trace import Forward
 
@@ -247,14 +247,14 @@ class QATModel(nn.Module):
                 values[wanted] = leaf
             else:
                 check_constant(self, i, leaf, wanted)
-        sizes = sizes_of(leaves)
-        one = _Pass(self, values, sizes)
+        shapes = shapes_of(leaves)
+        one = _Pass(self, values, shapes)
         for node in captured.graph:
             if node.op != "input":
                 values[node] = one.value(node)
         one.finish()
         outputs = [
-            values[v] if isinstance(v, Node) else sized(v, sizes) for v in captured.graph.outputs
+            values[v] if isinstance(v, Node) else sized(v, shapes) for v in captured.graph.outputs
         ]
         return pytree.tree_unflatten(outputs, captured.out_spec)
 
@@ -413,9 +413,9 @@ def _share(module: nn.Module, momentum: float) -> float:
 class _Pass:
     """One forward: the integers of each value, and beside them what has the gradient."""
 
-    def __init__(self, model: QATModel, values: dict[Node, Any], sizes: Sizes) -> None:
+    def __init__(self, model: QATModel, values: dict[Node, Any], shapes: Shapes) -> None:
         self.model, self.prepared = model, model._prepared
-        self.values, self.sizes = values, sizes
+        self.values, self.shapes = values, shapes
         # for a gradient or for statistics; otherwise the integers are enough
         self.follows = torch.is_grad_enabled() or model.training
         self.given = model._tensors()
@@ -423,7 +423,7 @@ class _Pass:
             self.tensors = model._deploy(self.given)
             self.runs: dict[Node, _Run] = {}
             for region in self.prepared.regions:
-                self.runs |= dict.fromkeys(region.nodes, _Run(self.prepared, region, sizes))
+                self.runs |= dict.fromkeys(region.nodes, _Run(self.prepared, region, shapes))
         self.quantized = set(self.prepared.ranges.parent)
         moves = model.training and model._ranges_move
         self.watcher = Watcher(self.prepared) if moves else None  # of the ranges that move
@@ -438,7 +438,7 @@ class _Pass:
             if not torch.is_grad_enabled():  # with one to compute, torch may round otherwise
                 stand_in.tensors = {key: t.detach() for key, t in stand_in.tensors.items()}
             with torch.autocast("cpu", enabled=False):  # as the integer network computes it
-                return evaluate(stand_in, [self.values[v] for v in node.inputs], self.sizes)
+                return evaluate(stand_in, [self.values[v] for v in node.inputs], self.shapes)
         for v in node.inputs:
             if v not in run.values:  # it comes from without
                 run.take(v, self.values[v])
@@ -464,7 +464,7 @@ class _Pass:
                 tensors = self.renormalized(node, inputs[0])
             if node in self.prepared.chosen:
                 tensors = {**tensors, "weight": self.weight_on_grid(node, tensors["weight"])}
-        return evaluate(replace(node, tensors=tensors), inputs, self.sizes)
+        return evaluate(replace(node, tensors=tensors), inputs, self.shapes)
 
     def renormalized(self, node: Node, x: Tensor) -> dict[str, Tensor]:
         """The deployed tensors with the gradient of this batch's mean and variance; these are
@@ -559,9 +559,13 @@ class _Run:
     values  of its nodes and of what it takes, as training sees them.
     """
 
-    def __init__(self, prepared: Prepared, region: Region, sizes: Sizes) -> None:
-        self.prepared, self.region, self.sizes = prepared, region, sizes
+    def __init__(self, prepared: Prepared, region: Region, shapes: Shapes) -> None:
+        self.prepared, self.region = prepared, region
         self.lowered = prepared.lowered(region)
+        # of what the program takes; of values in the network nobody asks for the size
+        places = {node.name: i for i, node in enumerate(prepared.graph.inputs)}
+        names = self.lowered.program.inputs
+        self.shapes = [shapes[places[name]] if name in places else () for name in names]
         self.steps = {step.name: step for step in self.lowered.program.steps}
         self.arrays: dict[str, Any] = {}
         self.values: dict[Node, Any] = {}
@@ -578,7 +582,7 @@ class _Run:
         if name not in self.arrays:
             step = self.steps[name]
             inputs = map(self.array, step.inputs)
-            self.arrays[name] = OPERATIONS[step.op].run(ops, step.sized(self.sizes), *inputs)
+            self.arrays[name] = OPERATIONS[step.op].run(ops, step.sized(self.shapes), *inputs)
         return self.arrays[name]
 
     def ends_float(self, node: Node) -> bool:

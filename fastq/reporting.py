@@ -42,7 +42,7 @@ from fastq.program import VIEWS
 from fastq.qparams import QParams
 from fastq.recipe import read_recipe
 from fastq.serialize import save
-from fastq.sizes import Sizes
+from fastq.sizes import Shapes
 from fastq.summaries import QuantizationSummary, summary
 from fastq.trace import Forward
 
@@ -471,9 +471,9 @@ class _Comparison:
         made: dict[str, _Made] = {}
         bound = self.quantized._bound()
 
-        def compute(stage: Stage, inputs: list[Any], sizes: Sizes) -> list[Any]:
+        def compute(stage: Stage, inputs: list[Any], shapes: Shapes) -> list[Any]:
             if stage.program < 0:
-                value = self.quantized.evaluate(stage, inputs, sizes)
+                value = self.quantized.evaluate(stage, inputs, shapes)
                 if isinstance(value, Tensor):
                     made[stage.outputs[0]] = _Made(value.numpy(), tuple(range(value.dim())), None)
                 return [value]

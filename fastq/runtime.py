@@ -18,7 +18,7 @@ from fastq.encode import decode_program, read_header
 from fastq.layout import Layout, decode_layout
 from fastq.plan import BoundProgram
 from fastq.program import Program, extent_text, fits
-from fastq.sizes import sized, sizes_of_shapes
+from fastq.sizes import sized
 
 Array = NDArray[Any]
 
@@ -62,18 +62,18 @@ class SavedNetwork:
         """
         self._check(inputs)
         values: dict[str, Any] = dict(zip(self.inputs, inputs, strict=True))
-        sizes = sizes_of_shapes(x.shape for x in inputs)
+        shapes = [x.shape for x in inputs]
         for stage in self._layout.stages:
             taken = [values[name] for name in stage.inputs]
             if stage.program < 0:
                 (name,) = stage.outputs
                 tensors = self._tensors.get(name, {})
-                values[name] = operators.evaluate(stage, taken, tensors, sizes)
+                values[name] = operators.evaluate(stage, taken, tensors, shapes)
             else:
                 made = self._bound[stage.program](*taken)
                 values.update(zip(stage.outputs, made, strict=True))
         return [
-            values[out] if isinstance(out, str) else sized(out[1], sizes)
+            values[out] if isinstance(out, str) else sized(out[1], shapes)
             for out in self._layout.outputs
         ]
 

@@ -12,16 +12,18 @@ from typing import Any
 
 LARGEST = 2**31 - 1  # of a Size's numbers
 
-Sizes = tuple[int, ...]  # of an example: of each axis, in the first input that has it
+Shape = tuple[int, ...]
+Shapes = Sequence[Shape]  # of the inputs, those that are tensors
 
 
 @dataclass(frozen=True)
 class Size:
-    """factor * ((n + before) // stride) + more, where n is a size of the example.
+    """factor * ((n + before) // stride) + more, where n is a size of an input.
 
-    axis  of the network's first input that has it; 0 is the batch.
+    input, axis  whose size it is: the number of the input among those that are tensors.
     """
 
+    input: int
     axis: int
     factor: int = 1
     more: int = 0
@@ -31,14 +33,19 @@ class Size:
     def __post_init__(self) -> None:
         numbers = [getattr(self, f.name) for f in fields(self)]
         whole = all(type(n) is int and abs(n) <= LARGEST for n in numbers)
-        if not whole or self.axis < 0 or self.stride < 1:
-            raise ValueError(f"{self}: wanted integers within 31 bits, axis >= 0, stride >= 1")
+        if not whole or min(self.input, self.axis) < 0 or self.stride < 1:
+            raise ValueError(
+                f"{self}: wanted integers within 31 bits, input and axis >= 0, stride >= 1"
+            )
 
-    def of(self, sizes: Sizes) -> int:
-        """The number for an example of these sizes; ValueError where it has no such axis."""
-        if self.axis >= len(sizes):
-            raise ValueError(f"a size that follows axis {self.axis} of inputs of {sizes}")
-        return self.factor * ((sizes[self.axis] + self.before) // self.stride) + self.more
+    def of(self, shapes: Shapes) -> int:
+        """The number for inputs of these shapes; ValueError where there is no such axis."""
+        if self.input >= len(shapes) or self.axis >= len(shapes[self.input]):
+            raise ValueError(
+                f"a size that follows axis {self.axis} of input {self.input}, of {shapes}"
+            )
+        n = shapes[self.input][self.axis]
+        return self.factor * ((n + self.before) // self.stride) + self.more
 
     def plus(self, more: int) -> Size:
         return replace(self, more=self.more + more)
@@ -52,28 +59,20 @@ class Size:
             return self
         if self.factor == 1:
             before = self.before + self.more * self.stride
-            return Size(self.axis, stride=self.stride * divisor, before=before)
+            return Size(self.input, self.axis, stride=self.stride * divisor, before=before)
         if self.factor % divisor == 0:
             return replace(self, factor=self.factor // divisor, more=self.more // divisor)
         return None
 
 
-def sizes_of_shapes(shapes: Iterable[Sequence[int]]) -> Sizes:
-    """The sizes that `Size` counts from, of the shapes of a network's inputs."""
-    sizes: list[int] = []
-    for shape in shapes:
-        sizes += shape[len(sizes) :]
-    return tuple(sizes) or (1,)
-
-
-def sized(value: Any, sizes: Sizes) -> Any:
+def sized(value: Any, shapes: Shapes) -> Any:
     """With each `Size` in it, in tuples, lists and dicts too, as the number that it is."""
     if isinstance(value, Size):
-        return value.of(sizes)
+        return value.of(shapes)
     if isinstance(value, list | tuple):
-        return type(value)(sized(v, sizes) for v in value)
+        return type(value)(sized(v, shapes) for v in value)
     if isinstance(value, dict):
-        return {key: sized(v, sizes) for key, v in value.items()}
+        return {key: sized(v, shapes) for key, v in value.items()}
     return value
 
 

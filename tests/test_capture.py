@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from fastq.capture import Captured, capture
-from fastq.graph import Node, Size, evaluate, sizes_of
+from fastq.graph import Node, Size, evaluate, shapes_of
 from fastq.read import CannotCapture
 
 
@@ -28,12 +28,12 @@ def run(captured: Captured, *args: Any, **kwargs: Any) -> Any:
             values[wanted] = leaf
         else:
             assert wanted == leaf
-    sizes = sizes_of(leaves)
+    shapes = shapes_of(leaves)
     for node in captured.graph:
         if node.op == "constant":
             values[node] = node.tensors["value"]
         elif node not in values:
-            values[node] = evaluate(node, [values[v] for v in node.inputs], sizes)
+            values[node] = evaluate(node, [values[v] for v in node.inputs], shapes)
     outputs = [values[v] if isinstance(v, Node) else v for v in captured.graph.outputs]
     return pytree.tree_unflatten(outputs, captured.out_spec)
 
@@ -197,11 +197,18 @@ def test_a_product_of_sizes_follows_none(length: int) -> None:
 
 
 def test_inputs_of_two_lengths() -> None:
+    """Each grows by a number of its own: it is known whose a size is, also of equal ones."""
+
     def forward(net: Call, x: Tensor, y: Tensor) -> Tensor:
         return net.a(y) + torch.arange(y.shape[1])[:, None] + net.a(x).mean(1, keepdim=True)
 
     model = call(forward, a=lambda: nn.Linear(4, 3))()
-    assert not check(model, torch.randn(2, 10, 4), torch.randn(2, 6, 4)).extents
+    for length in (6, 10):
+        captured = check(model, torch.randn(2, 10, 4), torch.randn(2, length, 4))
+        assert captured.extents
+        x, y = torch.randn(3, 9, 4), torch.randn(3, 14, 4)
+        with torch.no_grad():
+            same(model(x, y), run(captured, x, y))
 
 
 @pytest.mark.parametrize("length", [2, 3])
@@ -279,7 +286,7 @@ def test_sizes_that_follow_the_batch() -> None:
 
     captured = check(call(forward, **A)(), image())
     held = [v for node in captured.graph for v in pytree.tree_leaves(node.attrs)]
-    assert Size(0) in held
+    assert Size(0, 0) in held
 
 
 def test_a_parameter_for_each_of_the_batch() -> None:
@@ -545,6 +552,29 @@ def test_tokens_before_the_batch_with_states() -> None:
     model = Words().eval()
     captured = capture(model, [torch.randint(20, (9, 4)), *torch.randn(2, 1, 4, 16)])
     assert captured.arguments[0].attrs["free"] == (0, 1)
+
+
+TUTORIALS: dict[str, Callable[[nn.Module, int], Tensor]] = {
+    "square": lambda net, n: nn.Transformer.generate_square_subsequent_mask(n),
+    "bool": lambda net, n: torch.triu(torch.ones(n, n, dtype=torch.bool), 1),
+    "buffer": lambda net, n: net.mask[:n, :n],  # type: ignore[union-attr, index]
+}
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_a_transformer_encoder_need_not_say_that_its_mask_is_causal(name: str) -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+            self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x, mask=TUTORIALS[name](self, x.shape[1]))
+
+    captured = check(Encoder(), torch.randn(2, 6, 8))
+    assert captured.extents and ops(captured).count("softmax") == 2
 
 
 # ---------------------------------------------------------------- what is no graph of its model

@@ -42,6 +42,7 @@ ORDER = [
     "nn",
     "masks",
     "read",
+    "examples",
     "extents",
     "capture",
     "fuse",

@@ -144,7 +144,7 @@ EXAMPLES: dict[str, list[tuple[tuple[Shape, ...], dict[str, Any]]]] = {
     "upsample_nearest2d": [
         ((IMAGE,), {"output_size": (7, 11), "scale_factor": None}),
         ((IMAGE,), {"output_size": None, "scale_factor": (1.5, 2.0)}),
-        ((IMAGE,), {"output_size": (Size(2, before=1, stride=2), 3), "scale_factor": None}),
+        ((IMAGE,), {"output_size": (Size(0, 2, before=1, stride=2), 3), "scale_factor": None}),
     ],
     "upsample_bilinear2d": [((IMAGE,), {"output_size": (7, 11), "scale_factor": None,
                                         "align_corners": True})],
@@ -405,14 +405,15 @@ SIZES: dict[str, tuple[Shape, str, dict[str, Any], str]] = {
         {"kernel_size": (2**20, 1), "stride": (1, 1), "padding": (2**19, 0), "ceil_mode": False,
          "dilation": (1, 1)}, "wanted up to 16777216 taps"),
     "to a size of no axis": ((1, 4, 4, 3), "upsample_bilinear2d",
-                             {**BILINEAR, "scale_factor": None, "output_size": (Size(4), 1)},
+                             {**BILINEAR, "scale_factor": None, "output_size": (Size(0, 4), 1)},
                              "follows axis 4"),
     "to nothing": ((1, 4, 4, 3), "upsample_bilinear2d",
-                   {**BILINEAR, "scale_factor": None, "output_size": (1, Size(2, more=-4))},
+                   {**BILINEAR, "scale_factor": None, "output_size": (1, Size(0, 2, more=-4))},
                    "wanted a pixel at least"),
     "to more than there is": ((1, 4, 4, 3), "upsample_bilinear2d",
                               {**BILINEAR, "scale_factor": None,
-                               "output_size": (Size(1, 2**30), Size(2, 2**30))}, "up to 32 axes"),
+                               "output_size": (Size(0, 1, 2**30), Size(0, 2, 2**30))},
+                              "up to 32 axes"),
     "a large image": ((1, 4, 4, 3), "upsample_bilinear2d",
                       {**BILINEAR, "scale_factor": (1e9, 1e9)}, "up to 32 axes"),
     "a large image, none of them": ((0, 4, 4, 3), "upsample_bilinear2d",
@@ -697,7 +698,7 @@ class Random:
             case "upsample_nearest2d" | "upsample_bilinear2d":
                 size, scale = self.one(
                     (None, (2.0, 2.0)), (None, (0.7, 1.5)), ((5, 3), None),
-                    ((Size(0, 2, more=1), 4), None), ((3, Size(0, 3, -1, 2, before=1)), None),
+                    ((Size(0, 0, 2, more=1), 4), None), ((3, Size(0, 0, 3, -1, 2, before=1)), None),
                 )  # fmt: skip
                 corners = {"align_corners": self.flag()} if op == "upsample_bilinear2d" else {}
                 return {"output_size": size, "scale_factor": scale, **corners}

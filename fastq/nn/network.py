@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastq.encode import decode_program, encode_program
-from fastq.graph import INT8_OPERATORS, OPERATIONS, Node, check_target, evaluate, sizes_of
+from fastq.graph import INT8_OPERATORS, OPERATIONS, Node, check_target, evaluate, shapes_of
 from fastq.layout import Layout, Stage
 from fastq.nn.layer import accept, array_of, stay
 from fastq.plan import BoundProgram
 from fastq.program import Program, extent_text, fits
-from fastq.sizes import Sizes, sized
+from fastq.sizes import Shapes, sized
 
 # what programs are made of
 ARRAYS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.float32)
@@ -143,9 +143,9 @@ class QuantizedModel(nn.Module):
             )
         bound = self._bound()
 
-        def compute(stage: Stage, inputs: list[Any], sizes: Sizes) -> list[Any]:
+        def compute(stage: Stage, inputs: list[Any], shapes: Shapes) -> list[Any]:
             if stage.program < 0:
-                return [self.evaluate(stage, inputs, sizes)]
+                return [self.evaluate(stage, inputs, shapes)]
             program = bound[stage.program]
             return [torch.from_numpy(y) for y in program(*self.arrays(program, stage, inputs))]
 
@@ -153,11 +153,11 @@ class QuantizedModel(nn.Module):
 
     def walk(
         self,
-        compute: Callable[[Stage, list[Any], Sizes], list[Any]],
+        compute: Callable[[Stage, list[Any], Shapes], list[Any]],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        """The result for these arguments; compute(stage, inputs, sizes) gives a stage's values."""
+        """The result for these arguments; compute(stage, inputs, shapes) gives a stage's values."""
         layout = self.layout
         leaves: Sequence[Any] = args
         plain = self._single and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
@@ -173,12 +173,12 @@ class QuantizedModel(nn.Module):
                 check_constant(self, i, leaf, layout.constants[str(i)])
         for i, name, extent in self._checked:
             check_extent(f"{type(self).__name__}: {name}", leaves[i], extent)
-        sizes = sizes_of(leaves)
+        shapes = shapes_of(leaves)
         for stage in layout.stages:
-            results = compute(stage, [values[name] for name in stage.inputs], sizes)
+            results = compute(stage, [values[name] for name in stage.inputs], shapes)
             values.update(zip(stage.outputs, results, strict=True))
         outputs = [
-            values[out] if isinstance(out, str) else sized(out[1], sizes) for out in layout.outputs
+            values[out] if isinstance(out, str) else sized(out[1], shapes) for out in layout.outputs
         ]
         return outputs[0] if self._single else pytree.tree_unflatten(outputs, self.out_spec)
 
@@ -189,7 +189,7 @@ class QuantizedModel(nn.Module):
             for name, x, extent in zip(stage.inputs, inputs, bound.program.extents, strict=True)
         ]
 
-    def evaluate(self, stage: Stage, inputs: list[Any], sizes: Sizes) -> Any:
+    def evaluate(self, stage: Stage, inputs: list[Any], shapes: Shapes) -> Any:
         """The value of a float operator."""
         name = stage.outputs[0]
         node = self._nodes.get(name)
@@ -199,7 +199,7 @@ class QuantizedModel(nn.Module):
             node = Node(name, stage.op, attrs=dict(stage.attrs), tensors=tensors)
             self._nodes[name] = node
         try:
-            return evaluate(node, inputs, sizes)
+            return evaluate(node, inputs, shapes)
         except RuntimeError as error:
             error.add_note(
                 f"in the float operator {name}; other sizes than the calibration data's can be "
@@ -298,7 +298,7 @@ def check_extent(name: str, x: Tensor, extent: Sequence[int | None]) -> None:
     """ValueError unless x has these sizes, None being any."""
     if not fits(x.shape, extent):
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; wanted {extent_text(extent)}. Sizes that are "
+            f"{name} has shape {tuple(x.shape)}; wanted {extent_text(extent)}. Shapes that are "
             "fixed are part of the network, as it was captured"
         )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastq.graph import Node, Values, evaluate, pixels_together, sizes_of, tensors_of
+from fastq.graph import Node, Values, evaluate, pixels_together, shapes_of, tensors_of
 from fastq.prepare import Prepared, fake_quantize
 
 Batch = Sequence[Any]
@@ -72,7 +72,7 @@ def walk(
     last = {value: node for node in graph for value in node.inputs}
     reals: list[Values] = [{} for _ in batches] if floats else []
     grids: list[Values] = [{} for _ in batches]
-    sizes = [sizes_of(arguments) for arguments in batches]
+    shapes = [shapes_of(arguments) for arguments in batches]
     for node in graph:
         if node.op == "input":
             place = graph.inputs.index(node)
@@ -82,8 +82,8 @@ def walk(
             made: list[Any] = given
         else:
             bare = _unclamped(node) if node in layers else node
-            for values, size in zip(reals, sizes, strict=False):
-                values[node] = evaluate(bare, [values[v] for v in node.inputs], size)
+            for values, sizes in zip(reals, shapes, strict=False):
+                values[node] = evaluate(bare, [values[v] for v in node.inputs], sizes)
             if node in layers:
                 wanted = [values[node] for values in reals] or [torch.empty(0)] * len(batches)
                 sides = [
@@ -102,8 +102,8 @@ def walk(
                     values[node] = clamped(node, values[node], out=values[node])
             else:
                 made = [
-                    evaluate(node, [grid[v] for v in node.inputs], size)
-                    for grid, size in zip(grids, sizes, strict=True)
+                    evaluate(node, [grid[v] for v in node.inputs], sizes)
+                    for grid, sizes in zip(grids, shapes, strict=True)
                 ]
         for grid, value in zip(grids, made, strict=True):
             if node in quantized and isinstance(value, Tensor):

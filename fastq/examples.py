@@ -1,0 +1,229 @@
+"""Examples of other batches and extents, made of the one that a network is captured with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastq.sizes import Shape, Shapes
+
+
+class Leaf(NamedTuple):
+    """An example of one input.
+
+    follows  of a state, (layers, B, features), which axis of the first input its axis 1 is as long
+             as.
+    like     of an input without a batch, for each axis which axis of the first input, but its
+             batch, is as long; None: none, or it has a batch.
+    also     further axes that are as long as the batch: of a graph's adjacency matrix.
+    """
+
+    x: Any
+    follows: int | None = None
+    like: tuple[int | None, ...] | None = None
+    also: tuple[int, ...] = ()
+
+    @property
+    def counts(self) -> bool:
+        """Whether its sizes are its own: those of its batch, and those that may grow."""
+        return isinstance(self.x, Tensor) and self.follows is None and self.like is None
+
+
+Leaves = Sequence[Leaf]
+
+
+def first_of(leaves: Leaves) -> Tensor:
+    """The first input that has axes."""
+    return next(x for x, *_ in leaves if isinstance(x, Tensor) and x.dim())
+
+
+def ways_of_batches(plain: Sequence[Any]) -> list[list[Leaf]]:
+    """Which inputs may have a batch, and where: all along their first axis; but for those that have
+    another number of places there than the first input; but for first states of recurrent layers,
+    whose axis 1 is the batch of (B, ..), or those where it is of (L, B, ..); but for the adjacency
+    of a graph's nodes, which are the batch then."""
+    tensors = [x for x in plain if isinstance(x, Tensor) and x.dim()]
+    ways = [[Leaf(x) for x in plain]]
+    if not tensors:
+        return ways
+    first = tensors[0]
+    others = [x for x in tensors if len(x) != len(first)]  # such as a mask of (T, T)
+    if others:
+        alone = set(map(id, others))
+        ways.append([Leaf(x, like=_like(x, first) if id(x) in alone else None) for x in plain])
+    for axis in range(min(first.dim(), 2)):
+        states = [
+            Leaf(x, axis)
+            if isinstance(x, Tensor)
+            and x is not first
+            and x.dim() == 3
+            and x.shape[1] == first.shape[axis]
+            else Leaf(x)
+            for x in plain
+        ]
+        ways += [states] * any(leaf.follows is not None for leaf in states)
+    square = [Leaf(x, also=() if x is first else _as_long(x, len(first))) for x in plain]
+    return ways + [square] * any(leaf.also for leaf in square)
+
+
+def _as_long(x: Any, count: int) -> tuple[int, ...]:
+    """The axes after the first that have as many places as it has."""
+    if not isinstance(x, Tensor) or x.dim() < 2 or len(x) != count:
+        return ()
+    return tuple(axis for axis in range(1, x.dim()) if x.shape[axis] == count)
+
+
+def _like(x: Tensor, first: Tensor) -> tuple[int | None, ...]:
+    """`Leaf.like` of x: the same place where that fits, else the first axis that does."""
+    axes = {size: axis for axis, size in reversed([*enumerate(first.shape)]) if axis}
+    return tuple(
+        i if 0 < i < first.dim() and first.shape[i] == size else axes.get(size)
+        for i, size in enumerate(x.shape)
+    )
+
+
+# A size that is k * 5 in one capture and k * 17 in the other follows the batch: it grew by k * 12,
+# which none of the numbers in `stretches` is, nor what strides and upsampling by 2 make of them.
+BATCHES = (5, 17)
+
+
+class Stretch(NamedTuple):
+    """How the extent of an example is changed.
+
+    parts  (number of axes of an input, which of them grow, by how much).
+    apart  by how much more those of each further input grow, so that it is known which input a size
+           follows.
+    """
+
+    parts: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = ()
+    apart: int = 0
+
+
+Way = tuple[Stretch, Stretch]  # how the examples of both captures are changed
+SAME: Way = (Stretch(), Stretch())  # only the batch differs
+
+
+def stretches(leaves: Leaves) -> list[list[Way]]:
+    """Ways to change the examples of both captures. Each axis grows by another number, so that it
+    is known which one a size follows.
+
+    By an odd number first: a network that pads to even sizes is another one then, and its graph
+    holds for one size only. Many networks take multiples of 32 alone, which comes second. Some
+    take no longer sequences than the example: shorter ones come last. One that reads the columns of
+    an image as a sequence takes any width of one height, or the other way round. Of several inputs
+    each grows by a number of its own, if the network takes that.
+    """
+    dims = {leaf.x.dim() for leaf in leaves if isinstance(leaf.x, Tensor)}
+    several = sum(leaf.counts and leaf.x.dim() > 1 for leaf in leaves) > 1
+
+    def stretch(
+        axis: int, pixels: tuple[int, ...], tokens: tuple[int, ...], of: tuple[int, ...] = (2, 3)
+    ) -> Stretch:
+        pixels = tuple(pixels[i - 2] for i in of)
+        return Stretch(
+            ((2, (1,), tokens), (3, (axis,), tokens), (4, of, pixels), (5, (2, 3, 4), tokens))
+        )
+
+    def longer(axis: int, of: tuple[int, ...] = (2, 3)) -> list[Way]:
+        odd = stretch(axis, (65, 67), (7, 11, 13), of)
+        even = stretch(axis, (64, 128), (8, 16, 20), of)
+        each = [(odd._replace(apart=16), odd), (even._replace(apart=192), even)]
+        return [(Stretch(), one) for pair in each for one in pair[0 if several else 1 :]]
+
+    ways: list[list[Way]] = []
+    for axis in (2, 1) if 3 in dims else (2,):  # (B, C, L), then (B, L, C)
+        ways.append(longer(axis))
+        if dims & {2, 3}:
+            shorter = stretch(axis, (1, 2), (-1, -2, -4)), stretch(axis, (65, 67), (-8, -10, -14))
+            ways[-1].append(shorter)
+    return ways + [longer(2, of) for of in (((3,), (2,)) if 4 in dims else ())]
+
+
+def regrown(way: Way) -> Iterator[Way]:
+    """The same axes, by other numbers: of the same multiples of 2, as the network may ask for."""
+    before, after = way
+    step = 64 if all(n % 4 == 0 for *_, more in after.parts for n in more) else 2
+    for n in range(17, 17 + 64 * step, step):
+        start = n if step == 2 else n - 17 + 32
+        parts = tuple(
+            (dim, axes, tuple(start + step * i for i in range(len(more))))
+            for dim, axes, more in after.parts
+        )
+        yield before, after._replace(parts=parts)
+
+
+# sizes modulo 64 of up to three axes: what is floored is odd at each stride in one of them, what is
+# rounded up in another; some are even, or multiples of 32
+RESIDUES = (63, 33, 62), (33, 62, 63), (62, 63, 33), (32, 64, 96)
+FEWER = (3, 2, 1)
+
+
+def other_extents(leaves: Leaves, way: Way) -> Iterator[Stretch]:
+    """Some more examples of the axes that grew, about as large as the first one."""
+    _, after = way
+    for residues in (*RESIDUES, None):
+        parts = []
+        for dim, axes, _ in after.parts:
+            x = next((leaf.x for leaf in leaves if leaf.counts and leaf.x.dim() == dim), None)
+            if x is not None:
+                sizes = [x.shape[axis] for axis in axes]
+                wanted = (
+                    [max(n - less, 1) for n, less in zip(sizes, FEWER, strict=False)]
+                    if residues is None
+                    else [64 * max(n // 64 - (n >= 128), 0) + r
+                          for n, r in zip(sizes, residues, strict=False)]
+                )  # fmt: skip
+                more = tuple(a - b for a, b in zip(wanted, sizes, strict=True))
+                parts.append((dim, axes, more))
+        yield Stretch(tuple(parts), 2 if after.apart else 0)
+
+
+def resized(leaf: Leaf, leaves: Leaves, batch: int, stretch: Stretch) -> Any:
+    """An example of another batch size, and of another extent."""
+    x, follows, like, also = leaf
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        return x
+    if follows != 1 and like is None:
+        for axis in (0 if follows is None else 1, *also):
+            repeats = -(-batch // max(x.shape[axis], 1))
+            x = torch.cat([x] * repeats, axis).narrow(axis, 0, batch)
+    shown = x if like is None else first_of(leaves)
+    before = itertools.takewhile(lambda one: one is not leaf, leaves)
+    number = sum(one.counts for one in before) if leaf.counts else 0
+    for dim, axes, more in stretch.parts:
+        if dim != shown.dim() or (dim == 2 and shown.is_floating_point()):
+            continue
+        if follows == 0 or (follows == 1 and axes != (1,)):
+            continue
+        for axis, count in zip(axes, more, strict=False):
+            if axis in also:
+                continue
+            count += stretch.apart * number
+            for own in (axis,) if like is None else [i for i, of in enumerate(like) if of == axis]:
+                x = _stretched(x, own, count)
+    return x.clone()
+
+
+def _stretched(x: Tensor, axis: int, count: int) -> Tensor:
+    """With so many places more along an axis, or fewer."""
+    if count < 0:
+        size = x.shape[axis]
+        return x.narrow(axis, 0, max(size + count, min(size, 2)))
+    sizes = list(x.shape)
+    sizes[axis] = count
+    return torch.cat([x, x.narrow(axis, 0, 1).expand(*sizes)], axis)
+
+
+def shapes_of(leaves: Leaves, batch: int, stretch: Stretch) -> Shapes:
+    """The shapes of an example's tensors."""
+    without_memory = [
+        leaf._replace(x=leaf.x.to("meta")) if isinstance(leaf.x, Tensor) else leaf
+        for leaf in leaves
+    ]
+    made = (resized(leaf, without_memory, batch, stretch) for leaf in without_memory)
+    shapes: list[Shape] = [tuple(x.shape) for x in made if isinstance(x, Tensor)]
+    return shapes
