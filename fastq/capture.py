@@ -58,6 +58,7 @@ class Captured:
     extents             the axes of an image that may have other sizes; if any may, sequences of
                         other lengths may go through. The batch size may always differ, of inputs
                         that have a batch.
+    fixed               why it holds for the sizes of its example alone; "" if it does not.
     """
 
     graph: Graph
@@ -65,6 +66,7 @@ class Captured:
     in_spec: Any
     out_spec: Any
     extents: tuple[int, ...]
+    fixed: str = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
         graph, arguments = copy.deepcopy((self.graph, self.arguments), memo)
@@ -211,6 +213,7 @@ def _capture(model: nn.Module, leaves: Leaves, spec: Any) -> Captured:
                 raise
             return None
 
+    why = ""  # no other extents went through
     for ways in (*stretches(leaves), [SAME]):
         tries = RETRIES
         while ways:
@@ -228,9 +231,10 @@ def _capture(model: nn.Module, leaves: Leaves, spec: Any) -> Captured:
                 told = (w for w in regrown(way) if error.told_by(_shapes(leaves, w)[1]))
                 ways = [*itertools.islice(told, 1 if tries >= 0 else 0), *ways]
                 continue
-            except CannotCapture:  # another network for each size: it holds for this one
+            except CannotCapture as error:  # another network for each size: it holds for this one
                 if way == SAME:
                     raise
+                why = why or str(error)
                 break
             except Exception:  # more positions than the network has
                 if way == SAME:
@@ -241,8 +245,11 @@ def _capture(model: nn.Module, leaves: Leaves, spec: Any) -> Captured:
             extents = {dims: axes for dims, axes, _ in after.parts}.get(4, ())
             captured = Captured(graph, arguments, spec, pair[0].out_spec, extents)
             _verify(captured, model, leaves)
-            if way == SAME or _holds(captured, model, leaves, way):
+            if way == SAME:
+                return replace(captured, fixed=why)
+            if _holds(captured, model, leaves, way):
                 return captured
+            why = why or "with others the model computes something else, as padding to a multiple"
             break
     raise AssertionError("the last way returns or raises")
 

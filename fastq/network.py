@@ -244,7 +244,9 @@ def summarize(prepared: Prepared, model: nn.Module) -> QuantizationSummary:
             rows.append(Row(name, kind, "int8 static"))
         else:
             rows.append(Row(name, kind, "float", _elsewhere(name, prepared)))
-    return QuantizationSummary(tuple(rows))
+    fixed = prepared.captured.fixed
+    note = f"for inputs of the sizes of the first batch alone: {fixed}" if fixed else ""
+    return QuantizationSummary(tuple(rows), note=note)
 
 
 def _masks(prepared: Prepared) -> set[Node]:

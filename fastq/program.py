@@ -42,6 +42,10 @@ ANY = range(2**31)  # of how many inputs there are
 # operation -> which of its inputs may be int16
 WIDE = {"dequantize": (0,), **dict.fromkeys(NORMS, (0,)), "add": (0, 1),
         "conv2d": (1,), "linear": (1,), **dict.fromkeys((*MOVED, *RECURRENT), ANY)}  # fmt: skip
+FIXED = (  # ends an error on a shape
+    "Sizes that are fixed are part of the network, as it was captured; fastq.summary says why, if "
+    "the model takes others"
+)
 MAX_VALUES = 2**44  # of one array: addresses stay within int64
 MAX_TAPS = 2**24  # of all windows along an axis: pooling lists them
 
@@ -194,8 +198,7 @@ class Program:
         if not fit:
             wanted = ", ".join(map(extent_text, self.extents))
             raise ValueError(
-                f"program: inputs {', '.join(map(str, inputs))}; wanted {wanted}. Sizes that are "
-                "fixed are part of the network, as it was captured"
+                f"program: inputs {', '.join(map(str, inputs))}; wanted {wanted}. {FIXED}"
             )
 
     def values(self, *inputs: Array, module: Any = reference) -> dict[str, Array]:

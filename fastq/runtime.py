@@ -17,7 +17,7 @@ from fastq import operators
 from fastq.encode import decode_program, read_header
 from fastq.layout import Layout, decode_layout
 from fastq.plan import BoundProgram
-from fastq.program import Program, extent_text, fits
+from fastq.program import FIXED, Program, extent_text, fits
 from fastq.sizes import sized
 
 Array = NDArray[Any]
@@ -85,8 +85,7 @@ class SavedNetwork:
                 raise TypeError(f"{name} is a {type(x).__name__}; wanted an array")
             if not fits(x.shape, extent):
                 raise ValueError(
-                    f"{name} has shape {x.shape}; wanted {extent_text(extent)}. Sizes that are "
-                    "fixed are part of the network, as it was captured"
+                    f"{name} has shape {x.shape}; wanted {extent_text(extent)}. {FIXED}"
                 )
 
 

@@ -222,6 +222,9 @@ def test_a_number_that_two_captures_share_by_chance() -> None:
     model = call(forward, a=conv(3, 4, 4, stride=4), b=conv(4, 3, 2, stride=2))().eval()
     int8 = fastq.quantize_model(model, torch.randn(4, 3, 64, 64), progress=False)
     assert int8.program.extents == ((None, 3, 64, 64),)
+    assert "first batch alone: with others the model computes something" in fastq.summary(int8).note
+    with pytest.raises(ValueError, match=r"fastq\.summary says why"):
+        int8(torch.randn(1, 3, 36, 36))
     agrees(model, int8, torch.randn(1, 3, 64, 64))
 
 

@@ -16,7 +16,7 @@ from fastq.graph import INT8_OPERATORS, OPERATIONS, Node, check_target, evaluate
 from fastq.layout import Layout, Stage
 from fastq.nn.layer import accept, array_of, stay
 from fastq.plan import BoundProgram
-from fastq.program import Program, extent_text, fits
+from fastq.program import FIXED, Program, extent_text, fits
 from fastq.sizes import Shapes, sized
 
 # what programs are made of
@@ -299,7 +299,7 @@ def check_extent(name: str, x: Tensor, extent: Sequence[int | None]) -> None:
     if not fits(x.shape, extent):
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}; wanted {extent_text(extent)}. Shapes that are "
-            "fixed are part of the network, as it was captured"
+            "fixed are part of the network, as it was captured; fastq.summary says why, if the model takes others"
         )
 
 
