@@ -298,8 +298,7 @@ def check_extent(name: str, x: Tensor, extent: Sequence[int | None]) -> None:
     """ValueError unless x has these sizes, None being any."""
     if not fits(x.shape, extent):
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; wanted {extent_text(extent)}. Shapes that are "
-            "fixed are part of the network, as it was captured; fastq.summary says why, if the model takes others"
+            f"{name} has shape {tuple(x.shape)}; wanted {extent_text(extent)}. {FIXED}"
         )
 
 
