@@ -160,10 +160,11 @@ def regrown(way: Way) -> Iterator[Way]:
 # rounded up in another; some are even, or multiples of 32
 RESIDUES = (63, 33, 62), (33, 62, 63), (62, 63, 33), (32, 64, 96)
 FEWER = (3, 2, 1)
+LARGE = 128  # a size that is not enlarged: what shows there shows in less
 
 
 def other_extents(leaves: Leaves, way: Way) -> Iterator[Stretch]:
-    """Some more examples of the axes that grew, about as large as the first one."""
+    """Some more examples of the axes that grew, of up to LARGE places, or some more."""
     _, after = way
     for residues in (*RESIDUES, None):
         parts = []
@@ -171,12 +172,11 @@ def other_extents(leaves: Leaves, way: Way) -> Iterator[Stretch]:
             x = next((leaf.x for leaf in leaves if leaf.counts and leaf.x.dim() == dim), None)
             if x is not None:
                 sizes = [x.shape[axis] for axis in axes]
-                wanted = (
-                    [max(n - less, 1) for n, less in zip(sizes, FEWER, strict=False)]
-                    if residues is None
-                    else [64 * max(n // 64 - (n >= 128), 0) + r
-                          for n, r in zip(sizes, residues, strict=False)]
-                )  # fmt: skip
+                if residues is not None:
+                    starts = [64 if n >= LARGE else n // 64 * 64 for n in sizes]
+                    wanted = [n + r for n, r in zip(starts, residues, strict=False)]
+                else:
+                    wanted = [max(min(n, LARGE) - k, 1) for n, k in zip(sizes, FEWER, strict=False)]
                 more = tuple(a - b for a, b in zip(wanted, sizes, strict=True))
                 parts.append((dim, axes, more))
         yield Stretch(tuple(parts), 2 if after.apart else 0)
