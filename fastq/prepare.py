@@ -46,11 +46,12 @@ class ChannelEnds:
     """The smallest and the largest finite value of each channel, axis 1.
 
     low, high  float32 (C,); infinite where there was none.   count  how many values a channel had.
+    uneven     whether axis 1 had several sizes, as a mask's over keys has: it is none of channels.
     """
 
     def __init__(self) -> None:
         self.low, self.high = torch.tensor(math.inf), torch.tensor(-math.inf)
-        self.count = 0
+        self.count, self.uneven = 0, False
 
     def update(self, x: Tensor) -> None:
         if x.numel() and x.is_floating_point():
@@ -63,9 +64,13 @@ class ChannelEnds:
             self._take(channels.shape[1], low, high)
 
     def merge(self, other: ChannelEnds) -> None:
+        self.uneven |= other.uneven
         self._take(other.count, other.low, other.high)
 
     def _take(self, count: int, low: Tensor, high: Tensor) -> None:
+        self.uneven |= self.low.dim() == low.dim() and self.low.shape != low.shape
+        if self.uneven:
+            return
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         self.count += count
 

@@ -20,7 +20,7 @@ from fastq.layerwise import decibels
 from fastq.network import finish, prepare_model
 from fastq.observer import PercentileObserver
 from fastq.plan import BoundProgram
-from fastq.prepare import Prepared
+from fastq.prepare import ChannelEnds, Prepared
 from fastq.qconfig import QConfig
 from fastq.remedies import REMEDIES, calibrate, remedy_names, rounding, side_by_side
 from fastq.remedies.side_by_side import by_channel, simulation, take_sample, walk
@@ -375,6 +375,39 @@ def test_input_equalization_leaves_an_input_that_is_also_added() -> None:
     before = list(prepared.graph.nodes)
     calibrate(prepared, [[images()]], "input_equalization")
     assert prepared.graph.nodes == before
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.layer(x, mask)
+
+
+@pytest.mark.parametrize("remedies", [(), "input_equalization"])
+def test_a_mask_may_have_another_length_in_each_batch(remedies: Any) -> None:
+    causal = nn.Transformer.generate_square_subsequent_mask
+    batches = [{"x": torch.randn(2, n, 16), "mask": causal(n)} for n in (12, 9, 1)]
+    model = Masked().eval()
+    int8 = fastq.quantize_model(model, batches, remedies=remedies, progress=False)
+    for batch in batches:
+        with torch.no_grad():
+            assert decibels(model(**batch), int8(**batch)) > 20
+
+
+@pytest.mark.parametrize("sizes", [(12, 9), (12, 1), (1, 12)])
+def test_ends_of_channels_that_differ_in_number(sizes: tuple[int, int]) -> None:
+    one, other, same = ChannelEnds(), ChannelEnds(), ChannelEnds()
+    for ends, size in zip((one, other, same), (*sizes, sizes[0]), strict=True):
+        ends.update(torch.randn(5, size))
+        assert not ends.uneven
+    one.merge(same)
+    assert not one.uneven and one.count == 10
+    one.merge(other)
+    same.merge(one)
+    assert one.uneven and same.uneven
 
 
 def test_an_equalized_input_is_saved_and_trained(tmp_path: Path) -> None:

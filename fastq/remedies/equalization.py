@@ -41,7 +41,7 @@ def input_equalization(prepared: Prepared, sample: Sequence[Batch], progress: bo
     """
     for x in prepared.graph.inputs:
         readers, seen = _input_readers(prepared, x), prepared.channels.get(x)
-        if not readers or seen is None or seen.count < ENOUGH_VALUES:
+        if not readers or seen is None or seen.uneven or seen.count < ENOUGH_VALUES:
             continue
         shared = float(prepared.qparams(x).scale)
         low, high = seen.low.double().clamp(max=0), seen.high.double().clamp(min=0)
