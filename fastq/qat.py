@@ -70,6 +70,7 @@ from fastq.sizes import Shapes, sized
 from fastq.summaries import QuantizationSummary, summary
 from fastq.trace import Forward
 
+FROZEN = "norms_frozen", "ranges_frozen"
 UNCLAMPED = (-math.inf, math.inf)
 # What a learned scale of values is at least, should a step of training take it below 0: with it the
 # factors of the program are finite, and the next gradient can widen the range again.
@@ -176,12 +177,13 @@ class QATModel(nn.Module):
 
     `fastq.prepare_qat` makes it. Parameters and buffers have the float model's names; what belongs
     to the quantization is under "fastq.", called as in the program: "fastq.conv2d_u8.scale" is
-    a value's, "fastq.conv2d_s8.scale" a weight's.
+    a value's, "fastq.conv2d_s8.scale" a weight's. How many bits weights have, and how their
+    ranges are found, is no tensor: a state of a training with others is refused.
 
     In training mode a forward moves the running statistics of batch norms and, unless scales are
     learned, the ranges of activations; both from the next forward on. `freeze_batch_norm` and
     `freeze_ranges` end that: well before the end of a training, for both are deployed as they are
-    then.
+    then. What is frozen is part of the state.
     """
 
     def __init__(
@@ -202,10 +204,11 @@ class QATModel(nn.Module):
         for name, buffer in model._buffers.items():
             self.register_buffer(name, buffer, name not in model._non_persistent_buffers_set)
         self._prepared, self._names, self._fastq_summary = prepared, list(names), report
-        self._norms_move = self._ranges_move = True
         named = self._named()
         self._places = {node: _places(node, named) for node in prepared.graph}
         self.fastq = nn.ModuleDict()
+        for frozen in FROZEN:  # 0 or 1: a bool cannot be averaged, as AveragedModel does
+            self.fastq.register_buffer(frozen, torch.tensor(0))
         for stands in prepared.stand_ins():
             centered = stands in prepared.ranges.symmetric
             self.fastq[self._value(stands)] = _Range(prepared.qparams(stands), centered, learned)
@@ -217,13 +220,17 @@ class QATModel(nn.Module):
 
     def freeze_batch_norm(self) -> QATModel:
         """Keep the running statistics of batch norms, and let no gradient through a batch's."""
-        self._norms_move = False
+        self.fastq.get_buffer("norms_frozen").fill_(1)
         return self
 
     def freeze_ranges(self) -> QATModel:
         """Keep the ranges of activations. Learned scales are parameters, and go on."""
-        self._ranges_move = False
+        self.fastq.get_buffer("ranges_frozen").fill_(1)
         return self
+
+    def moves(self, frozen: str) -> bool:
+        """Whether a forward moves what one of FROZEN would keep."""
+        return self.training and not self.fastq.get_buffer(frozen)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What `convert(self)` returns for these arguments, the same bits, with a gradient.
@@ -263,6 +270,34 @@ class QATModel(nn.Module):
         with torch.no_grad():
             self._deploy(self._tensors())
         return build(self._prepared, self._names, self._fastq_summary)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["weights"] = self._weights()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """As of any module, also when it is a part of the one that is loaded."""
+        _, prefix, metadata, *_ = args
+        given = metadata.get("weights", {})
+        for name, now in self._weights().items():
+            was = given.get(name, now)  # of a layer that is float there, the keys say so
+            if was != now:
+                raise RuntimeError(
+                    f"{prefix or type(self).__name__}: the state is of a training in which the "
+                    f"weight of '{name}' has {was}; here {now}. Wanted prepare_qat with the same "
+                    "config= as there"
+                )
+        super()._load_from_state_dict(*args)
+
+    def _weights(self) -> dict[str, str]:
+        """How each layer's weight is quantized, but for what is a tensor of the state."""
+        found = {}
+        for node in self._prepared.layers():
+            config = self._prepared.config(node)
+            follows = "" if self._steps(node) is not None else f", range {config.weight_range!r}"
+            found[node.layer or node.name] = f"{config.weight_bits} bits{follows}"
+        return found
 
     def _named(self) -> dict[str, Tensor]:
         """All parameters and buffers; a tensor with several names has each."""
@@ -308,7 +343,7 @@ class QATModel(nn.Module):
 
     def _norm_moves(self, node: Node) -> bool:
         """Whether a node has a batch norm whose statistics move now."""
-        moves = self.training and self._norms_move and "norm" in node.attrs
+        moves = self.moves("norms_frozen") and "norm" in node.attrs
         return moves and self._norm(node).training
 
     def _range(self, node: Node) -> _Range | None:
@@ -425,8 +460,8 @@ class _Pass:
             for region in self.prepared.regions:
                 self.runs |= dict.fromkeys(region.nodes, _Run(self.prepared, region, shapes))
         self.quantized = set(self.prepared.ranges.parent)
-        moves = model.training and model._ranges_move
-        self.watcher = Watcher(self.prepared) if moves else None  # of the ranges that move
+        # of the ranges that move
+        self.watcher = Watcher(self.prepared) if model.moves("ranges_frozen") else None
         self.seen: dict[_Range, list[Tensor]] = {}
         self.statistics: list[Callable[[], None]] = []
 

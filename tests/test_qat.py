@@ -283,8 +283,9 @@ def test_running_statistics_move_as_in_torch_and_then_stop() -> None:
         assert (
             trained.get_buffer(f"1.{key}") - wanted
         ).abs().max() < tolerance * wanted.abs().max()
+    trained.freeze_batch_norm().freeze_ranges()
     kept = copy.deepcopy(trained.state_dict())
-    trained.freeze_batch_norm().freeze_ranges()(4 * x)
+    trained(4 * x)
     trained.eval()(4 * x)
     assert all(torch.equal(kept[key], value) for key, value in trained.state_dict().items())
 
@@ -513,6 +514,50 @@ def test_copies_and_states(net: nn.Module, images: Tensor) -> None:
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             assert torch.equal(model.get_parameter(name), parameter)
+
+
+def test_what_is_frozen_is_in_a_checkpoint(net: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    frozen = fastq.prepare_qat(net, images, progress=False).freeze_batch_norm().freeze_ranges()
+    moving = fastq.prepare_qat(net, images, progress=False)
+    states = {}
+    for name, model in (("frozen", frozen), ("moving", moving)):
+        torch.save(model.state_dict(), tmp_path / name)
+        states[name] = torch.load(tmp_path / name, weights_only=True)
+    for name in ("frozen", "moving", "frozen"):  # into the same model
+        moving.load_state_dict(states[name])
+        moving.train()(3 * images)
+        moved = {
+            key.rpartition(".")[2]
+            for key, value in moving.state_dict().items()
+            if not torch.equal(value, states[name][key])
+        }
+        assert moved >= {"ends", "running_mean", "running_var"} if name == "moving" else not moved
+
+
+def test_a_state_of_other_bits_is_refused(net: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    configs = {
+        "3 bits": {"depthwise": fastq.QConfig(weight_bits=3)},
+        "range 'mse'": {"depthwise": fastq.QConfig(weight_range="mse")},
+    }
+    model = fastq.prepare_qat(net, images, progress=False)
+    before = copy.deepcopy(model.state_dict())
+    for text, config in configs.items():
+        other = fastq.prepare_qat(net, images, config=config, progress=False)
+        train(other, images, 1)
+        torch.save(other.state_dict(), tmp_path / "state")
+        state = torch.load(tmp_path / "state", weights_only=True)
+        with pytest.raises(RuntimeError, match=f"'depthwise' has .*{text}.*here 8 bits.*config="):
+            model.load_state_dict(state)
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+        other.load_state_dict(state)
+        copy.deepcopy(other).load_state_dict(state)
+        with pytest.raises(RuntimeError, match=f"here .*{text}"):
+            nn.Sequential(other).load_state_dict(nn.Sequential(model).state_dict())
+    other = fastq.prepare_qat(net, images, skip="depthwise", progress=False)
+    model.load_state_dict(other.state_dict(), strict=False)  # what both have is quantized alike
+    learned = [fastq.prepare_qat(net, images, config=fastq.QConfig(weight_range=how), learned=True,
+                                 progress=False) for how in ("max", "mse")]  # fmt: skip
+    learned[0].load_state_dict(learned[1].state_dict())  # their scales are state
 
 
 def test_a_model_is_pickled_whole(net: nn.Module, images: Tensor) -> None:
