@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -24,6 +25,7 @@ from fastq.modules import (
     INT8,
     TABLES,
     Config,
+    Names,
     Selector,
     check_module,
     choose,
@@ -42,7 +44,7 @@ from fastq.processes import Processes
 from fastq.qconfig import QConfig
 from fastq.qparams import MAX_K
 from fastq.summaries import ASKED, QuantizationSummary, Result, Row, keep_summary
-from fastq.trace import Forward, Trace, duplicate, plain_layer, trace
+from fastq.trace import PARAMETERS, PRODUCTS, Forward, Trace, duplicate, plain_layer, trace
 from fastq.weights import scale_outputs
 
 SWAPS: dict[type[nn.Module], Any] = {kind.FLOAT: kind for kind in LAYERS}
@@ -52,6 +54,7 @@ DYNAMIC = {
     QMultiheadAttention: "attention makes the input of its last product itself",
 }
 
+TRIFLE = 1024  # weights, which a summary may leave out
 MINMAX = QConfig(observer="minmax")
 TRANSPOSED_LINEAR = "transformers.pytorch_utils", "Conv1D"  # GPT-2's, whose weight is (K, N)
 
@@ -95,7 +98,8 @@ def quantize_layers(
         several of these. What holds for a module holds for all within it.
     dynamic   layers to keep dynamic though there is calibration data, given likewise.
     strict    raise ValueError if a layer stays float and neither skip nor config asks for it.
-        Layers are linear, convolution, recurrent, attention, bilinear and batch norm.
+        Layers are linear, convolution, recurrent, attention, bilinear and batch norm, and modules
+        that multiply by parameters of their own, as by those of experts.
     inplace   change the given model instead of a copy; after an error it is as it was. A model
         that is itself one layer cannot be changed in place: use what is returned.
     progress  show a progress bar if standard error is a terminal.
@@ -178,6 +182,9 @@ def _quantize(
                 layer.keep_dynamic("the calibration data never reached it")
             elif not layer.observer.count:
                 layer.keep_dynamic("the calibration data gave it no finite value")
+    plan += _bare(names, traced.products, configs)
+    order = {module: i for i, module in enumerate(names)}
+    plan.sort(key=lambda layer: order[layer.module])
     for layer in plan:
         caster = traced.casters.get(layer.name)
         reader = traced.readers.get(layer.name, "" if layer.read else None)
@@ -223,6 +230,29 @@ def _quantize(
                 "instead of calling it, keep that layer float with skip=",
             )
     return result
+
+
+def _bare(
+    names: Names, products: Mapping[str, set[str]], configs: Mapping[str, QConfig | None]
+) -> list[_Layer]:
+    """The modules with parameters that are multiplied by and that no layer has, if these are many:
+    tensors of two axes or more."""
+    layers, found = listed(names), []
+    for module, paths in names.items():
+        torchs = type(module).__module__.startswith("torch.")
+        if module in layers or (torchs and not isinstance(module, PARAMETERS)):
+            continue
+        given = {
+            name: module.get_parameter(name) for path in paths for name in products.get(path, ())
+        }
+        own = sorted(name for name, p in given.items() if sum(n > 1 for n in p.shape) > 1)
+        if sum(given[name].numel() for name in own) > TRIFLE:
+            shown = ", ".join([*own[:3], *["..."] * (len(own) > 3)])
+            why = f"its parameters are in no layer: {shown}"
+            layer = _Layer(module, paths, MINMAX, "float", why)
+            layer.asked = configs.get(paths[0], MINMAX) is None
+            found.append(layer)
+    return found
 
 
 def _merge(plan: Sequence[_Layer], processes: Processes) -> None:
@@ -450,7 +480,7 @@ def _calibrate(
                     for layer in plan
                     if layer.result == "int8 static"
                 ]
-            with _Readers(model, plan) if number == 0 else contextlib.nullcontext():
+            with _Readers(model, plan, traced) if number == 0 else contextlib.nullcontext():
                 _run(model, batch, forward, f"the float model, on calibration batch {number}")
     finally:
         bar.close()
@@ -462,10 +492,14 @@ def _calibrate(
 
 class _Readers(TorchFunctionMode):
     """Sees who computes with a layer's parameters: the layer itself, or others, whom the integers
-    of an int8 one would mislead. Shapes, dtypes and the like may be asked for."""
+    of an int8 one would mislead. Shapes, dtypes and the like may be asked for. And it adds to
+    `Trace.products` by which other parameters a product is."""
 
-    def __init__(self, model: nn.Module, plan: list[_Layer]) -> None:
+    def __init__(self, model: nn.Module, plan: list[_Layer], traced: Trace) -> None:
         super().__init__()
+        self.products = traced.products
+        self.stored = {_memory(p): name for name, p in model.named_parameters() if not is_lazy(p)}
+        self.stored.pop(0, None)
         self.layers = {layer.module: layer for layer in plan}
         self.owners: dict[int, list[nn.Module]] = {}  # several modules may share a parameter
         for module in _python_modules(model):
@@ -492,6 +526,13 @@ class _Readers(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        within = self.running and self.running[-1] in self.layers
+        if not within and getattr(function, "__name__", "") in PRODUCTS:
+            for leaf in pytree.tree_leaves((args, kwargs)):
+                name = self.stored.get(_memory(leaf)) if isinstance(leaf, Tensor) else None
+                if name is not None:
+                    owner, _, own = name.rpartition(".")
+                    self.products.setdefault(owner, set()).add(own)
         result = function(*args, **(kwargs or {}))
         if any(isinstance(x, Tensor) for x in pytree.tree_leaves(result)):
             for leaf in pytree.tree_leaves((args, kwargs)):
@@ -500,6 +541,14 @@ class _Readers(TorchFunctionMode):
                     for layer in filter(None, map(self.layers.get, owners)):
                         layer.read = True
         return result
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where its memory is, a view's where that of the whole is; 0: it has none."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # sparse, or within torch.func
+        return 0
 
 
 def _arguments(batch: Any, forward: Forward | None) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -54,6 +54,8 @@ class Trace:
     readers      layer -> the module that computes with the layer's parameters itself instead of
                  calling it ('' is the model).
     casters      layer -> the module whose source converts to the dtype of the layer's weight.
+    products     module -> its own parameters that a source multiplies by, as one of experts does;
+                 a layer's are none of them.
     reason       why there is no graph; '' when there is one. With neither a graph nor an example,
                  readers are those whose source says so.
     """
@@ -61,6 +63,7 @@ class Trace:
     batch_norms: dict[str, str] = field(default_factory=dict)
     readers: dict[str, str] = field(default_factory=dict)
     casters: dict[str, str] = field(default_factory=dict)
+    products: dict[str, set[str]] = field(default_factory=dict)
     reason: str = ""
 
 
@@ -80,7 +83,7 @@ def trace(
     readers, casters = _in_source(model)
     if found.reason and args is None:  # else what runs is watched
         found = replace(found, readers=readers)
-    return replace(found, casters=casters)
+    return replace(found, casters=casters, products=_products(model))
 
 
 def _followed(
@@ -257,10 +260,10 @@ def _in_source(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
 
 
 @functools.cache
-def _parameters_in_source(kind: Any) -> frozenset[tuple[str, str]]:
-    """The layers whose weight or bias the forward of a class reads, as paths from self, and what is
-    read of it: "values" or "dtype"."""
-    seen, waiting, paths = set[str](), ["forward"], set[tuple[str, str]]()
+def _methods(kind: Any) -> tuple[tuple[ast.AST, str], ...]:
+    """The source of a class's forward, and of the methods that it calls, each with its name for
+    self; of torch's own classes none."""
+    seen, waiting, found = set[str](), ["forward"], []
     while waiting:
         method = waiting.pop()
         if method in seen or kind.__module__.startswith("torch."):
@@ -271,15 +274,30 @@ def _parameters_in_source(kind: Any) -> frozenset[tuple[str, str]]:
         except (OSError, TypeError, SyntaxError, AttributeError):  # it has no source
             continue
         (function,) = tree.body
-        own = function.args.args[0].arg  # type: ignore[attr-defined]
+        if not isinstance(function, ast.FunctionDef) or not function.args.args:
+            continue  # a static one
+        own = function.args.args[0].arg
+        found.append((tree, own))
+        waiting += [
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == own
+        ]
+    return tuple(found)
+
+
+@functools.cache
+def _parameters_in_source(kind: Any) -> frozenset[tuple[str, str]]:
+    """The layers whose weight or bias the forward of a class reads, as paths from self, and what is
+    read of it: "values" or "dtype"."""
+    paths = set[tuple[str, str]]()
+    for tree, own in _methods(kind):
         parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
         for node in ast.walk(tree):
             if not isinstance(node, ast.Attribute):
                 continue
             text = ast.unparse(node)
-            if re.fullmatch(rf"{own}\.\w+", text):
-                waiting.append(node.attr)
-            elif re.fullmatch(rf"{own}(\.\w+)+\.(weight|bias)", text):
+            if re.fullmatch(rf"{own}(\.\w+)+\.(weight|bias)", text):
                 what = _read_of(node, parents)
                 if what == "dtype" and "torch.int8" in ast.unparse(tree):
                     what = ""  # it knows of such weights
@@ -304,6 +322,100 @@ def _read_of(node: ast.AST, parents: Mapping[ast.AST, ast.AST]) -> str:
             return "dtype"
         return "" if called in ("isinstance", "hasattr", "getattr", "len", "type") else "values"
     return "" if isinstance(parent, compared) else "values"
+
+
+PARAMETERS = (nn.ParameterList, nn.ParameterDict)
+# functions that sum the products of what they take
+PRODUCTS = {"linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm",
+            "addmv", "addbmm", "baddbmm", "einsum", "tensordot", "grouped_mm", "_grouped_mm",
+            *(f"conv{t}{d}d" for t in ("", "_transpose") for d in (1, 2, 3))}  # fmt: skip
+
+
+def _products(model: nn.Module) -> dict[str, set[str]]:
+    """`Trace.products`."""
+    owners: dict[nn.Parameter, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[parameter].append(name)
+    found: dict[str, set[str]] = defaultdict(set)
+    for module in model.modules():
+        kind: Any = type(module)
+        for path in _products_in_source(kind):
+            value: Any = module
+            for part in path.split("."):  # what comes after a parameter is a view of it, or so
+                if isinstance(value, nn.Module) and not isinstance(value, PARAMETERS):
+                    value = getattr(value, part, None)
+            for parameter in value.parameters() if isinstance(value, PARAMETERS) else [value]:
+                for name in owners[parameter] if isinstance(parameter, nn.Parameter) else ():
+                    owner, _, own = name.rpartition(".")
+                    found[owner].add(own)
+    return found
+
+
+@functools.cache
+def _products_in_source(kind: Any) -> set[str]:
+    """What the forward of a class multiplies by, as paths from self."""
+    paths = set[str]()
+    for tree, own in _methods(kind):
+        visitor = _Products(own)
+        visitor.visit(tree)
+        paths |= visitor.paths
+    return paths
+
+
+class _Products(ast.NodeVisitor):
+    """Collects the paths of what is multiplied by: "a" for self.a and self.a[i], "a.t" for
+    self.a[i].t(), and for a name that was given to one of them."""
+
+    def __init__(self, own: str) -> None:
+        self.names = {own: ""}
+        self.paths = set[str]()
+
+    def path(self, node: ast.AST) -> str | None:
+        """The path of an expression; None: it is another value, or a function of one."""
+        match node:
+            case ast.Name():
+                return self.names.get(node.id)
+            case ast.Attribute():
+                path = self.path(node.value)
+                return None if path is None else f"{path}.{node.attr}".removeprefix(".")
+            case ast.Subscript():
+                return self.path(node.value)
+            case ast.Call(func=ast.Attribute()):
+                return self.path(node.func)
+        return None
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.generic_visit(node)
+        for target in node.targets:
+            self._name(target, node.value)
+
+    def visit_For(self, node: ast.For) -> None:
+        self._name(node.target, node.iter)
+        self.generic_visit(node)
+
+    def visit_BinOp(self, node: ast.BinOp) -> None:
+        if isinstance(node.op, ast.MatMult):
+            self._take(node.left, node.right)
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        function = node.func
+        if ast.unparse(function).rpartition(".")[2] in PRODUCTS:
+            if isinstance(function, ast.Attribute):
+                self._take(function.value)
+            if self.path(function) is None:  # else self.linear(x), a module
+                self._take(*node.args, *(keyword.value for keyword in node.keywords))
+        self.generic_visit(node)
+
+    def _name(self, target: ast.AST, value: ast.AST) -> None:
+        if isinstance(target, ast.Name):
+            path = self.path(value)
+            self.names.pop(target.id, None)
+            if path is not None:
+                self.names[target.id] = path
+
+    def _take(self, *nodes: ast.AST) -> None:
+        self.paths |= {path for node in nodes if (path := self.path(node))}
 
 
 Names = dict[nn.Module, str]

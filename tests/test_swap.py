@@ -1131,3 +1131,119 @@ def test_what_cannot_be_copied_is_left_as_it_is() -> None:
     lock, kept = model.kept["lock"], model.kept
     int8 = quantize_layers(model, torch.randn(4, 8), inplace=True, progress=False)
     assert int8.kept is kept and kept == {"lock": lock, "last": []} and int8.calls == 0
+
+
+class Experts(nn.Module):
+    """Bare parameters that are multiplied by, spelled in many ways, and some that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(2, 32, 32) / 6) for _ in range(2))
+        self.mix = nn.ParameterList(nn.Parameter(torch.randn(32, 32) / 6) for _ in range(4))
+        self.place = nn.Parameter(torch.randn(60, 32))
+        self.table = nn.Parameter(torch.randn(40, 32))
+        self.scale = nn.Parameter(torch.rand(1, 1, 2048))
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.place[: x.shape[1]] + self.table[torch.arange(x.shape[1]) % 40]
+        x = self.linear(x) + self.linear(self.place[: x.shape[1]])
+        for i in range(2):
+            down = self.down[i].to(x.dtype)
+            x = x + F.linear(F.linear(x, self.up[i]).relu(), weight=down)
+        for weight in self.mix:
+            x = x @ weight.T
+        return x * self.scale[..., :32]
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(100, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.einsum("...k,nk->...n", x, weight)
+
+
+class Few(Head):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(10, 100))
+
+
+@pytest.mark.parametrize("data", [None, torch.randn(2, 5, 32)], ids=["dynamic", "static"])
+def test_parameters_that_no_layer_has_are_listed(data: Tensor | None) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), Experts(), Head(), Few()).eval()
+    rows = fastq.summary(fastq.quantize_layers(model, data, progress=False)).rows
+    assert [row.name for row in rows if row.result != "float"] == ["0", "1.linear"]
+    why = "its parameters are in no layer: "
+    wanted = [
+        ("1", "Experts", f"{why}down, up"),
+        ("1.mix", "ParameterList", f"{why}0, 1, 2, ..."),
+        ("2", "Head", f"{why}weight"),  # what a function gets is seen as it runs
+    ]
+    found = [(row.name, row.kind, row.reason) for row in rows if row.result == "float"]
+    assert found == wanted[: 2 if data is None else 3]
+    with pytest.raises(ValueError, match=r"strict=True(.|\n)*Experts +float"):
+        fastq.quantize_layers(model, data, strict=True, skip="2", progress=False)
+    skipped = fastq.quantize_layers(
+        model, data, strict=True, skip=["1.mix", Experts, Head], progress=False
+    )
+    assert all(row.result == "float" for row in fastq.summary(skipped).rows[1:])
+
+
+def test_a_model_without_a_graph_lists_them_too() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = Experts()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.experts(x) if float(x.sum()) < 1e9 else x
+
+    model, x = Branches().eval(), torch.randn(2, 5, 32)
+    with pytest.warns(UserWarning, match="int8 layers, not one network"):
+        int8 = fastq.quantize_model(model, x, progress=False)
+    assert [row.name for row in fastq.summary(int8).rows if row.result == "float"] == [
+        "experts", "experts.mix",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="strict=True"):
+        fastq.quantize_model(model, x, strict=True, progress=False)
+
+
+def test_a_method_without_arguments_has_no_self() -> None:
+    class Halved(nn.Linear):
+        @staticmethod
+        def half() -> float:
+            return 0.5
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.half()
+
+    model = nn.Sequential(nn.Linear(8, 8), Halved(8, 8))
+    assert results(quantize_layers(model)) == {"0": "int8 dynamic", "1": "float"}
+
+
+@pytest.mark.parametrize("data", [None, torch.randn(2, 40, 64)], ids=["dynamic", "static"])
+def test_parameters_of_torchs_own_layers_are_not_listed(data: Tensor | None) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Parameter(torch.randn(1, 40, 64))
+            self.norm = nn.LayerNorm((40, 64))
+            self.encoder = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+            self.lstm = nn.LSTM(64, 64, batch_first=True)
+            self.one, self.other = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.other.weight = self.one.weight
+            self.short = nn.Embedding(100, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.encoder(self.norm(x + self.places))
+            return self.other(self.one(self.lstm(x)[0])) @ self.short.weight[:64]
+
+    int8 = fastq.quantize_layers(Tied().eval(), data, progress=False)
+    assert {row.result for row in fastq.summary(int8).rows} <= {"int8 static", "int8 dynamic"}
