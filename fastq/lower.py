@@ -31,7 +31,7 @@ from fastq.qparams import (
     limits,
 )
 from fastq.sizes import Size
-from fastq.weights import Conv2dWeight, LinearWeight, outputs_first
+from fastq.weights import MAX_BIAS, Conv2dWeight, LinearWeight, outputs_first, with_room
 
 Weights = Callable[[Node], tuple[Any, Any]]  # a node's (int8 data, float32 scale per output)
 Biases = Callable[[Node], Tensor | None]
@@ -384,12 +384,14 @@ class Lowered:
     names    node -> its value: uint8 or int16, or float32 for a product that gives float32 itself.
     axes     value -> the torch axis of each of its axes.
     weights  the softmaxes of which the value is weights: divided by the sum of a line.
+    scales   layer -> those of its weight's outputs, in the program.
     """
 
     program: Program
     names: Mapping[Node, str]
     axes: Mapping[str, tuple[int, ...]]
     weights: Collection[Node]
+    scales: Mapping[Node, Any]
 
 
 def lowered(
@@ -402,7 +404,7 @@ def lowered(
     """A region as a program. qparams(node) is the quantization of a value, uint8 or int16."""
     lowering = _Lowering(region, qparams, weights, extents, biases)
     program = lowering.program()
-    return Lowered(program, lowering.names, lowering.axes, lowering.weights_only)
+    return Lowered(program, lowering.names, lowering.axes, lowering.weights_only, lowering.scales)
 
 
 class _Lowering:
@@ -419,6 +421,7 @@ class _Lowering:
         self.steps: list[Step] = []
         self.axes: dict[str, tuple[int, ...]] = {}  # value -> the torch axis of each of its axes
         self.names: dict[Node, str] = {}
+        self.scales: dict[Node, Any] = {}
         self.weights_only = bare_weights([region])
         self.users = {
             n: [u for u in region.nodes for v in u.inputs if v is n] for n in region.nodes
@@ -547,8 +550,12 @@ class _Lowering:
         real = None if bias is None else bias.detach().numpy()
         x_scale = self.scale(node.inputs[0])
         if self.ends_float(node):
+            self.scales[node] = scale
             fmin, fmax = node.attrs.get("clamp", (-math.inf, math.inf))
             return data, Dequant(scale, np.array(x_scale, np.float32), real, fmin, fmax)
+        if real is not None:
+            data, scale = with_room(data, scale, real, x_scale)
+        self.scales[node] = scale
         step = np.float64(x_scale) * scale.astype(np.float64)
         y_scale = self.scale(node)
         clamp = self.requantized(node)
@@ -556,10 +563,10 @@ class _Lowering:
         if len(node.inputs) == 2:
             add["add_multiplier"] = self.scale(node.inputs[1]) / y_scale
             add["add_zero_point"] = self.zero_point(node.inputs[1])
-        wanted = None if real is None else np.rint(real.astype(np.float64) / step)
-        if wanted is not None:
-            # |sum of products| < 2**30 for most layers: the bias takes the other half
-            wanted = np.clip(wanted, -(2**30), 2**30).astype(np.int32)
+        wanted = None
+        if real is not None:  # beyond MAX_BIAS where float32 has no scale that is coarse enough
+            steps = np.rint(real.astype(np.float64) / step)
+            wanted = np.clip(steps, -MAX_BIAS, MAX_BIAS).astype(np.int32)
         multiplier = np.maximum((step / y_scale).astype(np.float32), np.finfo(np.float32).tiny)
         return data, Requant(
             multiplier, bias=wanted, **clamp, **add, dtype=self.qparams(node).dtype
@@ -706,7 +713,7 @@ class _Lowering:
 
     def lower_recurrent(self, node: Node) -> str:
         (x,), (data, scale), bias = node.inputs, self.weights(node), self.biases(node)
-        name, own = self.features_last(x, node), self.scale(node)
+        name, own, self.scales[node] = self.features_last(x, node), self.scale(node), scale
         real = None if bias is None else bias.detach().numpy()
         return self.emit(
             "recurrent", node.name, [name], self.axes[name], node, cell=node.attrs["cell"],

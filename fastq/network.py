@@ -156,7 +156,8 @@ def build(prepared: Prepared, names: Sequence[str], report: QuantizationSummary)
                 Stage(item.op, inputs, (item.name,), item.attrs, layer=item.layer, why=why)
             )
             tensors |= {f"{item.name}.{k}": v.clone() for k, v in item.tensors.items()}
-    recipe, kept = write_recipe(prepared)
+    lowered = [prepared.lowered(region) for region in prepared.regions]
+    recipe, kept = write_recipe(prepared, lowered)
     tensors |= kept
     arguments = [node.name if isinstance(node, Node) else None for node in captured.arguments]
     extents = [node.extent if isinstance(node, Node) else None for node in captured.arguments]
@@ -165,7 +166,7 @@ def build(prepared: Prepared, names: Sequence[str], report: QuantizationSummary)
         str(i): leaf for i, leaf in enumerate(captured.arguments) if not isinstance(leaf, Node)
     }
     network = assemble(
-        stages, prepared.programs(), tensors, arguments, extents, constants, outputs,
+        stages, [made.program for made in lowered], tensors, arguments, extents, constants, outputs,
         (captured.in_spec, captured.out_spec), names, recipe,
     )  # fmt: skip
     keep_summary(network, report)

@@ -31,7 +31,7 @@ from fastq.lower import (
 from fastq.masks import MARK, fills_low
 from fastq.observer import Observer, make_observer, qparams_of
 from fastq.processes import Processes
-from fastq.program import RECURRENT, Program
+from fastq.program import RECURRENT
 from fastq.qconfig import DEFAULT, QConfig
 from fastq.qparams import QParams, limits
 
@@ -321,10 +321,6 @@ class Prepared:
         return (
             given + (error.reshape(groups, -1, middle.shape[-1]) * middle).sum(2).flatten().float()
         )
-
-    def programs(self) -> list[Program]:
-        """A program for each region."""
-        return [self.lowered(region).program for region in self.regions]
 
     def lowered(self, region: Region) -> Lowered:
         """A region's program, and where the values of the graph are in it."""

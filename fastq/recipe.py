@@ -13,7 +13,7 @@ programs it is a network that can be trained, or lowered again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor
 from fastq.capture import Captured
 from fastq.graph import OPERATIONS, Graph, Node, check_target
 from fastq.layout import NOTES, decode_value, encode_value
-from fastq.lower import Ranges, Region, turned
+from fastq.lower import Lowered, Ranges, Region, turned
 from fastq.nn.network import NAMED, QuantizedModel
 from fastq.prepare import LAYERS, Prepared
 from fastq.qconfig import QConfig
@@ -32,8 +32,11 @@ from fastq.qparams import QParams, clamp_of, value_dtype
 KINDS = {*OPERATIONS, "input", "constant", "aten"}
 
 
-def write_recipe(prepared: Prepared) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The recipe as JSON, and its tensors."""
+def write_recipe(
+    prepared: Prepared, lowered: Sequence[Lowered]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The recipe of a network, and of its regions' programs, as JSON; and its tensors."""
+    scales = {node: scale for one in lowered for node, scale in one.scales.items()}
     layers = set(prepared.layers())
     constants = [n for region in prepared.regions for n in region.inputs if n.op == "constant"]
     tensors: dict[str, Tensor] = {}
@@ -42,7 +45,7 @@ def write_recipe(prepared: Prepared) -> tuple[dict[str, Any], dict[str, Tensor]]
         own = dict(node.tensors)
         if node in layers:
             own.pop("weight")
-            own["scale"] = torch.from_numpy(prepared.weight(node)[1])
+            own["scale"] = torch.from_numpy(scales[node])
             bias = prepared.bias(node)
             if bias is not None:
                 own["bias"] = bias

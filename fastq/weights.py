@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastq.qparams import MAX_K
+from fastq.qparams import FLT_MAX, MAX_K
 
 Pair = int | tuple[int, int]
 Padding = int | str | tuple[int, int] | tuple[tuple[int, int], tuple[int, int]]
@@ -138,6 +138,25 @@ def scale_outputs(weight: Any, factor: Any, groups: int = 0) -> Any:
     first = outputs_first(weight, groups) if groups else weight
     first = first * factor.reshape(-1, *[1] * (first.ndim - 1))
     return outputs_first(first, groups) if groups else first
+
+
+MAX_BIAS = 2**30  # steps of the sums, whose products have the other half of int32 in most layers
+
+
+def with_room(data: Any, scale: Any, bias: Any, x_scale: float) -> tuple[Any, Any]:
+    """An int8 weight and the scales of its outputs, coarser by a power of 2 for those whose bias
+    would be beyond MAX_BIAS steps: where an input, or a filter, is nearly zero.
+
+    What the products lose is nothing next to such a bias: half a step of a weight times 255 is
+    2**-22 of it, for each of the K products at most, and of both signs.
+    """
+    steps = np.abs(bias.astype(np.float64)) / (x_scale * scale.astype(np.float64))
+    exponent = np.maximum(np.frexp(steps / MAX_BIAS)[1], 0)
+    if not exponent.any():
+        return data, scale
+    factor = np.ldexp(1.0, exponent)
+    coarse = np.rint(data / factor.reshape(-1, *[1] * (data.ndim - 1))).astype(np.int8)
+    return coarse, np.minimum(scale * factor, FLT_MAX).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from networks import (
@@ -37,6 +39,9 @@ from torch.utils import _pytree as pytree
 import fastq
 from fastq.kernels.call import address_of
 from fastq.nn.network import QuantizedModel
+from fastq.qparams import FLT_MIN
+from fastq.remedies import DEFAULT
+from fastq.weights import MAX_BIAS, with_room
 
 
 def quantized(model: nn.Module, *batches: object, **kwargs: object) -> nn.Module:
@@ -802,6 +807,73 @@ def test_what_a_concatenation_takes_keeps_its_steps_for_others(name: str) -> Non
     assert len(apart) == {"of a like range": 0}.get(name, 1)
     trained = fastq.convert(fastq.prepare_qat(int8))
     assert all(torch.equal(a, b) for a, b in zip(trained(x), int8(x), strict=True))
+
+
+class NearlyZero(nn.Module):
+    """Layers of which the input, or but for the last outputs the filters, are nearly zero: what
+    they give is their bias, and little more."""
+
+    def __init__(self, name: str, filters: bool) -> None:
+        super().__init__()
+        self.name, self.small = name, 1.0 if filters else 1e-8
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
+        self.conv, self.up = nn.Conv2d(8, 8, 3, padding=1), nn.ConvTranspose2d(8, 8, 3, 1, 1)
+        self.linear, self.norm, self.last = nn.Linear(8, 8), nn.LayerNorm(8), nn.Conv2d(8, 4, 1)
+        if filters:
+            with torch.no_grad():
+                self.conv.weight[:6] *= torch.logspace(-6, -30, 6).reshape(-1, 1, 1, 1)
+                self.up.weight[:, :6] *= torch.logspace(-6, -30, 6).reshape(-1, 1, 1)
+                self.linear.weight[:6] *= torch.logspace(-6, -30, 6).reshape(-1, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...] | Tensor:
+        y, z = self.first(x) * self.small, self.second(x)
+        match self.name:
+            case "convolution":
+                return self.last(self.conv(y).relu())
+            case "transposed":
+                return self.last(self.up(y).relu())
+            case "linear":
+                return self.last(self.linear(y.movedim(1, -1)).movedim(-1, 1))
+            case "int16":
+                rows = self.linear(y.movedim(1, -1)) + z.movedim(1, -1)
+                return self.last(self.norm(rows).movedim(-1, 1))
+            case "several readers":
+                return self.last(self.conv(y)), self.last(self.up(y.flip(3))), self.last(y * z)
+        return self.last(self.conv(torch.cat([y[:, :4], z[:, 4:]], 1)))  # a range for both
+
+
+@pytest.mark.parametrize("filters", [False, True])
+@pytest.mark.parametrize(
+    "name", ["convolution", "transposed", "linear", "int16", "several readers", "concatenation"]
+)
+def test_next_to_an_input_or_filters_of_nearly_zero_the_bias_stays(
+    name: str, filters: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, x = NearlyZero(name, filters), torch.randn(16, 3, 8, 8)
+    for remedies in (), ("batch_norm",), DEFAULT:
+        q = quantized(model, (x,), remedies=remedies)
+        with torch.no_grad():
+            wanted, found = pytree.tree_leaves(model(x)), pytree.tree_leaves(q(x))
+        assert all(noise_ratio(a, b) > 32 for a, b in zip(wanted, found, strict=True))
+    fastq.save(q, tmp_path / "q.safetensors")
+    trained = fastq.prepare_qat(fastq.load(tmp_path / "q.safetensors")).eval()
+    for other in trained, fastq.convert(trained):
+        leaves = pytree.tree_leaves(q(x)), pytree.tree_leaves(other(x))
+        assert all(torch.equal(a, b) for a, b in zip(*leaves, strict=True))
+
+
+def test_steps_of_weights_are_coarser_where_the_bias_has_no_room() -> None:
+    data = np.int8([[127, -3, 1]] * 5)
+    scale = np.float32([1, 1, 1, 1e-3, FLT_MIN])
+    bias = np.float32([0, MAX_BIAS - 64, -4 * MAX_BIAS, 1.5 * MAX_BIAS, 1e30])
+    coarse, scales = with_room(data, scale, bias, 1.0)
+    factor = scales.astype(np.float64) / scale
+    assert factor[:3].tolist() == [1, 1, 8] and np.array_equal(np.log2(factor) % 1, np.zeros(5))
+    assert np.array_equal(coarse[:3], np.int8([[127, -3, 1], [127, -3, 1], [16, 0, 0]]))
+    assert not coarse[3:].any() and (np.abs(bias / scales.astype(np.float64)) < MAX_BIAS).all()
+    again, same = with_room(coarse, scales, bias, 1.0)  # as a file has it, that is trained on
+    assert np.array_equal(again, coarse) and np.array_equal(same, scales)
 
 
 OTHER_MOVES: dict[str, Callable[[Tensor], Tensor]] = {

@@ -356,6 +356,27 @@ def test_ranges_follow_the_data_of_training() -> None:
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["observed", "learned"])
+def test_a_bias_next_to_an_input_or_a_filter_of_nearly_zero_trains(learned: bool) -> None:
+    torch.manual_seed(0)
+    first = nn.Linear(8, 8)
+    model = nn.Sequential(first, nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
+    x = torch.randn(64, 8)
+    with torch.no_grad():
+        first.weight *= 1e-8
+        first.bias *= 1e-8
+    trained = fastq.prepare_qat(model, x, learned=learned)
+    losses = train(trained, x, 10)
+    with torch.no_grad():
+        trained.get_parameter("3.weight")[0] *= 1e-12
+    assert losses[-1] < losses[0]
+    state = trained.state_dict()
+    model.load_state_dict({key: state[key] for key in model.state_dict()})
+    with torch.no_grad():
+        assert noise_ratio(model(x), trained.eval()(x)) > 25
+        assert_same(trained(x), fastq.convert(trained)(x))
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["observed", "learned"])
 def test_a_batch_norm_of_weight_zero_trains(learned: bool) -> None:
     torch.manual_seed(0)
     model, x = plain(nn.Conv2d(3, 4, 3), torch.zeros(4))

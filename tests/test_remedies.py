@@ -116,7 +116,7 @@ def gained(
     for names in ((), remedies):
         prepared = prepared_for(model, data[0], **config)
         calibrate(prepared, [[batch] for batch in data], names)
-        (program,) = prepared.programs()
+        program = prepared.lowered(prepared.regions[0]).program
         (y,) = BoundProgram(program)(test.numpy())
         ratios.append(decibels(real, torch.from_numpy(y)))
     return ratios[1] - ratios[0]
