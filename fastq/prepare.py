@@ -214,10 +214,12 @@ class Prepared:
         self.ranges = Ranges(self.regions)
 
     def _identity(self, value: Node, region: Region, before: Node) -> Node:
-        """A copy of a value, as a table makes one, in the nodes of a region."""
+        """A copy of a value, as a table makes one, in the nodes of a region. Its name is that of no
+        other: a value may be copied in each region, and what is made of it apart is a step's name.
+        """
         calls: Any = [("aten.clone.default", (Ref(0),), {})]
         same = Node(
-            f"{value.name}_apart", "pointwise", [value], {"calls": calls},
+            f"{value.name}_in_{before.name}", "pointwise", [value], {"calls": calls},
             layer=before.layer, kind=before.kind, shape=value.shape,
         )  # fmt: skip
         for nodes in (region.nodes, self.graph.nodes):

@@ -803,8 +803,43 @@ def test_what_a_concatenation_takes_keeps_its_steps_for_others(name: str) -> Non
 
     x = torch.randn(256, 8)
     int8 = check(Net(), x, decibels=28)
-    apart = [step for step in int8.program.steps if step.name.endswith("_apart")]
+    apart = [step for step in int8.program.steps if "_in_" in step.name]
     assert len(apart) == {"of a like range": 0}.get(name, 1)
+    trained = fastq.convert(fastq.prepare_qat(int8))
+    assert all(torch.equal(a, b) for a, b in zip(trained(x), int8(x), strict=True))
+
+
+class Named(nn.Module):
+    """Values that a concatenation takes as a copy: of one whose own steps have names that are made
+    of its name, or in two programs."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.first = name, nn.Conv2d(3, 8, 3, padding=1)
+        self.up, self.large = nn.ConvTranspose2d(8, 8, 2, 2), nn.Conv2d(3, 8, 3, padding=1)
+        self.last, self.again = nn.Conv2d(16, 4, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y, large = self.first(x), self.large(x) * 100
+        match self.name:
+            case "transposed convolution":
+                y, large = self.up(y), F.interpolate(large, scale_factor=2.0)
+            case "repeated":
+                y, large = y.repeat_interleave(2, 2), large.repeat_interleave(2, 2)
+        z = self.last(torch.cat([y, large], 1))
+        if self.name == "two programs":
+            z = self.last(torch.cat([y, z.cumsum(1).repeat(1, 2, 1, 1)], 1))
+        return z, self.again(y)
+
+
+@pytest.mark.parametrize("name", ["transposed convolution", "repeated", "two programs"])
+def test_a_copy_for_a_concatenation_has_a_name_of_its_own(name: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 8, 8)
+    int8 = check(Named(name), x, decibels=30)
+    assert len(int8.programs) == (2 if name == "two programs" else 1)
+    steps = [step for program in int8.programs for step in program.steps]
+    assert sum("_in_cat" in step.name for step in steps) == len(int8.programs)
     trained = fastq.convert(fastq.prepare_qat(int8))
     assert all(torch.equal(a, b) for a, b in zip(trained(x), int8(x), strict=True))
 
