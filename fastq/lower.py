@@ -49,6 +49,7 @@ FIXED = {
 MASK = QParams(np.array(1.0, np.float32))  # of what softmax takes as its mask: 1.0 and 0.0
 MOST_SHARES = 64  # of a softmax that others read than products: 4 steps each, were they equal
 LEAST_EPSILON = 1e-30  # of a norm, in steps: an even line gives 0, not NaN
+MOST_EPSILON = 2.0**96  # of a norm, in steps: next to it the variance is nothing in float32
 SUFFIX = {np.dtype(np.uint8): "u8", np.dtype(np.int16): "s16"}  # of names
 SUMS = ("add", "linear", "conv2d", "conv_transpose2d")  # make values that may be int16
 WEIGHTED = ("conv2d", "linear", "conv_transpose2d")  # products with int8 weights
@@ -745,15 +746,17 @@ class _Lowering:
 
     def norm(self, node: Node, name: str, **arguments: Any) -> str:
         (x,), scale = node.inputs, self.scale(node)
+        epsilon = max(node.attrs["eps"] / self.scale(x) ** 2, LEAST_EPSILON)
+        beyond = max(epsilon / MOST_EPSILON, 1.0)  # of values that vanish: a constant factor
         n = x.shape[self.axes[name][-1]]
         weight = node.tensors.get("weight", torch.ones(n)).detach().double().flatten().numpy()
-        arguments["multiplier"] = (weight / scale).astype(np.float32)
+        arguments["multiplier"] = (weight / scale / beyond**0.5).astype(np.float32)
         if node.op != "rms_norm":
             bias = node.tensors.get("bias", torch.zeros(n)).detach().double().flatten().numpy()
             arguments["shift"] = (bias / scale).astype(np.float32)
         return self.emit(
             node.op, node.name, [name], self.axes[name], node, **arguments,
-            epsilon=max(node.attrs["eps"] / self.scale(x) ** 2, LEAST_EPSILON),
+            epsilon=epsilon / beyond,
             **self.requantized(node),
         )  # fmt: skip
 

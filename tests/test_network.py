@@ -911,6 +911,17 @@ def test_steps_of_weights_are_coarser_where_the_bias_has_no_room() -> None:
     assert np.array_equal(again, coarse) and np.array_equal(same, scales)
 
 
+@pytest.mark.parametrize("factor", [1e-18, 1e-28, 1e-33])
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm", "group_norm"])
+def test_norms_of_values_that_vanish(kind: str, factor: float) -> None:
+    def norm(x: Tensor) -> Tensor:  # next to its epsilon a variance is nothing: a constant factor
+        x = x * factor
+        return F.group_norm(x, 2) if kind == "group_norm" else getattr(F, kind)(x, [8], eps=1e-5)
+
+    torch.manual_seed(0)
+    check(nn.Sequential(nn.Linear(8, 8), Apply(norm)), torch.randn(64, 8), decibels=32)
+
+
 OTHER_MOVES: dict[str, Callable[[Tensor], Tensor]] = {
     "of the batch": lambda x: x[[2, 0, 1]],
     "of a batch, turned": lambda x: x.flip(0),
