@@ -103,7 +103,8 @@ def check_scale(name: str, scale: ArrayLike) -> Float32:
     """A read-only float32 copy; ValueError unless all of it is finite and greater than 0."""
     given = np.asarray(scale)
     if given.dtype.kind not in "fiu":
-        raise TypeError(f"{name}: got dtype {given.dtype}, wanted real numbers")
+        what = f"dtype {given.dtype}" if given.dtype != object else type(scale).__name__
+        raise TypeError(f"{name}: got {what}, wanted a real number, or an array of them")
     if not given.ndim and 0 < given.item() <= FLT_MAX:
         array = np.array(given, dtype=np.float32)
     else:

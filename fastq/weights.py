@@ -36,21 +36,30 @@ def _check_k(where: str, k: int) -> None:
         )
 
 
+_DERIVED = "panels", "checked"
+
+
 class _Panels:
     """What is shared by both weights: what was packed, and calls that were checked. Both are left
-    out of pickles; the second is no field of theirs."""
+    out of pickles; the second is no field of theirs. Nobody wants to read all values of `data`."""
 
+    data: NDArray[np.int8]
     panels: dict[Any, Any]
     checked: dict[Any, Any]
 
+    def __repr__(self) -> str:
+        shown = {name: v for name, v in vars(self).items() if name not in ("data", *_DERIVED)}
+        geometry = "".join(f", {name}={value}" for name, value in sorted(shown.items()))
+        return f"{type(self).__name__}(int8 {self.data.shape}{geometry})"
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "panels": {}, "checked": {}}
+        return {**self.__dict__, **{name: {} for name in _DERIVED}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LinearWeight(_Panels):
     """int8 weight of a linear layer, (N, K) as in torch.nn.Linear: N outputs, K inputs.
 
@@ -60,7 +69,7 @@ class LinearWeight(_Panels):
     """
 
     data: NDArray[np.int8]
-    panels: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    panels: dict[Any, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "checked", {})
@@ -159,7 +168,7 @@ def with_room(data: Any, scale: Any, bias: Any, x_scale: float) -> tuple[Any, An
     return coarse, np.minimum(scale * factor, FLT_MAX).astype(np.float32)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Conv2dWeight(_Panels):
     """int8 weight of a convolution and its geometry; the weight as in torch.nn.Conv2d.
 
@@ -177,7 +186,7 @@ class Conv2dWeight(_Panels):
     padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
-    panels: dict[Any, Any] = field(default_factory=dict, repr=False)
+    panels: dict[Any, Any] = field(default_factory=dict)
 
     def __init__(
         self,

@@ -645,7 +645,21 @@ BAD_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
     "scale_axis": (lambda: ops.quantize(XF, scale=[1.0, 1.0], axis=0), ValueError, r"\(3,\)"),
     "axis": (lambda: ops.quantize(XF, scale=1.0, axis=2), ValueError, "axis=2"),
     "quantize_dtype": (lambda: ops.quantize(XF, 1.0, dtype="uint16"), ValueError, "wanted uint8"),
-    "quantize_ints": (lambda: ops.quantize(X, 1.0), TypeError, "wanted float32"),
+    "quantize_ints": (
+        lambda: ops.quantize(X, 1.0),
+        TypeError,
+        r"wanted float32: x.astype\(np.float32\)",
+    ),
+    "requantize_requant": (
+        lambda: ops.requantize(X.astype(np.int32), Requant(1.0)),
+        TypeError,
+        r"multiplier is a Requant.*requantize\(acc, r.multiplier, r.zero_point",
+    ),
+    "dequantize_dequant": (
+        lambda: ops.dequantize(X, Dequant(1.0)),
+        TypeError,
+        "scale: got Dequant, wanted a real number",
+    ),
     "zero_point_range": (
         lambda: ops.quantize(XF, scale=1.0, zero_point=200, dtype="int8"),
         ValueError,
@@ -997,3 +1011,14 @@ def test_arrays_that_were_walked_before_are_checked_again(rng: Any) -> None:
         ops.quantize(inside, scale=0.1)
         with pytest.raises(ValueError, match="overlaps x"):
             ops.quantize(inside, scale=0.1, out=shared[60:76])
+
+
+def test_a_weight_is_shown_without_its_values() -> None:
+    data = np.ones((5, 2, 3, 3), np.int8)
+    linear, conv = LinearWeight(data.reshape(5, 18)), Conv2dWeight(data, padding=1, groups=5)
+    ops.linear(np.zeros((1, 18), np.uint8), linear)  # what is packed is not shown either
+    assert repr(linear) == "LinearWeight(int8 (5, 18))"
+    assert repr(conv) == (
+        "Conv2dWeight(int8 (5, 2, 3, 3), dilation=(1, 1), groups=5, padding=((1, 1), (1, 1)), "
+        "stride=(1, 1))"
+    )

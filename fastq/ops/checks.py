@@ -32,7 +32,8 @@ def as_float32(what: str, x: ArrayLike) -> NDArray[np.float32]:
     if array.dtype == FLOAT32:
         return array
     if array.dtype.kind != "f" and (isinstance(x, np.ndarray) or array.dtype.kind not in "iu"):
-        raise TypeError(f"{what} {array.shape} {array.dtype}; wanted float32")
+        hint = ": x.astype(np.float32) is so" if array.dtype.kind in "biu" else ""
+        raise TypeError(f"{what} {array.shape} {array.dtype}; wanted float32{hint}")
     with np.errstate(over="ignore"):
         return array.astype(np.float32, copy=False)
 

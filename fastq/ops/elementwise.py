@@ -30,6 +30,7 @@ from fastq.ops.known import MOST_CHECKED, Known, span_of
 from fastq.qparams import (
     FLT_MAX,
     FLT_MIN,
+    Requant,
     as_array,
     check_axis,
     check_scale,
@@ -64,8 +65,8 @@ def quantize(
     quantize(x, factor)                 the textbook form clip(rint(x * factor)); dtype int8
                                         unless given, no zero point.
 
-    x           real numbers of any shape, taken as float32; a NumPy array or a torch tensor on
-                the CPU (the result is of the same kind), or nested lists.
+    x           any shape, taken as float32: a NumPy array or a torch tensor on the CPU of floats
+                (the result is of the same kind), or nested lists of numbers.
     scale       finite, > 0: a scalar, or (n,) along `axis`.
     zero_point  integer in the range of dtype: a scalar, or (n,) along `axis`.
     dtype       NumPy's or torch's.
@@ -201,6 +202,11 @@ def requantize(
     again = _again(asked, acc, multiplier, zero_point, axis, out)
     if again is not None:
         return again
+    if isinstance(multiplier, Requant):
+        raise TypeError(
+            "requantize: multiplier is a Requant, which fastq.linear and fastq.conv2d take; wanted "
+            "its parts: requantize(acc, r.multiplier, r.zero_point, qmin=r.qmin, qmax=r.qmax)"
+        )
     if _is_tensor(acc):
         return _through_numpy(requantize, acc, multiplier, out, zero_point=zero_point, axis=axis,
                               dtype=dtype, qmin=qmin, qmax=qmax)  # fmt: skip
