@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import fastq
 from benchmarks.measure import machine
+from benchmarks.options import Output
 from fastq.layerwise import decibels
 from fastq.network import finish, prepare_model
 from fastq.remedies import DEFAULT, REMEDIES, calibrate, remedy_names
@@ -214,7 +215,7 @@ def _checked(_: Any, __: Any, methods: tuple[str, ...]) -> tuple[str, ...]:
 @click.option("--weight-bits", default=fastq.QConfig.weight_bits, show_default=True)
 @click.option("--limit", type=click.IntRange(1), help="Score this many images only.")
 @click.option("--peers", "with_peers", is_flag=True, help="ONNX Runtime, and NNCF if installed.")
-@click.option("--csv", "path", type=click.Path(path_type=Path), help="Write the rows here.")
+@click.option("--csv", "path", type=Output(), help="Write the rows here.")
 def bench(
     folder: Path,
     networks: tuple[str, ...],

@@ -29,6 +29,7 @@ import fastq
 from benchmarks import networks
 from benchmarks.measure import interleave, machine, read_csv, use_threads, write_csv
 from benchmarks.model_peers import PEERS, Peer, Subject
+from benchmarks.options import Output, Pattern
 from fastq.graph import Sizes
 from fastq.kernels import isa, peak
 from fastq.layerwise import ratio
@@ -262,16 +263,18 @@ def _planning(program: Any, x: torch.Tensor) -> float:
 
 
 @click.command()
-@click.option("--filter", "pattern", default="", help="Regular expression on the network's name.")
+@click.option("--filter", "pattern", type=Pattern(), default="",
+              help="Regular expression on the network's name.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), multiple=True, default=[1, 2],
               show_default=True, help="Repeatable.")  # fmt: skip
 @click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=[1, 8],
               show_default=True, help="Repeatable.")  # fmt: skip
-@click.option("--peer", "peer_pattern", default="", help="Regular expression on the peer's name.")
+@click.option("--peer", "peer_pattern", type=Pattern(), default="",
+              help="Regular expression on the peer's name.")  # fmt: skip
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True,
               help="Of timing, per network, batch and peer.")  # fmt: skip
-@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write the rows here.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Write a picture here.")
+@click.option("--csv", "csv_path", type=Output(), help="Write the rows here.")
+@click.option("--plot", type=Output(), help="Write a picture here.")
 @click.option("--folder", type=click.Path(path_type=Path, file_okay=False),
               help="Keep the peers' ONNX models here, for the next time.")  # fmt: skip
 @click.option("--memory", is_flag=True, help="Measure the memory that each peer takes, too.")

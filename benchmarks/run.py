@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from benchmarks import shapes
+from benchmarks.options import Output, Pattern
 
 if TYPE_CHECKING:
     from benchmarks.measure import Row
@@ -35,12 +36,14 @@ EVERYTHING = ("gemm", "conv", "depthwise", "elementwise", "modules")
     "sums them; all is every shape of the table.",
 )  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--filter", "pattern", default="", help="Regular expression on the shape's name.")
-@click.option("--peer", "peer_pattern", default="", help="Regular expression on the peer's name.")
+@click.option("--filter", "pattern", type=Pattern(), default="",
+              help="Regular expression on the shape's name.")  # fmt: skip
+@click.option("--peer", "peer_pattern", type=Pattern(), default="",
+              help="Regular expression on the peer's name.")  # fmt: skip
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), default=0.3, show_default=True,
               help="Of timing, per shape and peer.")  # fmt: skip
-@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write the rows here.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Write a picture here.")
+@click.option("--csv", "csv_path", type=Output(), help="Write the rows here.")
+@click.option("--plot", type=Output(), help="Write a picture here.")
 def bench(
     suites: tuple[str, ...],
     threads: int,

@@ -17,6 +17,7 @@ import click
 import numpy as np
 
 from benchmarks.measure import interleave, machine, use_threads
+from benchmarks.options import Output, Pattern
 from benchmarks.peers import ZERO_POINT, Problem
 from benchmarks.shapes import CONV, DEPTHWISE, GEMM, Conv, Gemm
 from fastq import ops
@@ -96,10 +97,11 @@ def _call(problem: Problem) -> Callable[[], Any]:
 
 
 @click.command()
-@click.option("--filter", "pattern", default="", help="Regular expression on the shape's name.")
+@click.option("--filter", "pattern", type=Pattern(), default="",
+              help="Regular expression on the shape's name.")  # fmt: skip
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), default=0.05, show_default=True,
               help="Of timing, per shape and tile.")  # fmt: skip
-@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write all times here.")
+@click.option("--csv", "csv_path", type=Output(), help="Write all times here.")
 def bench(pattern: str, seconds: float, csv_path: Path | None) -> None:
     """Time every tile on every shape, and say how far the model's choice is from the best."""
     shapes = [

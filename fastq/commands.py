@@ -89,22 +89,26 @@ def report(network: str, output: Path) -> None:
 @cli.command(
     context_settings={"ignore_unknown_options": True}, add_help_option=False, no_args_is_help=True
 )
-@click.option("--kernels", "what", flag_value="kernels", help="Kernels, other people's shapes.")
-@click.option("--models", "what", flag_value="models", help="Whole networks.")
-@click.option("--accuracy", "what", flag_value="accuracy", help="Real networks, from a folder.")
-@click.option("--tiles", "what", flag_value="tiles", help="How good the choice of a tile is.")
+@click.option("--kernels", is_flag=True, help="Kernels, other people's shapes.")
+@click.option("--models", is_flag=True, help="Whole networks.")
+@click.option("--accuracy", is_flag=True, help="Real networks, from a folder.")
+@click.option("--tiles", is_flag=True, help="How good the choice of a tile is.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="...")
 @click.pass_context
 @extra("bench")
-def bench(context: click.Context, what: str | None, options: tuple[str, ...]) -> None:
+def bench(context: click.Context, /, options: tuple[str, ...], **chosen: bool) -> None:
     """Time fastq beside other libraries, or score it, in a clone of the repository.
 
     `fastq bench --kernels --help` lists the options that may follow.
     """
-    if what is None and set(options) & set(context.help_option_names):
+    asked = [name for name, given in chosen.items() if given]
+    if not asked and set(options) & set(context.help_option_names):
         click.echo(context.get_help())  # with what to measure, it is that benchmark's
         return
-    if what is None:
+    if len(asked) > 1:
+        both = " and ".join(f"--{name}" for name in asked)
+        raise click.UsageError(f"got {both}; wanted one of them: run it for each")
+    if not asked:
         raise click.UsageError(
             f"got {' '.join(options)}; what to measure comes first: fastq bench --kernels ..."
         )
@@ -115,6 +119,7 @@ def bench(context: click.Context, what: str | None, options: tuple[str, ...]) ->
             'repository, pip install -e ".[bench]" and run this again'
         )
     sys.path.insert(0, str(root))
+    (what,) = asked
     rooms = {"kernels": "run", "models": "models", "accuracy": "accuracy", "tiles": "tiles"}
     module = import_module(f"benchmarks.{rooms[what]}")
     module.bench.main(args=list(options), prog_name=f"{context.command_path} --{what}")

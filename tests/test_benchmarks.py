@@ -103,6 +103,20 @@ def test_the_command_for_tiles(tmp_path: Path) -> None:
     assert chosen == str(choose_tile(current, choose_nr(current, 1), 1, 1))
 
 
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("what", ["--kernels", "--models", "--tiles"])
+def test_a_wrong_option_is_refused_before_the_measuring(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "none" / "rows.csv"
+    for given, wanted in {
+        ("--filter", "("): "'(' is no regular expression: missing )",
+        ("--csv", str(path)): f"there is no folder {path.parent}",
+        ("--csv", str(tmp_path)): "is a directory",
+    }.items():
+        result = invoke(what, *given)
+        assert result.exit_code == 2 and given[0] in result.output
+        assert wanted in " ".join(result.output.split())
+
+
 def test_a_loss_is_over_the_best_tile() -> None:
     tall, wide = tiles_of("avx2")[:2]
     found = tiles.Choice("shape", {tall: 3.0, wide: 2.0}, tall)
@@ -137,6 +151,8 @@ def test_the_choice_of_a_tile_is_sensible(isa: str) -> None:
 def test_the_command_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     result = invoke("--suite", "gemm")
     assert result.exit_code == 2 and "fastq bench --kernels" in result.output
+    result = invoke("--kernels", "--models")
+    assert result.exit_code == 2 and "got --kernels and --models; wanted one" in result.output
     for given in ("--help",), ("-h",), ("--suite", "gemm", "-h"):
         result = invoke(*given)
         assert result.exit_code == 0 and "--accuracy" in result.output
