@@ -17,7 +17,7 @@ from fastq.network import calibrate, call_of, finish, prepare_model
 from fastq.processes import Processes
 from fastq.read import CannotCapture
 from fastq.remedies import DEFAULT, Remedies, remedy_names
-from fastq.summaries import keep_summary, summary
+from fastq.summaries import ASKED, keep_summary, summary
 from fastq.swap import quantize_layers
 from fastq.trace import Forward
 
@@ -121,7 +121,9 @@ def quantize_model(
     except CannotCapture as error:
         why = str(error)
     if prepared is None or not prepared.regions:
-        why = why or "no product has an integer form"
+        asked = prepared is not None and ASKED in prepared.reasons.values()
+        but = ", but for what stays float as asked" if asked else ""
+        why = why or f"no product has an integer form{but}"
         try:
             result = quantize_layers(
                 model, batches, forward=forward, config=config, skip=skip, strict=strict,

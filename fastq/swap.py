@@ -38,6 +38,7 @@ from fastq.nn import LAYERS, QMultiheadAttention
 from fastq.nn.conv import products
 from fastq.nn.embedding import LEAST_ROW, QTable
 from fastq.nn.layer import QLayer
+from fastq.nn.network import QuantizedModel
 from fastq.nn.recurrent import Recurrent
 from fastq.observer import Observer, make_observer, qparams_of
 from fastq.processes import Processes
@@ -111,6 +112,10 @@ def quantize_layers(
     that the model raises passes through, with a note.
     """
     check_module("quantize_layers", model)
+    if isinstance(model, QuantizedModel):
+        raise TypeError(
+            "quantize_layers: this QuantizedModel is int8 already, as a whole; wanted a float model"
+        )
     processes = Processes(distributed)
     try:
         result = model if inplace else duplicate(model)
@@ -213,6 +218,8 @@ def _quantize(
             static = layer.result == "int8 static"
             given = {"input_qparams": qparams_of(layer.observer, layer.name)} if static else {}
             swap = SWAPS[type(layer.module)].from_float(layer.module, config=layer.config, **given)
+            if isinstance(swap, QLayer):
+                swap.path = layer.name
             result = replace(result, layer.names, swap)
     for parameter in result.parameters():
         if parameter.is_leaf:
@@ -451,11 +458,17 @@ def _refuse_nothing(model: nn.Module, plan: list[_Layer]) -> None:
     if any(layer.becomes_int8() for layer in plan):
         return
     table = f"\n{QuantizationSummary(tuple(x.row() for x in plan))}" if plan else ""
-    raise ValueError(
-        f"quantize_layers: no layer of this {type(model).__name__} can become int8; wanted at "
-        "least one plain nn.Linear, convolution, embedding (of rows of at least "
-        f"{LEAST_ROW} values), recurrent or attention layer, float32, on the CPU{table}"
-    )
+    which = f"quantize_layers: no layer of this {type(model).__name__} can become int8"
+    if any(layer.reason == ASKED for layer in plan):
+        which += ": skip= and config= keep those float that could; wanted one that they leave"
+    elif any(isinstance(layer.module, INT8) for layer in plan):
+        which += ": int8 already are those that could; wanted the float model"
+    else:
+        which += (
+            "; wanted at least one plain nn.Linear, convolution, embedding (of rows of at least "
+            f"{LEAST_ROW} values), recurrent or attention layer, float32, on the CPU"
+        )
+    raise ValueError(which + table)
 
 
 def _calibrate(

@@ -511,8 +511,38 @@ def test_a_model_that_cannot_run_in_int8_fails_at_once_and_says_what_to_do() -> 
     with pytest.raises(TypeError) as caught:
         quantize_layers(Casts(), X)
     assert "skip=" in caught.value.__notes__[0]
+    assert str(caught.value).startswith("QLinear 'a': x is int8")
+    assert "skip= of quantize_layers" in str(caught.value)
     with pytest.raises(ValueError, match="no layer"):
         quantize_layers(Casts(), X, skip=["a", "b"])
+
+
+def test_an_error_names_the_layer() -> None:
+    int8 = quantize_layers(nn.Sequential(nn.Linear(4, 2), nn.Conv2d(3, 2, 3)))
+    for layer, x in ((int8[0], torch.rand(2, 3)), (int8[1], torch.rand(2, 4, 8, 8))):
+        name = "QLinear '0'" if layer is int8[0] else "QConv2d '1'"
+        with pytest.raises(ValueError, match=f"^{name}: x is float32"):
+            layer(x)
+    with pytest.raises(ValueError, match=r"^QLinear: x is float32"):
+        QLinear(4, 2)(torch.rand(2, 3))
+
+
+@pytest.mark.parametrize("data", [None, X], ids=["dynamic", "static"])
+def test_what_was_asked_for_is_told_from_what_cannot_be(data: Tensor | None) -> None:
+    with pytest.raises(ValueError, match="can become int8: skip= and config= keep"):
+        quantize_layers(Mlp(), data, skip="*")
+    with pytest.raises(ValueError, match="can become int8: skip= and config= keep") as caught:
+        fastq.quantize_model(Mlp(), data, config={"*": None}, progress=False)
+    if data is not None:
+        assert "stays float as asked" in caught.value.__notes__[0]
+    with pytest.raises(ValueError, match="can become int8: int8 already"):
+        quantize_layers(quantize_layers(Mlp(), data), data)
+
+
+def test_a_network_of_integers_is_refused() -> None:
+    int8 = fastq.quantize_model(nn.Sequential(nn.Linear(4, 4)), X, progress=False)
+    with pytest.raises(TypeError, match="this QuantizedModel is int8 already"):
+        quantize_layers(int8, X)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -1112,7 +1142,7 @@ class KnowsOfInt8(Converts):
         return self.head(self.patches(x))
 
 
-@pytest.mark.parametrize("data", [None, torch.randn(16, 8)])
+@pytest.mark.parametrize("data", [None, torch.linspace(-3, 3, 512).reshape(8, 64).T])
 def test_what_the_model_converts_to_the_dtype_of_stays_float(data: Tensor | None) -> None:
     """Patch embeddings of CLIP and SigLIP. T5 looks whether it is int8."""
     x = torch.randn(5, 8)

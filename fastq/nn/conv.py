@@ -315,7 +315,7 @@ class QConv(QLayer):
         wanted = f"(B, {one}) or ({one}) for weight {tuple(self.weight.shape)} int8"
         if self.groups > 1:
             wanted += f" in {self.groups} groups"
-        return accept(type(self).__name__, x, wanted, fits)
+        return accept(self._called(), x, wanted, fits)
 
     def _convolve(self, x: Tensor, more: Sequence[int]) -> Tensor:
         if is_compiling() or type(x) is not Tensor or _get_tracing_state():

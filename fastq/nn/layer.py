@@ -38,6 +38,7 @@ class QLayer(nn.Module):
 
     FLOAT      torch's class.
     ARGUMENTS  that both are made with, `bias` aside; attributes of both.
+    path       its name in the model that `quantize_layers` made, for errors; or ''.
 
     weight            int8, the shape of the float layer's weight; symmetric, full range.
     weight_scale      float32 (N,), finite, > 0.
@@ -52,6 +53,7 @@ class QLayer(nn.Module):
 
     FLOAT: ClassVar[Any]
     ARGUMENTS: ClassVar[tuple[str, ...]]
+    path: str = ""
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
@@ -91,6 +93,11 @@ class QLayer(nn.Module):
     def _outputs_first(self, weight: Tensor) -> Tensor:
         """The weight with the axis of its outputs in front; its inverse, too."""
         return weight
+
+    def _called(self) -> str:
+        """What an error calls this layer."""
+        kind = type(self).__name__
+        return f"{kind} {self.path!r}" if self.path else kind
 
     @classmethod
     def made_with(cls, module: Any) -> dict[str, Any]:
@@ -357,8 +364,8 @@ def accept(name: str, x: Tensor, expected: str, fits: bool, what: str = "x") -> 
             hint = f"{what}.float() works"
             if x.dtype == torch.int8:  # nobody's picture
                 hint = (
-                    "the model probably converts to the dtype of a layer's weight: "
-                    "quantize_model(..., skip=) keeps that layer float"
+                    "the model probably converts to the dtype of this layer's weight, or of "
+                    "another's: skip= of quantize_layers or quantize_model keeps that one float"
                 )
             raise TypeError(f"{name}: {what} is {dtype} {shape}, wanted float32; {hint}")
         raise ValueError(f"{name}: {what} is {dtype} {shape}, wanted float32 {expected}")

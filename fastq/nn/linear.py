@@ -61,7 +61,7 @@ class QLinear(QLayer):
         fits = len(shape) > 0 and shape[-1] == self.in_features
         if not fits or x.dtype is not float32 or x.requires_grad:
             wanted = f"(*, {self.in_features}) for weight {tuple(self.weight.shape)} int8"
-            x = accept("QLinear", x, wanted, fits)
+            x = accept(self._called(), x, wanted, fits)
         if is_compiling() or type(x) is not Tensor or _get_tracing_state():
             y: Tensor = torch.ops.fastq.linear(
                 x,
