@@ -30,13 +30,13 @@ from benchmarks import networks
 from benchmarks.measure import interleave, machine, read_csv, use_threads, write_csv
 from benchmarks.model_peers import PEERS, Peer, Subject
 from benchmarks.options import Output, Pattern
-from fastq.graph import Sizes
 from fastq.kernels import isa, peak
 from fastq.layerwise import ratio
 from fastq.layout import Stage
 from fastq.packed import PackedWeights
 from fastq.plan import plan
 from fastq.profiling import memory as memory_of
+from fastq.sizes import Shapes
 
 IMAGES_SEED = 1000
 PLANS = 3  # of which the fastest counts
@@ -166,9 +166,9 @@ def check(subject: Subject, got: Any) -> None:
     model = subject.quantized
     bound = model._bound()
 
-    def compute(stage: Stage, inputs: list[Any], sizes: Sizes) -> list[Any]:
+    def compute(stage: Stage, inputs: list[Any], shapes: Shapes) -> list[Any]:
         if stage.program < 0:
-            return [model.evaluate(stage, inputs, sizes)]
+            return [model.evaluate(stage, inputs, shapes)]
         program = bound[stage.program]
         arrays = model.arrays(program, stage, inputs)
         wanted = program.program.reference(*arrays)
