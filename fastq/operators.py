@@ -213,7 +213,7 @@ def _pad(x: Array, pad: Sequence[int], value: Any = 0) -> Array:
 
 def _along(dim: Any) -> Any:
     """torch's axes as NumPy's: all, where there are none."""
-    return tuple(dim) if isinstance(dim, list | tuple) and dim else None if dim == [] else dim
+    return (tuple(dim) or None) if isinstance(dim, list | tuple) else dim
 
 
 def _sum(x: Array, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Array:
@@ -286,6 +286,8 @@ def _linear(x: Array, weight: Array, bias: Any = None) -> Array:
 
 
 def _norm(x: Array, ord: float = 2, dim: Any = None, keepdim: bool = False, **rest: Any) -> Array:
+    if not 0 < ord < np.inf:
+        raise ValueError(f"linalg_vector_norm with ord={ord}; fastq.load runs it with torch")
     y = np.abs(x) ** ord
     return np.asarray(y.sum(_along(dim), keepdims=keepdim) ** (1 / ord)).astype(x.dtype)
 

@@ -121,7 +121,8 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "sum.dim_IntList": [(X, [1]), (CUBE, [0, 2], True), (FLAGS, [-1]), (X, [])],
     "mean.default": [(X,), (WHOLE, {"dtype": F32})],
     "mean.dim": [(CUBE, [1]), (CUBE, [0, -1], True)],
-    "amax.default": [(CUBE, [1]), (CUBE,), (X, [0, 1], True)], "amin.default": [(CUBE, [2], True)],
+    "amax.default": [(CUBE, [1]), (CUBE,), (X, [0, 1], True), (X, [])],
+    "amin.default": [(CUBE, [2], True)],
     "any.default": [(FLAGS,)], "any.dim": [(FLAGS, 1), (FLAGS, 0, True)],
     "any.dims": [(FLAGS, [0, 1])],
     "all.default": [(FLAGS,)], "all.dim": [(FLAGS, 1)], "all.dims": [(FLAGS, [1], True)],
@@ -190,6 +191,8 @@ def test_places_that_are_not_there_are_refused() -> None:
     for name, args in calls:
         with pytest.raises(IndexError, match="places from"):
             operators.FUNCTIONS[f"aten.{name}"](*args)
+    with pytest.raises(ValueError, match="ord=inf"):
+        operators.FUNCTIONS["aten.linalg_vector_norm.default"](table, np.inf)
     with pytest.raises(TypeError, match="wanted integers"):
         operators.FUNCTIONS["aten.embedding.default"](table, table)
 
