@@ -30,11 +30,11 @@ from fastq.examples import (
     Leaves,
     Stretch,
     Way,
+    example_shapes,
     first_of,
     other_extents,
     regrown,
     resized,
-    shapes_of,
     stretches,
     ways_of_batches,
 )
@@ -223,7 +223,7 @@ def _capture(model: nn.Module, leaves: Leaves, spec: Any) -> Captured:
             way, *ways = ways
             before, after = way
             shapes = _shapes(leaves, way)
-            too_short = before.parts and shapes[0] == shapes_of(leaves, BATCHES[0], after)
+            too_short = before.parts and shapes[0] == example_shapes(leaves, BATCHES[0], after)
             pair = None if too_short else both(way)
             if pair is None:
                 continue
@@ -244,7 +244,7 @@ def _capture(model: nn.Module, leaves: Leaves, spec: Any) -> Captured:
                     raise
                 continue
             graph.remove_unused()
-            arguments = _arguments(graph, leaves, way)
+            arguments = _arguments(graph, leaves, shapes)
             extents = {dims: axes for dims, axes, _ in after.parts}.get(4, ())
             captured = Captured(graph, arguments, spec, pair[0].out_spec, extents)
             _verify(captured, model, leaves)
@@ -275,22 +275,18 @@ class Ambiguous(CannotCapture):
 
 def _shapes(leaves: Leaves, way: Way) -> tuple[Shapes, Shapes]:
     """Those of both examples."""
-    one, two = (shapes_of(leaves, b, s) for b, s in zip(BATCHES, way, strict=True))
+    one, two = (example_shapes(leaves, b, s) for b, s in zip(BATCHES, way, strict=True))
     return one, two
 
 
-def _arguments(graph: Graph, leaves: Leaves, way: Way) -> tuple[Any, ...]:
+def _arguments(graph: Graph, leaves: Leaves, shapes: tuple[Shapes, Shapes]) -> tuple[Any, ...]:
     """The `arguments` of a Captured: the input nodes know which axes may have other sizes."""
     nodes = iter(graph.inputs)
     arguments = tuple(next(nodes) if isinstance(leaf.x, Tensor) else leaf.x for leaf in leaves)
     for node, leaf in zip(arguments, leaves, strict=True):
         if isinstance(node, Node):
-            one, two = (
-                resized(leaf, leaves, batch, stretch).shape
-                for batch, stretch in zip(BATCHES, way, strict=True)
-            )
-            pairs = enumerate(zip(one, two, strict=True))
-            node.attrs["number"] = graph.inputs.index(node)
+            number = node.attrs["number"] = graph.inputs.index(node)
+            pairs = enumerate(zip(*(example[number] for example in shapes), strict=True))
             node.attrs["real"] = leaf.x.dtype is torch.float32
             node.attrs["free"] = tuple(i for i, (a, b) in pairs if a != b)
             node.attrs["single"] = leaf.x.dim() > 0 and len(leaf.x) == 1 < len(first_of(leaves))

@@ -146,11 +146,11 @@ def stretches(leaves: Leaves) -> list[list[Way]]:
 def regrown(way: Way) -> Iterator[Way]:
     """The same axes, by other numbers: of the same multiples of 2, as the network may ask for."""
     before, after = way
-    step = 64 if all(n % 4 == 0 for *_, more in after.parts for n in more) else 2
-    for n in range(17, 17 + 64 * step, step):
-        start = n if step == 2 else n - 17 + 32
+    whole = all(n % 4 == 0 for *_, more in after.parts for n in more)
+    first, step = (32, 64) if whole else (17, 2)
+    for n in range(first, first + 64 * step, step):
         parts = tuple(
-            (dim, axes, tuple(start + step * i for i in range(len(more))))
+            (dim, axes, tuple(n + step * i for i in range(len(more))))
             for dim, axes, more in after.parts
         )
         yield before, after._replace(parts=parts)
@@ -218,7 +218,7 @@ def _stretched(x: Tensor, axis: int, count: int) -> Tensor:
     return torch.cat([x, x.narrow(axis, 0, 1).expand(*sizes)], axis)
 
 
-def shapes_of(leaves: Leaves, batch: int, stretch: Stretch) -> Shapes:
+def example_shapes(leaves: Leaves, batch: int, stretch: Stretch) -> Shapes:
     """The shapes of an example's tensors."""
     without_memory = [
         leaf._replace(x=leaf.x.to("meta")) if isinstance(leaf.x, Tensor) else leaf

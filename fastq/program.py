@@ -29,10 +29,9 @@ from numpy.typing import NDArray
 from fastq import reference
 from fastq.arguments import MAX_AXES, PADDING_MODES, check_arguments, check_channels
 from fastq.qparams import MAX_K, Dequant, Requant
-from fastq.sizes import Shapes, sized
+from fastq.sizes import Shape, Shapes, sized
 
 Array = NDArray[Any]
-Shape = tuple[int, ...]
 WAYS_IN = ("quantize", "grid")
 VIEWS = ("reshape", "permute", "slice")  # mostly have their input's memory
 MOVED = (*VIEWS, "concat", "pad")  # have the dtype of their inputs, which is one
@@ -226,6 +225,12 @@ def fits(shape: Sequence[int], extent: Sequence[int | None]) -> bool:
     return len(shape) == len(extent) and all(
         e is None or n == e for n, e in zip(shape, extent, strict=True)
     )
+
+
+def check_extent(name: str, shape: Sequence[int], extent: Sequence[int | None]) -> None:
+    """ValueError unless an input has these sizes, None being any."""
+    if not fits(shape, extent):
+        raise ValueError(f"{name} has shape {tuple(shape)}; wanted {extent_text(extent)}. {FIXED}")
 
 
 def extent_text(extent: Sequence[int | None]) -> str:

@@ -17,7 +17,7 @@ from fastq import operators
 from fastq.encode import decode_program, read_header
 from fastq.layout import Layout, decode_layout
 from fastq.plan import BoundProgram
-from fastq.program import FIXED, Program, extent_text, fits
+from fastq.program import Program, check_extent
 from fastq.sizes import sized
 
 Array = NDArray[Any]
@@ -83,10 +83,7 @@ class SavedNetwork:
         for (name, extent), x in zip(self._extents.items(), inputs, strict=True):
             if not isinstance(x, np.ndarray):
                 raise TypeError(f"{name} is a {type(x).__name__}; wanted an array")
-            if not fits(x.shape, extent):
-                raise ValueError(
-                    f"{name} has shape {x.shape}; wanted {extent_text(extent)}. {FIXED}"
-                )
+            check_extent(name, x.shape, extent)
 
 
 def load_program(path: str | os.PathLike[str]) -> SavedNetwork:

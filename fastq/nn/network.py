@@ -16,7 +16,7 @@ from fastq.graph import INT8_OPERATORS, OPERATIONS, Node, check_target, evaluate
 from fastq.layout import Layout, Stage
 from fastq.nn.layer import accept, array_of, stay
 from fastq.plan import BoundProgram
-from fastq.program import FIXED, Program, extent_text, fits
+from fastq.program import Program, check_extent, extent_text
 from fastq.sizes import Shapes, sized
 
 # what programs are made of
@@ -172,7 +172,7 @@ class QuantizedModel(nn.Module):
             else:
                 check_constant(self, i, leaf, layout.constants[str(i)])
         for i, name, extent in self._checked:
-            check_extent(f"{type(self).__name__}: {name}", leaves[i], extent)
+            check_extent(f"{type(self).__name__}: {name}", leaves[i].shape, extent)
         shapes = shapes_of(leaves)
         for stage in layout.stages:
             results = compute(stage, [values[name] for name in stage.inputs], shapes)
@@ -292,14 +292,6 @@ def as_input(name: str, x: Any, extent: Sequence[int | None]) -> Any:
     if x.device.type != "cpu":
         raise ValueError(f"{name} is on {x.device}, wanted the CPU")
     return array_of(x)
-
-
-def check_extent(name: str, x: Tensor, extent: Sequence[int | None]) -> None:
-    """ValueError unless x has these sizes, None being any."""
-    if not fits(x.shape, extent):
-        raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; wanted {extent_text(extent)}. {FIXED}"
-        )
 
 
 def check_constant(network: nn.Module, number: int, leaf: Any, wanted: Any) -> None:
