@@ -15,6 +15,7 @@ from fastq.qparams import (
     MAX_FACTOR,
     MAX_FEATURES,
     MAX_WIDE_FEATURES,
+    UNCLAMPED,
     Dequant,
     Requant,
     clamp_of,
@@ -112,6 +113,7 @@ PAIR = _each(_whole(1, LARGEST), 2)
 SPAN = _each(_whole(0, LARGEST), 2)
 FLAG = _kind(bool)
 DTYPE = Check("'uint8' or 'int16'", lambda v: isinstance(v, str) and v in ("uint8", "int16"))
+RESULT = Check("'uint8' or 'float32'", lambda v: isinstance(v, str) and v in ("uint8", "float32"))
 SCALE = _real(float(np.finfo(np.float32).smallest_subnormal), FLT_MAX)  # a divisor in float32
 FACTOR = _real(-MAX_FACTOR, MAX_FACTOR)
 EPSILON = _real(1e-70, FLT_MAX)  # its root's inverse stays finite in float32
@@ -144,7 +146,7 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     "conv2d": {"weight": _kind(Conv2dWeight), "epilogue": EPILOGUE, "x_zero_point": BYTE},
     "linear": {"weight": _kind(LinearWeight), "epilogue": EPILOGUE, "x_zero_point": BYTE},
     "matmul": {"multiplier": MULTIPLIER, "a_zero_point": BYTE, "transpose_b": FLAG, "mean": FLAG,
-               **REQUANTIZED},
+               **REQUANTIZED, "dtype": RESULT},
     "add": {"a_multiplier": FACTOR, "b_multiplier": FACTOR, **TWO, "qmin": END, "qmax": END,
             "dtype": DTYPE},
     "mul": {"multiplier": MULTIPLIER, **TWO},
@@ -198,7 +200,13 @@ def check_arguments(step: Any) -> None:
             raise ValueError(
                 f"{step.name}: {step.op} with {name}={given[name]!r:.80}; wanted {check.wanted}"
             )
-    if "qmin" in given or "dtype" in given:
+    if given.get("dtype") == "float32":
+        clamp = given["zero_point"], given["qmin"], given["qmax"]
+        if clamp != UNCLAMPED:
+            raise ValueError(
+                f"{step.name}: zero_point, qmin and qmax {clamp} of float32; wanted {UNCLAMPED}"
+            )
+    elif "qmin" in given or "dtype" in given:
         dtype = np.dtype(given.get("dtype", "uint8"))
         clamp_of(step.name, dtype, given.get("qmin"), given.get("qmax"), given["zero_point"])
     if given.get("mean") and given["a_zero_point"]:

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastq.arguments import LINES
-from fastq.graph import PRODUCTS, VOLUMES, Graph, Node, pointwise
+from fastq.arguments import LINES, REQUANTIZED
+from fastq.graph import POINTWISE_NAMESPACE, PRODUCTS, VOLUMES, Graph, Node, pointwise
 from fastq.program import NORMS, RECURRENT, WIDE, Program, Step
 from fastq.qparams import (
     MAX_FACTOR,
     MAX_K,
     MAX_WIDE_FEATURES,
+    UNCLAMPED,
     Dequant,
     QParams,
     Requant,
@@ -53,6 +54,9 @@ MOST_EPSILON = 2.0**96  # of a norm, in steps: next to it the variance is nothin
 SUFFIX = {np.dtype(np.uint8): "u8", np.dtype(np.int16): "s16"}  # of names
 SUMS = ("add", "linear", "conv2d", "conv_transpose2d")  # make values that may be int16
 WEIGHTED = ("conv2d", "linear", "conv_transpose2d")  # products with int8 weights
+REARRANGED = ("reshape", "permute", "slice", "concat")
+ACTIVATIONS = ("softmax", "pointwise", "prelu")
+GIVEN_OUT = "given out as float32, which is finer than 255 steps"  # the reason of such values
 
 
 def why_float(node: Node) -> str:
@@ -100,6 +104,11 @@ def why_float(node: Node) -> str:
     if len(node.shape) > 6:
         return f"has {len(node.shape)} axes, wanted at most 6"
     return ""
+
+
+def gives_floats(node: Node) -> bool:
+    """Whether its sums can be given as float32."""
+    return node.op == "matmul" or (node.op in WEIGHTED and len(node.inputs) == 1)
 
 
 def fits_bytes(value: Tensor) -> bool:
@@ -161,6 +170,7 @@ def find_regions(
     for node in graph.nodes:
         if not all(x.attrs.get("real", True) for x in _measured(graph, node)):
             reasons[node] = "resized to the size of an input that is not float32"
+    _give_out(graph, reasons, users, kept)
     _join_floats(graph, reasons, users, kept)
     for node in graph.nodes:  # a constant is taken along where it is used
         if node.op == "constant" and len(node.shape) > 4:
@@ -189,6 +199,34 @@ def find_regions(
         outputs.sort(key=lambda node: returned.get(node, len(returned)))
         regions.append(Region(nodes, sorted(inputs, key=lambda node: places[node]), outputs))
     return regions, {node: reason for node, reason in reasons.items() if reason}
+
+
+def _give_out(
+    graph: Graph, reasons: dict[Node, str], users: Mapping[Node, list[Node]], kept: set[Node]
+) -> None:
+    """The last activations of a network stay float, and how a last product is rearranged: its sums
+    are given out as they are. Probabilities, prices and places are narrow, or next to a bound, in a
+    range that has 0 in it: 255 steps of it are too few. A user's own functions stay int8."""
+    last: set[Node] = set()  # only outputs take them, or what is made of them
+    for node in reversed(graph.nodes):
+        given = node in kept or bool(users[node])
+        passes = node.op in (*REARRANGED, *ACTIVATIONS, "add", "mul")
+        if given and passes and all(user in last for user in users[node]):
+            last.add(node)
+
+    def given_out(value: Node) -> bool:
+        """Whether a value that is rearranged is there in float32."""
+        if reasons[value]:
+            return value.op not in ("input", "constant")
+        return gives_floats(value) and all(user in last for user in users[value])
+
+    for node in graph.nodes:
+        if node in last and not reasons[node]:
+            calls = node.attrs.get("calls", ())
+            own = any(target.startswith(f"{POINTWISE_NAMESPACE}.") for target, *_ in calls)
+            activation = node.op in ACTIVATIONS and not own
+            if activation or (node.op in REARRANGED and any(map(given_out, node.inputs))):
+                reasons[node] = GIVEN_OUT
 
 
 def _join_floats(
@@ -537,12 +575,7 @@ class _Lowering:
 
     def ends_float(self, node: Node) -> bool:
         """Whether a product gives float32 itself: nobody in the region takes its value."""
-        return (
-            node in self.region.outputs
-            and node.op in WEIGHTED
-            and len(node.inputs) == 1
-            and not self.users[node]
-        )
+        return node in self.region.outputs and gives_floats(node) and not self.users[node]
 
     def product(self, node: Node) -> tuple[Any, Requant | Dequant]:
         """(int8 weight, epilogue) of a convolution or a linear layer."""
@@ -630,8 +663,9 @@ class _Lowering:
         # what was transposed is read as it lies
         transposed = self.axes[self.names[b]][-1] == rank - 2
         arguments: dict[str, Any] = {"transpose_b": transposed}
-        factor = node.attrs.get("factor", 1.0) * self.scale(b) / self.scale(node)
-        mean = a in self.weights_only
+        mean, real = a in self.weights_only, self.ends_float(node)
+        factor = node.attrs.get("factor", 1.0) * self.scale(b) / (1.0 if real else self.scale(node))
+        result = dict(zip(REQUANTIZED, UNCLAMPED, strict=True)) if real else self.requantized(node)
         inputs = [
             self.in_order(a, plain, node),
             self.in_order(b, turned if transposed else plain, node),
@@ -639,7 +673,8 @@ class _Lowering:
         return self.emit(
             "matmul", node.name, inputs, plain, node,
             multiplier=factor * (1.0 if mean else self.scale(a)), mean=mean,
-            a_zero_point=self.zero_point(a), **arguments, **self.requantized(node),
+            a_zero_point=self.zero_point(a), **arguments, **result,
+            dtype="float32" if real else "uint8",
         )  # fmt: skip
 
     def lower_add(self, node: Node) -> str:

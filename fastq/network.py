@@ -15,7 +15,7 @@ from fastq.capture import capture
 from fastq.fuse import fuse
 from fastq.graph import Node
 from fastq.layout import Stage
-from fastq.lower import Region
+from fastq.lower import GIVEN_OUT, Region
 from fastq.modules import INT8, Config, Selector, choose, listed, module_names
 from fastq.nn.network import QuantizedModel, assemble, leaves_of, spec_text
 from fastq.prepare import Prepared, prepare_graph
@@ -118,7 +118,8 @@ def finish(
     """The integer network of a calibrated one; of several processes that of the first, in all."""
     make_static(prepared)
     report = summarize(prepared, model)
-    if strict and any(row.result == "float" and row.reason != ASKED for row in report.rows):
+    accepted = (ASKED, GIVEN_OUT)
+    if strict and any(row.result == "float" and row.reason not in accepted for row in report.rows):
         raise ValueError(
             "quantize_model: strict=True, and layers stay float; name them in skip= to accept "
             f"that\n{report}"
@@ -212,14 +213,17 @@ def _in_order(prepared: Prepared) -> list[Any]:
 def summarize(prepared: Prepared, model: nn.Module) -> QuantizationSummary:
     """What becomes of each layer."""
     integer = {node.layer for node in prepared.layers()}
+    inside = {node.layer for node in prepared.integer_nodes()}
     masks = _masks(prepared)
     floats = {
         node.layer: reason
         for node, reason in prepared.reasons.items()
-        if node.op != "input" and node.attrs.get("target") != "getitem" and node not in masks
+        if node.op != "input"
+        and node.attrs.get("target") != "getitem"
+        and node not in masks
+        and not (reason == GIVEN_OUT and node.layer in inside)  # how its result is rearranged
     }
     folded = {name: node.layer for node in prepared.graph for name in node.attrs.get("folded", ())}
-    inside = {node.layer for node in prepared.integer_nodes()}
     named = module_names(model)
     rows = []
     known = {*integer, *inside, *floats, *folded, *prepared.alone}

@@ -6,6 +6,7 @@ overload); float results may differ in their last bits. What is not here needs t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
@@ -269,6 +270,48 @@ def _sigmoid(x: Array) -> Array:
     return 1 / (1 + np.exp(-x))  # type: ignore[no-any-return]
 
 
+# --------------------------------------------------------------------------------- activations
+
+
+def _elu(x: Array, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Array:
+    """Of celu and selu, too."""
+    below = alpha * np.expm1(np.minimum(x, 0) * input_scale)
+    return scale * np.where(x > 0, x, below)
+
+
+def _softplus(x: Array, beta: float = 1, threshold: float = 20) -> Array:
+    """log(1 + exp(beta * x)) / beta, and x where that is beyond the threshold."""
+    return np.where(beta * x > threshold, x, np.logaddexp(0, beta * x) / beta)
+
+
+_erf = np.vectorize(math.erf, otypes=[REAL])  # NumPy has none
+
+
+def _gelu(x: Array, approximate: str = "none") -> Array:
+    """x times the normal distribution's share below it, or its approximation by tanh."""
+    if approximate == "none":
+        return 0.5 * x * (1 + _erf(x * 0.5**0.5))  # type: ignore[no-any-return]
+    return 0.5 * x * (1 + np.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))  # type: ignore[no-any-return]
+
+
+def _rrelu(x: Array, lower: float = 1 / 8, upper: float = 1 / 3, *training: Any) -> Array:
+    """The mean of its slopes: a saved network does not train."""
+    return np.where(x > 0, x, x * ((lower + upper) / 2))
+
+
+def _logit(x: Array, eps: float | None = None) -> Array:
+    x = x if eps is None else _clamp(x, eps, 1 - eps)
+    return np.log(x / (1 - x))  # type: ignore[no-any-return]
+
+
+def _nan_to_num(x: Array, nan: Any = None, posinf: Any = None, neginf: Any = None) -> Array:
+    return np.nan_to_num(x, nan=nan or 0.0, posinf=posinf, neginf=neginf)
+
+
+def _hard_sigmoid(x: Array) -> Array:
+    return _clamp(x + 3, 0, 6) / 6  # type: ignore[no-any-return]
+
+
 def _layer_norm(
     x: Array, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5,
     *rest: Any,
@@ -337,7 +380,42 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "tanh.default": _pointwise(np.tanh, real=True),
     "sigmoid.default": _pointwise(_sigmoid, real=True),
     "silu.default": lambda x: x * _sigmoid(x),
+    **{
+        f"{torch_name}.default": _pointwise(getattr(np, name), real=True)
+        for torch_name, name in {
+            **{name: name for name in (
+                "exp2", "expm1", "log2", "log10", "log1p", "tan", "sinh", "cosh")},
+            **{name: name.replace("a", "arc", 1) for name in (
+                "asin", "acos", "atan", "asinh", "acosh", "atanh")},
+        }.items()
+    },
+    **{f"{name}.default": getattr(np, name) for name in ("floor", "ceil", "trunc")},
+    "round.default": np.rint,
+    "frac.default": lambda x: x - np.trunc(x),
+    "atan2.default": _pointwise(np.arctan2, real=True),
+    "fmod.Scalar fmod.Tensor": _pointwise(np.fmod),
+    "remainder.Scalar remainder.Tensor": _pointwise(np.remainder),
+    "erf.default": _pointwise(_erf, real=True),
+    "erfc.default": _pointwise(lambda x: 1 - _erf(x), real=True),
+    "nan_to_num.default": _nan_to_num,
+    "logit.default": _logit,
     "relu.default": lambda x: np.maximum(x, x.dtype.type(0)),
+    "relu6.default": lambda x: _clamp(x, 0, 6),
+    "hardtanh.default": lambda x, least=-1, most=1: _clamp(x, least, most),
+    "hardsigmoid.default": _hard_sigmoid,
+    "hardswish.default": lambda x: x * _hard_sigmoid(x),
+    "threshold.default": lambda x, threshold, value: np.where(x > threshold, *promoted(x, value)),
+    "leaky_relu.default": lambda x, slope=0.01: np.where(x > 0, x, x * slope),
+    "rrelu.default": _rrelu,
+    "elu.default": _elu,
+    "celu.default": lambda x, alpha=1: _elu(x, alpha, 1, 1 / alpha),
+    "selu.default": lambda x: _elu(x, 1.6732632423543772, 1.0507009873554805),
+    "softplus.default": _softplus,
+    "log_sigmoid.default": lambda x: -_softplus(-x, 1, np.inf),
+    "mish.default": lambda x: x * np.tanh(_softplus(x)),
+    "gelu.default": _gelu,
+    "hardshrink.default": lambda x, lambd=0.5: np.where(abs(x) > lambd, *promoted(x, 0)),
+    "softshrink.default": lambda x, lambd=0.5: x - _clamp(x, -lambd, lambd),
     "clamp.default": _clamp,
     "clamp_min.default": lambda x, min: _clamp(x, min),
     "clamp_max.default": lambda x, max: _clamp(x, None, max),
@@ -365,7 +443,7 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "flatten.using_ints": _flatten,
     "permute.default": lambda x, dims: x.transpose(dims),
     "transpose.int": np.swapaxes,
-    "t.default": lambda x: x.T,
+    "t.default numpy_T.default": lambda x: x.T,
     "repeat.default": lambda x, repeats: np.tile(x, repeats),
     "flip.default": lambda x, dims: np.flip(x, tuple(dims)),
     "slice.Tensor": _slice,
@@ -431,6 +509,21 @@ def _normed(attrs: Mapping[str, Any], x: Array, weight: Any = None, bias: Any = 
     return _layer_norm(x, attrs["shape"], weight, bias, attrs["eps"])
 
 
+def _masked_softmax(attrs: Mapping[str, Any], x: Array, *masks: Array) -> Array:
+    """Of what the mask is not 0 for; all the same, or all 0, where it is 0 for all."""
+    if not masks:
+        return _softmax(x, attrs["dim"])
+    (mask,) = masks
+    y = _softmax(np.where(mask == 0, np.finfo(x.dtype).min, x), attrs["dim"])
+    return y if attrs["uniform"] else y * (mask != 0)  # type: ignore[no-any-return]
+
+
+def _sloped(attrs: Mapping[str, Any], x: Array, weight: Array) -> Array:
+    """prelu: a slope for each place on axis 1, or one."""
+    slope = weight.reshape(-1, *[1] * (x.ndim - 2))
+    return np.where(x > 0, x, x * slope)
+
+
 # of `graph.OPERATIONS`: run(attrs, *inputs, **tensors)
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "constant": lambda attrs, value: value,
@@ -439,6 +532,8 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "mul": lambda attrs, x, y: _pointwise(np.multiply)(x, y),
     "matmul": lambda attrs, x, y: np.matmul(x, y) * np.float32(attrs.get("factor", 1.0)),
     "linear": lambda attrs, x, weight, bias=None: _linear(x, weight, bias),
+    "softmax": _masked_softmax,
+    "prelu": _sloped,
     "layer_norm": _normed,
     "concat": _parts,
     "reshape": lambda attrs, x: x.reshape(reshaped(x.shape, attrs["groups"])),

@@ -380,7 +380,8 @@ class _Planner:
 
     def row_matmul(self, i: int, step: Step) -> None:
         a, b = (self.input(i, name) for name in step.inputs)
-        matmul_row(self.call, a, b, self.stored(step.name), isa=self.tier, **step.arguments)
+        arguments = {k: v for k, v in step.arguments.items() if k != "dtype"}  # the output has it
+        matmul_row(self.call, a, b, self.stored(step.name), isa=self.tier, **arguments)
 
     def row_image(self, i: int, step: Step) -> None:
         """Pooling and resizing, to the size of the output."""

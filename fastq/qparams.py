@@ -80,6 +80,9 @@ def value_dtype(name: str, dtype: DTypeLike) -> np.dtype[Any]:
     raise ValueError(f"{name}: dtype {given}; wanted uint8 or int16")
 
 
+UNCLAMPED = 0, 0, 255  # zero_point, qmin and qmax of what is not requantized
+
+
 def clamp_of(
     name: str, dtype: np.dtype[Any], qmin: int | None, qmax: int | None, zero_point: int
 ) -> tuple[int, int]:

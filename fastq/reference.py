@@ -643,8 +643,9 @@ def matmul(
     zero_point: int = 0,
     qmin: int = 0,
     qmax: int = 255,
-    out: NDArray[np.uint8] | None = None,
-) -> NDArray[np.uint8]:
+    dtype: DTypeLike = np.uint8,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
     """y = requantize of sum_k (a[..., m, k] - a_zero_point) * (b[..., k, n] - 128) * multiplier.
 
     a (..., M, K) uint8; b (..., K, N), or (..., N, K) with transpose_b, uint8 with zero_point 128:
@@ -653,6 +654,7 @@ def matmul(
     mean  divides by the sum of a's row, which has zero point 0: a mean of b's rows with a's as
           weights. The factor is multiplier * (1 / float32(sum)), in float32, and multiplier
           b_scale / y_scale. A row of zeros gives 0.
+    dtype uint8, or float32: the product alone, of y_scale 1. Then zero_point and clamp say nothing.
     """
     right = _steps(b.swapaxes(-1, -2) if transpose_b else b, 128).astype(np.float64)
     acc = _steps(a, a_zero_point).astype(np.float64) @ right  # exact
@@ -660,7 +662,10 @@ def matmul(
     if mean:
         total = np.maximum(a.sum(axis=-1, keepdims=True, dtype=np.int64), 1)
         factor = F32(1) / total.astype(F32) * factor
-    return _into(out, _to_uint8(acc.astype(F32) * factor, zero_point, qmin, qmax))
+    real = acc.astype(F32) * factor
+    if np.dtype(dtype) == F32:
+        return _into(out, real + F32(0))  # no zero has a sign
+    return _into(out, _to_uint8(real, zero_point, qmin, qmax))
 
 
 def recurrent(

@@ -609,7 +609,7 @@ CASES: dict[str, Case] = {
     ),
     "one conv": Case(conv(3, 4, 3), images(3)),
     "conv of 3 channels": Case(
-        lambda: nn.Sequential(nn.Conv2d(3, 33, 7, 2, 3), nn.SiLU()), images(3)
+        lambda: nn.Sequential(nn.Conv2d(3, 33, 7, 2, 3), nn.SiLU(), nn.MaxPool2d(2)), images(3)
     ),
     "dilated": Case(after(conv(5, 7, 3, padding=2, dilation=2)), images(3)),
     "same": Case(after(conv(5, 6, (5, 3), padding="same", dilation=(1, 2))), images(3)),

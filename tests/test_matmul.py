@@ -62,6 +62,24 @@ def test_means(isa: str, threads: int, rng: Any, case: str, transpose_b: bool) -
 
 
 @pytest.mark.parametrize("transpose_b", [False, True], ids=["kn", "nk"])
+@pytest.mark.parametrize("case", SHAPES)
+def test_float32(isa: str, threads: int, rng: Any, case: str, transpose_b: bool) -> None:
+    """The products themselves, and means, to the last bit; beside them nothing is written."""
+    a, b = operands(rng, case, transpose_b)
+    a[..., ::3, :] = 0
+    for rule in ({"a_zero_point": 77}, {"mean": True}):
+        for multiplier in (0.001, -3.7, 2.0**40):
+            rule = {**rule, "transpose_b": transpose_b, "dtype": "float32"}
+            want = reference.matmul(a, b, multiplier, **rule)
+            room = np.full(want.size + 128, CANARY, np.float32)
+            out = room[64:-64].reshape(want.shape)
+            got = ops.matmul(a, b, multiplier, **rule, out=out)
+            assert want.dtype == np.float32 and got is out
+            assert_array_equal(got.view(np.int32), want.view(np.int32))
+            assert (room[:64] == CANARY).all() and (room[-64:] == CANARY).all()
+
+
+@pytest.mark.parametrize("transpose_b", [False, True], ids=["kn", "nk"])
 @pytest.mark.parametrize("mean", [False, True], ids=["", "mean"])
 @pytest.mark.parametrize("case", ["attention", "wide", "k_5"])
 def test_rows_of_the_kind_of_the_tier(
@@ -131,6 +149,12 @@ BAD_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
         "do not broadcast",
     ),
     "dtype": (lambda: ops.matmul(X, Y.astype(np.int8), 1.0), TypeError, "array of uint8"),
+    "result": (lambda: ops.matmul(X, Y, 1.0, dtype="int16"), TypeError, "wanted uint8 or float32"),
+    "clamp": (
+        lambda: ops.matmul(X, Y, 1.0, zero_point=3, dtype="float32"),
+        ValueError,
+        "of float32, which has none",
+    ),
     "overlap": (lambda: ops.matmul(X, Y, 1.0, out=X[:, :4]), ValueError, "C-contiguous"),
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastq import operators
-from fastq.graph import FUNCTIONS, check_target
+from fastq.graph import FUNCTIONS, OPERATIONS, Node, check_target
 from fastq.layout import Ref, Stage
 from fastq.nn.network import NAMED
 from fastq.sizes import Size
@@ -33,6 +33,19 @@ REAL = [(POSITIVE,), (WHOLE.abs() + 1,)]
 I64, F32 = torch.int64, torch.float32
 PLAIN = {"dtype": F32, "layout": torch.strided, "device": torch.device("cpu"), "pin_memory": False}
 PLACES = torch.tensor([[2, 0], [1, 1]])
+FAR = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.5])
+# of activations that have more arguments
+MORE: dict[str, list[tuple[Any, ...]]] = {
+    "softplus.default": [(X, 2.0, 1.0)],
+    "gelu.default": [(X, {"approximate": "tanh"})],
+    "elu.default": [(X, 0.5), (X, 0.5, 2.0, 3.0)],
+    "celu.default": [(X, 0.5)],
+    "leaky_relu.default": [(X, 0.3)],
+    "rrelu.default": [(X, 0.1, 0.5), (X, 0.1, 0.5, False)],
+    "hardshrink.default": [(X, 0.1)],
+    "softshrink.default": [(X, 0.1)],
+    "hardtanh.default": [(X, -0.2, 0.3)],
+}
 
 # operator -> the arguments of its samples; a dict that is the last one is of arguments by name
 SAMPLES: dict[str, list[tuple[Any, ...]]] = {
@@ -65,7 +78,21 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     **{f"{name}.default": [(X,), (WHOLE,)] for name in ("neg", "abs", "sign", "square", "relu")},
     **{f"{name}.default": REAL for name in (
         "exp", "log", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tanh", "sigmoid")},
-    "silu.default": [(X,), (100 * X,)],
+    **{f"{name}.default": REAL for name in (
+        "exp2", "expm1", "log2", "log10", "log1p", "tan", "sinh", "cosh", "atan", "asinh", "erf",
+        "erfc")},
+    **{f"{name}.default": [(POSITIVE / 4,)] for name in ("asin", "acos", "atanh")},
+    "acosh.default": [(POSITIVE + 1,)],
+    **{f"{name}.default": [(10 * X,)] for name in ("floor", "ceil", "trunc", "round", "frac")},
+    "atan2.default": [(X, Y), (X, X.flip(1))],
+    **{f"{name}.Scalar": [(X, 0.3), (X, -0.3), (WHOLE, 3)] for name in ("fmod", "remainder")},
+    **{f"{name}.Tensor": [(X, Y)] for name in ("fmod", "remainder")},
+    "nan_to_num.default": [(FAR,), (FAR, 2.0, 3.0, -3.0), (FAR, None, 1.0)],
+    "logit.default": [(POSITIVE / 4,), (X, 0.1)],
+    **{f"{name}.default": [(X,), (100 * X,)] for name in (
+        "silu", "relu6", "hardsigmoid", "hardswish", "log_sigmoid", "mish", "selu", "softplus",
+        "gelu", "elu", "celu", "leaky_relu", "rrelu", "hardshrink", "softshrink", "hardtanh")},
+    "threshold.default": [(X, 0.2, 20.0), (X, 0, 1)],
     "clamp.default": [(X, -0.5, 0.5), (X, None, 0.5), (WHOLE, 1), (WHOLE, 0.5),
                       (X, {"min": -0.5})],
     "clamp_min.default": [(X, 0.1), (WHOLE, 1)], "clamp_max.default": [(X, 0.1), (X, {"max": 0})],
@@ -102,6 +129,7 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "flatten.using_ints": [(CUBE,), (CUBE, 1), (CUBE, 0, 1), (CUBE, -2, -1)],
     "permute.default": [(CUBE, [2, 0, 1]), (CUBE, [0, -1, 1])],
     "transpose.int": [(CUBE, 0, -1)], "t.default": [(X,), (Y,)],
+    "numpy_T.default": [(X,), (Y,)],
     "repeat.default": [(X, [2, 1]), (X, [2, 1, 3])],
     "flip.default": [(CUBE, [0, 2])],
     "slice.Tensor": [(X, 1, 1, 3), (X, 0, 0, 2**63 - 1), (X, 1, -2), (CUBE, 2, 0, 4, 2), (X,)],
@@ -166,7 +194,7 @@ def test_it_is_torchs(name: str) -> None:
     if function is None:
         namespace, packet, overload = target.split(".")
         function = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
-    for sample in SAMPLES[name]:
+    for sample in [*SAMPLES[name], *MORE.get(name, ())]:
         args, kwargs = (sample[:-1], sample[-1]) if isinstance(sample[-1], dict) else (sample, {})
         wanted = function(*args, **kwargs)
         given, given_kwargs = pytree.tree_map(in_numpy, (args, kwargs))
@@ -178,6 +206,29 @@ def test_it_is_torchs(name: str) -> None:
             assert isinstance(y, np.ndarray), sample
             assert (str(x.dtype), tuple(x.shape)) == (f"torch.{y.dtype}", y.shape), sample
             torch.testing.assert_close(torch.from_numpy(y.copy()), x, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("op", "attrs", "inputs", "tensors"),
+    [
+        ("softmax", {"dim": 1, "uniform": False}, (CUBE,), {}),
+        ("softmax", {"dim": -1, "uniform": True}, (X, WHOLE % 3), {}),
+        ("softmax", {"dim": 1, "uniform": True}, (X, FLAGS), {}),
+        ("softmax", {"dim": 1, "uniform": False}, (X, FLAGS), {}),
+        ("prelu", {}, (X,), {"weight": Y}),
+        ("prelu", {}, (CUBE,), {"weight": Y[:3]}),
+        ("prelu", {}, (CUBE,), {"weight": Y[:1]}),
+    ],
+)
+def test_an_operation_of_a_graph_is_the_graphs(
+    op: str, attrs: dict[str, Any], inputs: tuple[Tensor, ...], tensors: dict[str, Tensor]
+) -> None:
+    wanted = OPERATIONS[op](Node("y", op, attrs=attrs, tensors=tensors), *inputs)
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    stage = Stage(op, tuple("abc"[: len(inputs)]), ("y",), attrs)
+    found = operators.evaluate(stage, [x.numpy() for x in inputs], arrays, ())
+    assert found.dtype == np.float32
+    torch.testing.assert_close(torch.from_numpy(found), wanted)
 
 
 def test_places_that_are_not_there_are_refused() -> None:

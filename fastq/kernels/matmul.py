@@ -211,18 +211,20 @@ def matmul_row(
 ) -> None:
     """Appends the rows of reference.matmul for a tier.
 
-    a (..., M, K) and out (..., M, N) of the tier's kind, b (..., K, N) or (..., N, K); the last
-    axes have unit stride, the leading ones broadcast to out's and join to at most two. Where they
-    do not join to one, a and out lie at offsets (At), and there is a product for each place of
-    the first. Of a row of a, 4 values are read at least.
+    a (..., M, K), b (..., K, N) or (..., N, K) and out (..., M, N) of the tier's kind; out may be
+    float32. The last axes have unit stride, the leading ones broadcast to out's and join to at most
+    two. Where they do not join to one, a and out lie at offsets (At), and there is a product for
+    each place of the first. Of a row of a, 4 values are read at least.
     """
     m, n = out.shape[-2:]
     k = a.shape[-1]
     leading = out.shape[:-2]
     if not np.prod(out.shape):
         return
+    real = out.kind == "f32"
     if k == 0:
-        fill_row(call, out, min(max(zero_point, qmin), qmax))
+        whole = View(out.place, (*out.shape[:-1], n * out.item), (*out.strides[:-1], 1), "u8")
+        fill_row(call, whole if real else out, min(max(zero_point, qmin), qmax))
         return
     wide = [broadcast(v, (*leading, *v.shape[-2:])) for v in (out, a, b)]
     (outer, groups, _, _), (out_steps, a_steps, b_steps) = collapse(wide, 4, keep=2)
@@ -255,14 +257,25 @@ def matmul_row(
     tasks = groups * -(-panels // tile.panels)
     mc = block_rows(tile, m, a_steps[2], tasks)
     scale = np.full(groups * panels * nr, multiplier, np.float32)
-    largest = 255.0 * abs(multiplier) * (1 if mean else 255 * k)
-    epilogue = spell(out.kind, "rows" * mean, largest <= MAX_BOUNDED)
     places: dict[int, Place] = {
         block.OFFSETS: (starts * a.item).astype(np.int32),
         block.SCALE: scale,
-        block.CLAMP: np.array([qmin - zero_point, qmax - zero_point], np.float32),
-        block.OUT_ZERO_POINT: np.array([zero_point], np.int32),
     }
+    if real:  # acc - (offset - 1 - offset) * bias: the bias is the column sums' part already
+        epilogue = spell("f32", "rows" * mean, bounded=True)
+        rows = groups * m if mean else 1
+        places |= {
+            block.CLAMP: np.array([-np.inf, np.inf], np.float32),
+            block.ROW_SCALE: np.ones(1, np.float32),
+            block.ROW_ZERO_POINT: np.full(rows, emitter(isa).offset - 1, np.int32),
+        }
+    else:
+        largest = 255.0 * abs(multiplier) * (1 if mean else 255 * k)
+        epilogue = spell(out.kind, "rows" * mean, largest <= MAX_BOUNDED)
+        places |= {
+            block.CLAMP: np.array([qmin - zero_point, qmax - zero_point], np.float32),
+            block.OUT_ZERO_POINT: np.array([zero_point], np.int32),
+        }
     if mean:
         sums = call.dense((outer, groups, m), "f32")
         wide_a = View(a.place, (outer, groups, m, k), (*a_steps[:3], a.item), a.kind)
@@ -286,13 +299,13 @@ def matmul_row(
                 block.M: m,
                 block.MC: mc,
                 block.N: n,
-                block.ROW_STEP: 1,
+                block.ROW_STEP: int(mean),
             },
             {
                 block.A: _moved(a, i * a_steps[0]),
                 block.B: packed + i * groups * panels * panel_bytes,
                 block.OUT: _moved(out, i * out_steps[0]),
-                block.BIAS: shared,
+                block.BIAS: np.zeros(scale.size, np.float32) if real else shared,
                 block.COL_SUMS: shared,
                 **places,
             },

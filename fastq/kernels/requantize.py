@@ -7,7 +7,8 @@
     s16   the same, and beyond uint8: all of int16
     r     float32(add - add_zero_point) * add_scale, where something of the output's shape is added
 
-These three may have a factor for each row: row_scale * scale instead of scale.
+These three may have a factor for each row: row_scale * scale instead of scale. "rows" says so; of
+f32 it says that each group has rows of its own.
 
 For them, bias already holds -(x_zero_point - offset) * col_sum, and accumulators begin at it. The
 offset is what the tier's dot product takes off each activation (simd.Dot). (lo, hi) =

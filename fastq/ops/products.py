@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastq.kernels import isa
 from fastq.kernels import matmul as products
@@ -31,7 +31,7 @@ from fastq.ops.checks import (
 )
 from fastq.ops.known import MOST_CHECKED, Known, span_of
 from fastq.ops.rows import run_row
-from fastq.qparams import MAX_K, Dequant, Epilogue, QParams, Requant
+from fastq.qparams import MAX_K, UNCLAMPED, Dequant, Epilogue, QParams, Requant
 from fastq.weights import Conv2dWeight, LinearWeight
 
 _BOUND_LAYERS = 8  # that a weight keeps: pairs of epilogue and input parameters
@@ -181,8 +181,9 @@ def matmul(
     zero_point: int = 0,
     qmin: int = 0,
     qmax: int = 255,
-    out: NDArray[np.uint8] | None = None,
-) -> NDArray[np.uint8]:
+    dtype: DTypeLike = np.uint8,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
     """y = clip(rint(float32(acc) * multiplier) + zero_point, qmin, qmax) of two activations.
 
     acc[..., m, n] = sum_k (a[..., m, k] - a_zero_point) * (b[..., k, n] - 128), exact in int32.
@@ -193,6 +194,8 @@ def matmul(
 
     mean  divides by the sum of a's row: a mean of b's rows with the weights a, whose zero point is
           0; a row of zeros gives 0. multiplier is then b_scale / y_scale.
+
+    dtype uint8, or float32: then y = float32(acc) * multiplier, without zero_point and clamp.
 
     multiplier is a_scale * b_scale / y_scale. Other arguments and errors as in `add`.
     """
@@ -214,11 +217,15 @@ def matmul(
     zero = as_byte("matmul: a_zero_point", a_zero_point)
     if mean and zero:
         raise ValueError(f"matmul: a_zero_point={zero} with mean=True; weights have zero point 0")
-    clamp = as_clamp("matmul", zero_point, qmin, qmax)
+    clamp, kind = as_clamp("matmul", zero_point, qmin, qmax), np.dtype(dtype)
+    if kind not in (UINT8, FLOAT32):
+        raise TypeError(f"matmul: dtype={kind}; wanted uint8 or float32")
+    if kind == FLOAT32 and clamp != UNCLAMPED:
+        raise ValueError(f"matmul: zero_point, qmin and qmax {clamp} of float32, which has none")
     shape = (*leading, left.shape[-2], right.shape[-2 if transpose_b else -1])
     if out is not None:
-        output_array("matmul", out, shape, UINT8, left)
-    result = output_array("matmul", out, shape, UINT8, right)
+        output_array("matmul", out, shape, kind, left)
+    result = output_array("matmul", out, shape, kind, right)
     if result.size == 0:
         return result
     target = result

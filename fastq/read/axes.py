@@ -58,11 +58,9 @@ def movedim(reader: Reader, node: fx.Node, x: Node, a: Arguments) -> Node | None
     return reader.permute(node, x, dims)
 
 
-@reads("t")
+@reads("t", "numpy_T", "matrix_H")
 def turned(reader: Reader, node: fx.Node, x: Node, a: Arguments) -> Node | None:
-    if len(x.shape) != 2:
-        return None
-    return reader.permute(node, x, (1, 0))
+    return reader.permute(node, x, range(len(x.shape))[::-1])
 
 
 @reads("mT", "adjoint", "mH")
