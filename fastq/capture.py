@@ -200,61 +200,90 @@ def _alike(one: Sequence[Any], two: Sequence[Any]) -> bool:
 
 
 def _capture(model: nn.Module, leaves: Leaves, spec: Any) -> Captured:
-    """`capture` of leaves with their batches where they say."""
-    first = Stretch()
-    exported = {first: _export(model, leaves, spec, BATCHES[0], first)}
-
-    def both(way: Way) -> tuple[_Exported, _Exported] | None:
-        """The captures of both examples; None if the model does not take these sizes."""
-        before, after = way
+    """`capture` of leaves with their batches where they say: of the first stretches with which the
+    graph is the model's for other extents, too; else of the extents of the example alone."""
+    examples = _Examples(model, leaves, spec)
+    why = ""  # there is no graph for other extents
+    for ways in stretches(leaves):
         try:
-            if before not in exported:
-                exported[before] = _export(model, leaves, spec, BATCHES[0], before)
-            return exported[before], _export(model, leaves, spec, BATCHES[1], after)
-        except Exception:
-            if way == SAME:
-                raise
-            return None
+            found = examples.first_graph(ways)
+        except CannotCapture as error:  # another network for each size
+            why = why or str(error)
+            continue
+        if found is None:
+            continue
+        way, graph, out_spec = found
+        captured = _captured(graph, leaves, way, spec, out_spec)
+        _verify(captured, model, leaves)
+        if _holds(captured, model, leaves, way):
+            return captured
+        why = why or "with others the model computes something else, as padding to a multiple"
+    graph, out_spec = examples.graph(SAME)
+    captured = _captured(graph, leaves, SAME, spec, out_spec)
+    _verify(captured, model, leaves)
+    return replace(captured, fixed=why)
 
-    why = ""  # no other extents went through
-    for ways in (*stretches(leaves), [SAME]):
-        tries = RETRIES
-        while ways:
-            way, *ways = ways
-            before, after = way
-            shapes = _shapes(leaves, way)
-            too_short = before.parts and shapes[0] == example_shapes(leaves, BATCHES[0], after)
-            pair = None if too_short else both(way)
-            if pair is None:
+
+def _captured(graph: Graph, leaves: Leaves, way: Way, spec: Any, out_spec: Any) -> Captured:
+    """A graph, of the examples of a way, without what nobody reads; with what is known of it."""
+    graph.remove_unused()
+    arguments = _arguments(graph, leaves, _shapes(leaves, way))
+    _, after = way
+    extents = {dims: axes for dims, axes, _ in after.parts}.get(4, ())
+    return Captured(graph, arguments, spec, out_spec, extents)
+
+
+class _Examples:
+    """What torch.export makes of a model for examples of other sizes."""
+
+    def __init__(self, model: nn.Module, leaves: Leaves, spec: Any) -> None:
+        self.model, self.leaves, self.spec = model, leaves, spec
+        # those of the first batch size, which several ways share; an error here is the model's own
+        self.exported = {Stretch(): self._export(BATCHES[0], Stretch())}
+
+    def first_graph(self, ways: Sequence[Way]) -> tuple[Way, Graph, Any] | None:
+        """The first of these ways whose sizes the model takes, and its `graph`; None if there is
+        none. CannotCapture if the graphs of its examples differ."""
+        retries = RETRIES
+        waiting = list(ways)
+        while waiting:
+            way = waiting.pop(0)
+            if self._too_short(way):
                 continue
             try:
-                graph = _general((pair[0], shapes[0]), (pair[1], shapes[1]))
+                return way, *self.graph(way)
             except Ambiguous as error:
-                tries -= 1
-                told = (w for w in regrown(way) if error.told_by(_shapes(leaves, w)[1]))
-                ways = [*itertools.islice(told, 1 if tries >= 0 else 0), *ways]
+                told = (w for w in regrown(way) if error.told_by(_shapes(self.leaves, w)[1]))
+                waiting[:0] = itertools.islice(told, int(retries > 0))
+                retries -= 1
+            except CannotCapture:
+                raise
+            except Exception:  # torch.export's or the model's, as of more positions than it has
                 continue
-            except CannotCapture as error:  # another network for each size: it holds for this one
-                if way == SAME:
-                    raise
-                why = why or str(error)
-                break
-            except Exception:  # more positions than the network has
-                if way == SAME:
-                    raise
-                continue
-            graph.remove_unused()
-            arguments = _arguments(graph, leaves, shapes)
-            extents = {dims: axes for dims, axes, _ in after.parts}.get(4, ())
-            captured = Captured(graph, arguments, spec, pair[0].out_spec, extents)
-            _verify(captured, model, leaves)
-            if way == SAME:
-                return replace(captured, fixed=why)
-            if _holds(captured, model, leaves, way):
-                return captured
-            why = why or "with others the model computes something else, as padding to a multiple"
-            break
-    raise AssertionError("the last way returns or raises")
+        return None
+
+    def graph(self, way: Way) -> tuple[Graph, Any]:
+        """The graph of both examples of a way, and the pytree spec of its result. Raises what the
+        model raises for these sizes; CannotCapture if the graphs differ."""
+        before, after = way
+        if before not in self.exported:
+            self.exported[before] = self._export(BATCHES[0], before)
+        one, two = self.exported[before], self._export(BATCHES[1], after)
+        shapes, shapes_too = _shapes(self.leaves, way)
+        return _general((one, shapes), (two, shapes_too)), one.out_spec
+
+    def _too_short(self, way: Way) -> bool:
+        """Whether the example is too short for both to be of different extents."""
+        before, after = way
+        shapes = example_shapes(self.leaves, BATCHES[0], after)
+        return bool(before.parts) and shapes == _shapes(self.leaves, way)[0]
+
+    def _export(self, batch: int, stretch: Stretch) -> _Exported:
+        values = [resized(leaf, self.leaves, batch, stretch) for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(values, self.spec)
+        with quiet(), torch.no_grad(), _unchecked(), torch.autocast("cpu", enabled=False):
+            program = torch.export.export(twin(self.model), args, kwargs, strict=False)
+        return _Exported(self.model, program)
 
 
 RETRIES = 3  # with other sizes, where some values had the same by chance
@@ -314,14 +343,6 @@ class _Exported:
     def _read(self, live: Collection[str], unrolls: bool) -> tuple[Graph, Folded]:
         reader = Reader(self.model, self.program, live, unrolls)
         return reader.graph(), reader.folded
-
-
-def _export(model: nn.Module, leaves: Leaves, spec: Any, batch: int, stretch: Stretch) -> _Exported:
-    values = [resized(leaf, leaves, batch, stretch) for leaf in leaves]
-    example = pytree.tree_unflatten(values, spec)
-    with quiet(), torch.no_grad(), _unchecked(), torch.autocast("cpu", enabled=False):
-        program = torch.export.export(twin(model), example[0], example[1], strict=False)
-    return _Exported(model, program)
 
 
 @contextmanager
