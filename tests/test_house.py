@@ -44,6 +44,7 @@ ORDER = [
     "read",
     "examples",
     "extents",
+    "generalize",
     "capture",
     "fuse",
     "lower",
