@@ -15,11 +15,10 @@ from tqdm import tqdm
 
 from fastq.batches import Batches
 from fastq.graph import Node, evaluate
-from fastq.modules import Config, Selector, check_module
+from fastq.modules import Config, Selector
 from fastq.network import calibrate, call_of, prepare_model
-from fastq.nn.network import QuantizedModel
 from fastq.prepare import Prepared, fake_quantize
-from fastq.qat import QATModel
+from fastq.qat import check_float
 from fastq.read import CannotCapture
 from fastq.remedies import Remedies, remedy_names
 from fastq.trace import Forward
@@ -102,15 +101,6 @@ class Sensitivity:
         if path is not None:
             figure.savefig(path, dpi=120)
         return figure
-
-
-def check_float(name: str, model: Any) -> None:
-    """TypeError unless it is a module that was not made an integer network yet."""
-    check_module(name, model)
-    if isinstance(model, QuantizedModel | QATModel):
-        wanted = "fastq.convert(model)" if isinstance(model, QATModel) else "a float model"
-        kind = type(model).__name__
-        raise TypeError(f"{name}: this {kind} is quantized already; wanted {wanted}")
 
 
 def sensitivity(

@@ -40,7 +40,7 @@ from fastq.lower import (
     turned,
     weight_of,
 )
-from fastq.modules import Config, Selector
+from fastq.modules import Config, Selector, check_module
 from fastq.network import (
     build,
     calibrate,
@@ -170,6 +170,15 @@ def convert(model: nn.Module) -> QuantizedModel:
             "fastq.quantize_model makes an integer network of a float one"
         )
     return model.converted()
+
+
+def check_float(name: str, model: Any) -> None:
+    """TypeError unless it is a module that was not made an integer network yet."""
+    check_module(name, model)
+    if isinstance(model, QuantizedModel | QATModel):
+        wanted = "fastq.convert(model)" if isinstance(model, QATModel) else "a float model"
+        kind = type(model).__name__
+        raise TypeError(f"{name}: this {kind} is quantized already; wanted {wanted}")
 
 
 class QATModel(nn.Module):

@@ -11,10 +11,10 @@ from torch import nn
 
 from fastq.batches import Batches
 from fastq.ladder import climb
-from fastq.layerwise import check_float
 from fastq.modules import Config, Selector, selectors_of
 from fastq.network import calibrate, call_of, finish, prepare_model
 from fastq.processes import Processes
+from fastq.qat import check_float
 from fastq.read import CannotCapture
 from fastq.remedies import DEFAULT, Remedies, remedy_names
 from fastq.summaries import ASKED, keep_summary, summary
