@@ -24,7 +24,7 @@ from torch._C import _get_tracing_state
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from fastq.nn.layer import QLayer, accept, array_of, check_tensor, operands_of
+from fastq.nn.layer import QLayer, accept, address_of, array_of, check_tensor, operands_of
 from fastq.ops import Operands, conv2d_float
 from fastq.weights import Conv2dWeight, explicit_padding, outputs_first, several
 
@@ -236,11 +236,8 @@ def _images(x: Tensor, operands: Operands, last: bool) -> Tensor:
             else:
                 y = x.new_empty(b, n, oh, ow)  # sooner than of a tuple
             planes = not last and n > 1 and oh * ow > 1  # or both orders are one
-            try:
-                at = x.data_ptr()
-            except RuntimeError:
-                at = 0
-            if at:  # there is memory: not within torch.func
+            at = address_of(x)
+            if at:
                 operands.conv2d(x.shape, x.stride(), planes, at, y.data_ptr())
                 return y
     nhwc = array_of(x).transpose(0, 2, 3, 1)

@@ -384,6 +384,14 @@ def check_tensor(name: str, x: Any, wanted: str = "float32") -> None:
         raise TypeError(f"{name}: x is a {type(x).__name__}; wanted a tensor of {wanted}{hint}")
 
 
+def address_of(x: Tensor) -> int:
+    """Where a tensor's first value lies; 0 of one that has no memory, as within torch.func."""
+    try:
+        return x.data_ptr()
+    except RuntimeError:
+        return 0
+
+
 def array_of(x: Tensor) -> Any:
     """The NumPy view of a float32 tensor; TypeError for one that has no memory to look at."""
     try:

@@ -8,7 +8,7 @@ from torch import Tensor, float32, from_numpy, nn
 from torch._C import _get_tracing_state
 from torch.compiler import is_compiling
 
-from fastq.nn.layer import QLayer, accept, array_of, check_tensor, operands_of
+from fastq.nn.layer import QLayer, accept, address_of, array_of, check_tensor, operands_of
 from fastq.ops import Operands, linear_float
 from fastq.weights import LinearWeight
 
@@ -94,11 +94,8 @@ def run(x: Tensor, shape: torch.Size, operands: Operands) -> Tensor:
         sizes = *shape[:-1], n
     if m and n and x.is_cpu and x.is_contiguous() and not x.is_neg():
         y = x.new_empty(*sizes)
-        try:
-            at = x.data_ptr()
-        except RuntimeError:
-            at = 0
-        if at:  # there is memory: not within torch.func
+        at = address_of(x)
+        if at:
             operands.linear(m, 4 * k, at, y.data_ptr())
             return y
     rows = array_of(x).reshape(m, k)
