@@ -72,7 +72,7 @@ class QLinear(QLayer):
                 self.input_zero_point,
             )
             return y
-        return run(x, shape, self._operands())
+        return linear(x, shape, self._operands())
 
     def extra_repr(self) -> str:
         return (
@@ -81,7 +81,7 @@ class QLinear(QLayer):
         )
 
 
-def run(x: Tensor, shape: torch.Size, operands: Operands) -> Tensor:
+def linear(x: Tensor, shape: torch.Size, operands: Operands) -> Tensor:
     """x (*, K), float32, times the operands' weight (N, K)."""
     n, features = operands.weight.data.shape
     if shape[-1] != features:
@@ -115,7 +115,7 @@ def _linear(
     k = weight.shape[-1]
     x = accept("fastq::linear", x, f"(*, {k})", x.dim() > 0 and x.shape[-1] == k)
     state = (weight, weight_scale, bias, input_scale, input_zero_point)
-    return run(x, x.shape, operands_of(LinearWeight, (), state))
+    return linear(x, x.shape, operands_of(LinearWeight, (), state))
 
 
 @_linear.register_fake

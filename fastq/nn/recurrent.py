@@ -21,8 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastq.graph import CELL_LAYER, FUNCTIONS, RECURRENT_LAYER
 from fastq.nn.layer import STATE, State, accept, array_of, check_kind, check_tensor, operands_of
-from fastq.nn.linear import QLinear
-from fastq.nn.linear import run as linear
+from fastq.nn.linear import QLinear, linear
 from fastq.ops import Operands, recurrent_float
 from fastq.qconfig import DEFAULT, QConfig
 from fastq.qparams import GATES
@@ -229,16 +228,16 @@ class Recurrent(nn.Module):
 
     def run(self, x: Tensor, states: Sequence[Tensor], plan: _Plan) -> list[Tensor]:
         """All hidden states and the last states, of inputs and first states."""
-        linears = self.products.values()
+        layers = self.products.values()
         if is_compiling() or type(x) is not Tensor or _get_tracing_state():
             absent = x.new_empty(0)
-            held = (linear._buffers[name] for linear in linears for name in STATE)
+            held = (layer._buffers[name] for layer in layers for name in STATE)
             tensors = [absent if tensor is None else tensor for tensor in held]
             results: list[Tensor] = torch.ops.fastq.recurrent(
                 x, states, tensors, bool(self.proj_size), *plan
             )
             return results
-        parts = [linear._operands() for linear in linears]
+        parts = [layer._operands() for layer in layers]
         return _layers(x, states, _grouped(parts, bool(self.proj_size)), plan)
 
     @classmethod
@@ -256,8 +255,8 @@ class Recurrent(nn.Module):
         made = cls(**cls.made_with(module))
         for name, product in made.products.items():
             weight, bias = (getattr(module, f"{kind}_{name}", None) for kind in ("weight", "bias"))
-            linear = SimpleNamespace(weight=weight, bias=bias, training=module.training)
-            product._quantize(linear, None, config)
+            part = SimpleNamespace(weight=weight, bias=bias, training=module.training)
+            product._quantize(part, None, config)
         return made.train(module.training)
 
     def to_float(self) -> Any:
