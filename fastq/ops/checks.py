@@ -11,7 +11,18 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastq.arguments import Check
 from fastq.kernels.call import address_of
-from fastq.qparams import MAX_FACTOR, Dequant, Requant, as_array, check_zero_point, clamp_of
+from fastq.qparams import (
+    FLT_MAX,
+    FLT_MIN,
+    MAX_FACTOR,
+    Dequant,
+    QParams,
+    Requant,
+    as_array,
+    check_scale,
+    check_zero_point,
+    clamp_of,
+)
 
 UINT8, INT8, INT16, INT32, FLOAT32 = map(np.dtype, ("uint8", "int8", "int16", "int32", "float32"))
 KIND = {
@@ -22,6 +33,7 @@ KIND = {
     INT32: "s32",
 }
 pack_float, unpack_float = struct.Struct("f").pack, struct.Struct("f").unpack
+FLOATS = float, np.float32
 _EPILOGUES = Requant, Dequant  # `isinstance` of a tuple takes a third of that of a union
 
 
@@ -64,6 +76,14 @@ def as_lines(
     if not x.ndim or not x.shape[-1]:
         raise ValueError(f"{name}: x {x.shape}; wanted (..., N) with N > 0")
     return x
+
+
+def as_scale(name: str, scale: ArrayLike | None) -> float | NDArray[np.float32]:
+    """What `check_scale` lets pass: one number, to be rounded to float32, or an array."""
+    if isinstance(scale, FLOATS) and FLT_MIN <= (number := float(scale)) <= FLT_MAX:
+        return number
+    array = check_scale(name, scale)  # type: ignore[arg-type]
+    return array if array.ndim else float(array)
 
 
 def as_byte(what: str, value: Any) -> int:
@@ -168,12 +188,18 @@ def output_array(
     return out
 
 
-def as_zero_points(name: str, value: ArrayLike) -> Any:
-    """A Python int, or an int32 array with one value per row."""
-    if type(value) is int and 0 <= value <= 255:
-        return value
-    zeros = check_zero_point(f"{name}: x_zero_point", value, np.uint8)
-    return zeros if zeros.ndim else int(zeros)
+def as_zero_points(
+    what: str,
+    value: ArrayLike,
+    dtype: np.dtype[Any] = UINT8,
+    ends: tuple[int, int] = (0, 255),
+) -> int | NDArray[np.int32]:
+    """What `check_zero_point` lets pass: one integer or an array. ends are the dtype's."""
+    least, most = ends
+    if type(value) in (int, np.int32) and least <= (integer := int(value)) <= most:  # type: ignore[arg-type]
+        return integer
+    array = check_zero_point(what, value, dtype)
+    return array if array.ndim else int(array)
 
 
 def check_weight(name: str, weight: Any, kind: type, epilogue: Any) -> None:
@@ -185,4 +211,20 @@ def check_weight(name: str, weight: Any, kind: type, epilogue: Any) -> None:
     if epilogue is not None and not isinstance(epilogue, _EPILOGUES):
         raise TypeError(
             f"{name}: epilogue is a {type(epilogue).__name__}; wanted None, Requant or Dequant"
+        )
+
+
+def check_float_product(
+    name: str, weight: Any, kind: type, epilogue: Any, x_qparams: QParams | None
+) -> None:
+    """TypeError or ValueError unless these are what `linear_float` and `conv2d_float` take."""
+    if not isinstance(epilogue, Dequant):
+        raise TypeError(f"{name}: epilogue is a {type(epilogue).__name__}; wanted a Dequant")
+    check_weight(name, weight, kind, epilogue)
+    if x_qparams is not None and not isinstance(x_qparams, QParams):
+        raise TypeError(f"{name}: x_qparams is a {type(x_qparams).__name__}; wanted a QParams")
+    if x_qparams is not None and (x_qparams.dtype != np.uint8 or x_qparams.axis is not None):
+        raise ValueError(
+            f"{name}: x_qparams are {x_qparams.dtype}, axis {x_qparams.axis}; "
+            "wanted uint8 per tensor (axis None)"
         )

@@ -17,11 +17,14 @@ from fastq.kernels.layers import ARGUMENTS, OUT, SCALE, ZERO_POINT, X, grid_call
 from fastq.kernels.tiles import BYTES_PER_NANOSECOND
 from fastq.ops.checks import (
     FLOAT32,
+    FLOATS,
     INT8,
     KIND,
     UINT8,
     as_factors,
     as_float32,
+    as_scale,
+    as_zero_points,
     output_array,
     pack_float,
     typed_array,
@@ -33,8 +36,6 @@ from fastq.qparams import (
     Requant,
     as_array,
     check_axis,
-    check_scale,
-    check_zero_point,
     limits,
     quantized_dtype,
 )
@@ -45,7 +46,7 @@ _CACHE_BYTES = 16 << 20  # a larger output would not be found there again: it is
 _grid_calls = Calls()
 _walks: dict[tuple[Any, ...], _Walk] = {}
 _unpack_bits = struct.Struct("i").unpack
-_FLOATS, _INTEGERS = (float, np.float32), (int, np.integer)
+_INTEGERS = int, np.integer
 _NO_TENSOR = np.ndarray, float, int, type(None)
 
 
@@ -90,10 +91,10 @@ def quantize(
                               zero_point=zero_point, axis=axis, dtype=dtype)  # fmt: skip
     real = as_float32("quantize: x", x)
     if by_scale:
-        operation, steps = "divide", _scale("quantize: scale", scale)
+        operation, steps = "divide", as_scale("quantize: scale", scale)
         kind = UINT8 if dtype is None else quantized_dtype(dtype)
     else:
-        operation, steps = "multiply", _scale("quantize: quantize_factor", quantize_factor)
+        operation, steps = "multiply", as_scale("quantize: quantize_factor", quantize_factor)
         kind = INT8 if dtype is None else quantized_dtype(dtype)
         if zero_point if isinstance(zero_point, int) else np.any(zero_point):
             raise ValueError(
@@ -101,7 +102,7 @@ def quantize(
                 "scale=1/quantize_factor with zero_point= is the affine form"
             )
     ends = limits(kind)
-    zeros = _zeros("quantize: zero_point", zero_point, kind, ends)
+    zeros = as_zero_points("quantize: zero_point", zero_point, kind, ends)
     return _elementwise(asked, operation, real, kind, steps, zeros, axis, ends, out)
 
 
@@ -170,9 +171,9 @@ def dequantize(
         return _through_numpy(dequantize, q, scale, out, zero_point=zero_point, axis=axis)
     integers = as_array("dequantize: q", q)
     kind = _integer("dequantize: q", integers)
-    steps = _scale("dequantize: scale", scale)
+    steps = as_scale("dequantize: scale", scale)
     ends = limits(kind)
-    zeros = _zeros("dequantize: zero_point", zero_point, kind, ends)
+    zeros = as_zero_points("dequantize: zero_point", zero_point, kind, ends)
     return _elementwise(asked, "dequantize", integers, FLOAT32, steps, zeros, axis, ends, out)
 
 
@@ -224,8 +225,8 @@ def requantize(
             f"requantize: qmin={qmin}, qmax={qmax}; wanted {least} <= qmin <= qmax "
             f"<= {most} for {kind}"
         )
-    steps = _scale("requantize: multiplier", multiplier)
-    zeros = _zeros("requantize: zero_point", zero_point, kind, (least, most))
+    steps = as_scale("requantize: multiplier", multiplier)
+    zeros = as_zero_points("requantize: zero_point", zero_point, kind, (least, most))
     ends = int(low), int(high)
     return _elementwise(asked, "multiply", integers, kind, steps, zeros, axis, ends, out)
 
@@ -263,7 +264,7 @@ def _again(
     asked is the function's name, and what else of its arguments counts. Of short arrays the checks
     and conversions, which would come to the same again, are most of the time.
     """
-    one = isinstance(scale, _FLOATS) and type(zero_point) is int and axis is None
+    one = isinstance(scale, FLOATS) and type(zero_point) is int and axis is None
     if not one or type(x) is not np.ndarray or not FLT_MIN <= (step := float(scale)) <= FLT_MAX:
         return None
     try:
@@ -349,25 +350,6 @@ def _walk(
 def _float_bits(value: float) -> int:
     """The bits of a float32."""
     return _unpack_bits(pack_float(value))[0]  # type: ignore[no-any-return]
-
-
-def _scale(name: str, scale: ArrayLike | None) -> float | NDArray[np.float32]:
-    """What `check_scale` lets pass: one number, to be rounded to float32, or an array."""
-    if isinstance(scale, _FLOATS) and FLT_MIN <= (number := float(scale)) <= FLT_MAX:
-        return number
-    array = check_scale(name, scale)  # type: ignore[arg-type]
-    return array if array.ndim else float(array)
-
-
-def _zeros(
-    name: str, zero_point: ArrayLike, dtype: np.dtype[Any], ends: tuple[int, int]
-) -> int | NDArray[np.int32]:
-    """What `check_zero_point` lets pass: one integer or an array. ends are the dtype's."""
-    least, most = ends
-    if type(zero_point) in (int, np.int32) and least <= (integer := int(zero_point)) <= most:  # type: ignore[arg-type]
-        return integer
-    array = check_zero_point(name, zero_point, dtype)
-    return array if array.ndim else int(array)
 
 
 def _elementwise_call(

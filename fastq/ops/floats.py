@@ -11,7 +11,7 @@ from fastq.kernels import isa
 from fastq.kernels.call import Call, Calls, address_of
 from fastq.kernels.executor import get_num_threads
 from fastq.kernels.layers import BoundConv2d, BoundLinear, Source
-from fastq.ops.checks import FLOAT32, check_weight, output_array, typed_array
+from fastq.ops.checks import FLOAT32, check_float_product, output_array, typed_array
 from fastq.ops.products import bound_layer, conv_output
 from fastq.qparams import Dequant, QParams
 from fastq.weights import Conv2dWeight, LinearWeight
@@ -35,7 +35,7 @@ def linear_float(
     """
     x = typed_array("linear_float: x", x, FLOAT32, 2)
     m, k = x.shape
-    _check_float("linear_float", weight, LinearWeight, epilogue, x_qparams)
+    check_float_product("linear_float", weight, LinearWeight, epilogue, x_qparams)
     if k != weight.k:
         raise ValueError(
             f"linear_float: x has {k} features, weight wants {weight.k}; "
@@ -114,7 +114,7 @@ def conv2d_float(
     quantizes dynamically, all of x by its range. Otherwise as `linear_float` and `conv2d`.
     """
     x = typed_array("conv2d_float: x", x, FLOAT32, 4)
-    _check_float("conv2d_float", weight, Conv2dWeight, epilogue, x_qparams)
+    check_float_product("conv2d_float", weight, Conv2dWeight, epilogue, x_qparams)
     result = conv_output("conv2d_float", x, weight, FLOAT32, out)
     if result.size == 0:
         return result
@@ -124,21 +124,6 @@ def conv2d_float(
     source: Source = "dynamic" if x_qparams is None else "static"
     bound_layer(BoundConv2d, weight, epilogue, source, x_qparams, 0)(x, result)
     return result
-
-
-def _check_float(
-    name: str, weight: Any, kind: type, epilogue: Any, x_qparams: QParams | None
-) -> None:
-    if not isinstance(epilogue, Dequant):
-        raise TypeError(f"{name}: epilogue is a {type(epilogue).__name__}; wanted a Dequant")
-    check_weight(name, weight, kind, epilogue)
-    if x_qparams is not None and not isinstance(x_qparams, QParams):
-        raise TypeError(f"{name}: x_qparams is a {type(x_qparams).__name__}; wanted a QParams")
-    if x_qparams is not None and (x_qparams.dtype != np.uint8 or x_qparams.axis is not None):
-        raise ValueError(
-            f"{name}: x_qparams are {x_qparams.dtype}, axis {x_qparams.axis}; "
-            "wanted uint8 per tensor (axis None)"
-        )
 
 
 def _fills_its_memory(x: NDArray[Any]) -> bool:

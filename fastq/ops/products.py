@@ -99,7 +99,7 @@ def linear(
             f"linear: x has {k} features, weight wants {weight.k}; "
             f"x {x.shape} u8, weight {weight.data.shape} s8"
         )
-    zeros: Any = as_zero_points("linear", x_zero_point)
+    zeros: Any = as_zero_points("linear: x_zero_point", x_zero_point)
     if not isinstance(zeros, int):
         if zeros.shape != (m,):
             raise ValueError(f"linear: x_zero_point {zeros.shape} for {m} rows; wanted ({m},)")
@@ -154,7 +154,7 @@ def conv2d(
         return repeated
     x = typed_array("conv2d: x", x, UINT8, 4)
     check_weight("conv2d", weight, Conv2dWeight, epilogue)
-    zero_point: Any = as_zero_points("conv2d", x_zero_point)
+    zero_point: Any = as_zero_points("conv2d: x_zero_point", x_zero_point)
     if not isinstance(zero_point, int):
         raise ValueError(f"conv2d: x_zero_point {zero_point.shape}; wanted one integer")
     if isinstance(epilogue, Dequant) and epilogue.x_scale.ndim:

@@ -15,9 +15,16 @@ from fastq.kernels.layout import copy_row
 from fastq.kernels.products import ACTIVATIONS, PackedLinear
 from fastq.kernels.recurrent import BoundRecurrent, recurrent_row
 from fastq.kernels.simd import emitter
-from fastq.ops.checks import FLOAT32, INT16, UINT8, as_clamp, as_values, output_array
-from fastq.ops.elementwise import _scale
-from fastq.ops.floats import _check_float
+from fastq.ops.checks import (
+    FLOAT32,
+    INT16,
+    UINT8,
+    as_clamp,
+    as_scale,
+    as_values,
+    check_float_product,
+    output_array,
+)
 from fastq.ops.products import bound_layer
 from fastq.ops.rows import run_row
 from fastq.qparams import GATES, MAX_FACTOR, Dequant, QParams
@@ -60,7 +67,7 @@ def recurrent(
     check_cell("recurrent", cell, weight, epilogue)
     if x.shape[2] != weight.n:
         raise ValueError(f"recurrent: x {x.shape}; wanted (.., .., {weight.n}), as the weight has")
-    factors = _scale("recurrent: x_scale", x_scale), _scale("recurrent: multiplier", multiplier)
+    factors = as_scale("recurrent: x_scale", x_scale), as_scale("recurrent: multiplier", multiplier)
     if not all(isinstance(factor, float) for factor in factors) or x_scale > MAX_FACTOR:
         raise ValueError(
             f"recurrent: x_scale={x_scale}, multiplier={multiplier}; wanted numbers, x_scale up "
@@ -125,14 +132,14 @@ def recurrent_float(
     """
     name = "recurrent_float"
     _check_sequence(name, x, FLOAT32, cell, axis)
-    _check_float(name, weight, LinearWeight, epilogue, x_qparams)
+    check_float_product(name, weight, LinearWeight, epilogue, x_qparams)
     rows, features = x.shape[1 - axis], weight.n // GATES[cell]
     width, projected = features, None
     if projection is not None:
         if cell != "lstm":
             raise ValueError(f"{name}: a projection of a cell {cell!r}; wanted an lstm's")
         p_weight, p_epilogue, p_qparams = projection
-        _check_float(f"{name}: projection", p_weight, LinearWeight, p_epilogue, p_qparams)
+        check_float_product(f"{name}: projection", p_weight, LinearWeight, p_epilogue, p_qparams)
         if p_weight.k != features:
             raise ValueError(f"{name}: projection of {p_weight.k} features; wanted {features}")
         width = p_weight.n
