@@ -151,25 +151,9 @@ def _quantize(
     names = module_names(result)
     configs = choose(names, config, skip, MINMAX)
     left_dynamic = select(names, dynamic, "dynamic")
-    rebuilt = []
-    for module, paths in names.items():
-        plain = rebuild(module) if configs[paths[0]] else None
-        if plain is not None:
-            result = replace(result, paths, plain)
-            rebuilt.append(paths[0])
-            left_dynamic |= set(plain.modules()) if module in left_dynamic else set()
-            within = {name: configs[paths[0]] for name, _ in plain.named_modules(prefix=paths[0])}
-            configs = within | configs
+    result, rebuilt = _rebuild_all(result, names, configs, left_dynamic)
     names = module_names(result)
-    plan = [
-        _Layer(m, paths, configs[paths[0]] or MINMAX, *outlook(m))
-        for m, paths in listed(names).items()
-    ]
-    for layer in plan:
-        if configs[layer.name] is None:
-            layer.keep_float(ASKED, asked=True)
-        elif layer.module in left_dynamic:
-            layer.keep_dynamic(ASKED)
+    plan = _plan(names, configs, left_dynamic)
     _refuse_nothing(result, plan)
 
     batch = None
@@ -182,23 +166,10 @@ def _quantize(
         with _unmarked(result):
             traced, batch = _calibrate(result, calibration_data, forward, plan, progress)
         _merge(plan, processes)
-        for layer in plan:
-            if not layer.axes:
-                layer.keep_dynamic("the calibration data never reached it")
-            elif not layer.observer.count:
-                layer.keep_dynamic("the calibration data gave it no finite value")
     plan += _bare(names, traced.products, configs)
     order = {module: i for i, module in enumerate(names)}
     plan.sort(key=lambda layer: order[layer.module])
-    for layer in plan:
-        caster = traced.casters.get(layer.name)
-        reader = traced.readers.get(layer.name, "" if layer.read else None)
-        for who, what in (
-            (caster, "converts to the dtype of its weight"),
-            (reader, "computes with its weight itself instead of calling it"),
-        ):
-            if who is not None:
-                layer.keep_float(f"{repr(who) if who else 'the model'} {what}")
+    _leave_read(plan, traced)
     _refuse_nothing(result, plan)
 
     folds = _choose_folds(plan, traced)
@@ -209,23 +180,7 @@ def _quantize(
             "quantize_layers: strict=True, and layers stay float; name them in skip= to accept "
             f"that\n{report}"
         )
-
-    for layer, batch_norm in folds:
-        fold_batch_norm(layer.module, batch_norm.module)
-        result = replace(result, batch_norm.names, nn.Identity())
-    for layer in plan:
-        if layer.becomes_int8():
-            static = layer.result == "int8 static"
-            given = {"input_qparams": qparams_of(layer.observer, layer.name)} if static else {}
-            swap = SWAPS[type(layer.module)].from_float(layer.module, config=layer.config, **given)
-            if isinstance(swap, QLayer):
-                swap.path = layer.name
-            result = replace(result, layer.names, swap)
-    for parameter in result.parameters():
-        if parameter.is_leaf:
-            parameter.requires_grad = False
-        else:  # a scripted module's, in a copy
-            parameter.detach_()
+    result = _swap(result, plan, folds)
     keep_summary(result, report)
     if calibration_data is not None:
         with _unmarked(result):
@@ -237,6 +192,79 @@ def _quantize(
                 "instead of calling it, keep that layer float with skip=",
             )
     return result
+
+
+def _rebuild_all(
+    model: nn.Module,
+    names: Names,
+    configs: dict[str, QConfig | None],
+    left_dynamic: set[nn.Module],
+) -> tuple[nn.Module, list[str]]:
+    """The model with the subclasses that shall be int8 said with torch's own layers, and the names
+    of these. What holds for one holds for its layers: added to configs and left_dynamic."""
+    rebuilt = []
+    for module, paths in names.items():
+        config = configs[paths[0]]
+        plain = rebuild(module) if config else None
+        if plain is not None:
+            model = replace(model, paths, plain)
+            rebuilt.append(paths[0])
+            left_dynamic |= set(plain.modules()) if module in left_dynamic else set()
+            for name, _ in plain.named_modules(prefix=paths[0]):
+                configs.setdefault(name, config)
+    return model, rebuilt
+
+
+def _plan(
+    names: Names, configs: Mapping[str, QConfig | None], left_dynamic: set[nn.Module]
+) -> list[_Layer]:
+    """What each layer shall become, before the model was run."""
+    plan = [
+        _Layer(module, paths, configs[paths[0]] or MINMAX, *outlook(module))
+        for module, paths in listed(names).items()
+    ]
+    for layer in plan:
+        if configs[layer.name] is None:
+            layer.keep_float(ASKED, asked=True)
+        elif layer.module in left_dynamic:
+            layer.keep_dynamic(ASKED)
+    return plan
+
+
+def _leave_read(plan: Sequence[_Layer], traced: Trace) -> None:
+    """Keeps layers float whose weight others read, too: its integers would mislead them."""
+    for layer in plan:
+        caster = traced.casters.get(layer.name)
+        reader = traced.readers.get(layer.name, "" if layer.read else None)
+        for who, what in (
+            (caster, "converts to the dtype of its weight"),
+            (reader, "computes with its weight itself instead of calling it"),
+        ):
+            if who is not None:
+                layer.keep_float(f"{repr(who) if who else 'the model'} {what}")
+
+
+def _swap(
+    model: nn.Module, plan: Sequence[_Layer], folds: Sequence[tuple[_Layer, _Layer]]
+) -> nn.Module:
+    """The model with batch norms folded and int8 layers in the place of float ones."""
+    for layer, batch_norm in folds:
+        fold_batch_norm(layer.module, batch_norm.module)
+        model = replace(model, batch_norm.names, nn.Identity())
+    for layer in plan:
+        if layer.becomes_int8():
+            static = layer.result == "int8 static"
+            given = {"input_qparams": qparams_of(layer.observer, layer.name)} if static else {}
+            int8 = SWAPS[type(layer.module)].from_float(layer.module, config=layer.config, **given)
+            if isinstance(int8, QLayer):
+                int8.path = layer.name
+            model = replace(model, layer.names, int8)
+    for parameter in model.parameters():
+        if parameter.is_leaf:
+            parameter.requires_grad = False
+        else:  # a scripted module's, in a copy
+            parameter.detach_()
+    return model
 
 
 def _bare(
@@ -263,12 +291,17 @@ def _bare(
 
 
 def _merge(plan: Sequence[_Layer], processes: Processes) -> None:
-    """Lets each layer know what its like in other processes saw."""
+    """Lets each layer know what its like in other processes saw; those that saw nothing have no
+    range."""
     observers = processes.merge({layer.name: layer.observer for layer in plan})
     axes = processes.gather({layer.name: layer.axes for layer in plan})
     for layer in plan:
         layer.observer = observers[layer.name]
         layer.axes = set().union(*(part[layer.name] for part in axes))
+        if not layer.axes:
+            layer.keep_dynamic("the calibration data never reached it")
+        elif not layer.observer.count:
+            layer.keep_dynamic("the calibration data gave it no finite value")
 
 
 def _python_modules(model: nn.Module) -> list[nn.Module]:
