@@ -18,6 +18,7 @@ from fastq.layout import Stage
 from fastq.lower import GIVEN_OUT, Region
 from fastq.modules import INT8, Config, Selector, choose, listed, module_names
 from fastq.nn.network import QuantizedModel, assemble, leaves_of, spec_text
+from fastq.outlook import leave_fast_path, outlook
 from fastq.prepare import Prepared, prepare_graph
 from fastq.processes import ALONE, Processes
 from fastq.qconfig import DEFAULT
@@ -26,7 +27,6 @@ from fastq.recipe import write_recipe
 from fastq.remedies import Remedies
 from fastq.remedies import calibrate as apply_remedies
 from fastq.summaries import ASKED, QuantizationSummary, Row, keep_summary
-from fastq.swap import leave_fast_path, outlook
 from fastq.trace import Forward, duplicate
 
 

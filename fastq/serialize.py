@@ -46,9 +46,9 @@ from fastq.layout import decode_layout, encode_layout
 from fastq.modules import INT8, listed, module_names, replace
 from fastq.nn import LAYERS, QuantizedModel
 from fastq.nn.network import NAMED, check_operator
+from fastq.outlook import leave_fast_path, rebuild
 from fastq.qat import QATModel
 from fastq.summaries import QuantizationSummary, Result, Row, keep_summary
-from fastq.swap import leave_fast_path, rebuild
 from fastq.trace import duplicate
 
 TYPES: dict[str, Any] = {kind.__name__: kind for kind in LAYERS}

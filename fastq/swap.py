@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
@@ -34,30 +29,20 @@ from fastq.modules import (
     replace,
     select,
 )
-from fastq.nn import LAYERS, QMultiheadAttention
-from fastq.nn.conv import products
-from fastq.nn.embedding import LEAST_ROW, QTable
+from fastq.nn.embedding import LEAST_ROW
 from fastq.nn.layer import QLayer
 from fastq.nn.network import QuantizedModel
-from fastq.nn.recurrent import Recurrent
 from fastq.observer import Observer, make_observer, qparams_of
+from fastq.outlook import SWAPS, leave_fast_path, outlook, rebuild
 from fastq.processes import Processes
 from fastq.qconfig import QConfig
-from fastq.qparams import MAX_K
+from fastq.restoring import python_modules, remember, unmarked
 from fastq.summaries import ASKED, QuantizationSummary, Result, Row, keep_summary
-from fastq.trace import PARAMETERS, PRODUCTS, Forward, Trace, duplicate, plain_layer, trace
+from fastq.trace import PARAMETERS, PRODUCTS, Forward, Trace, duplicate, trace
 from fastq.weights import scale_outputs
-
-SWAPS: dict[type[nn.Module], Any] = {kind.FLOAT: kind for kind in LAYERS}
-# layers of which not all inputs can be seen from outside, and why
-DYNAMIC = {
-    Recurrent: "a recurrent layer makes half of its inputs itself",
-    QMultiheadAttention: "attention makes the input of its last product itself",
-}
 
 TRIFLE = 1024  # weights, which a summary may leave out
 MINMAX = QConfig(observer="minmax")
-TRANSPOSED_LINEAR = "transformers.pytorch_utils", "Conv1D"  # GPT-2's, whose weight is (K, N)
 
 
 def quantize_layers(
@@ -122,7 +107,7 @@ def quantize_layers(
     except Exception as error:
         error.add_note("quantize_layers copied the model; inplace=True changes it without a copy")
         raise
-    undo = _remember(result)
+    undo = remember(result)
     try:
         return _quantize(
             result, calibration_data, forward, config, skip, dynamic, strict=strict,
@@ -163,7 +148,7 @@ def _quantize(
             layer.keep_dynamic("no calibration data")
     else:
         progress = progress and processes.rank == 0
-        with _unmarked(result):
+        with unmarked(result):
             traced, batch = _calibrate(result, calibration_data, forward, plan, progress)
         _merge(plan, processes)
     plan += _bare(names, traced.products, configs)
@@ -183,7 +168,7 @@ def _quantize(
     result = _swap(result, plan, folds)
     keep_summary(result, report)
     if calibration_data is not None:
-        with _unmarked(result):
+        with unmarked(result):
             _run(
                 result,
                 batch,
@@ -304,72 +289,6 @@ def _merge(plan: Sequence[_Layer], processes: Processes) -> None:
             layer.keep_dynamic("the calibration data gave it no finite value")
 
 
-def _python_modules(model: nn.Module) -> list[nn.Module]:
-    """Its modules but for scripted ones, which nothing here changes."""
-    return [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-
-
-def _leaves(model: nn.Module) -> list[nn.Parameter]:
-    """Its parameters but for a scripted module's, which are no leaves in a copy."""
-    return [parameter for parameter in model.parameters() if parameter.is_leaf]
-
-
-def _remember(model: nn.Module) -> Callable[[], None]:
-    """What gives the model its submodules, parameters and modes of now back."""
-    flags = ("training", "activation_relu_or_gelu")
-    modules: list[tuple[nn.Module, dict[str, Any], list[tuple[Any, Any]]]] = [
-        (
-            module,
-            {flag: getattr(module, flag) for flag in flags if hasattr(module, flag)},
-            [(members, dict(members)) for members in (module._modules, module._parameters)],
-        )
-        for module in _python_modules(model)
-    ]
-    gradients = [(parameter, parameter.requires_grad) for parameter in _leaves(model)]
-
-    def undo() -> None:
-        for module, values, members in modules:
-            vars(module).update(values)
-            for now, before in members:
-                now.clear()
-                now.update(before)
-        for parameter, requires_grad in gradients:
-            parameter.requires_grad = requires_grad
-
-    return undo
-
-
-@contextlib.contextmanager
-def _unmarked(model: nn.Module) -> Iterator[None]:
-    """Whatever a forward stores on its modules, in buffers or elsewhere, is gone afterwards."""
-    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    containers: dict[int, tuple[Any, Any]] = {}  # each, and what is in it
-    for module in _python_modules(model):
-        own = {name: v for name, v in vars(module).items() if not name.startswith("_")}
-        attributes.append((vars(module), own))
-        waiting = [module._buffers, *own.values()]
-        while waiting:
-            value: Any = waiting.pop()
-            if type(value) in (list, dict, set) and id(value) not in containers:
-                containers[id(value)] = value, value.copy()
-                waiting += value.values() if isinstance(value, dict) else value
-    try:
-        yield
-    finally:
-        for now, before in attributes:
-            for name in [name for name in now if not name.startswith("_")]:
-                del now[name]
-            now.update(before)
-        for container, content in containers.values():
-            container.clear()
-            (container.extend if isinstance(container, list) else container.update)(content)
-        for buffer, value in values:
-            if not torch.equal(buffer, value):
-                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
-                    buffer.copy_(value)
-
-
 @dataclass(eq=False)
 class _Layer:
     """A layer on its way to a row: what it shall become, and what its inputs looked like."""
@@ -413,77 +332,6 @@ class _Layer:
 
     def row(self) -> Row:
         return Row(self.name, type(self.module).__name__, self.result, self.reason)
-
-
-def outlook(module: nn.Module) -> tuple[Result, str]:
-    """What a layer can become as far as it is known without running the model, and why."""
-    if isinstance(module, QTable):
-        return "int8 weight", "int8 already"
-    if isinstance(module, INT8):
-        static = isinstance(module, QLayer) and module.input_qparams is not None
-        return ("int8 static" if static else "int8 dynamic"), "int8 already"
-    kind = type(module)
-    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-        return "float", "not initialised: call the model on a batch once before"
-    if parametrize.is_parametrized(module):
-        return "float", (
-            "parametrized; torch.nn.utils.parametrize.remove_parametrizations makes it plain"
-        )
-    if _hooked(module):
-        return "float", (
-            "has forward hooks, which an int8 layer would lose (weight_norm and pruning are hooks "
-            "too, and can be removed)"
-        )
-    if isinstance(module, _BatchNorm):
-        return "float", ""  # until the graph is known
-    if kind not in SWAPS:
-        if isinstance(module, NonDynamicallyQuantizableLinear):
-            return "float", "nn.MultiheadAttention computes with its weight itself"
-        for parent in SWAPS:
-            if isinstance(module, parent):
-                return "float", (
-                    f"a subclass of nn.{parent.__name__} that computes something else, or may"
-                )
-        return "float", "no int8 form"
-    for weight in module.parameters():
-        if weight.dtype is not torch.float32 or weight.device.type != "cpu":
-            on = f"{weight.dtype} on {weight.device}"
-            return "float", f"weight is {on}, wanted float32 on the CPU: model.float().cpu() is so"
-        sums = prod(weight.shape[1:])
-        if isinstance(module, _ConvNd) and weight is module.weight:
-            geometry = module.stride, module.dilation, module.transposed, module.groups
-            sums = products(weight.shape, *geometry)
-        if sums > MAX_K:
-            return "float", f"sums {sums} products, and int32 is exact up to {MAX_K}"
-        if not bool(weight.isfinite().all()):
-            return "float", "weight or bias has NaN or infinite values"
-    if kind in TABLES:
-        return "int8 weight", ""
-    for family, reason in DYNAMIC.items():
-        if issubclass(SWAPS[kind], family):
-            return "int8 dynamic", reason
-    return "int8 static", ""
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
-def rebuild(module: nn.Module) -> nn.Module | None:
-    """A subclass of nn.Linear or of a convolution said with torch's own layers, and the Conv1D of
-    transformers, which is an nn.Linear; None for all else."""
-    if parametrize.is_parametrized(module) or any(map(_hooked, module.modules())):
-        return None
-    if (type(module).__module__, type(module).__name__) == TRANSPOSED_LINEAR:
-        weight, bias = (module.get_parameter(name) for name in ("weight", "bias"))
-        linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
-        linear.weight, linear.bias = nn.Parameter(weight.detach().T.contiguous()), bias
-        return linear.train(module.training)
-    if not isinstance(module, nn.Linear | _ConvNd) or type(module) in SWAPS:
-        return None
-    if isinstance(module, LazyModuleMixin | NonDynamicallyQuantizableLinear):
-        return None
-    return plain_layer(module)
 
 
 def _refuse_nothing(model: nn.Module, plan: list[_Layer]) -> None:
@@ -548,7 +396,7 @@ class _Readers(TorchFunctionMode):
         self.stored.pop(0, None)
         self.layers = {layer.module: layer for layer in plan}
         self.owners: dict[int, list[nn.Module]] = {}  # several modules may share a parameter
-        for module in _python_modules(model):
+        for module in python_modules(model):
             for parameter in module.parameters(recurse=module in self.layers):
                 self.owners.setdefault(id(parameter), []).append(module)
         self.running: list[nn.Module] = []
@@ -682,15 +530,3 @@ def fold_batch_norm(layer: Any, batch_norm: Any) -> None:
     bias = shift if layer.bias is None else layer.bias.detach().double() * factor + shift
     layer.weight = nn.Parameter(weight.float())
     layer.bias = nn.Parameter(bias.float())
-
-
-def leave_fast_path(model: nn.Module) -> None:
-    """Make transformer encoders call their linear layers.
-
-    In eval mode nn.TransformerEncoderLayer hands its weights to one fused float operator, which
-    int8 layers do not have. That nn.TransformerEncoder turns padded input into nested tensors
-    stays: it decides what is in the padded positions of its output.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0

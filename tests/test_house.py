@@ -50,6 +50,8 @@ ORDER = [
     "lower",
     "modules",
     "summaries",
+    "outlook",
+    "restoring",
     "swap",
     "prepare",
     "recipe",
