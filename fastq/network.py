@@ -15,7 +15,6 @@ from fastq.capture import capture
 from fastq.fuse import fuse
 from fastq.graph import Node
 from fastq.layout import Stage
-from fastq.lower import GIVEN_OUT, Region
 from fastq.modules import INT8, Config, Selector, choose, listed, module_names
 from fastq.nn.network import QuantizedModel, assemble, leaves_of, spec_text
 from fastq.outlook import leave_fast_path, outlook
@@ -24,6 +23,7 @@ from fastq.processes import ALONE, Processes
 from fastq.qconfig import DEFAULT
 from fastq.read import CannotCapture
 from fastq.recipe import write_recipe
+from fastq.regions import GIVEN_OUT, Region
 from fastq.remedies import Remedies
 from fastq.remedies import calibrate as apply_remedies
 from fastq.summaries import ASKED, QuantizationSummary, Row, keep_summary

@@ -16,24 +16,14 @@ from torch import Tensor
 from fastq.capture import Captured
 from fastq.graph import PRODUCTS, Graph, Node
 from fastq.layout import Ref
-from fastq.lower import (
-    MOVES,
-    WEIGHTED,
-    Lowered,
-    Ranges,
-    Region,
-    bare_weights,
-    find_regions,
-    lowered,
-    turned,
-    weight_of,
-)
+from fastq.lower import Lowered, lowered, turned, weight_of
 from fastq.masks import MARK, fills_low
 from fastq.observer import Observer, make_observer, qparams_of
 from fastq.processes import Processes
 from fastq.program import RECURRENT
 from fastq.qconfig import DEFAULT, QConfig
 from fastq.qparams import QParams, limits
+from fastq.regions import MOVES, WEIGHTED, Ranges, Region, bare_weights, find_regions
 
 LAYERS = (*WEIGHTED, *RECURRENT)  # have a weight that becomes integers
 # of the ranges of int16, whose steps are enough for outliers that calibration did not see

@@ -32,14 +32,7 @@ from fastq import ops
 from fastq.batches import Batches
 from fastq.fuse import fold
 from fastq.graph import Node, evaluate, normalization, shapes_of
-from fastq.lower import (
-    MOVES,
-    SUFFIX,
-    Region,
-    normalized,
-    turned,
-    weight_of,
-)
+from fastq.lower import SUFFIX, normalized, turned, weight_of
 from fastq.modules import Config, Selector, check_module
 from fastq.network import (
     build,
@@ -66,6 +59,7 @@ from fastq.qconfig import QConfig
 from fastq.qparams import FLT_MIN, QParams, choose_qparams, quantize_weight
 from fastq.read import CannotCapture
 from fastq.recipe import read_recipe
+from fastq.regions import MOVES, Region
 from fastq.sizes import Shapes, sized
 from fastq.summaries import QuantizationSummary, summary
 from fastq.trace import Forward

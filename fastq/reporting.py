@@ -31,7 +31,7 @@ from fastq.kernels import isa
 from fastq.ladder import score
 from fastq.layerwise import ratio
 from fastq.layout import Stage
-from fastq.lower import MOVES, normalized, weight_of
+from fastq.lower import normalized, weight_of
 from fastq.network import call_of, prepare_model
 from fastq.nn.network import QuantizedModel
 from fastq.observer import HistogramObserver
@@ -41,6 +41,7 @@ from fastq.profiling import medians, memory, profile
 from fastq.program import VIEWS
 from fastq.qparams import QParams
 from fastq.recipe import read_recipe
+from fastq.regions import MOVES
 from fastq.serialize import save
 from fastq.sizes import Shapes
 from fastq.summaries import QuantizationSummary, summary

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import fastq
 from fastq import ops, reference
 from fastq.kernels.group_norm import PART_PIXELS, group_norm_row
-from fastq.lower import Ranges
+from fastq.regions import Ranges
 
 # shape, groups
 SHAPES = [

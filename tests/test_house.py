@@ -47,6 +47,7 @@ ORDER = [
     "generalize",
     "capture",
     "fuse",
+    "regions",
     "lower",
     "modules",
     "summaries",

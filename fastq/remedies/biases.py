@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastq.graph import Node, evaluate
-from fastq.lower import WEIGHTED
 from fastq.prepare import Prepared, grid_ends
+from fastq.regions import WEIGHTED
 from fastq.remedies.side_by_side import (
     Batch,
     along,

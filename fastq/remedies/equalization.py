@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastq.graph import Graph, Node
-from fastq.lower import FIXED, WEIGHTED
 from fastq.prepare import Prepared, grid_ends
 from fastq.program import NORMS
+from fastq.regions import FIXED, WEIGHTED
 from fastq.remedies.side_by_side import (
     Batch,
     along,
