@@ -67,6 +67,7 @@ ORDER = [
     "profiling",
     "serialize",
     "page",
+    "fidelity",
     "reporting",
     "demo",
     "cli",

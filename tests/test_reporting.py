@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from torch import nn
 
 import fastq
-from fastq import commands, demo, page, reporting
+from fastq import commands, demo, fidelity, page
 from fastq.kernels import executor
 from fastq.profiling import memory
 
@@ -125,7 +125,7 @@ def test_weights_are_in_steps_of_their_scale(networks, result):
     assert head.weights.grid == (-127, 127)
     assert list(head.weights.counts) == pytest.approx(
         np.histogram(
-            network.head.weight.detach().numpy() / scale[:, None], reporting.BINS, (-127, 127)
+            network.head.weight.detach().numpy() / scale[:, None], fidelity.BINS, (-127, 127)
         )[0]
     )
     assert np.abs(head.weights.seen).max() == pytest.approx(np.abs(data).max(), rel=1e-5)
@@ -150,9 +150,9 @@ def test_channels_that_a_remedy_scaled_are_compared_scaled():
     real = torch.randn(8, 3, 5, 5)
     factor = torch.tensor([1.0, 0.1, 4.0]).reshape(1, 3, 1, 1)
     noisy = real * factor + 1e-3 * torch.randn_like(real)
-    found = reporting._channel_factor(real, noisy)
+    found = fidelity._channel_factor(real, noisy)
     assert found.squeeze() == pytest.approx(factor.squeeze(), rel=1e-2)
-    assert reporting._channel_factor(real, real + 0.2 * torch.randn_like(real)) is None
+    assert fidelity._channel_factor(real, real + 0.2 * torch.randn_like(real)) is None
 
 
 def test_a_network_with_equalized_channels():
