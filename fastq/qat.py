@@ -28,11 +28,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
-from fastq import ops
 from fastq.batches import Batches
 from fastq.fuse import fold
 from fastq.graph import Node, evaluate, normalization, shapes_of
-from fastq.lower import SUFFIX, normalized, turned, weight_of
+from fastq.lower import SUFFIX, turned, weight_of
 from fastq.modules import Config, Selector, check_module
 from fastq.network import (
     build,
@@ -42,34 +41,26 @@ from fastq.network import (
     prepare_model,
     summarize,
 )
-from fastq.nn.network import QuantizedModel, as_input, check_constant, leaves_of
+from fastq.nn.network import QuantizedModel, check_constant, leaves_of
 from fastq.prepare import (
-    HEADROOM,
     Prepared,
     Watcher,
     Weight,
-    grid_ends,
     grid_steps,
-    symmetric,
-    wide,
 )
 from fastq.processes import Processes
-from fastq.program import OPERATIONS
 from fastq.qconfig import QConfig
-from fastq.qparams import FLT_MIN, QParams, choose_qparams, quantize_weight
+from fastq.qparams import FLT_MIN, quantize_weight
 from fastq.read import CannotCapture
 from fastq.recipe import read_recipe
-from fastq.regions import MOVES, Region
+from fastq.regions import MOVES
 from fastq.sizes import Shapes, sized
+from fastq.straight_through import RegionIntegers, TrainedRange, TrainedSteps, on_grid
 from fastq.summaries import QuantizationSummary, summary
 from fastq.trace import Forward
 
 FROZEN = "norms_frozen", "ranges_frozen"
 UNCLAMPED = (-math.inf, math.inf)
-# What a learned scale of values is at least, should a step of training take it below 0: with it the
-# factors of the program are finite, and the next gradient can widen the range again.
-NARROWEST = 2.0**-64
-AVERAGING = 0.01  # share of a training batch in a range; torch's constant for training
 
 
 def prepare_qat(
@@ -214,10 +205,12 @@ class QATModel(nn.Module):
             self.fastq.register_buffer(frozen, torch.tensor(0))
         for stands in prepared.stand_ins():
             centered = stands in prepared.ranges.symmetric
-            self.fastq[self._value(stands)] = _Range(prepared.qparams(stands), centered, learned)
+            self.fastq[self._value(stands)] = TrainedRange(
+                prepared.qparams(stands), centered, learned
+            )
         for node in prepared.layers():
             if learned or node in prepared.chosen:
-                self.fastq[f"{node.name}_s8"] = _Steps(_first_steps(prepared, node), learned)
+                self.fastq[f"{node.name}_s8"] = TrainedSteps(_first_steps(prepared, node), learned)
         prepared.forget()
         self.train()
 
@@ -349,7 +342,7 @@ class QATModel(nn.Module):
         moves = self.moves("norms_frozen") and "norm" in node.attrs
         return moves and self._norm(node).training
 
-    def _range(self, node: Node) -> _Range | None:
+    def _range(self, node: Node) -> TrainedRange | None:
         """The range of a value; None if it is fixed."""
         return getattr(self.fastq, self._value(self._prepared.ranges.find(node)), None)
 
@@ -459,13 +452,15 @@ class _Pass:
         self.given = model._tensors()
         with torch.autocast("cpu", enabled=False):
             self.tensors = model._deploy(self.given)
-            self.runs: dict[Node, _Run] = {}
+            self.runs: dict[Node, RegionIntegers] = {}
             for region in self.prepared.regions:
-                self.runs |= dict.fromkeys(region.nodes, _Run(self.prepared, region, shapes))
+                self.runs |= dict.fromkeys(
+                    region.nodes, RegionIntegers(self.prepared, region, shapes)
+                )
         self.quantized = set(self.prepared.ranges.parent)
         # of the ranges that move
         self.watcher = Watcher(self.prepared) if model.moves("ranges_frozen") else None
-        self.seen: dict[_Range, list[Tensor]] = {}
+        self.seen: dict[TrainedRange, list[Tensor]] = {}
         self.statistics: list[Callable[[], None]] = []
 
     def value(self, node: Node) -> Any:
@@ -545,23 +540,23 @@ class _Pass:
         data, scale = self.prepared.chosen[node]
         steps = torch.from_numpy(scale).reshape(-1, *[1] * (data.ndim - 1))
         limit = _limit(self.prepared.config(node))
-        result = _on_grid(
+        result = on_grid(
             turned(node, weight), self.model._steps(node),
             lambda: torch.from_numpy(data) * steps, steps, -limit, limit, data[0].size,
         )  # fmt: skip
         return turned(node, result)
 
-    def on_grid(self, run: _Run, node: Node, value: Tensor) -> Tensor:
+    def on_grid(self, run: RegionIntegers, node: Node, value: Tensor) -> Tensor:
         """What the integers of a node are, with the gradient of `value`."""
         if run.ends_float(node):
-            return _on_grid(value, None, partial(run.real, node), 1.0, -math.inf, math.inf, 1)
+            return on_grid(value, None, partial(run.real, node), 1.0, -math.inf, math.inf, 1)
         qparams, moving = self.prepared.qparams(node), self.model._range(node)
         # what is moved is on the grid already: its scale is learned where it was made
         learned = None if moving is None or node.op in MOVES else moving.scale
         if self.watcher is not None:
             for source, counts in self.watcher.see(node, value.detach()):
                 self.follow(source, counts)
-        return _on_grid(
+        return on_grid(
             value, learned, partial(run.real, node), float(qparams.scale), *grid_steps(qparams),
             value[:1].numel(),
         )  # fmt: skip
@@ -589,155 +584,6 @@ class _Pass:
                 move()
             for moving, ends in self.seen.items():
                 moving.follow(torch.stack(ends).float())
-
-
-class _Run:
-    """The integers of one region, computed as they are asked for.
-
-    values  of its nodes and of what it takes, as training sees them.
-    """
-
-    def __init__(self, prepared: Prepared, region: Region, shapes: Shapes) -> None:
-        self.prepared, self.region = prepared, region
-        self.lowered = prepared.lowered(region)
-        # of what the program takes; of values in the network nobody asks for the size
-        places = {node.name: i for i, node in enumerate(prepared.graph.inputs)}
-        names = self.lowered.program.inputs
-        self.shapes = [shapes[places[name]] if name in places else () for name in names]
-        self.steps = {step.name: step for step in self.lowered.program.steps}
-        self.arrays: dict[str, Any] = {}
-        self.values: dict[Node, Any] = {}
-
-    def take(self, node: Node, x: Any) -> None:
-        """The float value of an input."""
-        if node.op != "constant":
-            program = self.lowered.program
-            extent = program.extents[program.inputs.index(node.name)]
-            given = x.detach() if isinstance(x, Tensor) else x
-            self.arrays[node.name] = as_input(f"QATModel: {node.name}", given, extent)
-
-    def array(self, name: str) -> Any:
-        if name not in self.arrays:
-            step = self.steps[name]
-            inputs = map(self.array, step.inputs)
-            self.arrays[name] = OPERATIONS[step.op].run(ops, step.sized(self.shapes), *inputs)
-        return self.arrays[name]
-
-    def ends_float(self, node: Node) -> bool:
-        """Whether the program has this value in float32: nobody in it takes it."""
-        return bool(self.array(self.lowered.names[node]).dtype == np.float32)
-
-    def real(self, node: Node) -> Tensor:
-        """The value of a node, its axes as torch has them: scale * (q - zero_point)."""
-        name = self.lowered.names[node]
-        axes = self.lowered.axes[name]
-        array = self.array(name)
-        if node in self.lowered.weights:
-            array = normalized(array)
-        steps = torch.from_numpy(array)
-        steps = steps.permute([axes.index(d) for d in range(len(axes))])
-        if steps.dtype == torch.float32:
-            return steps
-        qparams = self.prepared.qparams(node)
-        return (steps.float() - float(qparams.zero_point)) * float(qparams.scale)
-
-
-class _OnGrid(torch.autograd.Function):
-    """real(), a tensor of the grid, instead of x that was rounded to it: the gradient is x's where
-    x is within the grid, from `low` to `high` steps of width `step`, and 0 beyond.
-
-    scale  the step as a parameter, or None; its gradient is LSQ's (equations 3 and 5), scaled by
-           1 / sqrt(count * (steps on the longer side of 0)), with `count` values that share it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor | None, real: Callable[[], Tensor],
-        step: Any, low: float, high: float, count: int,
-    ) -> Tensor:  # fmt: skip
-        steps = x.float() / step
-        inside = (steps >= low - 0.5) & (steps <= high + 0.5)  # what rounds to a step of the grid
-        if scale is not None and ctx.needs_input_grad[1]:
-            slope = torch.where(inside, steps.round() - steps, steps.clamp(low, high))
-            ctx.save_for_backward(inside, slope)
-            ctx.share, ctx.shape = (max(count, 1) * max(high, -low)) ** -0.5, scale.shape
-        else:
-            ctx.save_for_backward(inside)
-        return real()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        inside, *slope = ctx.saved_tensors
-        learned = None
-        if slope:
-            learned = (grad * slope[0] * ctx.share).reshape(*ctx.shape, -1).sum(-1)
-        return grad * inside, learned, None, None, None, None, None
-
-
-def _on_grid(
-    x: Tensor, scale: Tensor | None, real: Callable[[], Tensor],
-    step: Any, low: float, high: float, count: int,
-) -> Tensor:  # fmt: skip
-    """See _OnGrid."""
-    result: Tensor = _OnGrid.apply(x, scale, real, step, low, high, count)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _Range(nn.Module):
-    """The scale and zero point of a value; learned, or following the values of training.
-
-    ends  the smallest and the largest value: what moves, for steps are too coarse to.
-    """
-
-    scale: Tensor
-    zero_point: Tensor
-    ends: Tensor
-
-    def __init__(self, qparams: QParams, centered: bool, learned: bool) -> None:
-        super().__init__()
-        scale, zero_point = float(qparams.scale), int(qparams.zero_point)
-        self.centered, self.dtype = centered, qparams.dtype
-        # An optimizer's steps would be far too long for those of int16, which nothing depends on:
-        # their range is twice what was seen.
-        self.learned = learned and not self.wide
-        if self.learned:
-            self.scale = nn.Parameter(torch.tensor(scale, dtype=torch.float32))
-        else:
-            self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
-        self.register_buffer("zero_point", torch.tensor(zero_point, dtype=torch.int32))
-        ends = torch.tensor(grid_ends(qparams), dtype=torch.float32)
-        self.register_buffer("ends", ends / HEADROOM if self.wide else ends)
-
-    def qparams(self) -> QParams:
-        scale = self.scale.detach().clamp(min=NARROWEST)
-        return QParams(scale.numpy(), self.zero_point.numpy(), self.dtype)
-
-    @property
-    def wide(self) -> bool:
-        return bool(self.dtype == np.int16)
-
-    def follow(self, ends: Tensor) -> None:
-        """Take a batch into account: (n, 2), the ends of each of its values."""
-        ends = torch.stack([ends[:, 0].min(), ends[:, 1].max()])
-        if bool(ends.isfinite().all()):
-            self.ends.lerp_(ends, AVERAGING)
-            found = choose_qparams(*self.ends.numpy())
-            found = symmetric(found) if self.centered else wide(found) if self.wide else found
-            self.scale.fill_(float(found.scale))
-            self.zero_point.fill_(int(found.zero_point))
-
-
-class _Steps(nn.Module):
-    """The scale of a layer's weight, per output: a parameter, or what a quantized model had."""
-
-    scale: Tensor
-
-    def __init__(self, scale: Tensor, learned: bool) -> None:
-        super().__init__()
-        if learned:
-            self.scale = nn.Parameter(scale)
-        else:
-            self.register_buffer("scale", scale)
 
 
 @dataclass(frozen=True)

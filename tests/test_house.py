@@ -59,6 +59,7 @@ ORDER = [
     "remedies",
     "alone",
     "network",
+    "straight_through",
     "qat",
     "layerwise",
     "ladder",
