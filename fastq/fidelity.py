@@ -17,7 +17,7 @@ from fastq.graph import CONVOLUTION_LAYER, VOLUMES, Graph, Node, evaluate
 from fastq.layerwise import ratio
 from fastq.layout import Stage
 from fastq.lower import normalized, weight_of
-from fastq.nn.network import QuantizedModel
+from fastq.nn.model import QuantizedModel
 from fastq.observer import HistogramObserver
 from fastq.prepare import Prepared, grid_ends
 from fastq.qparams import QParams

@@ -16,7 +16,7 @@ from fastq.fuse import fuse
 from fastq.graph import Node
 from fastq.layout import Stage
 from fastq.modules import INT8, Config, Selector, choose, listed, module_names
-from fastq.nn.network import QuantizedModel, assemble, leaves_of, spec_text
+from fastq.nn.model import QuantizedModel, assemble, leaves_of, spec_text
 from fastq.outlook import leave_fast_path, outlook
 from fastq.prepare import Prepared, prepare_graph
 from fastq.processes import ALONE, Processes

@@ -24,7 +24,7 @@ from fastq.kernels.assembly import kernel_at, name_of
 from fastq.kernels.call import address_of
 from fastq.kernels.simd import emitter
 from fastq.layout import Stage
-from fastq.nn.network import QuantizedModel
+from fastq.nn.model import QuantizedModel
 from fastq.plan import BoundProgram
 from fastq.program import Step
 from fastq.sizes import Shapes

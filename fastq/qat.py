@@ -41,7 +41,7 @@ from fastq.network import (
     prepare_model,
     summarize,
 )
-from fastq.nn.network import QuantizedModel, check_constant, leaves_of
+from fastq.nn.model import QuantizedModel, check_constant, leaves_of
 from fastq.prepare import (
     Prepared,
     Watcher,

@@ -24,7 +24,7 @@ from fastq.capture import Captured
 from fastq.graph import OPERATIONS, Graph, Node, check_target
 from fastq.layout import NOTES, decode_value, encode_value
 from fastq.lower import Lowered, turned
-from fastq.nn.network import NAMED, QuantizedModel
+from fastq.nn.model import NAMED, QuantizedModel
 from fastq.prepare import LAYERS, Prepared
 from fastq.qconfig import QConfig
 from fastq.qparams import QParams, clamp_of, value_dtype

@@ -30,7 +30,7 @@ from fastq.graph import Graph, Node
 from fastq.kernels import isa
 from fastq.ladder import score
 from fastq.network import call_of, prepare_model
-from fastq.nn.network import QuantizedModel
+from fastq.nn.model import QuantizedModel
 from fastq.page import Bars, Block, Details, Heading, Histogram, Table, Text, html, markdown
 from fastq.profiling import medians, memory, profile
 from fastq.program import VIEWS

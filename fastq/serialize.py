@@ -45,7 +45,7 @@ from fastq.encode import VERSION, Parts, digest, read_header
 from fastq.layout import decode_layout, encode_layout
 from fastq.modules import INT8, listed, module_names, replace
 from fastq.nn import LAYERS, QuantizedModel
-from fastq.nn.network import NAMED, check_operator
+from fastq.nn.model import NAMED, check_operator
 from fastq.outlook import leave_fast_path, rebuild
 from fastq.qat import QATModel
 from fastq.summaries import QuantizationSummary, Result, Row, keep_summary

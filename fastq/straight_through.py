@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastq import ops
 from fastq.graph import Node
 from fastq.lower import normalized
-from fastq.nn.network import as_input
+from fastq.nn.model import as_input
 from fastq.prepare import HEADROOM, Prepared, grid_ends, symmetric, wide
 from fastq.program import OPERATIONS
 from fastq.qparams import QParams, choose_qparams

@@ -31,7 +31,7 @@ from fastq.modules import (
 )
 from fastq.nn.embedding import LEAST_ROW
 from fastq.nn.layer import QLayer
-from fastq.nn.network import QuantizedModel
+from fastq.nn.model import QuantizedModel
 from fastq.observer import Observer, make_observer, qparams_of
 from fastq.outlook import SWAPS, leave_fast_path, outlook, rebuild
 from fastq.processes import Processes

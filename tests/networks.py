@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastq
-from fastq.nn.network import QuantizedModel
+from fastq.nn.model import QuantizedModel
 from fastq.program import Program
 
 Make = Callable[[int, int], tuple[Tensor, ...]]

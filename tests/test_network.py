@@ -38,7 +38,7 @@ from torch.utils import _pytree as pytree
 
 import fastq
 from fastq.kernels.call import address_of
-from fastq.nn.network import QuantizedModel
+from fastq.nn.model import QuantizedModel
 from fastq.qparams import FLT_MIN
 from fastq.remedies import DEFAULT
 from fastq.weights import MAX_BIAS, with_room

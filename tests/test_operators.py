@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from fastq import operators
 from fastq.graph import FUNCTIONS, OPERATIONS, Node, check_target
 from fastq.layout import Ref, Stage
-from fastq.nn.network import NAMED
+from fastq.nn.model import NAMED
 from fastq.sizes import Size
 
 G = torch.Generator().manual_seed(0)

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 import fastq
 from fastq.encode import VERSION
 from fastq.nn import QConv2d, QLinear
-from fastq.nn.network import _read_spec, spec_text
+from fastq.nn.model import _read_spec, spec_text
 from fastq.serialize import load, save
 from fastq.summaries import summary
 from fastq.swap import quantize_layers

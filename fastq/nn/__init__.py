@@ -12,7 +12,7 @@ from fastq.nn.conv import (
 )
 from fastq.nn.embedding import QEmbedding, QEmbeddingBag
 from fastq.nn.linear import QLinear
-from fastq.nn.network import QuantizedModel
+from fastq.nn.model import QuantizedModel
 from fastq.nn.recurrent import QGRU, QLSTM, QRNN, RECURRENT, QGRUCell, QLSTMCell, QRNNCell
 
 LAYERS = (
