@@ -13,6 +13,7 @@ from fastq.batches import Batches
 from fastq.ladder import climb
 from fastq.modules import Config, Selector, selectors_of
 from fastq.network import calibrate, call_of, finish, prepare_model
+from fastq.prepare import Prepared
 from fastq.processes import Processes
 from fastq.qat import check_float
 from fastq.read import CannotCapture
@@ -107,10 +108,30 @@ def quantize_model(
             remedies=remedies,
             processes=processes,
         )
-    prepared, why = None, ""
     batches = Batches(calibration_data)
+    prepared, why = _prepared(model, batches, forward, config, skip)
+    if prepared is None:
+        return _layers_instead(
+            model, batches, why, remedies, forward=forward, config=config, skip=skip,
+            strict=strict, progress=progress, distributed=distributed,
+        )  # fmt: skip
+    calibrate(
+        prepared, model, batches, forward, remedies=remedies, progress=progress,
+        processes=processes,
+    )  # fmt: skip
+    return finish(prepared, model, strict=strict, processes=processes)
+
+
+def _prepared(
+    model: nn.Module,
+    batches: Batches,
+    forward: Forward | None,
+    config: Config | None,
+    skip: Iterable[Selector],
+) -> tuple[Prepared | None, str]:
+    """The network as it runs on the first batch; or None, and why it has no integer form."""
     try:
-        # without a name: the first batch is not to be held while the others are observed
+        # the first batch gets no name here: it is not to be held while the others are observed
         prepared, _ = prepare_model(
             model,
             *call_of(model, batches.first(), forward),
@@ -119,26 +140,29 @@ def quantize_model(
             alone=True,
         )
     except CannotCapture as error:
-        why = str(error)
-    if prepared is None or not prepared.regions:
-        asked = prepared is not None and ASKED in prepared.reasons.values()
-        but = ", but for what stays float as asked" if asked else ""
-        why = why or f"no product has an integer form{but}"
-        try:
-            result = quantize_layers(
-                model, batches, forward=forward, config=config, skip=skip, strict=strict,
-                progress=progress, distributed=distributed,
-            )  # fmt: skip
-        except ValueError as error:
-            error.add_note(f"layers were tried, for there is no integer network: {why}")
-            raise
-        note = f"int8 layers, not one network: {why}"
-        lost = "" if remedies == remedy_names(DEFAULT) else f"; remedies={remedies} want a network"
-        warnings.warn(f"quantize_model: {type(model).__name__}: {note}{lost}", stacklevel=2)
-        keep_summary(result, replace(summary(result), note=note))
-        return result
-    calibrate(
-        prepared, model, batches, forward, remedies=remedies, progress=progress,
-        processes=processes,
-    )  # fmt: skip
-    return finish(prepared, model, strict=strict, processes=processes)
+        return None, str(error)
+    if prepared.regions:
+        return prepared, ""
+    but = ", but for what stays float as asked" if ASKED in prepared.reasons.values() else ""
+    return None, f"no product has an integer form{but}"
+
+
+def _layers_instead(
+    model: nn.Module, batches: Batches, why: str, remedies: tuple[str, ...], **given: Any
+) -> nn.Module:
+    """The model with int8 layers, and a warning that says why it is no integer network.
+
+    given  the other arguments of `quantize_layers`.
+    """
+    try:
+        result = quantize_layers(model, batches, **given)
+    except ValueError as error:
+        error.add_note(f"layers were tried, for there is no integer network: {why}")
+        raise
+    note = f"int8 layers, not one network: {why}"
+    lost = "" if remedies == remedy_names(DEFAULT) else f"; remedies={remedies} want a network"
+    warnings.warn(  # as from the caller of quantize_model
+        f"quantize_model: {type(model).__name__}: {note}{lost}", stacklevel=3
+    )
+    keep_summary(result, replace(summary(result), note=note))
+    return result
