@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -18,8 +18,7 @@ from fastq.remedies import DEFAULT, EQUALIZATIONS, ROUNDINGS, Remedies, remedy_n
 
 Build = Callable[[tuple[str, ...], tuple[str, ...]], nn.Module]
 
-# What each rung adds to the best so far; what gains nothing is left out again. One way of rounding
-# takes the place of the other.
+# What each rung adds to the best so far; what gains nothing is left out again.
 RUNGS = (
     ("cross_layer_equalization", "activation_equalization"),
     ("gptq",),
@@ -110,61 +109,92 @@ def climb(
     if math.isnan(goal):
         raise ValueError("evaluate gave nan for the float model; wanted a score to compare with")
     echo(f"float32: {goal:.4g}; wanted: at least {goal - max_drop:.4g}")
-    best: tuple[Attempt, nn.Module] | None = None
-
-    def attempt(remedies: Collection[str], skip: tuple[str, ...] = ()) -> bool:
-        """Whether this is within the budget; the better of it and the best so far is kept."""
-        nonlocal best
-        names = remedy_names(remedies)
-        made = build(names, skip)
-        scored = score_of(made)
-        new = Attempt(names, skip, -math.inf if math.isnan(scored) else scored)
-        gain = 0.0 if best is None else new.score - best[0].score
-        if best is None:
-            said = ""
-        elif gain > 0:
-            said = f", gains {gain:.4g}"
-        else:
-            said = ", no gain: left out"
-        if best is None or gain > 0:
-            best = new, made
-        done = best[0].score >= goal - max_drop
-        echo(f"{new}: {new.score:.4g} ({new.score - goal:+.4g}){said}{': enough' * done}")
-        return done
-
-    done = attempt(remedy_names(remedies))
-    assert best is not None
+    search = _Search(build, score_of, goal, max_drop, echo, remedies)
     for rung in RUNGS:
-        if not done:
-            kept = best[0].remedies
-            if set(rung) & set(ROUNDINGS):
-                kept = tuple(name for name in kept if name not in ROUNDINGS)
-            done = attempt({*kept, *rung})
-    if not done:
-        remedies = best[0].remedies
-        # the float network of the best attempt: equalized, it may have another worst layer
-        equalizations = set(remedies) & set(EQUALIZATIONS)
-
-        def most_sensitive() -> list[str]:
-            try:
-                found = sensitivity(
-                    model, data, forward=forward, config=config, skip=skip, remedies=equalizations
-                )
-            except ValueError as error:
-                if isinstance(error.__cause__, CannotCapture):  # its layers are int8 by themselves
-                    return []
-                raise
-            return list(dict.fromkeys(row.name for row in found.worst() if row.name))
-
-        names, count = processes.agree(most_sensitive), 1
-        while not done and count < len(names):
-            done = attempt(remedies, tuple(names[:count]))
+        if not search.done:
+            search.attempt(_with_rung(search.best.remedies, rung))
+    if not search.done:
+        kept = search.best.remedies
+        names = processes.agree(
+            lambda: _most_sensitive(model, data, kept, forward=forward, config=config, skip=skip)
+        )
+        count = 1
+        while not search.done and count < len(names):
+            search.attempt(kept, tuple(names[:count]))
             count *= 2
-    last, result = best
-    if not done:
+    if not search.done:
+        best = search.best
         warnings.warn(
             f"quantize_model: nothing was within {max_drop:.4g} of float32's {goal:.4g}; the best, "
-            f"{last}, scores {last.score:.4g}",
+            f"{best}, scores {best.score:.4g}",
             stacklevel=3,  # the caller of quantize_model
         )
-    return result
+    return search.network
+
+
+class _Search:
+    """Attempts, from that with these remedies on; the best one is kept, with its network.
+
+    build, score_of  make and score a network.    goal  what the float network scored.
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        score_of: Callable[[nn.Module], float],
+        goal: float,
+        max_drop: float,
+        echo: Callable[[str], None],
+        remedies: Remedies,
+    ) -> None:
+        self.build, self.score_of, self.echo = build, score_of, echo
+        self.goal, self.max_drop = goal, max_drop
+        self.best, self.network = self._scored(remedy_names(remedies), ())
+        self._tell(self.best, "")
+
+    @property
+    def done(self) -> bool:
+        """Whether the best attempt is within the budget."""
+        return self.best.score >= self.goal - self.max_drop
+
+    def attempt(self, remedies: Iterable[str], skip: tuple[str, ...] = ()) -> None:
+        new, network = self._scored(remedy_names(remedies), skip)
+        gain = new.score - self.best.score
+        if gain > 0:
+            self.best, self.network = new, network
+        self._tell(new, f", gains {gain:.4g}" if gain > 0 else ", no gain: left out")
+
+    def _scored(
+        self, remedies: tuple[str, ...], skip: tuple[str, ...]
+    ) -> tuple[Attempt, nn.Module]:
+        network = self.build(remedies, skip)
+        scored = self.score_of(network)
+        return Attempt(remedies, skip, -math.inf if math.isnan(scored) else scored), network
+
+    def _tell(self, new: Attempt, gained: str) -> None:
+        enough = ": enough" if self.done else ""
+        self.echo(f"{new}: {new.score:.4g} ({new.score - self.goal:+.4g}){gained}{enough}")
+
+
+def _with_rung(remedies: tuple[str, ...], rung: tuple[str, ...]) -> set[str]:
+    """These remedies and a rung's, which has one way of rounding in the place of another."""
+    if set(rung) & set(ROUNDINGS):
+        remedies = tuple(name for name in remedies if name not in ROUNDINGS)
+    return {*remedies, *rung}
+
+
+def _most_sensitive(
+    model: nn.Module, data: Any, remedies: tuple[str, ...], **given: Any
+) -> list[str]:
+    """The layers, the one that harms the output most first, in the float network that these
+    remedies equalize: it may have another worst layer than the model.
+
+    given  forward, config and skip of `sensitivity`.
+    """
+    try:
+        found = sensitivity(model, data, remedies=set(remedies) & set(EQUALIZATIONS), **given)
+    except ValueError as error:
+        if isinstance(error.__cause__, CannotCapture):  # its layers are int8 by themselves
+            return []
+        raise
+    return list(dict.fromkeys(row.name for row in found.worst() if row.name))
