@@ -10,15 +10,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastq.layout import Ref
+from fastq.layout import filled
 from fastq.qparams import GATES
-from fastq.sizes import Shapes, Size, reshaped, sized
+from fastq.sizes import Shapes, reshaped, sized
 
 Values = dict["Node", Any]
 POINTWISE_NAMESPACE = "fastq_pointwise"  # of operators made by `fastq.pointwise`
@@ -175,7 +176,7 @@ def evaluate(
         return node.tensors["value"]
     if node.op == "aten":  # some, as view, ask for the order that the network's own values have
         plain = [x.contiguous() if isinstance(x, Tensor) else x for x in inputs]
-        fill = _filler(plain, node.tensors, shapes)
+        fill = partial(filled, inputs=plain, tensors=node.tensors, shapes=shapes)
         return _target(node.attrs["target"])(
             *map(fill, node.attrs["args"]), **{k: fill(v) for k, v in node.attrs["kwargs"].items()}
         )
@@ -202,21 +203,6 @@ def normalization(eps: float, origin: Mapping[str, Tensor]) -> tuple[Tensor, Ten
     if "norm_bias" in origin:
         shift = shift + origin["norm_bias"].double()
     return factor, shift
-
-
-def _filler(inputs: list[Any], tensors: dict[str, Tensor], shapes: Shapes) -> Callable[[Any], Any]:
-    def fill(value: Any) -> Any:
-        if isinstance(value, Ref):
-            return inputs[value.index]
-        if isinstance(value, Size):
-            return value.of(shapes)
-        if isinstance(value, str) and value.startswith("%"):
-            return tensors[value[1:]]
-        if isinstance(value, list | tuple):
-            return type(value)(fill(v) for v in value)
-        return value
-
-    return fill
 
 
 @functools.cache
@@ -267,7 +253,7 @@ def pointwise(calls: list[Any], x: Tensor) -> Tensor:
     """A chain of (target, args, kwargs): Ref(0) is x, Ref(i) the result of call i."""
     values = [x]
     for target, args, kwargs in calls:
-        fill = _filler(values, {}, ())
+        fill = partial(filled, inputs=values, tensors={})
         given = [
             torch.tensor(v) if tensor and isinstance(v, int | float) else fill(v)
             for v, tensor in zip(args, _take_tensors(target), strict=False)

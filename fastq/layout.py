@@ -5,11 +5,11 @@ back. It needs no torch; torch's own kinds of values have names here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from fastq.sizes import Size
+from fastq.sizes import Shapes, Size, sized
 
 # kind -> name -> value: "dtype", "layout", "memory_format" and "device"
 Named = Mapping[str, Mapping[str, Any]]
@@ -21,6 +21,23 @@ class Ref:
     """In the arguments of a float operator: its input number `index`."""
 
     index: int
+
+
+def filled(
+    value: Any, inputs: Sequence[Any], tensors: Mapping[str, Any], shapes: Shapes = ()
+) -> Any:
+    """An argument of a float operator as it is called with: an input for a Ref, a tensor for the
+    text "%name", a number for a Size; in lists and tuples too.
+
+    shapes  those of the network's inputs, which a Size counts from.
+    """
+    if isinstance(value, Ref):
+        return inputs[value.index]
+    if isinstance(value, str) and value.startswith("%"):
+        return tensors[value[1:]]
+    if isinstance(value, list | tuple):
+        return type(value)(filled(v, inputs, tensors, shapes) for v in value)
+    return sized(value, shapes)
 
 
 @dataclass(frozen=True)

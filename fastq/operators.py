@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastq.layout import Named, Ref, Stage
-from fastq.sizes import Shapes, reshaped, sized
+from fastq.layout import Named, Stage, filled
+from fastq.sizes import Shapes, reshaped
 
 Array = NDArray[Any]
 
@@ -572,13 +573,5 @@ def _call(
     tensors: Mapping[str, Array],
     shapes: Shapes,
 ) -> Any:
-    def fill(value: Any) -> Any:
-        if isinstance(value, Ref):
-            return inputs[value.index]
-        if isinstance(value, str) and value.startswith("%"):
-            return tensors[value[1:]]
-        if isinstance(value, list | tuple):
-            return type(value)(fill(v) for v in value)
-        return sized(value, shapes)
-
+    fill = partial(filled, inputs=inputs, tensors=tensors, shapes=shapes)
     return FUNCTIONS[target](*map(fill, args), **{k: fill(v) for k, v in kwargs.items()})

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from fastq.capture import Captured, capture
-from fastq.graph import Node, Size, evaluate, shapes_of
+from fastq.graph import Node, evaluate, shapes_of
 from fastq.read import CannotCapture
+from fastq.sizes import Size
 
 
 def run(captured: Captured, *args: Any, **kwargs: Any) -> Any:
