@@ -151,6 +151,13 @@ def digest(header: Mapping[str, Any], parts: Parts) -> str:
     return found.hexdigest()
 
 
+def metadata_of(data: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file, whose library hands out the tensors alone."""
+    size = int.from_bytes(data[:8], "little")
+    found: dict[str, str] | None = json.loads(data[8 : 8 + size]).get("__metadata__")
+    return found or {}
+
+
 def read_header(where: str, metadata: Mapping[str, str], parts: Parts) -> dict[str, Any]:
     """The header from a file's metadata; ValueError unless it is fastq's, and undamaged."""
     if "fastq" not in metadata:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from fastq import operators
-from fastq.encode import decode_program, read_header
+from fastq.encode import decode_program, metadata_of, read_header
 from fastq.layout import Layout, decode_layout
 from fastq.plan import BoundProgram
 from fastq.program import Program, check_extent
@@ -103,8 +102,7 @@ def load_program(path: str | os.PathLike[str]) -> SavedNetwork:
     data = Path(path).read_bytes()
     try:
         arrays = safetensors.numpy.load(data)
-        size = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + size]).get("__metadata__") or {}
+        metadata = metadata_of(data)
     except (safetensors.SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise ValueError(
             f"{where} is no safetensors file, or is truncated, or has tensors that NumPy has not "

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastq.encode import VERSION, Parts, digest, read_header
+from fastq.encode import VERSION, Parts, digest, metadata_of, read_header
 from fastq.layout import decode_layout, encode_layout
 from fastq.modules import INT8, listed, module_names, replace
 from fastq.nn import LAYERS, QuantizedModel
@@ -109,18 +109,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "fastq.quantize_model returned. torch.save(model.state_dict()) saves a float model"
         )
     tensors, tied = _distinct(model.state_dict())
-    header = {
-        "format": "fastq",
-        "version": VERSION,
-        "layers": layers,
-        "folded": [row.name for row in report.rows if row.result == "folded"],
-        "rebuilt": report.rebuilt,
-        "note": report.note,
-        "tied": tied,
-        "summary": [[row.name, row.kind, row.result, row.reason] for row in report.rows],
-    }
-    text = json.dumps({"sha256": digest(header, _parts(tensors)), **header})
-    _write(path, safetensors.torch.save(tensors, {"fastq": text}))
+    folded = [row.name for row in report.rows if row.result == "folded"]
+    _write_file(path, tensors, report, {"layers": layers, "folded": folded, "tied": tied})
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
@@ -175,13 +165,23 @@ def _save_network(
     model: QuantizedModel, report: QuantizationSummary, path: str | os.PathLike[str]
 ) -> None:
     tensors, _ = _distinct({name: t.clone() for name, t in model.state_dict().items()})
+    _write_file(path, tensors, report, {"network": encode_layout(model.layout, NAMED)})
+
+
+def _write_file(
+    path: str | os.PathLike[str],
+    tensors: dict[str, Tensor],
+    report: QuantizationSummary,
+    own: dict[str, Any],
+) -> None:
+    """Tensors and a header: what each file has there, and its own entries."""
     header = {
         "format": "fastq",
         "version": VERSION,
-        "network": encode_layout(model.layout, NAMED),
+        **own,
         "rebuilt": report.rebuilt,
-        "summary": [[row.name, row.kind, row.result, row.reason] for row in report.rows],
         "note": report.note,
+        "summary": [[row.name, row.kind, row.result, row.reason] for row in report.rows],
     }
     text = json.dumps({"sha256": digest(header, _parts(tensors)), **header})
     _write(path, safetensors.torch.save(tensors, {"fastq": text}))
@@ -271,8 +271,7 @@ def _read(where: str, path: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
     data = Path(path).read_bytes()
     try:
         tensors = safetensors.torch.load(data)
-        size = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + size]).get("__metadata__") or {}
+        metadata = metadata_of(data)
     except (safetensors.SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise ValueError(
             f"{where} is no safetensors file, or is truncated ({error}); save it again"
