@@ -50,7 +50,7 @@ from fastq.kernels.dot import emit_dot_loop
 from fastq.kernels.isa import cpu_name
 from fastq.kernels.lines import emit_loop
 from fastq.kernels.native import native
-from fastq.kernels.requantize import Epilogue, spelled
+from fastq.kernels.requantize import EpilogueEmitter, spelled
 from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import (
     AHEAD,
@@ -226,7 +226,7 @@ def emit_tiles(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: A
         return b.sext(load(b, i32, offsets, b.mul(step, i64(4))), i64)
 
     columns = [b.mul(index, i64(4 * tile.nr)) for index in here]
-    end = Epilogue(b, simd, parts, tile.nr // simd.lanes, columns, field)
+    end = EpilogueEmitter(b, simd, parts, tile.nr // simd.lanes, columns, field)
     depthwise = tile.kind == "depthwise"
     own = depthwise or (tile.group and tile.kind == "gemm")
     first_channel = b.mul(panel, i64(tile.nr * tile.a_bytes)) if own else i64(0)

@@ -43,7 +43,7 @@ from fastq.kernels.call import ITEM_BYTES
 from fastq.kernels.gemm import Tile, task_place
 from fastq.kernels.lines import emit_loop
 from fastq.kernels.native import native
-from fastq.kernels.requantize import Epilogue, spelled
+from fastq.kernels.requantize import EpilogueEmitter, spelled
 from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import (
     KR,
@@ -150,7 +150,7 @@ def emit_bands(b: Any, tile: Tile, epilogue: str, args: Any, place: Any) -> None
     at = b.add(b.mul(group, count), panel)
     weights = address(b, field(f.B, ptr), b.mul(at, field(f.B_PANEL)))
     columns = b.mul(at, i64(4 * nr))
-    end = Epilogue(b, simd, parts, nr // simd.lanes, [columns], field)
+    end = EpilogueEmitter(b, simd, parts, nr // simd.lanes, [columns], field)
     bias = None if kind in ("s32", "f32") else address(b, field(f.BIAS, ptr), columns)
     steps, offsets = field(f.STEPS), field(f.OFFSETS, ptr)
     step_bytes = b.udiv(field(f.B_PANEL), steps)
@@ -231,7 +231,7 @@ class _Waiting:
     }
 
     def __init__(
-        self, b: Any, end: Epilogue, tile: Tile, band: Any, out: Any, add: Any, valid: Any
+        self, b: Any, end: EpilogueEmitter, tile: Tile, band: Any, out: Any, add: Any, valid: Any
     ) -> None:
         self.b, self.end, self.tile, self.band = b, end, tile, band
         self.out, self.add, self.valid = out, add, valid

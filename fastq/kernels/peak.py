@@ -30,7 +30,7 @@ SECONDS = 0.02  # of one measurement; the best of REPEATS is the limit
 REPEATS = 20
 
 
-class Dot(NamedTuple):
+class Instruction(NamedTuple):
     """One way to multiply and accumulate. In `asm` (x86: AT&T order) $0 is the accumulator, $1 a
     scratch register, $2 the operand; of tile registers simd.Amx says it, not `asm`. `accumulators`
     hide the latency and fit the registers."""
@@ -45,35 +45,39 @@ class Dot(NamedTuple):
     asm: str
 
 
-DOTS = (
-    Dot("tdpbusd tmm", "amx-int8", "tile", 8192, 16 * 16 * 64, 4, True, ""),
-    Dot("vpdpbusd zmm", "avx512vnni", "i32", 512, 64, 24, True, "vpdpbusd $2, $2, $0"),
-    Dot("vpdpbusd ymm", "vpdpbusd ymm", "i32", 256, 32, 12, True, "{vex} vpdpbusd $2, $2, $0"),
-    Dot(
+INSTRUCTIONS = (
+    Instruction("tdpbusd tmm", "amx-int8", "tile", 8192, 16 * 16 * 64, 4, True, ""),
+    Instruction("vpdpbusd zmm", "avx512vnni", "i32", 512, 64, 24, True, "vpdpbusd $2, $2, $0"),
+    Instruction(
+        "vpdpbusd ymm", "vpdpbusd ymm", "i32", 256, 32, 12, True, "{vex} vpdpbusd $2, $2, $0",
+    ),
+    Instruction(
         "vpmaddwd + vpaddd ymm", "avx2", "i32", 256, 16, 12, True,
         "vpmaddwd $2, $2, $1; vpaddd $1, $0, $0",
     ),
-    Dot(
+    Instruction(
         "vpmaddubsw + vpmaddwd + vpaddd ymm", "avx2", "i32", 256, 32, 12, False,
         "vpmaddubsw $2, $2, $1; vpmaddwd $2, $1, $1; vpaddd $1, $0, $0",
     ),
-    Dot("usdot", "i8mm", "i32", 128, 16, 24, True, "usdot $0.4s, $2.16b, $2.16b"),
-    Dot("sdot", "dotprod", "i32", 128, 16, 24, True, "sdot $0.4s, $2.16b, $2.16b"),
-    Dot("float32 fmla", "neon", "f32", 128, 4, 24, False, "fmla $0.4s, $2.4s, $2.4s"),
-    Dot("float32 fma zmm", "avx512f", "f32", 512, 16, 24, False, "vfmadd231ps $2, $2, $0"),
-    Dot("float32 fma ymm", "avx2", "f32", 256, 8, 12, False, "vfmadd231ps $2, $2, $0"),
+    Instruction("usdot", "i8mm", "i32", 128, 16, 24, True, "usdot $0.4s, $2.16b, $2.16b"),
+    Instruction("sdot", "dotprod", "i32", 128, 16, 24, True, "sdot $0.4s, $2.16b, $2.16b"),
+    Instruction("float32 fmla", "neon", "f32", 128, 4, 24, False, "fmla $0.4s, $2.4s, $2.4s"),
+    Instruction("float32 fma zmm", "avx512f", "f32", 512, 16, 24, False, "vfmadd231ps $2, $2, $0"),
+    Instruction("float32 fma ymm", "avx2", "f32", 256, 8, 12, False, "vfmadd231ps $2, $2, $0"),
 )  # fmt: skip
 
 
-def available() -> list[Dot]:
+def available() -> list[Instruction]:
     """The rows that Numba's target can assemble; any other would end the process."""
     tiles = "amx_int8" in isa.runnable()  # the operating system has a say, too
     return [
-        dot for dot in DOTS if dot.feature in target_features() and (tiles or dot.element != "tile")
+        dot
+        for dot in INSTRUCTIONS
+        if dot.feature in target_features() and (tiles or dot.element != "tile")
     ]
 
 
-def exact() -> list[Dot]:
+def exact() -> list[Instruction]:
     """The exact rows of the tier in use; of one that names none, all of this machine's."""
     rows = [dot for dot in available() if dot.exact]
     return [dot for dot in rows if dot.feature in isa.BY_NAME[isa.current()].features] or rows
@@ -99,8 +103,8 @@ def _loop(builder: ir.IRBuilder, n: ir.Value, state: list[ir.Value], body: Any) 
 
 @intrinsic(prefer_literal=True)
 def _dots(typingctx: Any, row: Any, n: Any) -> Any:
-    """n rounds of row `row` of DOTS on each of its accumulators."""
-    dot = DOTS[row.literal_value]
+    """n rounds of row `row` of INSTRUCTIONS on each of its accumulators."""
+    dot = INSTRUCTIONS[row.literal_value]
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         if dot.element == "tile":
@@ -132,7 +136,7 @@ def _dots(typingctx: Any, row: Any, n: Any) -> Any:
     return types.void(row, types.int64), codegen
 
 
-def _tile_dots(builder: ir.IRBuilder, dot: Dot, n: ir.Value) -> None:
+def _tile_dots(builder: ir.IRBuilder, dot: Instruction, n: ir.Value) -> None:
     simd = emitter("amx_int8")
     assert isinstance(simd, Amx)
 
@@ -188,18 +192,18 @@ def _fastest(work: Any, threads: int, repeats: int) -> float:
     return best / n
 
 
-_best_gops: dict[tuple[Dot, int], float] = {}
+_best_gops: dict[tuple[Instruction, int], float] = {}
 
 
-def gops(dot: Dot, threads: int) -> float:
+def gops(dot: Instruction, threads: int) -> float:
     """10^9 operations per second of one row, all threads together: the best seen so far."""
     if (dot, threads) not in _best_gops:
         _measure(dot, threads, REPEATS)
     return _best_gops[dot, threads]
 
 
-def _measure(dot: Dot, threads: int, repeats: int) -> None:
-    kernel = _dots_kernel(DOTS.index(dot))
+def _measure(dot: Instruction, threads: int, repeats: int) -> None:
+    kernel = _dots_kernel(INSTRUCTIONS.index(dot))
     seconds = _fastest(lambda _, n: kernel(n), threads, repeats)
     found = 2 * dot.macs * dot.accumulators * threads / seconds / 1e9
     _best_gops[dot, threads] = max(found, _best_gops.get((dot, threads), 0.0))

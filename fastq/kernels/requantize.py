@@ -80,7 +80,7 @@ def spell(kind: str, more: str, bounded: bool) -> str:
     return kind + f"+{more}" * bool(more) + "+unbounded" * (not bounded)
 
 
-class Epilogue:
+class EpilogueEmitter:
     """The epilogue of some columns: what it needs of the argument block is read here, once.
 
     parts    as `spelled` has them.

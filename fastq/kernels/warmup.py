@@ -30,7 +30,7 @@ from fastq.kernels import (
 )
 from fastq.kernels import isa as isa_room
 from fastq.kernels.call import ITEM_BYTES
-from fastq.kernels.native import Kernel as Native
+from fastq.kernels.native import Kernel
 from fastq.kernels.simd import emitter
 from fastq.kernels.tiles import GROUPS, dot_tiles, group_tiles, tiles_of
 from fastq.qparams import GATES
@@ -279,10 +279,10 @@ NETWORKS = {
     "lstm": ("linear", "program", "recurrent"),
 }
 
-Kernel = tuple[Callable[..., Any], tuple[Any, ...]]  # a factory and its arguments
+Buildable = tuple[Callable[..., Any], tuple[Any, ...]]  # a factory and its arguments
 
 
-def kernels(tier: str, network: str | None = None) -> list[Kernel]:
+def kernels(tier: str, network: str | None = None) -> list[Buildable]:
     """The kernels of a tier, each once: all of them, or those of one of NETWORKS."""
     if network is not None and network not in NETWORKS:
         raise ValueError(f"warmup: network={network!r}; wanted one of {', '.join(NETWORKS)}")
@@ -315,7 +315,7 @@ def warmup(
     network: str | None = None,
     *,
     isa: str | None = None,
-    progress: Callable[[Sequence[Kernel]], Iterable[Kernel]] = iter,
+    progress: Callable[[Sequence[Buildable]], Iterable[Buildable]] = iter,
 ) -> Warmup:
     """Compiles kernels into the disk cache, so that no first call has to.
 
@@ -336,5 +336,5 @@ def warmup(
 def _compiles(factory: Any, arguments: tuple[Any, ...]) -> bool:
     """Makes the kernel; whether neither this process nor the disk cache had it."""
     made = factory.cache_info().misses
-    kernel: Native = factory(*arguments)
+    kernel: Kernel = factory(*arguments)
     return factory.cache_info().misses > made and kernel.compiled

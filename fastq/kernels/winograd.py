@@ -47,7 +47,7 @@ from fastq.kernels.call import ITEM_BYTES, Call, Place, Slots, View
 from fastq.kernels.gemm import Tile, emit_k_loop
 from fastq.kernels.lines import emit_loop
 from fastq.kernels.native import native
-from fastq.kernels.requantize import Epilogue, spelled
+from fastq.kernels.requantize import EpilogueEmitter, spelled
 from fastq.kernels.scalar import stack_bytes
 from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import (
@@ -423,7 +423,7 @@ def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any
 
     def columns(v: Any) -> None:
         here = [b.mul(b.add(column, v), i64(4))]
-        end = Epilogue(b, simd, parts, width // simd.lanes, here, field)
+        end = EpilogueEmitter(b, simd, parts, width // simd.lanes, here, field)
         vectors = [places(b.add(v, i64(at)), OUT * OUT) for at in range(0, width, simd.lanes)]
 
         def moved(row: list[Any], item: int) -> list[Any]:
