@@ -25,7 +25,7 @@ from benchmarks.measure import machine
 from benchmarks.options import Output
 from fastq.layerwise import decibels
 from fastq.network import finish, prepare_model
-from fastq.remedies import DEFAULT, REMEDIES, calibrate, remedy_names
+from fastq.remedies import DEFAULT, REMEDIES, observe_and_apply, remedy_names
 
 Run = Callable[..., Tensor]
 IMAGES = 200  # for calibration
@@ -105,7 +105,7 @@ def quantized(model: nn.Module, data: list[Any], names: str, config: fastq.QConf
     """The model in integers; names are remedies with + between them, or "none"."""
     batches = [list(batch) if isinstance(batch, tuple) else [batch] for batch in data]
     prepared, _ = prepare_model(model, batches[0], config=config, alone=True)
-    calibrate(prepared, batches, names.split("+") if names != "none" else ())
+    observe_and_apply(prepared, batches, names.split("+") if names != "none" else ())
     return finish(prepared, model)
 
 

@@ -33,8 +33,9 @@ from fastq.qparams import MAX_K
 from fastq.summaries import ASKED
 from fastq.weights import outputs_first
 
-CELLS = ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")  # torch's operators
-LAYERS = tuple(f"aten.{cell.removesuffix('_cell')}.input" for cell in CELLS)  # not of packed ones
+# torch's recurrent operators: cells, and layers of sequences that are not packed
+CELLS = ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+RECURRENCES = tuple(f"aten.{cell.removesuffix('_cell')}.input" for cell in CELLS)
 
 
 def make_alone(prepared: Prepared) -> None:
@@ -47,14 +48,14 @@ def make_alone(prepared: Prepared) -> None:
         if node.op not in ("aten", *VOLUMES) or reason == ASKED:
             continue
         name = operator_of(node) if node.op == "aten" else node.op
-        if name in TABLES and _fits(node, LEAST_ROW):
-            TABLES[name](node, prepared.config(node))
+        if name in LOOKUPS and _fits(node, LEAST_ROW):
+            LOOKUPS[name](node, prepared.config(node))
             prepared.alone[node.layer], reason = ("int8 weight", ""), ""
         elif node.op in VOLUMES and _fits(node) and _sums(node) <= MAX_K:
             _convolution(node, prepared.config(node))
             prepared.alone[node.layer] = "int8 dynamic", reason  # until a range was seen
             prepared.entries.add(node.inputs[0])
-        elif (name in CELLS or node.attrs.get("target") in LAYERS) and _fits(node):
+        elif (name in CELLS or node.attrs.get("target") in RECURRENCES) and _fits(node):
             _recurrent(node, prepared.config(node))
             reason = "its state is given to it" if name in CELLS else reason
             prepared.alone[node.layer] = "int8 dynamic", reason
@@ -114,7 +115,7 @@ def _embedding_bag(node: Node, config: QConfig) -> None:
     node.attrs = {"target": BAG_LAYER, "args": args, "kwargs": {}}
 
 
-TABLES = {"embedding": _embedding, "embedding_bag": _embedding_bag}
+LOOKUPS = {"embedding": _embedding, "embedding_bag": _embedding_bag}
 
 
 def _sums(node: Node) -> int:

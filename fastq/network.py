@@ -24,8 +24,7 @@ from fastq.qconfig import DEFAULT
 from fastq.read import CannotCapture
 from fastq.recipe import write_recipe
 from fastq.regions import GIVEN_OUT, Region
-from fastq.remedies import Remedies
-from fastq.remedies import calibrate as apply_remedies
+from fastq.remedies import Remedies, observe_and_apply
 from fastq.summaries import ASKED, QuantizationSummary, Row, keep_summary
 from fastq.trace import Forward, duplicate
 
@@ -103,7 +102,7 @@ def calibrate(
     )  # fmt: skip
     try:
         with torch.autocast("cpu", enabled=False):  # the ranges are those of float32
-            apply_remedies(
+            observe_and_apply(
                 prepared, data, remedies, total=batches.total, progress=progress,
                 processes=processes,
             )  # fmt: skip

@@ -418,11 +418,11 @@ class _Products(ast.NodeVisitor):
         self.paths |= {path for node in nodes if (path := self.path(node))}
 
 
-Names = dict[nn.Module, str]
+_Names = dict[nn.Module, str]
 
 
 def _by_export(
-    root: nn.Module, names: Names, args: tuple[Any, ...] | None, kwargs: dict[str, Any]
+    root: nn.Module, names: _Names, args: tuple[Any, ...] | None, kwargs: dict[str, Any]
 ) -> Trace:
     program = torch.export.export(root, args or (), kwargs, strict=False)
     modules = dict(root.named_modules(remove_duplicate=False))
@@ -451,7 +451,7 @@ def _by_export(
 
 
 def _by_fx(
-    root: nn.Module, names: Names, args: tuple[Any, ...] | None, kwargs: dict[str, Any]
+    root: nn.Module, names: _Names, args: tuple[Any, ...] | None, kwargs: dict[str, Any]
 ) -> Trace:
     signature = inspect.signature(root.forward)
     given = signature.bind_partial(*args or (), **kwargs)
@@ -472,7 +472,7 @@ def _by_fx(
     return Trace(_batch_norms(calls, names), readers)
 
 
-def _owners(names: Names) -> dict[Any, set[nn.Module]]:
+def _owners(names: _Names) -> dict[Any, set[nn.Module]]:
     """Parameter -> the modules that hold it."""
     owners = defaultdict(set)
     for module in names:
@@ -481,7 +481,7 @@ def _owners(names: Names) -> dict[Any, set[nn.Module]]:
     return owners
 
 
-def _batch_norms(calls: dict[fx.Node, nn.Module], names: Names) -> dict[str, str]:
+def _batch_norms(calls: dict[fx.Node, nn.Module], names: _Names) -> dict[str, str]:
     """`Trace.batch_norms` from the nodes that call a module."""
     nodes: dict[nn.Module, list[fx.Node]] = defaultdict(list)
     for node, module in calls.items():

@@ -20,7 +20,7 @@ import fastq
 from fastq import QGRU, QLSTM, QRNN, QGRUCell, QLSTMCell, QRNNCell, choose_qparams, reference
 from fastq.graph import check_target
 from fastq.nn.layer import STATE
-from fastq.nn.recurrent import RECURRENT
+from fastq.nn.recurrent import RECURRENT_KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")
 
@@ -53,7 +53,7 @@ def pair(name: str) -> tuple[Any, Any]:
 
 def states(layer: Any, *lead: int) -> Any:
     """First states with these sizes before the features."""
-    if isinstance(layer, RECURRENT[:3]):
+    if isinstance(layer, RECURRENT_KINDS[:3]):
         lead = (layer.num_layers * (1 + layer.bidirectional), *lead)
     h = torch.randn(*lead, layer.proj_size or H) / 2
     return (h, torch.randn(*lead, H)) if layer.cell == "lstm" else h
@@ -71,7 +71,7 @@ def equal(one: Any, two: Any) -> bool:
 
 def inputs(layer: Any) -> list[tuple[Any, Any]]:
     """Batches, one sequence, packed sequences; with and without states."""
-    if isinstance(layer, RECURRENT[3:]):
+    if isinstance(layer, RECURRENT_KINDS[3:]):
         return [
             (torch.randn(3, K), states(layer, 3)), (torch.randn(3, K), None),
             (torch.randn(K), states(layer)), (torch.randn(0, K), None),
@@ -246,7 +246,7 @@ def test_bad_calls_say_what_is_wanted(case: str) -> None:
 
 
 def test_bad_layers_are_refused() -> None:
-    for kind in RECURRENT:
+    for kind in RECURRENT_KINDS:
         with pytest.raises(TypeError, match=f"wanted torch.nn.{kind.FLOAT.__name__}"):
             kind.from_float(nn.Linear(2, 2))
         for given in ({"device": "cuda"}, {"dtype": torch.float16}):

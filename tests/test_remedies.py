@@ -22,7 +22,7 @@ from fastq.observer import PercentileObserver
 from fastq.plan import BoundProgram
 from fastq.prepare import ChannelEnds, Prepared
 from fastq.qconfig import QConfig
-from fastq.remedies import REMEDIES, calibrate, remedy_names, rounding, side_by_side
+from fastq.remedies import REMEDIES, observe_and_apply, remedy_names, rounding, side_by_side
 from fastq.remedies.side_by_side import by_channel, simulation, take_sample, walk
 
 
@@ -115,7 +115,7 @@ def gained(
     ratios = []
     for names in ((), remedies):
         prepared = prepared_for(model, data[0], **config)
-        calibrate(prepared, [[batch] for batch in data], names)
+        observe_and_apply(prepared, [[batch] for batch in data], names)
         program = prepared.lowered(prepared.regions[0]).program
         (y,) = BoundProgram(program)(test.numpy())
         ratios.append(decibels(real, torch.from_numpy(y)))
@@ -183,7 +183,7 @@ def test_bias_correction_restores_the_mean_of_every_layer() -> None:
     prepared = prepared_for(Residual(), data[0][0], weight_bits=3)
     worst = {}
     for names in ((), ("bias_correction",)):
-        calibrate(prepared, data, names)
+        observe_and_apply(prepared, data, names)
         shifts = []
         for node, sides in walk(prepared, data):
             errors = [s.wanted - evaluate(simulation(prepared, node), s.inputs) for s in sides]
@@ -209,7 +209,7 @@ def test_equalization_reaches_a_layer_that_stays_float() -> None:
     (reader,) = [node for node in prepared.graph if node.layer == "5"]
     spreads = []
     for names in ((), ("cross_layer_equalization",)):
-        calibrate(prepared, [[batch] for batch in batches()], names)
+        observe_and_apply(prepared, [[batch] for batch in batches()], names)
         inputs = reader.tensors["weight"].abs().amax((0, 2, 3))
         spreads.append(float(inputs.max() / inputs.min()))
     assert spreads[1] < spreads[0] / 10
@@ -237,7 +237,7 @@ def test_equalization_stops_where_channels_are_padded(pad: tuple[int, int]) -> N
 def test_biases_are_corrected_once_however_often_it_is_asked() -> None:
     data = [[batch] for batch in batches(count=1)]
     prepared = prepared_for(Residual(), data[0][0], weight_bits=4)
-    calibrate(prepared, data)
+    observe_and_apply(prepared, data)
     once = {node: bias.clone() for node, bias in prepared.biases.items()}
     REMEDIES["bias_correction"].apply(prepared, data, False)
     for node, bias in prepared.biases.items():
@@ -248,7 +248,7 @@ def test_batch_norm_gains_and_restores_mean_and_variance() -> None:
     data, test = batches(), images(32)
     assert gained(Depthwise(), data, test, "batch_norm", weight_bits=4) > 1
     prepared = prepared_for(Depthwise(), data[0], weight_bits=3)
-    calibrate(prepared, [[batch] for batch in data], "batch_norm")
+    observe_and_apply(prepared, [[batch] for batch in data], "batch_norm")
     for node, sides in walk(prepared, [[batch] for batch in data]):
         got = torch.cat([evaluate(simulation(prepared, node), s.inputs) for s in sides])
         wanted = torch.cat([s.wanted for s in sides])
@@ -307,7 +307,7 @@ def test_input_equalization_keeps_all_values_of_photographs() -> None:
     calibrated = {}
     for names in ((), ("input_equalization",)):
         prepared = prepared_for(Residual(), data[0])
-        calibrate(prepared, [[batch] for batch in data], names)
+        observe_and_apply(prepared, [[batch] for batch in data], names)
         calibrated[names] = prepared
     (grid,) = [n for n in calibrated["input_equalization",].integer_nodes() if n.op == "grid"]
     kept = calibrated["input_equalization",].qparams(grid)
@@ -335,9 +335,9 @@ def test_a_grid_is_no_coarser_than_the_shared_one() -> None:
     x[:, 1] = 0.25
     x[0, 2, 0, 0] = 300.0
     prepared = prepared_for(Residual(), x, observer=lambda: PercentileObserver(99.9))
-    calibrate(prepared, [[x]], ())
+    observe_and_apply(prepared, [[x]], ())
     shared = prepared.qparams(prepared.graph.inputs[0])
-    calibrate(prepared, [[x]], "input_equalization")
+    observe_and_apply(prepared, [[x]], "input_equalization")
     (grid,) = [node for node in prepared.integer_nodes() if node.op == "grid"]
     factor, shift = (256 * grid.tensors[name].numpy() for name in ("factor", "shift"))
     np.testing.assert_allclose(factor[1:], 1 / shared.scale, rtol=1e-6)
@@ -356,7 +356,7 @@ def test_input_equalization_leaves_the_float_network_as_it_was(grouped: bool) ->
     model(x)
     prepared = prepared_for(model, x)
     with torch.no_grad():
-        calibrate(prepared, [[x]], "input_equalization")
+        observe_and_apply(prepared, [[x]], "input_equalization")
         assert [node.op for node in prepared.graph][1:3] == ["grid", "conv2d"]
         (y,) = prepared.graph.run([x])
         torch.testing.assert_close(y, model(x), atol=1e-4, rtol=1e-4)
@@ -373,7 +373,7 @@ def test_input_equalization_leaves_an_input_that_is_also_added() -> None:
 
     prepared = prepared_for(Added(), images())
     before = list(prepared.graph.nodes)
-    calibrate(prepared, [[images()]], "input_equalization")
+    observe_and_apply(prepared, [[images()]], "input_equalization")
     assert prepared.graph.nodes == before
 
 
@@ -513,7 +513,7 @@ def test_the_float_network_stays_as_it_is() -> None:
     model = Residual().eval()
     state = copy.deepcopy(model.state_dict())
     prepared = prepared_for(model, images())
-    calibrate(prepared, [[images()]], [n for n in REMEDIES if n != "adaround"])
+    observe_and_apply(prepared, [[images()]], [n for n in REMEDIES if n != "adaround"])
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
 
@@ -521,7 +521,7 @@ def test_the_float_network_stays_as_it_is() -> None:
 def test_adaround_stops_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounding, "ADAROUND_SECONDS", 1e-6)
     prepared = prepared_for(Residual(), images(), weight_bits=4)
-    calibrate(prepared, [[images()]], "adaround")
+    observe_and_apply(prepared, [[images()]], "adaround")
     assert set(prepared.layers()) == prepared.chosen.keys()
 
 
@@ -534,7 +534,7 @@ def test_the_sample_is_bounded_and_all_batches_are_observed_once(
         monkeypatch.setattr(side_by_side, "SAMPLE_BYTES", bytes_)
         prepared = prepared_for(Residual(), data[0])
         assert len(take_sample(prepared, iter([[batch] for batch in data]))) == count
-        calibrate(prepared, ([batch] for batch in data), "bias_correction")
+        observe_and_apply(prepared, ([batch] for batch in data), "bias_correction")
         (x,) = prepared.graph.inputs
         assert prepared.observers[prepared.ranges.find(x)].count == 5 * data[0].numel()
 
@@ -586,7 +586,7 @@ def test_remedies_recover_a_network_made_hard() -> None:
 
     def quantized(remedies: Any) -> float:
         prepared = prepared_for(model, x[:2])
-        calibrate(prepared, [[x[:100]], [x[100:200]]], remedies)
+        observe_and_apply(prepared, [[x[:100]], [x[100:200]]], remedies)
         return accuracy(finish(prepared, model))
 
     with torch.no_grad():

@@ -13,10 +13,10 @@ from fastq.nn.conv import (
 from fastq.nn.embedding import QEmbedding, QEmbeddingBag
 from fastq.nn.linear import QLinear
 from fastq.nn.model import QuantizedModel
-from fastq.nn.recurrent import QGRU, QLSTM, QRNN, RECURRENT, QGRUCell, QLSTMCell, QRNNCell
+from fastq.nn.recurrent import QGRU, QLSTM, QRNN, RECURRENT_KINDS, QGRUCell, QLSTMCell, QRNNCell
 
 LAYERS = (
-    QLinear, *CONVOLUTIONS, *RECURRENT, QMultiheadAttention, QEmbedding, QEmbeddingBag,
+    QLinear, *CONVOLUTIONS, *RECURRENT_KINDS, QMultiheadAttention, QEmbedding, QEmbeddingBag,
 )  # fmt: skip
 
 __all__ = [

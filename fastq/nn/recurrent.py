@@ -516,4 +516,4 @@ def _activation(name: str, nonlinearity: Any) -> str:
     return str(nonlinearity)
 
 
-RECURRENT = (QLSTM, QGRU, QRNN, QLSTMCell, QGRUCell, QRNNCell)
+RECURRENT_KINDS = (QLSTM, QGRU, QRNN, QLSTMCell, QGRUCell, QRNNCell)

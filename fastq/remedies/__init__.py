@@ -11,9 +11,9 @@ second kind the integer weights, the biases and the grid of the inputs, afterwar
     batch_norm                 scales and biases that give the outputs' float mean and variance
     bias_correction            biases that give the outputs' float mean
 
-`calibrate` applies those that are named, in this order. Most of the second kind walk through the
-network with the float values and the quantized ones side by side, so that each layer sees what the
-layers before it, remedies included, will give it, and makes up for their errors as well.
+`observe_and_apply` applies those that are named, in this order. Most of the second kind walk
+through the network with the float values and the quantized ones side by side, so that each layer
+sees what the layers before it, remedies included, will give it, and makes up for their errors too.
 
 A batch is the flat arguments of the network, as `Graph.run` takes them. The remedies work on a
 sample, the first batches: it is walked as a whole, and bounded in memory.
@@ -51,7 +51,7 @@ class Remedy(NamedTuple):
     first: bool = False
 
 
-def calibrate(
+def observe_and_apply(
     prepared: Prepared,
     batches: Iterable[Batch],
     remedies: Remedies = DEFAULT,

@@ -23,6 +23,7 @@ from fastq.remedies.side_by_side import (
 )
 
 ENOUGH_VALUES = 2**10  # of a channel: the ends of fewer say little of those to come
+# operations after which each channel is still itself, times the same factor
 _CHANNELS_PASS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d",
                   "upsample_nearest2d", "upsample_bilinear2d", "pad", "reshape")  # fmt: skip
 _LARGEST_FACTOR = 1e4
@@ -137,9 +138,6 @@ def activation_equalization(
     Large Language Models, 2022, arXiv:2211.10438, with its migration strength of 0.5.
     """
     _equalize(prepared, sample, (*NORMS, "affine"), progress)
-
-
-# Operations after which each channel is still itself, times the same factor.
 
 
 def _equalize(
