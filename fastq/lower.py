@@ -7,7 +7,7 @@ and activations are already part of the products.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -192,22 +192,17 @@ class _Lowering:
     def zero_point(self, node: Node) -> int:
         return int(self.qparams(node).zero_point)
 
-    def limits(self, node: Node) -> dict[str, int]:
-        """qmin and qmax of a node: its clamp in steps."""
-        lo, hi = node.attrs.get("clamp", (-math.inf, math.inf))
+    def requantized(self, node: Node) -> dict[str, int]:
+        """The zero point of a node, and its clamp in steps."""
         scale, zero_point = self.scale(node), self.zero_point(node)
-
         least, most = limits(self.qparams(node).dtype)
 
         def step(value: float) -> int:
-            return int(
-                np.clip(np.rint(np.clip(value / scale, -1e9, 1e9)) + zero_point, least, most)
-            )
+            steps = np.rint(np.clip(value / scale, -1e9, 1e9)) + zero_point
+            return int(np.clip(steps, least, most))
 
-        return {"qmin": step(lo), "qmax": step(hi)}
-
-    def requantized(self, node: Node) -> dict[str, int]:
-        return {"zero_point": self.zero_point(node), **self.limits(node)}
+        lo, hi = node.attrs.get("clamp", (-math.inf, math.inf))
+        return {"zero_point": zero_point, "qmin": step(lo), "qmax": step(hi)}
 
     def ends_float(self, node: Node) -> bool:
         """Whether a product gives float32 itself: nobody in the region takes its value."""
@@ -522,17 +517,8 @@ class _Lowering:
     def lower_reshape(self, node: Node) -> str:
         (x,) = node.inputs
         groups = node.attrs["groups"]
-        axes = list(self.axes[self.names[x]])
-        for joined, _ in groups:  # the axes of a group side by side, where the last of them is
-            wide = [d for d in joined if x.shape[d] != 1]
-            places = [axes.index(d) for d in wide]
-            if len(wide) > 1 and places != list(range(places[0], places[0] + len(wide))):
-                at = axes[max(places)]
-                rest = [d for d in axes if d not in wide]
-                before = axes[: axes.index(at)]
-                k = sum(d in rest for d in before)
-                axes = rest[:k] + wide + rest[k:]
-        name = self.in_order(x, tuple(axes), node)
+        axes = _together(self.axes[self.names[x]], x.shape, [joined for joined, _ in groups])
+        name = self.in_order(x, axes, node)
         first = 0
         sizes: dict[int, list[tuple[int, Any]]] = {}
         ones: list[int] = []
@@ -555,3 +541,20 @@ class _Lowering:
             "reshape", node.name, [name], tuple(d for d, _ in ordered), node,
             sizes=tuple(size for _, size in ordered), ones=tuple(ones),
         )  # fmt: skip
+
+
+def _together(
+    axes: tuple[int, ...], shape: Sequence[int], groups: Iterable[Sequence[int]]
+) -> tuple[int, ...]:
+    """An order of axes in which those of each group are side by side, where the last of them is.
+    Axes of size 1 may be anywhere."""
+    order = list(axes)
+    for joined in groups:
+        wide = [d for d in joined if shape[d] != 1]
+        places = [order.index(d) for d in wide]
+        if len(wide) > 1 and places != list(range(places[0], places[0] + len(wide))):
+            before = order[: max(places)]
+            rest = [d for d in order if d not in wide]
+            k = sum(d in rest for d in before)
+            order = rest[:k] + wide + rest[k:]
+    return tuple(order)

@@ -31,7 +31,9 @@ FIXED = {
     "grid": QParams(np.array(1 / 256, np.float32)),
 }
 MASK = QParams(np.array(1.0, np.float32))  # of what softmax takes as its mask: 1.0 and 0.0
-MOST_SHARES = 64  # of a softmax that others read than products: 4 steps each, were they equal
+# Of so many values the equal shares of a softmax are 4 steps of 1/255 each. Where others read it
+# than products, which divide by the sum themselves, a softmax of more values stays float.
+MOST_SHARES = 64
 SUMS = ("add", "linear", "conv2d", "conv_transpose2d")  # make values that may be int16
 WEIGHTED = ("conv2d", "linear", "conv_transpose2d")  # products with int8 weights
 REARRANGED = ("reshape", "permute", "slice", "concat")
@@ -47,43 +49,56 @@ def why_float(node: Node) -> str:
         return node.attrs.get("why") or f"{node.attrs['target']} has no integer form"
     if node.op in VOLUMES:
         return "of volumes, which no program has"
-    if node.op in (*WEIGHTED, *RECURRENT):
-        weight = node.tensors["weight"]
-        if weight.dtype is not torch.float32 or weight.device.type != "cpu":
-            return f"weight is {weight.dtype} on {weight.device}, wanted float32 on the CPU"
-        if not all(bool(t.isfinite().all()) for t in node.tensors.values()):
-            return "weight or bias has NaN or infinite values"
-        if node.op in RECURRENT and any(bool((t.abs() > MAX_FACTOR).any()) for t in
-                                        node.tensors.values()):  # fmt: skip
-            return "weight or bias is beyond 2**96"
-        k = weight[:, 0].numel() if node.op == "conv_transpose2d" else weight[0].numel()
-        if k > MAX_K:
-            return f"sums {k} products, and int32 is exact up to {MAX_K}"
-    if node.op == "conv_transpose2d":
-        for size, p, d in zip(weight.shape[2:], node.attrs["padding"], node.attrs["dilation"],
-                              strict=True):  # fmt: skip
-            if p > d * (size - 1):
-                return "its padding crops the input"
-    if node.op in NORMS and not node.attrs["eps"] >= 0:
-        return f"its epsilon is {node.attrs['eps']}"
+    return _why_weight(node) or _why_operands(node) or _why_arguments(node)
+
+
+def _why_weight(node: Node) -> str:
+    """The same of a layer's weight and bias, and of the products that it sums."""
+    if node.op not in (*WEIGHTED, *RECURRENT):
+        return ""
+    weight = node.tensors["weight"]
+    if weight.dtype is not torch.float32 or weight.device.type != "cpu":
+        return f"weight is {weight.dtype} on {weight.device}, wanted float32 on the CPU"
+    if not all(bool(t.isfinite().all()) for t in node.tensors.values()):
+        return "weight or bias has NaN or infinite values"
+    largest = [t.abs().max() for t in node.tensors.values() if t.numel()]
+    if node.op in RECURRENT and any(bool(peak > MAX_FACTOR) for peak in largest):
+        return "weight or bias is beyond 2**96"
+    k = weight[:, 0].numel() if node.op == "conv_transpose2d" else weight[0].numel()
+    return f"sums {k} products, and int32 is exact up to {MAX_K}" if k > MAX_K else ""
+
+
+def _why_operands(node: Node) -> str:
+    """The same of the operands of an operation of two values."""
     if node.op == "matmul" and node.inputs[0].shape[-1] > MAX_K:
         return f"sums {node.inputs[0].shape[-1]} products, and int32 is exact up to {MAX_K}"
-    if node.op in ("add", "mul"):
-        x, y = (n.shape for n in node.inputs)
-        if len(x) != len(y):
-            return "its operands have different numbers of axes"
-        if len(x) > 4 and broadcast_runs(x, y) > 4:
-            return "its operands are broadcast along axes that do not join to 4"
-        constants = [n.tensors["value"] for n in node.inputs if n.op == "constant"]
-        if node.op == "mul" and not all(map(fits_bytes, constants)):
-            return "multiplies by a constant tensor that 8 bits do not hold"
+    if node.op not in ("add", "mul"):
+        return ""
+    x, y = (n.shape for n in node.inputs)
+    if len(x) != len(y):
+        return "its operands have different numbers of axes"
+    if len(x) > 4 and broadcast_runs(x, y) > 4:
+        return "its operands are broadcast along axes that do not join to 4"
+    constants = [n.tensors["value"] for n in node.inputs if n.op == "constant"]
+    if node.op == "mul" and not all(map(fits_bytes, constants)):
+        return "multiplies by a constant tensor that 8 bits do not hold"
+    return ""
+
+
+def _why_arguments(node: Node) -> str:
+    """The same of an operation's arguments, and of how many axes its value has."""
+    if node.op == "conv_transpose2d":
+        sizes = node.tensors["weight"].shape[2:]
+        axes = zip(sizes, node.attrs["padding"], node.attrs["dilation"], strict=True)
+        if any(p > d * (size - 1) for size, p, d in axes):
+            return "its padding crops the input"
+    if node.op in NORMS and not node.attrs["eps"] >= 0:
+        return f"its epsilon is {node.attrs['eps']}"
     if node.op == "pad" and (len(node.attrs["pad"]) % 2 or min(node.attrs["pad"]) < 0):
         return "its padding is negative"
     if node.op in ("affine", "prelu", "group_norm") and not 2 <= len(node.shape) <= 4:
         return f"has {len(node.shape)} axes, wanted 2 to 4"
-    if len(node.shape) > 6:
-        return f"has {len(node.shape)} axes, wanted at most 6"
-    return ""
+    return f"has {len(node.shape)} axes, wanted at most 6" if len(node.shape) > 6 else ""
 
 
 def gives_floats(node: Node) -> bool:
@@ -134,27 +149,52 @@ def find_regions(
 
     keep_float gives reasons for nodes that have an integer form and shall not take it.
     """
+    users, kept = graph.users(), graph.output_nodes()
     reasons = {node: keep_float.get(node) or why_float(node) for node in graph.nodes}
+    _leave_poor(graph, reasons, users, kept)
+    _give_out(graph, reasons, users, kept)
+    _join_floats(graph, reasons, users, kept)
+    for node in graph.nodes:  # a constant is taken along where it is used
+        if node.op == "constant" and len(node.shape) > 4:
+            reasons[node] = "a constant of more than 4 axes"
+    members = _members(graph, reasons)
+    # as they are given and returned: one program alone is then the network
+    places = {node: i for i, node in enumerate([*graph.inputs, *graph.nodes])}
+    returned = {node: i for i, node in reversed([*enumerate(graph.outputs)])}
+    regions = []
+    for nodes in members:
+        inside = set(nodes)
+        inputs = dict.fromkeys(v for n in nodes for v in n.inputs if v not in inside)
+        inputs |= dict.fromkeys(v for n in nodes for v in _measured(graph, n))
+        outputs = [n for n in nodes if n in kept or any(u not in inside for u in users[n])]
+        outputs.sort(key=lambda node: returned.get(node, len(returned)))
+        regions.append(Region(nodes, sorted(inputs, key=lambda node: places[node]), outputs))
+    return regions, {node: reason for node, reason in reasons.items() if reason}
+
+
+def _leave_poor(
+    graph: Graph, reasons: dict[Node, str], users: Mapping[Node, list[Node]], kept: set[Node]
+) -> None:
+    """Leaves float what 8 bits hold too little of, though it has an integer form; and what needs a
+    size that no program knows."""
     computed: set[Node] = set()  # what products made, or was made of that
     for node in graph.nodes:
         if node.op in PRODUCTS or any(value in computed for value in node.inputs):
             computed.add(node)
         elif not reasons[node] and _periodic(node):
             reasons[node] = "of an input as it comes, which may have more periods than 8 bits hold"
-    users, kept = graph.users(), graph.output_nodes()
     for node in graph.nodes:
         if node.op == "softmax" and not reasons[node] and node not in kept:
             axis = node.attrs["dim"]
             if node.shape[axis] > MOST_SHARES and not _only_weights(node, axis, users, kept):
                 reasons[node] = f"shares of {node.shape[axis]} values, in steps of 1/255"
-    for node in graph.nodes:
         if not all(x.attrs.get("real", True) for x in _measured(graph, node)):
             reasons[node] = "resized to the size of an input that is not float32"
-    _give_out(graph, reasons, users, kept)
-    _join_floats(graph, reasons, users, kept)
-    for node in graph.nodes:  # a constant is taken along where it is used
-        if node.op == "constant" and len(node.shape) > 4:
-            reasons[node] = "a constant of more than 4 axes"
+
+
+def _members(graph: Graph, reasons: dict[Node, str]) -> list[list[Node]]:
+    """The nodes of each region, in the order in which they run. Those that are near no product are
+    in none: `reasons` says so then, which may part others from their product."""
     while True:
         depth = _depths(graph, reasons)
         members: dict[int, list[Node]] = {}
@@ -163,22 +203,9 @@ def find_regions(
                 members.setdefault(depth[node], []).append(node)
         idle = [n for nodes in members.values() for n in _without_product(nodes)]
         if not idle:
-            break
+            return [members[key] for key in sorted(members)]
         for node in idle:
             reasons[node] = "no product near it to share integers with"
-    # as they are given and returned: one program alone is then the network
-    places = {node: i for i, node in enumerate([*graph.inputs, *graph.nodes])}
-    returned = {node: i for i, node in reversed([*enumerate(graph.outputs)])}
-    regions = []
-    for key in sorted(members):
-        nodes = members[key]
-        inside = set(nodes)
-        inputs = dict.fromkeys(v for n in nodes for v in n.inputs if v not in inside)
-        inputs |= dict.fromkeys(v for n in nodes for v in _measured(graph, n))
-        outputs = [n for n in nodes if n in kept or any(u not in inside for u in users[n])]
-        outputs.sort(key=lambda node: returned.get(node, len(returned)))
-        regions.append(Region(nodes, sorted(inputs, key=lambda node: places[node]), outputs))
-    return regions, {node: reason for node, reason in reasons.items() if reason}
 
 
 def _give_out(
