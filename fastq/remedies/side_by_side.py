@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,37 +74,21 @@ def walk(
     grids: list[Values] = [{} for _ in batches]
     shapes = [shapes_of(arguments) for arguments in batches]
     for node in graph:
+        made: list[Any]
         if node.op == "input":
             place = graph.inputs.index(node)
-            given = [pixels_together(tensors_of(arguments)[place]) for arguments in batches]
-            for values, value in zip(reals, given, strict=False):
+            made = [pixels_together(tensors_of(arguments)[place]) for arguments in batches]
+            for values, value in zip(reals, made, strict=False):
                 values[node] = value
-            made: list[Any] = given
+        elif node in layers:
+            made = yield from _at_layer(prepared, node, reals, grids)
         else:
-            bare = _unclamped(node) if node in layers else node
             for values, sizes in zip(reals, shapes, strict=False):
-                values[node] = evaluate(bare, [values[v] for v in node.inputs], sizes)
-            if node in layers:
-                wanted = [values[node] for values in reals] or [torch.empty(0)] * len(batches)
-                sides = [
-                    Side([grid[v] for v in node.inputs], real)
-                    for grid, real in zip(grids, wanted, strict=True)
-                ]
-                yield node, sides
-                if any(side.made is None for side in sides):
-                    bare = simulation(prepared, node)
-                made = [
-                    evaluate(bare, side.inputs) if side.made is None else side.made
-                    for side in sides
-                ]
-                made = [clamped(node, value, out=value) for value in made]
-                for values in reals:
-                    values[node] = clamped(node, values[node], out=values[node])
-            else:
-                made = [
-                    evaluate(node, [grid[v] for v in node.inputs], sizes)
-                    for grid, sizes in zip(grids, shapes, strict=True)
-                ]
+                values[node] = evaluate(node, [values[v] for v in node.inputs], sizes)
+            made = [
+                evaluate(node, [grid[v] for v in node.inputs], sizes)
+                for grid, sizes in zip(grids, shapes, strict=True)
+            ]
         for grid, value in zip(grids, made, strict=True):
             if node in quantized and isinstance(value, Tensor):
                 # a float operator may give 0 / 0, which the way into a program takes as 0
@@ -118,6 +102,27 @@ def walk(
             if last[taken] is node:
                 for values in (*reals, *grids):
                     del values[taken]
+
+
+def _at_layer(
+    prepared: Prepared, node: Node, reals: Sequence[Values], grids: Sequence[Values]
+) -> Generator[tuple[Node, list[Side]], None, list[Tensor]]:
+    """Gives a layer and its sides; returns what it makes of them then, clamped, in the simulation,
+    and puts what the float network makes into `reals`."""
+    bare = _unclamped(node)
+    for values in reals:
+        values[node] = evaluate(bare, [values[v] for v in node.inputs])
+    wanted = [values[node] for values in reals] or [torch.empty(0)] * len(grids)
+    sides = [
+        Side([grid[v] for v in node.inputs], real) for grid, real in zip(grids, wanted, strict=True)
+    ]
+    yield node, sides
+    if any(side.made is None for side in sides):
+        bare = simulation(prepared, node)
+    made = [evaluate(bare, side.inputs) if side.made is None else side.made for side in sides]
+    for values in reals:
+        values[node] = clamped(node, values[node], out=values[node])
+    return [clamped(node, value, out=value) for value in made]
 
 
 def _unclamped(node: Node) -> Node:
