@@ -24,6 +24,7 @@ from fastq.qparams import QParams
 from fastq.recipe import read_recipe
 from fastq.regions import MOVES
 from fastq.sizes import Shapes
+from fastq.weights import per_output
 
 BINS = 64
 # A remedy scaled the channels of a value if without their factors less than 20 dB are left, with
@@ -219,7 +220,7 @@ class Comparison:
     def _weights(self, node: Node) -> Distribution:
         data, scale = self.recipe.weight(node)
         given = next(n for n in self.graph if n.name == node.name)
-        steps = weight_of(given).numpy() / scale.reshape(-1, *[1] * (data.ndim - 1))
+        steps = weight_of(given).numpy() / per_output(scale, data.ndim)
         scaled = node.inputs[0].op == "grid" or np.median(np.abs(steps - data)) > 1
         if scaled:  # by a remedy, its channels: no float twin
             steps = data

@@ -58,6 +58,7 @@ from fastq.sizes import Shapes, sized
 from fastq.straight_through import RegionIntegers, TrainedRange, TrainedSteps, on_grid
 from fastq.summaries import QuantizationSummary, summary
 from fastq.trace import Forward
+from fastq.weights import per_output
 
 FROZEN = "norms_frozen", "ranges_frozen"
 UNCLAMPED = (-math.inf, math.inf)
@@ -362,7 +363,7 @@ class QATModel(nn.Module):
         if steps is None:
             return quantize_weight(real, range=config.weight_range, bits=config.weight_bits)
         scale, limit = steps.detach().clamp(min=FLT_MIN).numpy(), _limit(config)
-        data = np.rint(real / scale.reshape(-1, *[1] * (real.ndim - 1)))
+        data = np.rint(real / per_output(scale, real.ndim))
         return np.clip(data, -limit, limit).astype(np.int8), scale
 
 
@@ -538,7 +539,7 @@ class _Pass:
 
     def weight_on_grid(self, node: Node, weight: Tensor) -> Tensor:
         data, scale = self.prepared.chosen[node]
-        steps = torch.from_numpy(scale).reshape(-1, *[1] * (data.ndim - 1))
+        steps = torch.from_numpy(per_output(scale, data.ndim))
         limit = _limit(self.prepared.config(node))
         result = on_grid(
             turned(node, weight), self.model._steps(node),

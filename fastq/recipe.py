@@ -29,6 +29,7 @@ from fastq.prepare import LAYERS, Prepared
 from fastq.qconfig import QConfig
 from fastq.qparams import QParams, clamp_of, value_dtype
 from fastq.regions import Ranges, Region
+from fastq.weights import per_output
 
 KINDS = {*OPERATIONS, "input", "constant", "aten"}
 
@@ -144,7 +145,7 @@ class _Reader:
             data = steps[node.name].arguments["weight"].data
             scale = self.state[f"{node.name}.real_scale"].numpy()
             prepared.chosen[node] = data, scale
-            real = torch.from_numpy(data * scale.reshape(-1, *[1] * (data.ndim - 1)))
+            real = torch.from_numpy(data * per_output(scale, data.ndim))
             node.tensors["weight"] = turned(node, real)
         return prepared
 

@@ -333,41 +333,36 @@ def _only_weights(
 class Ranges:
     """Which values of the regions share one quantization, and which have a fixed one.
 
-    symmetric, wide  nodes that stand for a range: with zero_point 128, and of int16.
-    joined           whether a concatenation and its parts share one.
+    symmetric  the nodes that stand for a range whose zero_point is 128.
+    wide       those that stand for a range of int16.
+    joined     whether a concatenation and its parts share one.
     """
 
     def __init__(self, regions: Sequence[Region], *, joined: bool = True) -> None:
         self.parent: dict[Node, Node] = {}
         self.fixed: dict[Node, QParams] = {}
-        self.symmetric: set[Node] = set()
-        self.moved = {  # what has its input's values, and no others
-            n for region in regions for n in region.nodes if n.op in MOVES and n.op != "concat"
-        }
+        nodes = [node for region in regions for node in region.nodes]
+        # what has its input's values, and no others
+        self.moved = {n for n in nodes if n.op in MOVES and n.op != "concat"}
         for region in regions:
             for node in (*region.quantized_inputs, *region.nodes):
                 self.parent.setdefault(node, node)
-        for region in regions:
-            for node in region.nodes:
-                if node.op in FIXED:
-                    self.fixed[node] = FIXED[node.op]
-                if node.op == "softmax":
-                    self.fixed |= dict.fromkeys(node.inputs[1:], MASK)
-                if node.op in MOVES and (joined or node.op != "concat"):
-                    for value in node.inputs:
-                        if value.op != "softmax" or node.op != "concat":
-                            self._join(value, node)
-        for region in regions:
-            for node in region.nodes:
-                if node.op == "matmul":
-                    self.symmetric.add(self.find(node.inputs[1]))
+        for node in nodes:
+            if node.op in FIXED:
+                self.fixed[node] = FIXED[node.op]
+            if node.op == "softmax":
+                self.fixed |= dict.fromkeys(node.inputs[1:], MASK)
+            if node.op in MOVES and (joined or node.op != "concat"):
+                for value in node.inputs:
+                    if value.op != "softmax" or node.op != "concat":
+                        self._join(value, node)
+        self.symmetric = {self.find(node.inputs[1]) for node in nodes if node.op == "matmul"}
         for node, qparams in list(self.fixed.items()):
             self.fixed[self.find(node)] = qparams
-        self.wide = self._wide(regions)
+        self.wide = self._wide(nodes)
 
-    def _wide(self, regions: Sequence[Region]) -> set[Node]:
+    def _wide(self, nodes: Sequence[Node]) -> set[Node]:
         """Sums, and what norms and recurrent layers take, where all can read int16."""
-        nodes = [node for region in regions for node in region.nodes]
         sums = [node for node in nodes if node.op in SUMS and len(node.inputs) == 2]
         read = [node.inputs[0] for node in nodes if node.op in (*NORMS, *RECURRENT)]
         found = set(map(self.find, sums + read))

@@ -142,10 +142,16 @@ def outputs_first(weight: Any, groups: int) -> Any:
     return split.reshape(groups * n, c // groups, *kernel)
 
 
+def per_output(values: Any, ndim: int) -> Any:
+    """Values (N,), an array or a tensor, shaped to broadcast with a weight of so many axes whose
+    outputs are first."""
+    return values.reshape(-1, *[1] * (ndim - 1))
+
+
 def scale_outputs(weight: Any, factor: Any, groups: int = 0) -> Any:
     """A weight times a factor for each of its outputs; groups: of a transposed convolution."""
     first = outputs_first(weight, groups) if groups else weight
-    first = first * factor.reshape(-1, *[1] * (first.ndim - 1))
+    first = first * per_output(factor, first.ndim)
     return outputs_first(first, groups) if groups else first
 
 
@@ -164,7 +170,7 @@ def with_room(data: Any, scale: Any, bias: Any, x_scale: float) -> tuple[Any, An
     if not exponent.any():
         return data, scale
     factor = np.ldexp(1.0, exponent)
-    coarse = np.rint(data / factor.reshape(-1, *[1] * (data.ndim - 1))).astype(np.int8)
+    coarse = np.rint(data / per_output(factor, data.ndim)).astype(np.int8)
     return coarse, np.minimum(scale * factor, FLT_MAX).astype(np.float32)
 
 

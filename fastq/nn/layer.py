@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastq.ops import Operands
 from fastq.qconfig import DEFAULT, QConfig
 from fastq.qparams import Dequant, QParams
+from fastq.weights import per_output
 
 STATE = {
     "weight": torch.int8,
@@ -140,7 +141,7 @@ class QLayer(nn.Module):
     def _dequantize(self, module: Any) -> None:
         """Give the weight, bias and mode to a float module of the same shape."""
         weight = self._outputs_first(self.weight)
-        scale = self.weight_scale.reshape(-1, *[1] * (weight.dim() - 1))
+        scale = per_output(self.weight_scale, weight.dim())
         with torch.no_grad():
             module.weight.copy_(self._outputs_first(weight * scale))
             if self.bias is not None and module.bias is not None:
