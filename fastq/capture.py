@@ -50,13 +50,13 @@ class Captured:
     """A graph, how its flat inputs and outputs are arranged, and which extents it holds for.
 
     arguments           for each leaf of (args, kwargs) its input node, or the leaf itself if it
-                        is no tensor. "free" in its attrs are the axes that may have other sizes,
-                        "batch" is the one that grows with the batch, if it is not the first;
-                        "single" one has one place along its first axis, for a larger batch.
+                        is no tensor. In the node's attrs "free" are the axes that may have other
+                        sizes; "batch", if it is there, is the axis of the batch, None if there is
+                        none; "single" says that the first axis is 1 though the batch is larger.
     in_spec, out_spec   pytree specs of (args, kwargs) and of the result.
-    extents             the axes of an image that may have other sizes; if any may, sequences of
-                        other lengths may go through. The batch size may always differ, of inputs
-                        that have a batch.
+    extents             the axes of an image that may have other sizes; if it is not empty,
+                        sequences of other lengths may go through as well. The batch size may
+                        always differ, of inputs that have a batch.
     fixed               why it holds for the sizes of its example alone; "" if it does not.
     """
 
@@ -99,8 +99,8 @@ def capture(
 
 
 def _verify(captured: Captured, model: nn.Module, leaves: Leaves) -> None:
-    """CannotCapture if the example, of its own sizes but for a large batch, has another result: the
-    model branches on a size, or keeps a state that is no buffer."""
+    """CannotCapture unless the graph has the model's result for the example that was given, a large
+    batch cut to FEW: a model may branch on a size, or keep a state that is no buffer."""
     copied = _copied(model)
     few = [_few(leaf, leaves) for leaf in leaves]
     args, kwargs = pytree.tree_unflatten(few, captured.in_spec)
@@ -115,8 +115,8 @@ def _verify(captured: Captured, model: nn.Module, leaves: Leaves) -> None:
 
 
 def _holds(captured: Captured, model: nn.Module, leaves: Leaves, way: Way) -> bool:
-    """Whether the graph is the model for other extents, too. What both captures had by chance, as
-    no padding, is another number there."""
+    """Whether the graph has the model's results for further extents, too: a number that was the
+    same in both captures by chance, such as a padding of 0, may be another one there."""
     copied = _copied(model)
     for stretch in other_extents(leaves, way):
         example = [resized(leaf, leaves, 2, stretch) for leaf in leaves]
@@ -151,7 +151,7 @@ def _is_the_model(captured: Captured, copied: nn.Module, values: Sequence[Any]) 
         return False
     if _alike(wanted, found):
         return True
-    # of a line that is masked as a whole, each has values of its own; or the model is random
+    # a line that is masked as a whole may have any values, and a random model has others each time
     free = blind or not _alike(wanted, _results(called, seed=1))
     shapes = ([getattr(x, "shape", None) for x in results] for results in (wanted, found))
     return free and next(shapes) == next(shapes)
@@ -164,11 +164,11 @@ def _results(network: Callable[[], Any], seed: int = 0) -> list[Any]:
         return pytree.tree_leaves(network())
 
 
-FEW = 16  # of a batch
+FEW = 16  # samples of a batch are enough to compare
 
 
 def _few(leaf: Leaf, way: Leaves) -> Any:
-    """The first ones of an example of one input."""
+    """An input's example, of a large batch the first FEW."""
     x, axis = leaf.x, 0 if leaf.follows is None else 1
     if not isinstance(x, Tensor) or x.dim() == 0 or leaf.follows == 1 or leaf.like is not None:
         return x
@@ -178,7 +178,8 @@ def _few(leaf: Leaf, way: Leaves) -> Any:
     return x
 
 
-UNLIKE, TINY = 1e-2, 1e-6  # of results that may only be rounded otherwise
+# Results that were only rounded otherwise differ by less: in norm, as a share and absolutely.
+UNLIKE, TINY = 1e-2, 1e-6
 
 
 def _alike(one: Sequence[Any], two: Sequence[Any]) -> bool:
@@ -285,7 +286,7 @@ class _Examples:
         return _Exported(self.model, program)
 
 
-RETRIES = 3  # with other sizes, where some values had the same by chance
+RETRIES = 3  # with other sizes, where two values had the same size by chance
 
 
 def _shapes(leaves: Leaves, way: Way) -> tuple[Shapes, Shapes]:

@@ -33,19 +33,22 @@ class Ambiguous(CannotCapture):
         return len(set(numbers)) == len(numbers)
 
 
-# Operations that torch has for as many values as the example has: its operator, and the attributes
-# that are its arguments.
+# Operations whose arguments may follow the input's size, as float operators of torch: operation ->
+# torch's operator, and our attributes that are its arguments, in order. Weights, if there are any,
+# have one size.
 FOLLOWING = {
     "slice": ("aten.slice.Tensor", ("dim", "start", "end", "step")),
     "rms_norm": ("aten.rms_norm.default", ("shape", "weight", "eps")),
-    "layer_norm": ("aten.layer_norm.default", ("shape", "weight", "bias", "eps")),  # without these
+    "layer_norm": ("aten.layer_norm.default", ("shape", "weight", "bias", "eps")),
 }
 
 
 def generalize(first: Graph, second: Graph, shapes: Shapes, shapes_too: Shapes) -> None:
-    """Turns what differs with the sizes of the example into Size, in `first`.
+    """In `first`, makes a `Size` of each number that follows the example's sizes. Afterwards it is
+    the graph of both.
 
-    Raises CannotCapture for other differences.
+    shapes, shapes_too  of the inputs of the first and of the second example.
+    Raises CannotCapture for any other difference.
     """
 
     def joined(name: str, one: Any, two: Any) -> Any:
@@ -147,7 +150,9 @@ def _same_sizes(one: Sequence[int | Size], two: Sequence[int | Size]) -> bool:
     return True
 
 
-PERIOD = 2**11  # of sizes that tell formulas apart: a multiple of most strides
+# Two formulas are compared for so many sizes. They repeat after as many as their strides, most of
+# which divide this.
+PERIOD = 2**11
 
 
 def _joined_groups(name: str, one: Any, two: Any) -> Any:

@@ -28,8 +28,10 @@ Weights = Callable[[Node], tuple[Any, Any]]  # a node's (int8 data, float32 scal
 Biases = Callable[[Node], Tensor | None]
 
 NHWC = (0, 2, 3, 1)
-LEAST_EPSILON = 1e-30  # of a norm, in steps: an even line gives 0, not NaN
-MOST_EPSILON = 2.0**96  # of a norm, in steps: next to it the variance is nothing in float32
+# A norm's epsilon, in squared steps of its input. With the least one a line of equal values gives 0
+# and not NaN; next to the most the variance is nothing in float32.
+LEAST_EPSILON = 1e-30
+MOST_EPSILON = 2.0**96
 SUFFIX = {np.dtype(np.uint8): "u8", np.dtype(np.int16): "s16"}  # of names
 
 

@@ -448,7 +448,7 @@ class _Pass:
     def __init__(self, model: QATModel, values: dict[Node, Any], shapes: Shapes) -> None:
         self.model, self.prepared = model, model._prepared
         self.values, self.shapes = values, shapes
-        # for a gradient or for statistics; otherwise the integers are enough
+        # whether float values are wanted, for a gradient or for statistics, beside the integers
         self.follows = torch.is_grad_enabled() or model.training
         self.given = model._tensors()
         with torch.autocast("cpu", enabled=False):
@@ -459,7 +459,7 @@ class _Pass:
                     region.nodes, RegionIntegers(self.prepared, region, shapes)
                 )
         self.quantized = set(self.prepared.ranges.parent)
-        # of the ranges that move
+        # sees what ranges follow; None where they stay
         self.watcher = Watcher(self.prepared) if model.moves("ranges_frozen") else None
         self.seen: dict[TrainedRange, list[Tensor]] = {}
         self.statistics: list[Callable[[], None]] = []

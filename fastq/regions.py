@@ -24,8 +24,8 @@ from fastq.sizes import Size
 # Values that keep the quantization of what they are made from.
 MOVES = ("reshape", "permute", "slice", "pad", "concat", "max_pool2d", "adaptive_max_pool2d",
          "upsample_nearest2d", "upsample_bilinear2d")  # fmt: skip
-# Operations whose values have a quantization of their own. A grid's run from 0 to almost 1, as a
-# picture's do: weights that read it, and their gradients, are then of a usual size.
+# Operations whose values have a fixed quantization. A grid's values run from 0 to almost 1, as a
+# picture's do: weights that read it, and their gradients, then have a usual size.
 FIXED = {
     "softmax": QParams(np.array(1 / 255, np.float32)),
     "grid": QParams(np.array(1 / 256, np.float32)),
@@ -107,7 +107,8 @@ def gives_floats(node: Node) -> bool:
 
 
 def fits_bytes(value: Tensor) -> bool:
-    """Whether the noise of 255 steps over a constant's range is 30 dB below each of its lines."""
+    """Whether a constant survives 8 bits: the noise of 255 steps over its range is 30 dB below each
+    of its lines."""
     if value.numel() == 0:
         return True
     step = (value.max().clamp(min=0) - value.min().clamp(max=0)) / 255
@@ -136,8 +137,8 @@ class Region:
 
     @property
     def quantized_inputs(self) -> list[Node]:
-        """All but those that grids alone take, which quantize them themselves, and those of which
-        only the size is asked."""
+        """The inputs that are quantized on their way in: not those that only grids take, which
+        quantize them themselves, nor those of which only the size is asked."""
         taken = {value for node in self.nodes if node.op != "grid" for value in node.inputs}
         return [value for value in self.inputs if value in taken]
 
@@ -239,8 +240,8 @@ def _give_out(
 def _join_floats(
     graph: Graph, reasons: dict[Node, str], users: Mapping[Node, list[Node]], kept: set[Node]
 ) -> None:
-    """Sums and products with what torch computes stay with it where all else they take, or all that
-    takes them, is float: a series less its mean has another range than the series."""
+    """Leaves sums and products of what torch computes float where all else they take, or all that
+    takes them, is float. A series less its mean, say, has another range than the series."""
 
     def floats(node: Node) -> int:
         """How many of the two are float, if torch computes one of them."""
@@ -271,7 +272,7 @@ def _periodic(node: Node) -> bool:
 
 
 def _without_product(nodes: Sequence[Node]) -> list[Node]:
-    """Those that no way through these nodes leads to a product."""
+    """Those from which no way through these nodes leads to a product."""
     inside = set(nodes)
     near = {node for node in nodes if node.op in PRODUCTS}
     while True:
@@ -362,7 +363,8 @@ class Ranges:
         self.wide = self._wide(nodes)
 
     def _wide(self, nodes: Sequence[Node]) -> set[Node]:
-        """Sums, and what norms and recurrent layers take, where all can read int16."""
+        """The ranges of int16: those of sums, and of what norms and recurrent layers take, where
+        all who read such values can take int16 and all who make them can give it."""
         sums = [node for node in nodes if node.op in SUMS and len(node.inputs) == 2]
         read = [node.inputs[0] for node in nodes if node.op in (*NORMS, *RECURRENT)]
         found = set(map(self.find, sums + read))

@@ -23,10 +23,10 @@ from fastq.qparams import QParams, choose_qparams
 from fastq.regions import Region
 from fastq.sizes import Shapes
 
-# What a learned scale of values is at least, should a step of training take it below 0: with it the
-# factors of the program are finite, and the next gradient can widen the range again.
+# A learned scale is taken as at least this, should a step of training make it 0 or negative: the
+# program's factors stay finite, and the next gradient can widen the range again.
 NARROWEST = 2.0**-64
-AVERAGING = 0.01  # share of a training batch in a range; torch's constant for training
+AVERAGING = 0.01  # a training batch's share in a range: torch's averaging_constant for training
 
 
 class RegionIntegers:
@@ -124,7 +124,8 @@ def on_grid(
 class TrainedRange(nn.Module):
     """The scale and zero point of a value; learned, or following the values of training.
 
-    ends  the smallest and the largest value: what moves, for steps are too coarse to.
+    ends  the smallest and the largest value, float32. The average moves these: a zero point, an
+          integer, would stay where it is.
     """
 
     scale: Tensor

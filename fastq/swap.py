@@ -41,7 +41,7 @@ from fastq.summaries import ASKED, QuantizationSummary, Result, Row, keep_summar
 from fastq.trace import PARAMETERS, PRODUCTS, Forward, Trace, duplicate, trace
 from fastq.weights import scale_outputs
 
-TRIFLE = 1024  # weights, which a summary may leave out
+TRIFLE = 1024  # a summary leaves out parameters in no layer if there are no more of them
 MINMAX = QConfig(observer="minmax")
 
 
@@ -385,9 +385,12 @@ def _calibrate(
 
 
 class _Readers(TorchFunctionMode):
-    """Sees who computes with a layer's parameters: the layer itself, or others, whom the integers
-    of an int8 one would mislead. Shapes, dtypes and the like may be asked for. And it adds to
-    `Trace.products` by which other parameters a product is."""
+    """Watches every torch function of one pass, for two things.
+
+    Who computes with a layer's parameters? If others than the layer do, `_Layer.read` is set: the
+    integers of an int8 layer would mislead them. To ask for a shape or a dtype is no reading.
+    Which parameters that are in no layer are multiplied by? `Trace.products` gets their names.
+    """
 
     def __init__(self, model: nn.Module, plan: list[_Layer], traced: Trace) -> None:
         super().__init__()
