@@ -75,11 +75,10 @@ def lowered(
     region: Region,
     qparams: Callable[[Node], QParams],
     weights: Weights,
-    extents: Sequence[int],
     biases: Biases,
 ) -> Lowered:
     """A region as a program. qparams(node) is the quantization of a value, uint8 or int16."""
-    lowering = _Lowering(region, qparams, weights, extents, biases)
+    lowering = _Lowering(region, qparams, weights, biases)
     program = lowering.program()
     return Lowered(program, lowering.names, lowering.axes, lowering.weights_only, lowering.scales)
 
@@ -90,11 +89,9 @@ class _Lowering:
         region: Region,
         qparams: Callable[[Node], QParams],
         weights: Weights,
-        extents: Sequence[int],
         biases: Biases,
     ) -> None:
         self.region, self.qparams, self.weights, self.biases = region, qparams, weights, biases
-        self.extents = extents
         self.steps: list[Step] = []
         self.axes: dict[str, tuple[int, ...]] = {}  # value -> the torch axis of each of its axes
         self.names: dict[Node, str] = {}

@@ -316,7 +316,7 @@ class Prepared:
 
     def lowered(self, region: Region) -> Lowered:
         """A region's program, and where the values of the graph are in it."""
-        return lowered(region, self.qparams, self.weight, self.captured.extents, self.bias)
+        return lowered(region, self.qparams, self.weight, self.bias)
 
     def quantized_values(self) -> set[Node]:
         """The nodes whose values lie on a grid: all that regions take and make, but for
