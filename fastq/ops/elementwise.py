@@ -299,7 +299,7 @@ def _elementwise(
     except TypeError:  # what was given for a dtype cannot be hashed: not remembered
         key, walk = (), None
     if walk is None:
-        walk = _walk(name, operation, x, dtype, axis, ends)
+        walk = _walk(operation, x, dtype, axis, ends)
         if len(_walks) >= MOST_CHECKED:
             _walks.clear()
         if key:
@@ -322,7 +322,6 @@ def _elementwise(
 
 
 def _walk(
-    name: str,
     operation: str,
     x: NDArray[Any],
     dtype: np.dtype[Any],
