@@ -23,7 +23,7 @@ from fastq.graph import (
 )
 from fastq.layout import Ref
 from fastq.masks import operator_of
-from fastq.nn.conv import products
+from fastq.nn.convolve import products
 from fastq.nn.embedding import LEAST_ROW
 from fastq.nn.layer import STATE
 from fastq.observer import qparams_of

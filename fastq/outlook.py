@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from fastq.modules import INT8, TABLES
 from fastq.nn import LAYERS, QMultiheadAttention
-from fastq.nn.conv import products
+from fastq.nn.convolve import products
 from fastq.nn.embedding import QTable
 from fastq.nn.layer import QLayer
 from fastq.nn.recurrent import Recurrent
