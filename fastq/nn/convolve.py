@@ -215,19 +215,17 @@ def _images(x: Tensor, operands: Operands, last: bool) -> Tensor:
         raise ValueError(f"convolution: x has {c} channels, its weight is for {weight.c}")
     if not (h and w):
         raise ValueError(f"convolution: x {tuple(x.shape)} has no pixels; wanted 1 or more")
-    dense = not last and x.is_contiguous()
-    if (dense or x.is_contiguous(memory_format=torch.channels_last)) and not x.is_neg():
+    ordered = (not last and x.is_contiguous()) or x.is_contiguous(memory_format=torch.channels_last)
+    at = address_of(x) if ordered and b and n and x.is_cpu and not x.is_neg() else 0
+    if at:
         oh, ow = weight.output_size(h, w)
-        if b and n and x.is_cpu:
-            if last:
-                y = x.new_empty_strided((b, n, oh, ow), (oh * ow * n, 1, ow * n, n))
-            else:
-                y = x.new_empty(b, n, oh, ow)  # sooner than of a tuple
-            planes = not last and n > 1 and oh * ow > 1  # or both orders are one
-            at = address_of(x)
-            if at:
-                operands.conv2d(x.shape, x.stride(), planes, at, y.data_ptr())
-                return y
+        if last:
+            y = x.new_empty_strided((b, n, oh, ow), (oh * ow * n, 1, ow * n, n))
+        else:
+            y = x.new_empty(b, n, oh, ow)  # sooner than of a tuple
+        planes = not last and n > 1 and oh * ow > 1  # or both orders are one
+        operands.conv2d(x.shape, x.stride(), planes, at, y.data_ptr())
+        return y
     nhwc = array_of(x).transpose(0, 2, 3, 1)
     out = conv2d_float(nhwc, weight, operands.epilogue, x_qparams=operands.x_qparams)
     y = from_numpy(out.transpose(0, 3, 1, 2))
