@@ -21,6 +21,7 @@ from fastq.prepare import Prepared, fake_quantize
 from fastq.qat import check_float
 from fastq.read import CannotCapture
 from fastq.remedies import Remedies, remedy_names
+from fastq.summaries import text_table
 from fastq.trace import Forward
 
 
@@ -66,14 +67,7 @@ class Sensitivity:
             )
             for row, one in zip(self.worst(), noise, strict=True)
         ]
-        widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in (head, *lines)
-        )
+        return "\n".join(text_table(head, lines, 2))
 
     def plot(self, path: str | Path | None = None) -> Any:
         """A matplotlib Figure with both SNRs for each layer in network order; saved if a path is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,14 +47,23 @@ class QuantizationSummary:
     def __str__(self) -> str:
         head = ("layer", "kind", "result", "why")
         lines = [(row.name or "(model)", row.kind, row.result, row.reason) for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-        table = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in (head, *lines)
-        ]
+        table = text_table(head, lines, len(head))
         counts = Counter(row.result for row in self.rows)
         total = ", ".join(f"{n} {result}" for result, n in counts.items())
         return "\n".join([*table, total, *([self.note] if self.note else [])])
+
+
+def text_table(head: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> list[str]:
+    """The lines of a table, its columns aligned: the first `left` ones to the left, the others to
+    the right."""
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in (head, *lines)
+    ]
 
 
 def summary(model: nn.Module) -> QuantizationSummary:
