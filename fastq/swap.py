@@ -37,8 +37,9 @@ from fastq.outlook import SWAPS, leave_fast_path, outlook, rebuild
 from fastq.processes import Processes
 from fastq.qconfig import QConfig
 from fastq.restoring import python_modules, remember, unmarked
+from fastq.source import PARAMETERS, PRODUCTS
 from fastq.summaries import ASKED, QuantizationSummary, Result, Row, keep_summary
-from fastq.trace import PARAMETERS, PRODUCTS, Forward, Trace, duplicate, trace
+from fastq.trace import Forward, Trace, duplicate, trace
 from fastq.weights import scale_outputs
 
 TRIFLE = 1024  # a summary leaves out parameters in no layer if there are no more of them

@@ -34,6 +34,7 @@ ORDER = [
     "placement",
     "plan",
     "runtime",
+    "source",
     "trace",
     "batches",
     "processes",
@@ -76,7 +77,7 @@ ORDER = [
     "__main__",
 ]
 NUMBA = {"kernels"}
-TORCH = set(ORDER[ORDER.index("trace") :]) - {"cli"}
+TORCH = set(ORDER[ORDER.index("source") :]) - {"cli"}
 
 
 def room_of(path: str) -> str:
