@@ -21,7 +21,6 @@ from fastq.nn.layer import QLayer
 from fastq.nn.recurrent import Recurrent
 from fastq.qparams import MAX_K
 from fastq.summaries import Result
-from fastq.trace import plain_layer
 
 SWAPS: dict[type[nn.Module], Any] = {kind.FLOAT: kind for kind in LAYERS}
 # layers of which not all inputs can be seen from outside, and why
@@ -29,7 +28,6 @@ DYNAMIC = {
     Recurrent: "a recurrent layer makes half of its inputs itself",
     QMultiheadAttention: "attention makes the input of its last product itself",
 }
-TRANSPOSED_LINEAR = "transformers.pytorch_utils", "Conv1D"  # GPT-2's, whose weight is (K, N)
 
 
 def outlook(module: nn.Module) -> tuple[Result, str]:
@@ -46,7 +44,7 @@ def outlook(module: nn.Module) -> tuple[Result, str]:
         return "float", (
             "parametrized; torch.nn.utils.parametrize.remove_parametrizations makes it plain"
         )
-    if _hooked(module):
+    if hooked(module):
         return "float", (
             "has forward hooks, which an int8 layer would lose (weight_norm and pruning are hooks "
             "too, and can be removed)"
@@ -82,25 +80,9 @@ def outlook(module: nn.Module) -> tuple[Result, str]:
     return "int8 static", ""
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Whether something else than its forward happens when it is called, or another forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
-def rebuild(module: nn.Module) -> nn.Module | None:
-    """A subclass of nn.Linear or of a convolution said with torch's own layers, and the Conv1D of
-    transformers, which is an nn.Linear; None for all else."""
-    if parametrize.is_parametrized(module) or any(map(_hooked, module.modules())):
-        return None
-    if (type(module).__module__, type(module).__name__) == TRANSPOSED_LINEAR:
-        weight, bias = (module.get_parameter(name) for name in ("weight", "bias"))
-        linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
-        linear.weight, linear.bias = nn.Parameter(weight.detach().T.contiguous()), bias
-        return linear.train(module.training)
-    if not isinstance(module, nn.Linear | _ConvNd) or type(module) in SWAPS:
-        return None
-    if isinstance(module, LazyModuleMixin | NonDynamicallyQuantizableLinear):
-        return None
-    return plain_layer(module)
 
 
 def leave_fast_path(model: nn.Module) -> None:

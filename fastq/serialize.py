@@ -46,8 +46,9 @@ from fastq.layout import decode_layout, encode_layout
 from fastq.modules import INT8, listed, module_names, replace
 from fastq.nn import LAYERS, QuantizedModel
 from fastq.nn.model import NAMED, check_operator
-from fastq.outlook import leave_fast_path, rebuild
+from fastq.outlook import leave_fast_path
 from fastq.qat import QATModel
+from fastq.rebuild import rebuild
 from fastq.summaries import QuantizationSummary, Result, Row, keep_summary
 from fastq.trace import duplicate
 

@@ -33,9 +33,10 @@ from fastq.nn.embedding import LEAST_ROW
 from fastq.nn.layer import QLayer
 from fastq.nn.model import QuantizedModel
 from fastq.observer import Observer, make_observer, qparams_of
-from fastq.outlook import SWAPS, leave_fast_path, outlook, rebuild
+from fastq.outlook import SWAPS, leave_fast_path, outlook
 from fastq.processes import Processes
 from fastq.qconfig import QConfig
+from fastq.rebuild import rebuild
 from fastq.restoring import python_modules, remember, unmarked
 from fastq.source import PARAMETERS, PRODUCTS
 from fastq.summaries import ASKED, QuantizationSummary, Result, Row, keep_summary

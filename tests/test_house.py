@@ -53,6 +53,7 @@ ORDER = [
     "modules",
     "summaries",
     "outlook",
+    "rebuild",
     "restoring",
     "swap",
     "prepare",
