@@ -166,13 +166,17 @@ def _index(x: Array, indices: Sequence[Any]) -> Array:
         if isinstance(i, np.ndarray) and i.dtype.kind in "iu" and i.size:
             size = x.shape[axis]
             if not -size <= i.min() <= i.max() < size:
-                raise IndexError(f"places from {i.min()} to {i.max()} of an axis of {size}")
+                raise IndexError(
+                    f"places from {i.min()} to {i.max()} of an axis of {size}: out of range"
+                )
     return x[tuple(places)]  # type: ignore[no-any-return]
 
 
 def _gather(x: Array, dim: int, index: Array, **kwargs: Any) -> Array:
     if index.size and not 0 <= index.min() <= index.max() < x.shape[dim]:
-        raise IndexError(f"places from {index.min()} to {index.max()} of an axis {x.shape[dim]}")
+        raise IndexError(
+            f"places from {index.min()} to {index.max()} of an axis of {x.shape[dim]}: out of range"
+        )
     seen = [slice(n) for n in index.shape]
     seen[dim] = slice(None)
     return np.take_along_axis(x[tuple(seen)], index, dim)

@@ -28,7 +28,8 @@ class Processes:
             return
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(
-                "distributed=: torch.distributed.init_process_group was not called in this process"
+                "distributed: torch.distributed.init_process_group was not called in this process; "
+                "wanted that first, or distributed=False"
             )
         if distributed is not True and not isinstance(distributed, dist.ProcessGroup):
             raise TypeError(
@@ -38,7 +39,9 @@ class Processes:
         self._group = dist.group.WORLD if distributed is True else distributed
         self.rank, self.count = dist.get_rank(self._group), dist.get_world_size(self._group)
         if self.rank < 0:
-            raise ValueError("distributed: this process is not in the group")
+            raise ValueError(
+                "distributed: this process is not in the group; wanted a call in those that are"
+            )
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in the order of their ranks."""

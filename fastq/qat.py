@@ -134,7 +134,10 @@ def prepare_qat(
             f"integers wants: {error}"
         ) from error
     if not prepared.regions:
-        raise ValueError(f"prepare_qat: nothing in this {type(model).__name__} can become int8")
+        raise ValueError(
+            f"prepare_qat: nothing in this {type(model).__name__} can become int8; wanted at "
+            f"least one product in float32 on the CPU\n{summarize(prepared, model)}"
+        )
     calibrate(prepared, model, batches, forward, progress=progress, processes=processes)
     report = summarize(prepared, model)
     return QATModel(prepared, twin, forward_names(model), report, learned)

@@ -61,7 +61,10 @@ def check_axis(name: str, axis: Any, shape: tuple[int, ...] | None = None) -> No
     if not isinstance(axis, int | np.integer):
         raise TypeError(f"{name}: axis={axis!r}; wanted an int")
     if shape is not None and not -len(shape) <= axis < len(shape):
-        raise ValueError(f"{name}: axis={axis} for an array of shape {shape}")
+        raise ValueError(
+            f"{name}: axis={axis} for an array of shape {shape}; wanted {-len(shape)} to "
+            f"{len(shape) - 1}"
+        )
 
 
 @functools.cache
@@ -281,7 +284,9 @@ def quantize_weight(
     w = as_array("quantize_weight: weight", given).astype(np.float32, copy=False)
     check_axis("quantize_weight", axis, w.shape)
     if not np.isfinite(w).all():
-        raise ValueError("quantize_weight: the weight has NaN or infinite values")
+        raise ValueError(
+            "quantize_weight: the weight has NaN or infinite values; wanted finite ones"
+        )
     slices = np.moveaxis(w, axis, 0)
     slices = slices.reshape(len(slices), int(np.prod(slices.shape[1:])))
     qmax = 2 ** (bits - 1) - 1
@@ -430,5 +435,5 @@ def _check_bias(where: str, bias: Any, dtype: Any) -> Any:
     array = array.astype(dtype)
     array.flags.writeable = False
     if dtype is np.float32 and not np.isfinite(array).all():
-        raise ValueError(f"{where}: bias has NaN or infinite values")
+        raise ValueError(f"{where}: bias has NaN or infinite values; wanted finite ones")
     return array

@@ -82,7 +82,8 @@ def quantize_model(
     remedies = remedy_names(remedies)
     skip = selectors_of(skip, "skip")  # a search reads it again
     if (evaluate is None) != (max_drop is None):
-        raise TypeError("quantize_model: evaluate= and max_drop= come together")
+        given = "max_drop=" if evaluate is None else "evaluate="
+        raise TypeError(f"quantize_model: got {given} alone; wanted evaluate= with max_drop=")
     processes = Processes(distributed)
     if calibration_data is None:
         if evaluate is not None:

@@ -124,7 +124,9 @@ def explicit_padding(
         if padding != "same":
             raise ValueError(f"padding: got {padding!r}, wanted 'same', 'valid' or numbers")
         if set(stride) != {1}:
-            raise ValueError(f"padding='same' wants stride 1, got {stride}")
+            raise ValueError(
+                f"padding='same' wants stride 1, got {stride}; numbers go with any stride"
+            )
         total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         return tuple((t // 2, t - t // 2) for t in total)  # torch puts the odd one at the end
     if isinstance(padding, tuple | list) and any(isinstance(p, tuple | list) for p in padding):

@@ -196,7 +196,7 @@ def _plain(x: Tensor, operands: Operands, kernel: Sequence[int], g: Geometry, la
     if count < 1 or depth == before + after:
         raise ValueError(
             f"convolution: {depth} frames, padding included, for a kernel of {kernel[0]} with "
-            f"dilation {apart}"
+            f"dilation {apart}; wanted {apart * (kernel[0] - 1) + 1} or more, not of padding alone"
         )
     each = channels // g.groups
     frames = x.new_empty(batch, count, g.groups, kernel[0], each, h, w)
@@ -212,7 +212,7 @@ def _images(x: Tensor, operands: Operands, last: bool) -> Tensor:
     weight, (b, c, h, w) = operands.weight, x.shape
     n = weight.n
     if c != weight.c:
-        raise ValueError(f"convolution: x has {c} channels, its weight is for {weight.c}")
+        raise ValueError(f"convolution: x has {c} channels; wanted {weight.c}, as its weight has")
     if not (h and w):
         raise ValueError(f"convolution: x {tuple(x.shape)} has no pixels; wanted 1 or more")
     ordered = (not last and x.is_contiguous()) or x.is_contiguous(memory_format=torch.channels_last)

@@ -85,7 +85,9 @@ def linear(x: Tensor, shape: torch.Size, operands: Operands) -> Tensor:
     """x (*, K), float32, times the operands' weight (N, K)."""
     n, features = operands.weight.data.shape
     if shape[-1] != features:
-        raise ValueError(f"linear: x has {shape[-1]} features, its weight is {(n, features)}")
+        raise ValueError(
+            f"linear: x has {shape[-1]} features; wanted {features}, for weight {(n, features)}"
+        )
     if len(shape) == 2:  # the most usual, and half a microsecond faster
         m, k = shape
         sizes: tuple[int, ...] = m, n

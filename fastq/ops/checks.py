@@ -180,7 +180,10 @@ def output_array(
         given = f"{out.shape} {out.dtype}" if isinstance(out, np.ndarray) else type(out).__name__
         raise ValueError(f"{name}: out is {given}; wanted {shape} {dtype}")
     if not out.flags.carray:
-        raise ValueError(f"{name}: out must be C-contiguous, writeable and aligned")
+        raise ValueError(
+            f"{name}: out {out.shape} is not C-contiguous, writeable and aligned; "
+            f"np.empty({shape}, np.{dtype}) is"
+        )
     at, to = address_of(x), address_of(out)
     apart = x.flags.c_contiguous and (to + out.nbytes <= at or at + x.nbytes <= to)
     if not apart and np.may_share_memory(out, x):  # which takes its time

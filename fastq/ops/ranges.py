@@ -62,7 +62,10 @@ def histogram(x: NDArray[np.float32], bins: NDArray[np.int64], ends: NDArray[np.
                 f"({', '.join(['lanes', *map(str, shape[1:])])}) {np.dtype(dtype)}, lanes > 0"
             )
         if not (array.flags.c_contiguous and array.flags.writeable and array.flags.aligned):
-            raise ValueError(f"histogram: {name} must be C-contiguous, writeable and aligned")
+            raise ValueError(
+                f"histogram: {name} is not C-contiguous, writeable and aligned; wanted an "
+                "array as np.zeros gives it"
+            )
     if real.size:
         # in memory's order: what fills its memory, whatever the order of its axes, is not copied
         source = np.require(real.ravel(order="K"), requirements=["C", "A"])
