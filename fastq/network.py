@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from fastq.alone import make_alone, make_static
 from fastq.batches import Batches, arguments_of
 from fastq.capture import capture
+from fastq.encode import encode_program
 from fastq.fuse import fuse
 from fastq.graph import Node
-from fastq.layout import Stage
+from fastq.layout import Layout, Stage
 from fastq.modules import INT8, Config, Selector, choose, listed, module_names
-from fastq.nn.model import QuantizedModel, assemble, leaves_of, spec_text
+from fastq.nn.model import QuantizedModel, leaves_of, spec_text
 from fastq.outlook import leave_fast_path, outlook
 from fastq.prepare import Prepared, prepare_graph
 from fastq.processes import ALONE, Processes
@@ -141,8 +142,35 @@ def build(prepared: Prepared, names: Sequence[str], report: QuantizationSummary)
     names  of the parameters of the float network's forward.
     """
     captured, graph = prepared.captured, prepared.graph
-    tensors: dict[str, Tensor] = {}
-    stages = []
+    lowered = [prepared.lowered(region) for region in prepared.regions]
+    stages, tensors = _stages(prepared)
+    recipe, kept = write_recipe(prepared, lowered)
+    tensors |= kept
+
+    def keep(name: str, array: Any) -> str:
+        tensors[name] = torch.from_numpy(array.copy())
+        return name
+
+    arguments = captured.arguments
+    layout = Layout(
+        stages=tuple(stages),
+        programs=tuple(encode_program(made.program, keep) for made in lowered),
+        inputs=tuple(node.name if isinstance(node, Node) else None for node in arguments),
+        extents=tuple(node.extent if isinstance(node, Node) else None for node in arguments),
+        constants={str(i): v for i, v in enumerate(arguments) if not isinstance(v, Node)},
+        outputs=tuple(v.name if isinstance(v, Node) else ("constant", v) for v in graph.outputs),
+        specs=(spec_text(captured.in_spec), spec_text(captured.out_spec)),
+        names=tuple(names),
+        recipe=recipe,
+    )
+    network = QuantizedModel(layout, tensors)
+    keep_summary(network, report)
+    return network
+
+
+def _stages(prepared: Prepared) -> tuple[list[Stage], dict[str, Tensor]]:
+    """What the network does, in order; and the tensors of its float operators, as "node.name"."""
+    stages, tensors = [], dict[str, Tensor]()
     for item in _in_order(prepared):
         if isinstance(item, Region):
             number = prepared.regions.index(item)
@@ -156,21 +184,7 @@ def build(prepared: Prepared, names: Sequence[str], report: QuantizationSummary)
                 Stage(item.op, inputs, (item.name,), item.attrs, layer=item.layer, why=why)
             )
             tensors |= {f"{item.name}.{k}": v.clone() for k, v in item.tensors.items()}
-    lowered = [prepared.lowered(region) for region in prepared.regions]
-    recipe, kept = write_recipe(prepared, lowered)
-    tensors |= kept
-    arguments = [node.name if isinstance(node, Node) else None for node in captured.arguments]
-    extents = [node.extent if isinstance(node, Node) else None for node in captured.arguments]
-    outputs = [v.name if isinstance(v, Node) else ("constant", v) for v in graph.outputs]
-    constants = {
-        str(i): leaf for i, leaf in enumerate(captured.arguments) if not isinstance(leaf, Node)
-    }
-    network = assemble(
-        stages, [made.program for made in lowered], tensors, arguments, extents, constants, outputs,
-        (captured.in_spec, captured.out_spec), names, recipe,
-    )  # fmt: skip
-    keep_summary(network, report)
-    return network
+    return stages, tensors
 
 
 def _in_order(prepared: Prepared) -> list[Any]:

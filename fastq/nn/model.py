@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastq.encode import decode_program, encode_program
+from fastq.encode import decode_program
 from fastq.graph import INT8_OPERATORS, OPERATIONS, Node, check_target, evaluate, shapes_of
 from fastq.layout import Layout, Stage
 from fastq.nn.layer import accept, array_of, stay
@@ -301,39 +301,6 @@ def check_constant(network: nn.Module, number: int, leaf: Any, wanted: Any) -> N
             f"{type(network).__name__}: argument number {number} is {leaf!r}; the network was "
             f"captured with {wanted!r}, which is part of it now"
         )
-
-
-def assemble(
-    stages: Sequence[Stage],
-    programs: Sequence[Program],
-    float_tensors: Mapping[str, Tensor],
-    inputs: Sequence[str | None],
-    extents: Sequence[tuple[int | None, ...] | None],
-    constants: Mapping[str, Any],
-    outputs: Sequence[Any],
-    specs: tuple[Any, Any],
-    names: Sequence[str],
-    recipe: Mapping[str, Any],
-) -> QuantizedModel:
-    """A network from its parts; float_tensors are called "node.name"."""
-    tensors = dict(float_tensors)
-
-    def keep(name: str, array: Any) -> str:
-        tensors[name] = torch.from_numpy(array.copy())
-        return name
-
-    layout = Layout(
-        tuple(stages),
-        tuple(encode_program(program, keep) for program in programs),
-        tuple(inputs),
-        tuple(extents),
-        constants,
-        tuple(outputs),
-        (spec_text(specs[0]), spec_text(specs[1])),
-        tuple(names),
-        recipe,
-    )
-    return QuantizedModel(layout, tensors)
 
 
 def spec_text(spec: Any) -> str:
