@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from fastq.program import Program, Step
+from fastq.program import Program
 from fastq.qparams import Dequant, Requant
 from fastq.sizes import Size
+from fastq.steps import Step
 from fastq.weights import Conv2dWeight, LinearWeight
 
 CLASSES: dict[str, Any] = {

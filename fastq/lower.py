@@ -18,10 +18,11 @@ from torch import Tensor
 
 from fastq.arguments import REQUANTIZED
 from fastq.graph import Node, pointwise
-from fastq.program import Program, Step
+from fastq.program import Program
 from fastq.qparams import UNCLAMPED, Dequant, QParams, Requant, limits
 from fastq.regions import FIXED, Region, bare_weights, gives_floats
 from fastq.sizes import Size
+from fastq.steps import Step
 from fastq.weights import MAX_BIAS, Conv2dWeight, LinearWeight, outputs_first, with_room
 
 Weights = Callable[[Node], tuple[Any, Any]]  # a node's (int8 data, float32 scale per output)

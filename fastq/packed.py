@@ -7,7 +7,7 @@ from typing import Any
 from fastq.kernels.convolution import pack_conv2d
 from fastq.kernels.products import PackedLinear
 from fastq.phases import Phase, phase_weight
-from fastq.program import Step
+from fastq.steps import Step
 
 Axes = tuple[list[Phase], list[Phase]]  # the phases of height and of width
 

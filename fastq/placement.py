@@ -21,7 +21,8 @@ from fastq.kernels.call import ITEM_BYTES, At, View, address_of, collapse, dense
 from fastq.kernels.lines import broadcast, join_lines
 from fastq.packed import Axes, PackedWeights
 from fastq.phases import MAX_PHASES, phases_of
-from fastq.program import VIEWS, Program, Step, slice_index
+from fastq.program import VIEWS, Program
+from fastq.steps import Step, slice_index
 
 Array = NDArray[Any]
 Frame = tuple[int, int, int, int]  # top, bottom, left, right

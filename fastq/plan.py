@@ -43,7 +43,8 @@ from fastq.kernels.windows import (
 )
 from fastq.packed import PackedWeights
 from fastq.placement import NO_FRAME, Placement
-from fastq.program import Program, Step
+from fastq.program import Program
+from fastq.steps import Step
 
 Array = NDArray[Any]
 

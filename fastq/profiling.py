@@ -26,8 +26,8 @@ from fastq.kernels.simd import emitter
 from fastq.layout import Stage
 from fastq.nn.model import QuantizedModel
 from fastq.plan import BoundProgram
-from fastq.program import Step
 from fastq.sizes import Shapes
+from fastq.steps import Step
 
 FLOAT_BYTES = 4
 LEAST = 1e-3  # microseconds of a kernel: shares are over its time

@@ -18,10 +18,10 @@ from fastq.graph import Node
 from fastq.lower import normalized
 from fastq.nn.model import as_input
 from fastq.prepare import HEADROOM, Prepared, grid_ends, symmetric, wide
-from fastq.program import OPERATIONS
 from fastq.qparams import QParams, choose_qparams
 from fastq.regions import Region
 from fastq.sizes import Shapes
+from fastq.steps import OPERATIONS
 
 # A learned scale is taken as at least this, should a step of training make it 0 or negative: the
 # program's factors stay finite, and the next gradient can widen the range again.

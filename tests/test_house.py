@@ -25,6 +25,7 @@ ORDER = [
     "ops",
     "observer",
     "qconfig",
+    "steps",
     "program",
     "encode",
     "layout",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastq.kernels import call
-from fastq.program import OPERATIONS
+from fastq.steps import OPERATIONS
 
 BATCHES = (1, 3)
 

@@ -13,10 +13,11 @@ import pytest
 
 from fastq.arguments import ARGUMENTS, PADDING_MODES
 from fastq.plan import BoundProgram
-from fastq.program import OPERATIONS, RECURRENT, WAYS_IN, Program, Step
+from fastq.program import RECURRENT, WAYS_IN, Program
 from fastq.program import WIDE as TAKE_WIDE
 from fastq.qparams import GATES, Dequant, Requant
 from fastq.sizes import Size
+from fastq.steps import OPERATIONS, Step
 from fastq.weights import Conv2dWeight, LinearWeight
 
 Shape = tuple[int, ...]

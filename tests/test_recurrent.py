@@ -17,9 +17,10 @@ import fastq
 from fastq import ops, reference
 from fastq.arguments import check_arguments
 from fastq.kernels.recurrent import BLOCK
-from fastq.program import Program, Step
+from fastq.program import Program
 from fastq.qparams import GATES, Dequant, QParams
 from fastq.remedies import REMEDIES
+from fastq.steps import Step
 from fastq.weights import LinearWeight
 
 # rows, steps, features

@@ -17,9 +17,10 @@ from fastq import ops, reference
 from fastq.kernels import isa as isa_room
 from fastq.network import prepare_model
 from fastq.ops.checks import as_values
-from fastq.program import Program, Step
+from fastq.program import Program
 from fastq.qparams import MAX_WIDE_FEATURES, Requant
 from fastq.regions import Ranges
+from fastq.steps import Step
 from fastq.weights import Conv2dWeight, LinearWeight
 
 DTYPES = [np.uint8, np.int16]
