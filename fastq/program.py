@@ -74,20 +74,8 @@ class Program:
                 raise ValueError(f"Program: {step.name} is a {step.op!r}, which is no operation")
             if step.name in dtypes:
                 raise ValueError(f"Program: two values are called {step.name}")
-            for i, name in enumerate(step.inputs):
-                narrow = ["uint8"] * (step.op not in RECURRENT)
-                wanted = ["float32"] if step.op in WAYS_IN else narrow
-                wanted += ["int16"] * (i in WIDE.get(step.op, ()))
-                if dtypes.get(name) not in wanted:
-                    found = dtypes.get(name, "unknown")
-                    raise ValueError(
-                        f"Program: {step.name} takes {name}, which is {found}; wanted a "
-                        f"{' or '.join(wanted)} value that a step before it makes"
-                    )
+            taken = _taken(step, dtypes)
             check_arguments(step)
-            taken = [dtypes[name] for name in step.inputs]
-            if step.op == "concat" and len(set(taken)) > 1:
-                raise ValueError(f"Program: {step.name} concatenates {taken}; wanted one dtype")
             dtypes[step.name] = _dtype(step, *taken)
         object.__setattr__(self, "dtypes", MappingProxyType(dtypes))
         names = [name for name, _ in self.outputs]
@@ -173,6 +161,24 @@ def check_extent(name: str, shape: Sequence[int], extent: Sequence[int | None]) 
 def extent_text(extent: Sequence[int | None]) -> str:
     """An extent as an error shows it."""
     return "(" + ", ".join("any" if n is None else str(n) for n in extent) + ")"
+
+
+def _taken(step: Step, dtypes: Mapping[str, str]) -> list[str]:
+    """The dtypes of a step's inputs, of those of all values before it; ValueError for a value that
+    is not there, or of a dtype that the step does not take."""
+    taken = [dtypes.get(name, "unknown") for name in step.inputs]
+    for i, (name, found) in enumerate(zip(step.inputs, taken, strict=True)):
+        narrow = ["uint8"] * (step.op not in RECURRENT)
+        wanted = ["float32"] if step.op in WAYS_IN else narrow
+        wanted += ["int16"] * (i in WIDE.get(step.op, ()))
+        if found not in wanted:
+            raise ValueError(
+                f"Program: {step.name} takes {name}, which is {found}; wanted a "
+                f"{' or '.join(wanted)} value that a step before it makes"
+            )
+    if step.op == "concat" and len(set(taken)) > 1:
+        raise ValueError(f"Program: {step.name} concatenates {taken}; wanted one dtype")
+    return taken
 
 
 def _dtype(step: Step, *inputs: str) -> str:
