@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fastq.batches import Batches, add_hint, arguments_of
+from fastq.graph import normalization
 from fastq.modules import (
     INT8,
     TABLES,
@@ -507,14 +508,10 @@ def _same_channels(layer: _Layer, batch_norm: _Layer) -> bool:
 
 def _affine(batch_norm: Any) -> tuple[Tensor, Tensor]:
     """Batch norm in eval mode as y = factor * x + shift, float64 (C,)."""
-    variance = batch_norm.running_var.detach().double()
-    factor = 1 / (variance + batch_norm.eps).sqrt()
-    if batch_norm.weight is not None:
-        factor = factor * batch_norm.weight.detach().double()
-    shift = -batch_norm.running_mean.detach().double() * factor
-    if batch_norm.bias is not None:
-        shift = shift + batch_norm.bias.detach().double()
-    return factor, shift
+    own = {"running_mean": batch_norm.running_mean, "running_var": batch_norm.running_var,
+           "norm_weight": batch_norm.weight, "norm_bias": batch_norm.bias}  # fmt: skip
+    given = {name: tensor.detach() for name, tensor in own.items() if tensor is not None}
+    return normalization(batch_norm.eps, given)
 
 
 def _folds_to_finite(batch_norm: Any) -> bool:
