@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,7 @@ from fastq.network import (
     summarize,
 )
 from fastq.nn.model import QuantizedModel, check_constant, leaves_of
+from fastq.parameters import Place, parameters_of, places_of
 from fastq.prepare import (
     Prepared,
     Watcher,
@@ -113,7 +114,9 @@ def prepare_qat(
                 "data)"
             )
         prepared = read_recipe(model)
-        return QATModel(prepared, _parts(prepared), model.layout.names, summary(model), learned)
+        return QATModel(
+            prepared, parameters_of(prepared.graph), model.layout.names, summary(model), learned
+        )
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule | QATModel):
         raise TypeError(
             f"prepare_qat: got {type(model).__name__}; wanted a float torch.nn.Module, not "
@@ -203,7 +206,7 @@ class QATModel(nn.Module):
             self.register_buffer(name, buffer, name not in model._non_persistent_buffers_set)
         self._prepared, self._names, self._fastq_summary = prepared, list(names), report
         named = self._named()
-        self._places = {node: _places(node, named) for node in prepared.graph}
+        self._places = {node: places_of(node, named) for node in prepared.graph}
         self.fastq = nn.ModuleDict()
         for frozen in FROZEN:  # 0 or 1: a bool cannot be averaged, as AveragedModel does
             self.fastq.register_buffer(frozen, torch.tensor(0))
@@ -337,9 +340,7 @@ class QATModel(nn.Module):
     def _norm(self, node: Node) -> nn.Module:
         """The module that has the statistics of a node's batch norm; without one, the whole."""
         place = self._places[node]["running_mean"]
-        return self.get_submodule(
-            place.name.rpartition(".")[0] if isinstance(place, _Place) else ""
-        )
+        return self.get_submodule(place.name.rpartition(".")[0] if isinstance(place, Place) else "")
 
     def _norm_moves(self, node: Node) -> bool:
         """Whether a node has a batch norm whose statistics move now."""
@@ -368,36 +369,6 @@ class QATModel(nn.Module):
         scale, limit = steps.detach().clamp(min=FLT_MIN).numpy(), _limit(config)
         data = np.rint(real / per_output(scale, real.ndim))
         return np.clip(data, -limit, limit).astype(np.int8), scale
-
-
-def _parts(prepared: Prepared) -> nn.Module:
-    """The parameters of a graph as a module, under the names of the layers that they are of.
-
-    The tensors of constants, grids and torch's other operators are no parameters.
-    """
-    root = nn.Module()
-    for node in prepared.graph:
-        if not node.tensors or node.op in ("constant", "aten", "grid"):
-            continue
-        part = _submodule(root, node.layer or node.name)
-        same = part._parameters.keys() & node.tensors.keys()
-        if any(not torch.equal(part.get_parameter(key), node.tensors[key]) for key in same):
-            part = _submodule(root, node.name)  # the module has several weights of its own
-            same = set()
-        for key, tensor in node.tensors.items():
-            if key not in same:
-                part.register_parameter(key, nn.Parameter(tensor))
-            node.tensors[key] = part.get_parameter(key).detach()  # one of a layer called twice
-    return root
-
-
-def _submodule(root: nn.Module, path: str) -> nn.Module:
-    """The submodule of this name, made if there is none."""
-    for name in path.split("."):
-        if name not in root._modules:
-            root.add_module(name, nn.Module())
-        root = root.get_submodule(name)
-    return root
 
 
 def _first_steps(prepared: Prepared, node: Node) -> Tensor:
@@ -588,48 +559,3 @@ class _Pass:
                 move()
             for moving, ends in self.seen.items():
                 moving.follow(torch.stack(ends).float())
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a node's tensor is: a parameter or buffer, or a view of it with these strides.
-
-    held, dtype, order  the shape, dtype and strides that the parameter or buffer had.
-    """
-
-    name: str
-    held: tuple[int, ...]
-    dtype: torch.dtype
-    order: tuple[int, ...]
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def find(self, named: Mapping[str, Tensor]) -> Tensor:
-        tensor = named.get(self.name)
-        if tensor is None or tensor.shape != self.held or tensor.dtype != self.dtype:
-            now = "gone" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise ValueError(
-                f"QATModel: {self.name} is {now}; wanted {self.held} {self.dtype}, which the graph "
-                "was made with. Layers are changed in the float model, before fastq.prepare_qat"
-            )
-        if (self.shape, self.strides) == (self.held, self.order):
-            return tensor
-        if tensor.stride() != self.order:  # as after .to(memory_format=torch.channels_last)
-            given, tensor = tensor, torch.empty_strided(self.held, self.order, dtype=self.dtype)
-            tensor.copy_(given)
-        return tensor.as_strided(self.shape, self.strides)
-
-
-def _places(node: Node, named: Mapping[str, Tensor]) -> dict[str, _Place | Tensor]:
-    """The place of each of a node's tensors that is the network's own; others as they are."""
-    at = {
-        (own.data_ptr(), own.numel()): (name, tuple(own.shape), own.dtype, own.stride())
-        for name, own in named.items()
-        if own.numel()
-    }
-    return {
-        key: _Place(*at[place], tuple(tensor.shape), tensor.stride())
-        if (place := (tensor.data_ptr(), tensor.numel())) in at
-        else tensor
-        for key, tensor in (node.origin or node.tensors).items()
-    }

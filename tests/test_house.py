@@ -62,6 +62,7 @@ ORDER = [
     "remedies",
     "alone",
     "network",
+    "parameters",
     "straight_through",
     "qat",
     "layerwise",
