@@ -290,7 +290,7 @@ RETRIES = 3  # with other sizes, where two values had the same size by chance
 
 
 def _shapes(leaves: Leaves, way: Way) -> tuple[Shapes, Shapes]:
-    """Those of both examples."""
+    """The shapes of the inputs of both examples."""
     one, two = (example_shapes(leaves, b, s) for b, s in zip(BATCHES, way, strict=True))
     return one, two
 

@@ -59,7 +59,7 @@ class Node:
 
     @property
     def extent(self) -> tuple[int | None, ...]:
-        """Of an input: its sizes, None for those that may be other ones."""
+        """An input's sizes, None for those that may be other ones."""
         free = self.attrs.get("free", (0,))
         return tuple(None if i in free else n for i, n in enumerate(self.shape))
 
@@ -350,7 +350,8 @@ def _recurrent(node: Node, x: Tensor) -> Tensor:
 
 
 def _softmax(node: Node, x: Tensor, *masks: Tensor) -> Tensor:
-    """Of what the mask is not 0 for; all the same, or all 0, where it is 0 for all."""
+    """softmax over what the mask is not 0 for. A line whose mask is 0 everywhere gets equal
+    weights, if `uniform`, or none."""
     if not masks:
         return torch.softmax(x, node.attrs["dim"])
     (mask,) = masks

@@ -61,7 +61,7 @@ def module_names(model: nn.Module) -> Names:
 
 
 def listed(names: Names) -> Names:
-    """Those that a summary lists: not what a layer is made of, nor short embeddings."""
+    """The modules that a summary lists: not what a layer is made of, nor short embeddings."""
     whole = (Recurrent, QMultiheadAttention, nn.MultiheadAttention)
     without = {part for m in names if isinstance(m, whole) for part in m.children()}
     without |= {m for m in names if isinstance(m, TABLES) and m.embedding_dim < LEAST_ROW}

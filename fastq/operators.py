@@ -57,18 +57,18 @@ def promoted(*values: Any) -> list[Array]:
 
 
 def _width(dtype: np.dtype[Any]) -> int:
-    """Of a kind of dtype; those of integers are one."""
+    """How wide a kind of dtype is, to be promoted to: bool, integers, float, complex."""
     return max(KINDS.index(dtype.kind), 1) if dtype.kind != "b" else 0
 
 
 def _real(x: Any) -> Array:
-    """As float, where it was none."""
+    """x as float32, unless it is float or complex."""
     x = np.asarray(x)
     return x if x.dtype.kind in "fc" else x.astype(REAL)
 
 
 def _pointwise(function: Callable[..., Any], *, real: bool = False) -> Callable[..., Array]:
-    """Of all arguments in one dtype."""
+    """An operator of the function: its arguments are promoted first, with `real` to float."""
 
     def run(*values: Any) -> Array:
         arrays = promoted(*values)
@@ -149,7 +149,7 @@ def _unbind(x: Array, dim: int = 0) -> list[Array]:
 
 
 def _rows(x: Array, index: Array, dim: int = 0) -> Array:
-    """Of each index the place along an axis; IndexError for one that is not there."""
+    """What is at these places of an axis; IndexError for one that is not there."""
     if index.dtype.kind not in "iu":
         raise TypeError(f"places are {index.dtype}; wanted integers")
     if index.size and not 0 <= index.min() <= index.max() < x.shape[dim]:
@@ -160,7 +160,7 @@ def _rows(x: Array, index: Array, dim: int = 0) -> Array:
 
 
 def _index(x: Array, indices: Sequence[Any]) -> Array:
-    """Where there is none, the whole axis."""
+    """x[indices], where None is the whole axis."""
     places = [slice(None) if i is None else i for i in indices]
     for axis, i in enumerate(places):
         if isinstance(i, np.ndarray) and i.dtype.kind in "iu" and i.size:
@@ -232,12 +232,12 @@ def _mean(x: Array, dim: Any = None, keepdim: bool = False, dtype: Any = None) -
 
 
 def _extreme(function: Callable[..., Any]) -> Callable[..., Array]:
-    """Of amax, amin, any and all."""
+    """The operator of a function over axes: amax, amin, any and all."""
     return lambda x, dim=None, keepdim=False: np.asarray(function(x, _along(dim), keepdims=keepdim))
 
 
 def _largest(function: Callable[..., Any]) -> Callable[..., Array]:
-    """Of argmax and argmin."""
+    """The operator of argmax or argmin."""
 
     def run(x: Array, dim: int | None = None, keepdim: bool = False) -> Array:
         return np.asarray(function(x, dim, keepdims=keepdim))

@@ -27,7 +27,7 @@ class PackedWeights:
         return self._kept[key]
 
     def of_phases(self, step: Step, tier: str, axes: Axes) -> list[Any]:
-        """Those of a convolution that is one for each of its phases."""
+        """The packed weights of a transposed convolution, one for each of its phases."""
         a, found = step.arguments, []
         for down in axes[0]:
             for across in axes[1]:

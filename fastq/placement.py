@@ -62,8 +62,8 @@ class Storage:
 
 
 class Placement:
-    """Of the values of a program for inputs of known shapes: its `values` and, where a step cannot
-    read a value as it lies, `copies` of them, each as a storage and the mold of the value in it."""
+    """Where a program's values lie, for inputs of known shapes: its `values` and, where a step
+    cannot read one as it lies, `copies`, each as a storage and the mold of the value in it."""
 
     def __init__(
         self,
@@ -245,7 +245,7 @@ class Placement:
         return storage, mold
 
     def _mold_of(self, name: str, i: int) -> tuple[Storage, Array]:
-        """The same for a value that may be made later: a concatenation, by its first part."""
+        """The storage and the place of a value that may be made later, as a concatenation is."""
         if name in self.values:
             storage, mold = self.values[name]
             storage.first = min(storage.first, i)

@@ -361,7 +361,7 @@ class _Planner:
         )  # fmt: skip
 
     def row_plain(self, i: int, step: Step) -> None:
-        """Of one value, with the step's arguments as they are."""
+        """The row of an operation of one value, with the step's arguments as they are."""
         x, out = self.input(i, step.inputs[0]), self.stored(step.name)
         PLAIN_ROWS[step.op](self.call, x, out, **step.arguments)
 

@@ -280,7 +280,7 @@ class QATModel(nn.Module):
             destination._metadata[prefix[:-1]]["weights"] = self._weights()
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        """As of any module, also when it is a part of the one that is loaded."""
+        """Refuses the state of weights quantized otherwise, also as a part of another model."""
         _, prefix, metadata, *_ = args
         given = metadata.get("weights", {})
         for name, now in self._weights().items():

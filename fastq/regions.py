@@ -53,7 +53,7 @@ def why_float(node: Node) -> str:
 
 
 def _why_weight(node: Node) -> str:
-    """The same of a layer's weight and bias, and of the products that it sums."""
+    """Why a layer's weight or bias, or the number of products that it sums, has no integer form."""
     if node.op not in (*WEIGHTED, *RECURRENT):
         return ""
     weight = node.tensors["weight"]
@@ -69,7 +69,7 @@ def _why_weight(node: Node) -> str:
 
 
 def _why_operands(node: Node) -> str:
-    """The same of the operands of an operation of two values."""
+    """Why an operation of two values has none of these operands."""
     if node.op == "matmul" and node.inputs[0].shape[-1] > MAX_K:
         return f"sums {node.inputs[0].shape[-1]} products, and int32 is exact up to {MAX_K}"
     if node.op not in ("add", "mul"):
@@ -86,7 +86,7 @@ def _why_operands(node: Node) -> str:
 
 
 def _why_arguments(node: Node) -> str:
-    """The same of an operation's arguments, and of how many axes its value has."""
+    """Why an operation has none with these arguments, or of so many axes."""
     if node.op == "conv_transpose2d":
         sizes = node.tensors["weight"].shape[2:]
         axes = zip(sizes, node.attrs["padding"], node.attrs["dilation"], strict=True)
@@ -381,7 +381,7 @@ class Ranges:
         return found - self.fixed.keys()
 
     def dtype(self, node: Node) -> np.dtype[Any]:
-        """Of a value between operations."""
+        """The dtype of a value between operations: uint8 or int16."""
         return np.dtype(np.int16 if self.find(node) in self.wide else np.uint8)
 
     def find(self, node: Node) -> Node:

@@ -70,7 +70,7 @@ class Report:
         return html(self.title, self._blocks())
 
     def markdown(self) -> str:
-        """The same content."""
+        """The content of `html`, as Markdown."""
         return markdown(self.title, self._blocks())
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -376,7 +376,7 @@ def _latency(
 
 @contextmanager
 def _same_threads() -> Iterator[int]:
-    """As many threads for torch as for fastq, the fewer of both."""
+    """Gives torch and fastq the same number of threads for a while: the smaller of their own."""
     before = torch.get_num_threads(), ops.get_num_threads()
     torch.set_num_threads(min(before))
     ops.set_num_threads(min(before))

@@ -227,7 +227,7 @@ def _linear(step: Step, x: Shape, *add: Shape) -> Shape:
 
 
 def _pooled(step: Step, x: Shape) -> Shape:
-    """As many as there are windows."""
+    """A pixel for each window."""
     a = step.arguments
     stride = a.get("stride") or a["kernel_size"]
     sizes = []

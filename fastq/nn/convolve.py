@@ -24,8 +24,10 @@ from fastq.weights import Conv2dWeight, outputs_first
 
 
 class Geometry(NamedTuple):
-    """Of a convolution. padding: in front and behind, axis by axis; of a transposed one it is what
-    is cut off the result."""
+    """How a convolution walks over its input.
+
+    padding  in front and behind, axis by axis; of a transposed one, what is cut off the result.
+    """
 
     stride: Sequence[int]
     padding: Sequence[int]
@@ -34,11 +36,11 @@ class Geometry(NamedTuple):
     groups: int
 
     def flat(self) -> tuple[Any, ...]:
-        """As torch's operator takes it."""
+        """The arguments of `fastq::convolution`, in order."""
         return self.stride, self.padding, self.dilation, self.transposed, self.groups
 
     def sizes(self, spatial: Sequence[Any], kernel: Sequence[int], more: Sequence[int]) -> Any:
-        """Of the result, for an input of these; `more` at the end of a transposed one's."""
+        """The result's sizes, for an input of these; a transposed one's are `more` longer."""
         sides = zip(self.padding[::2], self.padding[1::2], strict=True)
         axes = zip(spatial, kernel, self.stride, self.dilation, sides, more, strict=True)
         if self.transposed:

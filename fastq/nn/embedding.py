@@ -18,7 +18,7 @@ LEAST_ROW = 32
 
 
 class QTable(QLayer):
-    """What both share: int8 rows, each with a scale of its own, symmetric."""
+    """What QEmbedding and QEmbeddingBag share: int8 rows, symmetric, each with its own scale."""
 
     num_embeddings: int
     embedding_dim: int
@@ -207,7 +207,7 @@ def bags(
 def _bags(
     tokens: Tensor, weight: Tensor, scale: Tensor, offsets: Tensor, mode: int, *rest: Any
 ) -> tuple[Tensor]:
-    """The same as torch's operator has it: modes are numbers, the bags the first of its results."""
+    """`bags` as torch's operator is called: modes are numbers, bags the first of the results."""
     return (bags(tokens, weight, scale, offsets, ("sum", "mean", "max")[mode], *rest),)
 
 

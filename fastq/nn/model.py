@@ -105,7 +105,7 @@ class QuantizedModel(nn.Module):
         return self._ready
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module. Tensors are changed by this way only: the kernels have copies."""
+        """As nn.Module does. It is the only way to change the tensors: the kernels have copies."""
         result = super().load_state_dict(*args, **kwargs)
         self._bound()  # an altered tensor is refused here, not at the next call
         return result
@@ -116,7 +116,7 @@ class QuantizedModel(nn.Module):
             destination._metadata[prefix[:-1]]["programs"] = self._digest()
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        """As of any module, also when it is a part of the one that is loaded."""
+        """Refuses the state of other programs, also where this network is a part of a model."""
         _, prefix, metadata, *_ = args
         given = metadata.get("programs")
         if given is not None and given != self._digest():
@@ -129,7 +129,7 @@ class QuantizedModel(nn.Module):
         self._ready = None
 
     def _digest(self) -> str:
-        """Of what its programs are, but for their tensors."""
+        """A digest of all that its programs are but their tensors."""
         text = json.dumps(self.layout.programs, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -29,7 +29,8 @@ from fastq.weights import LinearWeight
 
 
 class _Products(NamedTuple):
-    """Of one layer in one direction: products of inputs, of hidden states, of what a cell gives."""
+    """The products of one layer in one direction: with inputs (ih), hidden states (hh) and, of a
+    projection, what a cell gives (hr)."""
 
     ih: Operands
     hh: Operands
@@ -120,7 +121,7 @@ def _direction(
 def _steps(
     gates: Tensor, states: list[Tensor], products: _Products, cell: str, time: int, reverse: bool
 ) -> list[Tensor]:
-    """The same of sequences of one length: recurrent_float."""
+    """One layer in one direction, of sequences of one length: `ops.recurrent_float`."""
     _, hh, hr = products
     hidden, state = (*map(array_of, states), None)[:2]
     y, last = recurrent_float(
@@ -273,7 +274,7 @@ class Recurrent(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)}" for name in (*self.ARGUMENTS, "bias"))
 
     def flatten_parameters(self) -> None:
-        """As of torch's layer: some networks call it before each forward. Nothing is to be done."""
+        """Does nothing. torch's layer has it, and some networks call it before each forward."""
 
     def _states(self, hx: Any, lead: tuple[int, ...], like: Tensor) -> list[Tensor]:
         """The first hidden state, and c of an LSTM, of these leading sizes."""

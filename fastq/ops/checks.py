@@ -59,7 +59,7 @@ def as_uint8(what: str, x: Any) -> NDArray[np.uint8]:
 
 
 def as_values(what: str, x: Any) -> NDArray[Any]:
-    """The same of an array of uint8 or int16."""
+    """x, with elements of the last axis side by side; TypeError unless it is uint8 or int16."""
     if type(x) is not np.ndarray or x.dtype != INT16:
         if isinstance(x, np.ndarray) and x.dtype != UINT8:
             raise TypeError(f"{what} is {x.shape} {x.dtype}; wanted uint8 or int16")

@@ -131,8 +131,9 @@ def cross_layer_equalization(
 def activation_equalization(
     prepared: Prepared, sample: Sequence[Batch], progress: bool = False
 ) -> None:
-    """The same for the outputs of a layer norm, or of a batch norm that stands alone, whose only
-    readers are convolutions and linear layers: the scales go into the norm's own factors.
+    """`cross_layer_equalization` of the outputs of a layer norm, or of a batch norm that stands
+    alone, whose only readers are convolutions and linear layers: the scales go into the norm's own
+    factors.
 
     Source: G. Xiao et al., SmoothQuant: Accurate and Efficient Post-Training Quantization for
     Large Language Models, 2022, arXiv:2211.10438, with its migration strength of 0.5.
