@@ -30,7 +30,7 @@ NAMED: Named = {
         "contiguous_format", "channels_last", "preserve_format")},
     "device": {"cpu": "cpu"},
 }  # fmt: skip
-KINDS = "biufc"  # of dtypes, the widest last
+KINDS = "b", "iu", "f", "c"  # of dtypes, the widest last
 INTEGER, REAL = np.dtype(np.int64), np.dtype(np.float32)  # torch's defaults
 
 
@@ -58,7 +58,7 @@ def promoted(*values: Any) -> list[Array]:
 
 def _width(dtype: np.dtype[Any]) -> int:
     """How wide a kind of dtype is, to be promoted to: bool, integers, float, complex."""
-    return max(KINDS.index(dtype.kind), 1) if dtype.kind != "b" else 0
+    return next(i for i, kinds in enumerate(KINDS) if dtype.kind in kinds)
 
 
 def _real(x: Any) -> Array:

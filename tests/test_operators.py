@@ -26,7 +26,7 @@ FLAGS = WHOLE > 0
 ONE = torch.tensor(2.5, dtype=torch.float64)  # no axes: the others' dtype
 BYTES = torch.arange(12, dtype=torch.uint8).reshape(3, 4)
 PAIRS = [(X, Y), (X, 2), (WHOLE, X), (WHOLE, 3), (X, ONE), (SMALL, WHOLE), (WHOLE, 2.5),
-         (BYTES, 7)]  # fmt: skip
+         (BYTES, 7), (WHOLE, BYTES)]  # fmt: skip
 COMPARED = [*PAIRS, (WHOLE, 3), (X, X)]
 LOGICAL = [(FLAGS, ~FLAGS), (WHOLE, FLAGS)]
 REAL = [(POSITIVE,), (WHOLE.abs() + 1,)]
