@@ -47,7 +47,7 @@ def div(reader: Reader, node: fx.Node, a: Arguments) -> Node | None:
 def binary(
     reader: Reader, node: fx.Node, op: str, x: Any, y: Any, alpha: float = 1.0
 ) -> Node | None:
-    """Of two activations, or of one and a constant tensor."""
+    """A sum or a product of two activations, or of one and a constant tensor."""
     if not (isinstance(x, Node | Tensor) and isinstance(y, Node | Tensor)):
         return None
     if any(v.numel() == 1 or v.dtype != torch.float32 for v in (x, y) if isinstance(v, Tensor)):
@@ -135,7 +135,7 @@ def glu(reader: Reader, node: fx.Node, x: Node, a: Arguments) -> Node | None:
 
 @reads("sum")
 def sum_of_few(reader: Reader, node: fx.Node, x: Node, a: Arguments) -> Node | None:
-    """Of a few places on an axis, one added to the other."""
+    """A sum over an axis of a few places, as additions one after the other."""
     dims = a.get("dim")
     if len(dims or ()) != 1 or a.get("dtype") is not None:
         return None

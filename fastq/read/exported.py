@@ -24,7 +24,7 @@ def first_of(node: fx.Node) -> fx.Node | str:
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """Of a node's value, in the example that was traced; () if that is no tensor."""
+    """The shape of a node's value in the example that was traced; () if it is no tensor."""
     value = node.meta.get("val")
     return tuple(map(int, value.shape)) if isinstance(value, Tensor) else ()
 
@@ -35,7 +35,7 @@ def ranked_shape(value: Any, rank: int) -> tuple[int, ...]:
 
 
 def memory_of(node: fx.Node) -> int:
-    """Of two values that lie in the same memory it is the same."""
+    """A number for the memory that a node's value lies in: equal for values that share it."""
     value = node.meta.get("val")
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else 0
 
@@ -68,6 +68,7 @@ def takes_indices(node: fx.Node) -> bool:
 
 
 def is_off(a: Arguments) -> bool:
+    """Whether a dropout, or the like, does nothing: it is not in training mode."""
     return not a.get("train", a.get("training", False))
 
 
@@ -96,6 +97,6 @@ def geometry(a: Arguments, kernel: Sequence[int]) -> dict[str, Any]:
 
 
 def parameters(a: Arguments, *names: str) -> dict[str, Tensor] | None:
-    """Those of these arguments that are given; None if the network computes one of them."""
+    """The given ones of the arguments of these names; None if the network computes one of them."""
     found = {name: a[name] for name in names if a.get(name) is not None}
     return found if all(isinstance(value, Tensor) for value in found.values()) else None

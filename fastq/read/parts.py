@@ -87,7 +87,7 @@ def expand(reader: Reader, node: fx.Node, a: Arguments) -> Node | Tensor | None:
 
 @reads_any("repeat", "tile")
 def repeat(reader: Reader, node: fx.Node, a: Arguments) -> Node | Tensor | None:
-    """Of axes of size 1 an expansion, of others a concatenation."""
+    """An expansion of axes of size 1; a concatenation along any other."""
     x, shape = a["self"], shape_of(node)
     size = ranked_shape(x, len(shape))
     times = [n // m if m else 1 for n, m in zip(shape, size, strict=True)]
@@ -213,7 +213,7 @@ def flip(reader: Reader, node: fx.Node, x: Node, a: Arguments) -> Node | None:
 
 
 def _places(reader: Reader, node: fx.Node, x: Node, dim: int, index: Any) -> Node | None:
-    """Those of an axis that are known, in a few runs: their concatenation."""
+    """These places of an axis, if they are known and make a few runs: the runs' concatenation."""
     if node.meta["val"].dtype is not torch.float32:
         return None
     if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype is torch.bool:

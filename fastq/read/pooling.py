@@ -33,7 +33,8 @@ def max_pool_with_indices(
 
 
 def _first_of_two(node: fx.Node, read: Callable[[], Node | None]) -> list[Node | None] | None:
-    """Of operators that return indices as well, if nobody takes them: a list, as getitem wants."""
+    """The value of an operator that returns indices as well, if nobody takes these: in a list, as
+    getitem wants."""
     y = None if takes_indices(node) else read()
     return None if y is None else [y, None]
 
@@ -78,7 +79,7 @@ def _adaptive(reader: Reader, node: fx.Node, op: str, x: Node, a: Arguments) -> 
 
 
 def _axes(node: fx.Node) -> int:
-    """Of the windows of a pooling."""
+    """How many axes the windows of a pooling have."""
     return 1 if "1d" in name_of(node.target) else 2
 
 
@@ -207,7 +208,8 @@ def upsample_line(reader: Reader, node: fx.Node, x: Node, a: Arguments) -> Node 
 
 
 def _size(node: fx.Node, a: Arguments) -> dict[str, Any]:
-    """Of an image, or a line: the scale where one is given, for that holds for any size."""
+    """What an image, or a line, is resized to: the scale where one is given, which holds for any
+    size."""
     factors = a.get("scale_factors")
     if factors is None and a.get("scales_h") is not None:
         factors = [a["scales_h"], a["scales_w"]]

@@ -82,7 +82,8 @@ def reads_any(*names: str) -> Callable[[F], F]:
 
 
 def reads(*names: str) -> Callable[[F], F]:
-    """The same for f(reader, node, x, arguments): its first operand x is a value of the graph."""
+    """Registers f(reader, node, x, arguments) for operators of these names where the first operand,
+    x, is a value of the graph."""
 
     def register(read: F) -> F:
         def read_value(reader: Reader, node: fx.Node, a: Arguments) -> Any:

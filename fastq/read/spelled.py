@@ -74,7 +74,7 @@ def _of_deviations(x: Node, variance: Node, eps: float) -> Norm | None:
 
 
 def _by_size(x: Any, divisor: Any) -> Norm | None:
-    """x by its length or its standard deviation, to which little is added, or which is no less."""
+    """x / (std(x) + eps), or x / max(norm(x), eps)."""
     _, eps, *_ = _called(divisor, "add") or (None, None)
     if isinstance(eps, float) and 0 < eps <= MAX_EPS:
         centered = _centered(x)
@@ -94,7 +94,7 @@ def _by_size(x: Any, divisor: Any) -> Norm | None:
 
 
 def _root(value: Any, name: str, power: float) -> Node | None:
-    """Of what `value` is the root, or the inverse root."""
+    """What `value` is the root of, or the inverse root."""
     to_power = _called(value, "pow")
     if _called(value, name) is None and (to_power is None or to_power[1] != power):
         return None
@@ -102,7 +102,7 @@ def _root(value: Any, name: str, power: float) -> Node | None:
 
 
 def _squared(square: Node) -> Node | None:
-    """Of what it is the square."""
+    """What it is the square of; None if it is none."""
     to_power = _called(square, "pow")
     if square.op == "mul":
         return square.inputs[0] if square.inputs[0] is square.inputs[1] else None
