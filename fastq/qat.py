@@ -62,7 +62,6 @@ from fastq.trace import Forward
 from fastq.weights import per_output
 
 FROZEN = "norms_frozen", "ranges_frozen"
-UNCLAMPED = (-math.inf, math.inf)
 
 
 def prepare_qat(
@@ -479,7 +478,8 @@ class _Pass:
         kept for the running ones."""
         given, norm = self.given[node], node.attrs["norm"]
         if node.op != "affine":
-            product = replace(node, tensors=given, attrs={**node.attrs, "clamp": UNCLAMPED})
+            unclamped = {**node.attrs, "clamp": (-math.inf, math.inf)}
+            product = replace(node, tensors=given, attrs=unclamped)
             x = evaluate(product, [x])
         axes = [axis for axis in range(x.dim()) if axis != 1]
         count = x.numel() // x.shape[1]
