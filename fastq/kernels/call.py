@@ -291,7 +291,7 @@ class Idle:
             return None
 
     def idle(self, key: Any) -> list[Any]:
-        """Those of a key, to take from and to give back to."""
+        """The list of a key's idle ones, to take from and to give back to."""
         return self._lists.get(key, [])
 
     def give(self, key: Any, made: Any) -> None:

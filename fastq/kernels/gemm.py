@@ -93,12 +93,12 @@ class Tile:
 
     @property
     def fold(self) -> int:
-        """Of a dot tile: the rows that are one."""
+        """How many rows of a dot tile are taken as one."""
         return self.nr // self.group
 
     @property
     def wide(self) -> bool:
-        """Of matrices: whether it is for short sums, see tiles.py."""
+        """Whether it is a tile of matrices for short sums, see tiles.py."""
         return self.kind == "matrix" and self.nr > 32
 
     def __str__(self) -> str:

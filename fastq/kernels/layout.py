@@ -251,7 +251,7 @@ def copy_row(call: Call, x: View, out: View) -> None:
 
 
 def widths(size: int) -> tuple[int, ...]:
-    """Those of TQ that it takes to fill the size, the widest first."""
+    """The widths of TQ that fill the size, the widest first."""
     used = []
     for width in TQ:
         if size >= width:

@@ -48,8 +48,8 @@ class Kernel:
 
     @functools.cached_property
     def entry(self) -> Any:
-        """As Python calls one that needs no begin and end: with its block as bytes, without the
-        GIL."""
+        """The kernel as Python calls it, without the GIL: of its block as bytes alone, for a kernel
+        that reads no begin and end."""
         return ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self.address)
 
 

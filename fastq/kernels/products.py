@@ -338,7 +338,7 @@ class Walk(NamedTuple):
         return self.line >= fold and all(r.row == n * ITEM_BYTES[r.kind] for r in written)
 
     def folded(self, fold: int) -> Walk:
-        """So many rows of a line as one; the last of a line may overlap the one before."""
+        """The walk with `fold` rows of a line as one; a line's last may overlap the one before."""
         runs = step_starts(self.line, fold)
         firsts = np.add.outer(np.arange(0, self.m, self.line), runs).reshape(-1)
         operands = [

@@ -122,7 +122,7 @@ def _cell_line(
                 return emit_limited(b, value, const(reals, MAX_FACTOR))
 
             def given(gate: int) -> tuple[Any, Any]:
-                """Of a gate float32(x) * X_SCALE, and hx."""
+                """A gate's products: with inputs, float32(x) * X_SCALE; with hidden states, hx."""
                 place = b.add(i, b.mul(features, i64(gate)))
                 real_at = b.mul(place, i64(4))
                 if source == "f32":

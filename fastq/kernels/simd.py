@@ -222,8 +222,8 @@ class Dot:
         return b.bitcast(splat(b, load(b, i32, base, offset), self.lanes), self.operand)
 
     def load_own(self, b: Any, base: Any, offset: Any, nr: int, group: int) -> list[Any]:
-        """The same where each `group` columns of a panel read as many activations of their own:
-        for every vector of the panel. NR activations are read."""
+        """`load_a` where each `group` columns of a panel read as many activations of their own: for
+        every vector of the panel. NR activations are read."""
         read = load(b, vec(i32, nr * self.a_bytes // KR), base, offset)
         words = self.own_words(nr, group)
         return [b.bitcast(shuffle(b, read, read, lanes), self.operand) for lanes in words]
@@ -348,8 +348,9 @@ class Usdot(Quads):
     fast_pairs = False
 
     def load_a(self, b: Any, base: Any, offset: Any) -> Any:
-        """As one lane, which the product repeats: a load that repeats it takes an instruction of
-        the unit that multiplies. LLVM would choose that one if it knew where the lane is from."""
+        """The activations in one lane, which the product repeats. A load that repeats them takes an
+        instruction of the unit that multiplies; LLVM would choose it if it knew where the lane is
+        from, so that is hidden from it."""
         word = b.insert_element(const(self.acc, 0), load(b, i32, base, offset), i32(0))
         if self.native:
             hidden = ir.InlineAsm(ir.FunctionType(self.acc, [self.acc]), "", "=w,0")

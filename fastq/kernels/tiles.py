@@ -101,7 +101,7 @@ def group_tiles(isa: str, group: int) -> tuple[Tile, ...]:
 
 
 def _shuffles(isa: str, nr: int, group: int) -> list[list[int]]:
-    """Those of a row in a K-step, by the words that they take."""
+    """The different shuffles of a row in a K-step, by the words that they take."""
     words = emitter(isa).own_words(nr, group)
     return [lanes for i, lanes in enumerate(words) if lanes not in words[:i]]
 
@@ -112,7 +112,7 @@ def dot_tile(isa: str, n: int) -> Tile:
 
 
 def dot_tiles(isa: str) -> tuple[Tile, ...]:
-    """Those of a tier: none without products of bytes, or where there are tiles of matrices."""
+    """A tier's dot tiles: none without products of bytes, or where there are tiles of matrices."""
     simd = emitter(isa)
     if simd.side_by_side != KR or simd.depth != KR:
         return ()

@@ -53,7 +53,7 @@ def _activations(tier: str) -> str:
 
 
 def _epilogues(tier: str) -> tuple[str, ...]:
-    """Of a layer of its own, then what is left of a program's."""
+    """Epilogues of products: of a layer on its own, then the others that programs have."""
     between = _activations(tier)
     return tuple(dict.fromkeys(("u8", "f32", "s32", between, f"{between}+{between}", "u8+u8")))
 
@@ -112,7 +112,7 @@ def _scaled_groups(tier: str) -> Iterable[tuple[Any, ...]]:
 
 
 def _images(tier: str) -> Iterable[tuple[Any, ...]]:
-    """Those of layers, and of networks whose inputs are planes of one or three channels."""
+    """Stagings of images: of layers, and of networks whose inputs have one or three channels."""
     kind = _activations(tier)
     yield from (("f32", kind, 0, 0), ("f32", kind, 4, 4), ("u8", kind, 0, 0))
     yield "f32", kind, stage.MANY, 0
@@ -120,7 +120,7 @@ def _images(tier: str) -> Iterable[tuple[Any, ...]]:
 
 
 def _copies(kind: str) -> Iterable[tuple[Any, ...]]:
-    """Those of tiles by the widths that most numbers of channels take."""
+    """Copies: line by line, element by element, in tiles of the widths of most channel counts."""
     ways = ("lines", ()), ("elements", ()), *(("tiles", layout.widths(n)) for n in (3, 8, 16, 24))
     return ((kind, kind, *way) for way in dict.fromkeys(ways))
 
