@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from fastq import ops
 from fastq.kernels import executor, isa, peak
 from fastq.kernels.assembly import k_loop_of, kernel_at, name_of
 from fastq.qparams import Requant
+from fastq.timing import check_count, median
 from fastq.weights import Conv2dWeight, LinearWeight
 
 SECONDS = 0.1  # of timing, for the call and for each of its kernels
@@ -84,15 +83,6 @@ class Explanation:
         return "\n".join(lines)
 
 
-def check_count(what: str, value: Any) -> None:
-    """TypeError or ValueError unless it is an int of at least 1."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < 1:
-        raise (ValueError if whole else TypeError)(
-            f"{what}={value!r:.80}, wanted an int of at least 1"
-        )
-
-
 def explain(layer: Any, shape: tuple[int, ...]) -> Explanation:
     """Runs a layer on random input of this shape and says which kernels it took, and how long.
 
@@ -116,7 +106,7 @@ def explain(layer: Any, shape: tuple[int, ...]) -> Explanation:
     macs = out.size * weight.data[0].size
     seen = weight.data.size + size * (int(np.prod(shape)) + out.size)
     compute, memory = (1e6 * seconds for seconds in peak.limits(macs, seen, threads))
-    time, limit = _median(run), max(compute, memory)
+    time, limit = median(run, SECONDS), max(compute, memory)
     return Explanation(
         layer=f"{type(layer).__name__} {weight.data.shape}, input {tuple(shape)}",
         isa=isa.current(),
@@ -160,20 +150,9 @@ def _reports(run: executor.Run) -> list[KernelReport]:
     reports = []
     for i, row in enumerate(run.table.rows):
         kernel = kernel_at(int(row[executor.KERNEL]))
-        time = _median(partial(executor.run, run.table.part(i, i + 1), run.bases))
+        time = median(partial(executor.run, run.table.part(i, i + 1), run.bases), SECONDS)
         loop = k_loop_of(kernel)
         dots, spills = (loop.dots, loop.spills) if loop else (None, None)
         tasks = int(row[executor.TASKS])
         reports.append(KernelReport(name_of(kernel), tasks, time, dots, spills))
     return reports
-
-
-def _median(run: Callable[[], Any]) -> float:
-    """Microseconds of a call."""
-    samples: list[float] = []
-    end = perf_counter() + SECONDS
-    while not samples or perf_counter() < end:
-        start = perf_counter()
-        run()
-        samples.append(perf_counter() - start)
-    return 1e6 * statistics.median(samples)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from math import prod
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
 
 from fastq.batches import arguments_of
-from fastq.explanation import check_count
 from fastq.graph import INT8_OPERATORS
 from fastq.kernels import executor, isa, peak
 from fastq.kernels.assembly import kernel_at, name_of
@@ -28,6 +24,7 @@ from fastq.nn.model import QuantizedModel
 from fastq.plan import BoundProgram
 from fastq.sizes import Shapes
 from fastq.steps import Step
+from fastq.timing import check_count, medians
 
 FLOAT_BYTES = 4
 LEAST = 1e-3  # microseconds of a kernel: shares are over its time
@@ -355,19 +352,3 @@ def _macs(step: Step, shapes: dict[str, tuple[int, ...]], apart: dict[str, str])
         return 0
     places = shapes[apart.get(step.inputs[0], step.name)][:-1]
     return prod(places) * weight.data.size
-
-
-def medians(runs: list[Callable[[], Any]], passes: int, seconds: float = math.inf) -> list[float]:
-    """Microseconds of each, all run in order `passes` times, or fewer that took so many seconds."""
-    for run in runs:
-        run()
-    samples: list[list[float]] = [[] for _ in runs]
-    end = perf_counter() + seconds
-    for _ in range(passes):
-        for times, run in zip(samples, runs, strict=True):
-            start = perf_counter()
-            run()
-            times.append(perf_counter() - start)
-        if perf_counter() > end:
-            break
-    return [1e6 * statistics.median(times) for times in samples]

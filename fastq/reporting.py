@@ -24,7 +24,6 @@ from tqdm import tqdm
 from fastq import ops
 from fastq.batches import Batches
 from fastq.capture import Captured
-from fastq.explanation import check_count
 from fastq.fidelity import Comparison, Distribution, Outputs, StepReport
 from fastq.graph import Graph, Node
 from fastq.kernels import isa
@@ -32,10 +31,11 @@ from fastq.ladder import score
 from fastq.network import call_of, prepare_model
 from fastq.nn.model import QuantizedModel
 from fastq.page import Bars, Block, Details, Heading, Histogram, Table, Text, html, markdown
-from fastq.profiling import medians, memory, profile
+from fastq.profiling import memory, profile
 from fastq.program import VIEWS
 from fastq.serialize import save
 from fastq.summaries import QuantizationSummary, summary
+from fastq.timing import check_count, medians
 from fastq.trace import Forward
 
 SECONDS = 10.0  # of timing per batch size, at most

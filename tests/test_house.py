@@ -68,6 +68,7 @@ ORDER = [
     "layerwise",
     "ladder",
     "quantization",
+    "timing",
     "explanation",
     "profiling",
     "serialize",

@@ -1,0 +1,47 @@
+"""How long calls take: medians, in microseconds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+
+def check_count(what: str, value: Any) -> None:
+    """TypeError or ValueError unless it is an int of at least 1."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < 1:
+        raise (ValueError if whole else TypeError)(
+            f"{what}={value!r:.80}, wanted an int of at least 1"
+        )
+
+
+def median(run: Callable[[], Any], seconds: float) -> float:
+    """Microseconds of a call, which is made again and again for so many seconds."""
+    samples: list[float] = []
+    end = perf_counter() + seconds
+    while not samples or perf_counter() < end:
+        start = perf_counter()
+        run()
+        samples.append(perf_counter() - start)
+    return 1e6 * statistics.median(samples)
+
+
+def medians(runs: list[Callable[[], Any]], passes: int, seconds: float = math.inf) -> list[float]:
+    """Microseconds of each, all run in order `passes` times, or fewer that took so many seconds."""
+    for run in runs:
+        run()
+    samples: list[list[float]] = [[] for _ in runs]
+    end = perf_counter() + seconds
+    for _ in range(passes):
+        for times, run in zip(samples, runs, strict=True):
+            start = perf_counter()
+            run()
+            times.append(perf_counter() - start)
+        if perf_counter() > end:
+            break
+    return [1e6 * statistics.median(times) for times in samples]
