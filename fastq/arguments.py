@@ -172,7 +172,8 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     "slice": {"axis": _whole(0, MAX_AXES - 1), "start": _whole(-LARGEST, LARGEST),
               "end": _maybe(_whole(-LARGEST, LARGEST)), "step": _whole(1, LARGEST)},
     "concat": {"axis": _whole(0, MAX_AXES - 1)},
-    "pad": {"widths": _each(SPAN), "value": BYTE,
+    "pad": {"widths": _each(_each(_whole(-LARGEST, LARGEST), 2)), "value": BYTE,
+            "output_size": _maybe(_each(_maybe(_or_size(_whole(0, LARGEST))))),
             "mode": Check(f"one of {', '.join(PADDING_MODES)}", _is_mode)},
     "dilate": {"stride": PAIR, "padding": _each(SPAN, 2), "value": BYTE},
 }  # fmt: skip
@@ -221,10 +222,27 @@ def check_arguments(step: Any) -> None:
                 f"{step.name}: {step.op} with padding={given['padding']} for "
                 f"kernel_size={given['kernel_size']}; wanted up to half"
             )
+    if step.op == "pad":
+        _check_padding(step.name, given)
     if step.op.startswith("upsample") and (given["output_size"] is None) == (
         given["scale_factor"] is None
     ):
         raise ValueError(f"{step.name}: wanted output_size or scale_factor")
+
+
+def _check_padding(name: str, given: Any) -> None:
+    """ValueError for a padding whose numbers do not go together."""
+    widths, sizes = given["widths"], given["output_size"] or (None,) * len(given["widths"])
+    if len(sizes) != len(widths):
+        raise ValueError(f"{name}: pad of {len(widths)} axes to {sizes}; wanted as many sizes")
+    for sides, size in zip(widths, sizes, strict=True):
+        if size is not None and (min(sides) < 0 or not 0 < sum(sides) <= 2):
+            raise ValueError(f"{name}: pad with shares {sides} of an axis that is to have {size}")
+    least = min((side for sides in widths for side in sides), default=0)
+    if given["mode"] != "constant" and (given["output_size"] is not None or least < 0):
+        raise ValueError(
+            f"{name}: pad {given['mode']} by {widths} to {given['output_size']}; wanted widths >= 0"
+        )
 
 
 def check_cell(name: str, cell: str, weight: LinearWeight, epilogue: Dequant) -> None:

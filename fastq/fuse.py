@@ -65,7 +65,7 @@ def _pad(graph: Graph) -> None:
         follower = _only_user(graph, users, node) if node.op == "pad" else None
         if follower is None or follower.op != "conv2d" or len(node.attrs["pad"]) > 4:
             continue
-        if node.attrs["mode"] != "constant":
+        if node.attrs["mode"] != "constant" or "size" in node.attrs:
             continue
         left, right, top, bottom = (*node.attrs["pad"], 0, 0, 0, 0)[:4]
         if min(left, right, top, bottom) < 0:

@@ -17,14 +17,14 @@ from fastq.extents import size_along
 from fastq.graph import Graph, Node
 from fastq.layout import Ref
 from fastq.read import CannotCapture
-from fastq.sizes import Shapes, Size, sized
+from fastq.sizes import Shape, Shapes, Size, sized
 
 
 class Ambiguous(CannotCapture):
     """Two values or more had the size that another is resized to, in both examples."""
 
     def __init__(self, name: str, sizes: Sequence[Sequence[Any]]) -> None:
-        super().__init__(f"{name}: it is resized to the size of one value or of another one")
+        super().__init__(f"{name}: it is resized to one size or to another one")
         self.sizes = sizes
 
     def told_by(self, shapes: Shapes) -> bool:
@@ -78,6 +78,14 @@ def generalize(first: Graph, second: Graph, shapes: Shapes, shapes_too: Shapes) 
             if "size" in one.attrs:
                 size = _size_like(first.inputs, one, two, pairs, shapes, shapes_too)
                 one.attrs["size"] = two.attrs["size"] = size
+            elif one.op == "pad" and (one.attrs != two.attrs or not any(one.attrs["pad"])):
+                try:
+                    found = _padded_to(first, one, two, pairs, shapes, shapes_too)
+                except CannotCapture:
+                    if one.attrs != two.attrs:
+                        raise
+                else:
+                    one.attrs = two.attrs = found
             one.attrs = joined(one.name, one.attrs, two.attrs)
             if one.op in FOLLOWING and _has_size(one.attrs) and not one.tensors:
                 target, arguments = FOLLOWING[one.op]
@@ -112,27 +120,144 @@ def _size_like(
     wanted, wanted_too = (node.attrs["size"].get("size") for node in (one, two))
     if wanted == wanted_too:
         return size
+    found = _sizes_before(inputs, one, pairs, (wanted, wanted_too), (shapes, shapes_too))
+    return {"size": found}
+
+
+def _sizes_before(
+    inputs: Sequence[Node],
+    one: Node,
+    pairs: dict[Node, Node],
+    sizes: tuple[Shape, Shape],
+    examples: tuple[Shapes, Shapes],
+    but: Sequence[int | Size | None] = (),
+) -> tuple[int | Size, ...]:
+    """The sizes of a value before this one, along its axes from 2 on, other than `but`: one that
+    had these sizes in both examples. Raises CannotCapture where there is none, Ambiguous where
+    there are others."""
+    wanted, wanted_too = sizes
     values, ends = [*pairs], [*enumerate(zip(wanted, wanted_too, strict=True), 2)]
     found: list[tuple[int | Size, ...]] = []
     for value in values[: values.index(one)]:
         if value.shape[2:] != wanted or pairs[value].shape[2:] != wanted_too:
             continue
         along = [a if a == b else size_along(inputs, value, axis) for axis, (a, b) in ends]
-        sizes = tuple(s for s in along if s is not None)
-        told = [tuple(sized(sizes, of)) for of in (shapes, shapes_too)]
+        known = tuple(s for s in along if s is not None)
+        told = [tuple(sized(known, of)) for of in examples]
         if told == [tuple(wanted), tuple(wanted_too)] and not any(
-            _same_sizes(sizes, other) for other in found
+            _same_sizes(known, other) for other in (*found, but)
         ):
-            found.append(sizes)
+            found.append(known)
     if not found:
         raise CannotCapture(f"{one.name}: it is resized to {wanted} and {wanted_too}")
     if len(found) > 1:
         raise Ambiguous(one.name, found)
-    return {"size": found[0]}
+    return found[0]
 
 
-def _same_sizes(one: Sequence[int | Size], two: Sequence[int | Size]) -> bool:
+SHARES = (1, 1), (0, 1), (1, 0)  # of what is put before and after, see steps.pad_widths
+MULTIPLES = range(2, 129)  # that a size may be padded to
+
+
+def _padded_to(
+    first: Graph, one: Node, two: Node, pairs: dict[Node, Node], shapes: Shapes, shapes_too: Shapes
+) -> dict[str, Any]:
+    """The attributes of what is padded up to a size: that of a value before it, as a U-Net's
+    decoder does where an odd size was halved, or a multiple of a number. CannotCapture for a
+    padding that is not of this kind."""
+    (x,), rank = one.inputs, len(one.shape)
+    given, given_too = one.attrs["pad"], two.attrs["pad"]
+    plain = one.attrs["mode"] == "constant" and len(given) <= 2 * (rank - 2)
+    if not plain or len(given) != len(given_too):
+        raise CannotCapture(f"{one.name}: padding {given} and {given_too} for two sizes")
+    wanted, examples = (one.shape[2:], two.shape[2:]), (shapes, shapes_too)
+    own = [size_along(first.inputs, x, axis) for axis in range(2, rank)]
+    sizes = _windowed(first, one, own, wanted, examples)
+    try:
+        sizes = sizes or _sizes_before(first.inputs, one, pairs, wanted, examples, own)
+    except Ambiguous:
+        raise
+    except CannotCapture:
+        sizes = _multiples(one, own, wanted, examples)
+    pad: list[int] = []
+    to: list[int | Size | None] = [None] * (rank - 2)
+    for at in range(0, len(given), 2):
+        axis = rank - 1 - at // 2
+        sides, sides_too = given[at : at + 2], given_too[at : at + 2]
+        if one.shape[axis] == two.shape[axis] and sides == sides_too:
+            pad += sides
+            continue
+        shares = [
+            (before, after)
+            for before, after in SHARES
+            if all(a == (a + b) * before // (before + after) for a, b in (sides, sides_too))
+        ]
+        if not shares:
+            raise CannotCapture(f"{one.name}: padding {sides} and {sides_too} for two sizes")
+        pad += shares[0]
+        to[axis - 2] = sizes[axis - 2]
+    return {**one.attrs, "pad": tuple(pad), "size": {"size": tuple(to)}}
+
+
+Sizes = tuple[int | Size, ...]
+
+
+def _rounded_up(
+    own: Sequence[Size | None],
+    steps: Sequence[int],
+    more: Sequence[int],
+    wanted: tuple[Shape, Shape],
+    examples: tuple[Shapes, Shapes],
+) -> Sizes | None:
+    """own rounded up to multiples of `steps`, and `more`; None unless that is what is wanted."""
+    sizes: list[int | Size] = []
+    for size, step, add, a, b in zip(own, steps, more, *wanted, strict=True):
+        over = None if size is None else size.plus(step - 1).over(step)
+        if a != b and over is None:
+            return None
+        sizes.append(a if over is None else over.times(step).plus(add))
+    told = [tuple(sized(tuple(sizes), of)) for of in examples]
+    return tuple(sizes) if told == [tuple(w) for w in wanted] else None
+
+
+def _windowed(
+    graph: Graph,
+    one: Node,
+    own: Sequence[Size | None],
+    wanted: tuple[Shape, Shape],
+    examples: tuple[Shapes, Shapes],
+) -> Sizes | None:
+    """What TensorFlow's "same" pads to: as many windows with a stride as there are strides."""
+    takers = [node for node in graph.nodes if one in node.inputs]
+    if len(takers) != 1 or takers[0].op != "conv2d" or max(takers[0].attrs["stride"]) == 1:
+        return None
+    a, kernel = takers[0].attrs, takers[0].tensors["weight"].shape[2:]
+    spans = [d * (k - 1) + 1 for d, k in zip(a["dilation"], kernel, strict=True)]
+    more = [span - stride for span, stride in zip(spans, a["stride"], strict=True)]
+    return _rounded_up(own, a["stride"], more, wanted, examples)
+
+
+def _multiples(
+    one: Node,
+    own: Sequence[Size | None],
+    wanted: tuple[Shape, Shape],
+    examples: tuple[Shapes, Shapes],
+) -> Sizes:
+    """The next multiple of a number, along all axes."""
+    none = [0] * len(own)
+    rounded = (_rounded_up(own, [m] * len(own), none, wanted, examples) for m in MULTIPLES)
+    found = [sizes for sizes in rounded if sizes is not None]
+    if not found:
+        raise CannotCapture(f"{one.name}: it is padded to {wanted[0]} and {wanted[1]}")
+    if len(found) > 1:
+        raise Ambiguous(one.name, found)
+    return found[0]
+
+
+def _same_sizes(one: Sequence[int | Size | None], two: Sequence[int | Size | None]) -> bool:
     """Whether they are the same for whatever input."""
+    if len(one) != len(two):
+        return False
     for a, b in zip(one, two, strict=True):
         if a == b:
             continue

@@ -374,6 +374,19 @@ def _concat(node: Node, *xs: Tensor) -> Tensor:
     return torch.cat([x.expand(*whole[:dim], x.shape[dim], *whole[dim + 1 :]) for x in xs], dim)
 
 
+def _pad(node: Node, x: Tensor) -> Tensor:
+    """By numbers; or up to the sizes of attrs["size"], in parts that the numbers are the shares of:
+    see steps.pad_widths."""
+    widths = list(node.attrs["pad"])
+    for axis, size in enumerate(node.attrs.get("size", {}).get("size", ()), 2):
+        if size is not None:
+            at = 2 * (x.dim() - 1 - axis)
+            lack, (before, after) = size - x.shape[axis], widths[at : at + 2]
+            first = lack * before // (before + after)
+            widths[at : at + 2] = first, lack - first
+    return F.pad(x, widths, node.attrs["mode"])
+
+
 def _slice(node: Node, x: Tensor) -> Tensor:
     a = node.attrs
     index = [slice(None)] * x.dim()
@@ -419,7 +432,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "reshape": _reshape,
     "permute": lambda node, x: x.permute(node.attrs["dims"]),
     "slice": _slice,
-    "pad": lambda node, x: F.pad(x, node.attrs["pad"], node.attrs["mode"]),
+    "pad": _pad,
 }  # fmt: skip
 
 VOLUMES = ("conv3d", "conv_transpose3d")  # of volumes, which no program has

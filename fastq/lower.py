@@ -440,7 +440,7 @@ class _Lowering:
             **self.requantized(node),
         )  # fmt: skip
 
-    def own(self, size: int | Size) -> int | Size:
+    def own(self, size: int | Size | None) -> int | Size | None:
         """A size that follows an input of the network, by that input's number in the program."""
         if not isinstance(size, Size):
             return size
@@ -500,10 +500,13 @@ class _Lowering:
         widths = [(0, 0)] * rank
         for i in range(len(pad) // 2):
             widths[rank - 1 - i] = (pad[2 * i], pad[2 * i + 1])
-        axes = self.axes[name]
+        axes, sizes = self.axes[name], None
+        if "size" in node.attrs:
+            to = (None, None, *map(self.own, node.attrs["size"]["size"]))
+            sizes = tuple(to[d] for d in axes)
         return self.emit(
             "pad", node.name, [name], axes, node, mode=node.attrs["mode"],
-            widths=tuple(widths[d] for d in axes), value=self.zero_point(node),
+            widths=tuple(widths[d] for d in axes), output_size=sizes, value=self.zero_point(node),
         )  # fmt: skip
 
     def lower_permute(self, node: Node) -> str:

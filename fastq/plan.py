@@ -44,7 +44,7 @@ from fastq.kernels.windows import (
 from fastq.packed import PackedWeights
 from fastq.placement import NO_FRAME, Placement
 from fastq.program import Program
-from fastq.steps import Step
+from fastq.steps import Step, kept_places, pad_widths
 
 Array = NDArray[Any]
 
@@ -183,7 +183,8 @@ class _Planner:
         tier: str,
         packed: PackedWeights,
     ) -> None:
-        self.steps, self.shapes, self.tier = program.steps, program.shapes(*shapes), tier
+        self.steps = [step.sized(shapes) for step in program.steps]
+        self.shapes, self.tier = program.shapes(*shapes), tier
         self.narrow = ACTIVATIONS[emitter(tier).a_bytes]  # the kind of what is not wide
         self.kinds = {
             name: {"uint8": self.narrow, "int16": "s16", "float32": "f32"}[dtype]
@@ -433,15 +434,19 @@ class _Planner:
     def row_pad(self, i: int, step: Step) -> None:
         storage, mold = self.values[step.name]
         kind = self.kinds[step.name]
-        widths, mode = step.arguments["widths"], step.arguments["mode"]
-        ends = [(a, n - b) for n, (a, b) in zip(mold.shape, widths, strict=True)]  # of the input
-        inside = tuple(slice(*pair) for pair in ends)
+        x, mode = self.input(i, step.inputs[0]), step.arguments["mode"]
+        kept, inside = kept_places(pad_widths(step, x.shape), x.shape)
         if mode == "constant":
             fill_row(self.call, storage.view(mold, kind), step.arguments["value"])
-        target = storage.view(mold[inside], kind)
-        copy_row(self.call, self.input(i, step.inputs[0]), target)
+        assert isinstance(x.place, At)
+        start = sum(s.start * stride for s, stride in zip(kept, x.strides, strict=True))
+        sizes = tuple(s.stop - s.start for s in kept)
+        if 0 not in sizes:
+            seen = View(x.place + start, sizes, x.strides, x.kind)
+            copy_row(self.call, seen, storage.view(mold[inside], kind))
         if mode == "constant":
             return
+        ends = [(s.start, s.stop) for s in inside]
         for axis in range(mold.ndim):  # the axes before it are whole by now
             here = mold[(slice(None),) * (axis + 1) + inside[axis + 1 :]]
             for pair in _borders(np.moveaxis(here, axis, 0), *ends[axis], mode):

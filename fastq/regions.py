@@ -94,8 +94,8 @@ def _why_arguments(node: Node) -> str:
             return "its padding crops the input"
     if node.op in NORMS and not node.attrs["eps"] >= 0:
         return f"its epsilon is {node.attrs['eps']}"
-    if node.op == "pad" and (len(node.attrs["pad"]) % 2 or min(node.attrs["pad"]) < 0):
-        return "its padding is negative"
+    if node.op == "pad" and node.attrs["mode"] != "constant" and min(node.attrs["pad"]) < 0:
+        return f"its padding is negative, with mode {node.attrs['mode']!r}"
     if node.op in ("affine", "prelu", "group_norm") and not 2 <= len(node.shape) <= 4:
         return f"has {len(node.shape)} axes, wanted 2 to 4"
     return f"has {len(node.shape)} axes, wanted at most 6" if len(node.shape) > 6 else ""
@@ -261,7 +261,7 @@ def _join_floats(
 
 def _measured(graph: Graph, node: Node) -> list[Node]:
     """The inputs of the network whose sizes an image is resized to."""
-    sizes = node.attrs.get("size", {}).get("size", ())
+    sizes = node.attrs.get("size", {}).get("size") or ()
     return [graph.inputs[n.input] for n in sizes if isinstance(n, Size)]
 
 

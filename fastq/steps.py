@@ -6,7 +6,7 @@ in `reference` and `ops`. Those that only move values have none: they are NumPy'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from types import MappingProxyType
@@ -168,9 +168,40 @@ def _concat(module: Any, step: Step, *arrays: Array) -> Array:
 
 
 def _pad(module: Any, step: Step, x: Array) -> Array:
-    widths, mode = step.arguments["widths"], PADDING_MODES[step.arguments["mode"]]
+    widths, mode = pad_widths(step, x.shape), PADDING_MODES[step.arguments["mode"]]
+    inside, _ = kept_places(widths, x.shape)
+    more = [(max(before, 0), max(after, 0)) for before, after in widths]
     value = {"constant_values": step.arguments["value"]} if mode == "constant" else {}
-    return np.pad(x, widths, mode, **value)  # type: ignore[call-overload, no-any-return]
+    return np.pad(x[inside], more, mode, **value)  # type: ignore[call-overload, no-any-return]
+
+
+def pad_widths(step: Step, shape: Shape) -> tuple[tuple[int, int], ...]:
+    """How many places are put before and after each axis; cut off, where that is below 0.
+
+    An axis that is to have an `output_size` gets what it lacks, in two parts by its `widths`: of
+    (1, 1) half of it before, rounded down, of (0, 1) all after, of (1, 0) all before.
+    """
+    a = step.arguments
+    found = []
+    for n, (before, after), size in zip(
+        shape, a["widths"], a["output_size"] or [None] * len(shape), strict=True
+    ):
+        if size is not None:
+            lack = size - n
+            first = lack * before // (before + after)
+            before, after = first, lack - first
+        found.append((before, after))
+    return tuple(found)
+
+
+def kept_places(
+    widths: Sequence[tuple[int, int]], shape: Shape
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Which places of a value are kept, and where they are in what it is padded to."""
+    sides = [*zip(shape, widths, strict=True)]
+    kept = tuple(slice(max(-a, 0), n - max(-b, 0)) for n, (a, b) in sides)
+    places = tuple(slice(max(a, 0), n + a + b - max(b, 0)) for n, (a, b) in sides)
+    return kept, places
 
 
 def _dilate(module: Any, step: Step, x: Array) -> Array:
@@ -337,11 +368,16 @@ def _padded(step: Step, x: Shape) -> Shape:
     mode = step.arguments["mode"]
     if not x:
         raise ValueError("pad: a value without axes; wanted one at least")
-    for n, widths in zip(x, step.arguments["widths"], strict=True):
+    if len(x) != len(step.arguments["widths"]):
+        raise ValueError(f"pad: {x} by {step.arguments['widths']}; wanted as many axes")
+    padded = pad_widths(step, x)
+    for n, widths in zip(x, padded, strict=True):
         most = {"reflect": max(n - 1, 0), "circular": n}.get(mode, max(widths) if n else 0)
         if mode != "constant" and max(widths) > most:
             raise ValueError(f"pad: {mode} by {widths} of an axis of {n}; wanted up to {most}")
-    return tuple(n + sum(w) for n, w in zip(x, step.arguments["widths"], strict=True))
+        if n + sum(min(width, 0) for width in widths) < 0:
+            raise ValueError(f"pad: by {widths} of an axis of {n}, of which nothing is left")
+    return tuple(n + sum(widths) for n, widths in zip(x, padded, strict=True))
 
 
 def _dilated(step: Step, x: Shape) -> Shape:

@@ -92,12 +92,12 @@ EXAMPLES: dict[str, list[tuple[tuple[Shape, ...], dict[str, Any]]]] = {
                     "x_zero_point": 0}),
     ],
     "matmul": [
-        (((2, 3, 4, 5), (2, 3, 5, 6)), {"multiplier": 0.01, "a_zero_point": 7,
-                                        "transpose_b": False, "mean": False, **TO}),
+        (((2, 3, 4, 5), (2, 3, 5, 6)), {"multiplier": 0.01, "a_zero_point": 7, "mean": False,
+                                        "transpose_b": False, **TO, "dtype": "uint8"}),
         (((3, 4, 5), (6, 5)), {"multiplier": 0.01, "a_zero_point": 7, "transpose_b": True,
-                               "mean": False, **TO}),
+                               "mean": False, **TO, "dtype": "uint8"}),
         (((3, 4, 5), (5, 6)), {"multiplier": 1.5, "a_zero_point": 0, "transpose_b": False,
-                               "mean": True, **TO}),
+                               "mean": True, **TO, "dtype": "uint8"}),
     ],
     "add": [
         (((2, 3, 1), (4,)), {"a_multiplier": 0.5, "b_multiplier": -0.25, "a_zero_point": 3,
@@ -161,8 +161,15 @@ EXAMPLES: dict[str, list[tuple[tuple[Shape, ...], dict[str, Any]]]] = {
         (((2, 1, 3), (2, 6, 4)), {"axis": 2}),
     ],
     "pad": [
-        ((IMAGE,), {"widths": ((0, 0), (1, 2), (0, 3), (0, 0)), "value": 9, "mode": mode})
-        for mode in PADDING_MODES
+        *(((IMAGE,), {"widths": ((0, 0), (1, 2), (0, 3), (0, 0)), "output_size": None, "value": 9,
+                      "mode": mode}) for mode in PADDING_MODES),
+        ((IMAGE,), {"widths": ((0, 0), (-1, 2), (1, -3), (0, -1)), "output_size": None,
+                    "value": 9, "mode": "constant"}),
+        *(((IMAGE,), {"widths": ((0, 0), shares, (0, 1), (0, 0)), "value": 9, "mode": "constant",
+                      "output_size": (None, Size(0, 1, 2, -3), width, None)})
+          for shares in ((1, 1), (0, 1), (1, 0)) for width in (3, Size(0, 2, 1, 4))),
+        (((2, 4, 3),), {"widths": ((0, 0), (1, 1), (0, 0)), "output_size": (None, 0, None),
+                        "value": 9, "mode": "constant"}),
     ],
     "dilate": [((IMAGE,), {"stride": (2, 3), "padding": ((1, 0), (2, 1)), "value": 7})],
 }  # fmt: skip
@@ -291,6 +298,12 @@ def test_an_odd_argument_is_refused_or_computed(op: str, i: int) -> None:
 
 
 SOFTMAX = {"scale": 1.0, "uniform": False}
+
+
+def by(widths: tuple[tuple[int, int], ...], mode: str) -> dict[str, Any]:
+    return {"widths": widths, "output_size": None, "value": 0, "mode": mode}
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "no operation": (lambda: step("relu", ("q0",)), "y is a 'relu', which is no operation"),
     "no such value": (lambda: step("softmax", ("z",), **SOFTMAX), "z, which is unknown"),
@@ -436,14 +449,16 @@ SIZES: dict[str, tuple[Shape, str, dict[str, Any], str]] = {
     "rows without batch": ((3,), "group_norm", EXAMPLES["group_norm"][0][1], "2 to 4 axes"),
     "concatenation beyond": ((2, 3), "concat", {"axis": 2}, "along axis 2"),
     "widths of other axes": (
-        (2, 3), "pad", {"widths": ((1, 1),), "value": 0, "mode": "circular"}, "shorter|longer"),
-    "nothing to pad": ((), "pad", {"widths": (), "value": 0, "mode": "constant"}, "without axes"),
+        (2, 3), "pad", by(((1, 1),), "circular"),
+        "as many axes"),
+    "nothing to pad": ((), "pad", by((), "constant"), "without axes"),
     "a reflection of more than there is": (
-        (2, 3), "pad", {"widths": ((0, 0), (0, 3)), "value": 0, "mode": "reflect"}, "up to 2"),
+        (2, 3), "pad", by(((0, 0), (0, 3)), "reflect"), "up to 2"),
     "around more than once": (
-        (2, 3), "pad", {"widths": ((3, 0), (0, 0)), "value": 0, "mode": "circular"}, "up to 2"),
+        (2, 3), "pad", by(((3, 0), (0, 0)), "circular"), "up to 2"),
+    "cut off more than there is": ((2, 3), "pad", by(((0, 0), (-2, -2)), "constant"), "is left"),
     "copies of nothing": (
-        (2, 0), "pad", {"widths": ((0, 0), (0, 1)), "value": 0, "mode": "replicate"}, "up to 0"),
+        (2, 0), "pad", by(((0, 0), (0, 1)), "replicate"), "up to 0"),
     "other features": (
         (2, 4), "linear", {"weight": LinearWeight(i8(3, 5)), "epilogue": EPILOGUE,
                            "x_zero_point": 0}, r"wanted \(\.\.\., 5\)"),
@@ -655,7 +670,8 @@ class Random:
                 return {"weight": weight, "epilogue": epilogue, "x_zero_point": self.byte()}
             case "matmul":
                 return {"multiplier": self.factor() / 500, "a_zero_point": self.byte(),
-                        "transpose_b": self.flag(), "mean": False, **self.to()}  # fmt: skip
+                        "transpose_b": self.flag(), "mean": False, **self.to(),
+                        "dtype": "uint8"}  # fmt: skip
             case "add":
                 wide = self.flag(0.3)
                 to, times = (self.to_wide(), 200) if wide else (self.to(), 1)
@@ -713,14 +729,22 @@ class Random:
             case "concat":
                 return {"axis": len(x) - 1 if self.flag(0.7) else axis}
             case "pad":
-                widths = [tuple(map(int, w)) for w in self.rng.integers(0, 2, (len(x), 2))]
-                return {"widths": tuple(widths), "value": self.byte(),
-                        "mode": self.one("constant", "constant", *PADDING_MODES)}  # fmt: skip
+                low, sizes = self.one((0, None), (-1, None), (0, self.sizes(len(x))))
+                widths = [tuple(map(int, w)) for w in self.rng.integers(low, 2, (len(x), 2))]
+                for i, size in enumerate(sizes or ()):
+                    widths[i] = widths[i] if size is None else self.one((1, 1), (0, 1), (1, 0))
+                modes = () if low or sizes else PADDING_MODES
+                return {"widths": tuple(widths), "value": self.byte(), "output_size": sizes,
+                        "mode": self.one("constant", *modes)}  # fmt: skip
             case "dilate":
                 padding = tuple(tuple(map(int, w)) for w in self.rng.integers(0, 3, (2, 2)))
                 return {"stride": self.one((2, 2), (1, 3)), "padding": padding,
                         "value": self.byte()}  # fmt: skip
         raise AssertionError(op)
+
+    def sizes(self, rank: int) -> tuple[Any, ...]:
+        """Of a value that is padded."""
+        return tuple(self.one(None, None, 4, Size(0, 0, 2, more=1)) for _ in range(rank))
 
     def reshape(self, x: Shape) -> dict[str, Any]:
         sizes: list[Any] = [((i,), 1) for i in range(len(x))]
@@ -838,6 +862,12 @@ class Random:
                 arguments = {"weight": LinearWeight(self.weight(n, shape[-1])),
                              "epilogue": epilogue, "x_zero_point": zero_point}  # fmt: skip
                 self.steps.append(Step("linear", out, (name,), arguments))
+            elif len(shape) > 1 and narrow and self.flag(0.3):  # by itself, perhaps of zero points
+                mean = self.flag()
+                arguments = {"multiplier": 0.01, "a_zero_point": 0 if mean else zero_point,
+                             "transpose_b": True, "mean": mean, "zero_point": 0, "qmin": 0,
+                             "qmax": 255, "dtype": "float32"}  # fmt: skip
+                self.steps.append(Step("matmul", out, (name, name), arguments))
             else:
                 arguments = {"scale": 0.3, "zero_point": zero_point}
                 self.steps.append(Step("dequantize", out, (name,), arguments))
