@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from fastq.alone import make_alone, make_static
 from fastq.batches import Batches, arguments_of
 from fastq.capture import capture
 from fastq.encode import encode_program
 from fastq.fuse import fuse
-from fastq.graph import Node
+from fastq.graph import Graph, Node
 from fastq.layout import Layout, Stage
 from fastq.modules import INT8, Config, Selector, choose, listed, module_names
 from fastq.nn.model import QuantizedModel, leaves_of, spec_text
@@ -27,6 +28,7 @@ from fastq.recipe import write_recipe
 from fastq.regions import GIVEN_OUT, Region
 from fastq.remedies import Remedies, observe_and_apply
 from fastq.summaries import ASKED, QuantizationSummary, Row, keep_summary
+from fastq.swap import memory_of
 from fastq.trace import Forward, duplicate
 
 
@@ -77,11 +79,28 @@ def prepare_model(
     captured = capture(twin, args, kwargs)
     for part in (captured.in_spec, captured.out_spec):
         spec_text(part)  # refuses what cannot be saved: now, and not after a long calibration
+    _find_owners(captured.graph, twin)
     fuse(captured.graph)
     prepared = prepare_graph(captured, lambda node: wanted.get(node.layer, DEFAULT))
     if alone:
         make_alone(prepared)
     return prepared, twin
+
+
+def _find_owners(graph: Graph, model: nn.Module) -> None:
+    """A product with the weight of a layer is that layer, also if the module around it computes it:
+    F.linear(x, self.qkv.weight, bias)."""
+    names = listed(module_names(model))
+    owners: dict[int, tuple[str, str]] = {}
+    for module, (name, *_) in names.items():
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Linear | _ConvNd) and weight is not None and weight.numel():
+            owners.setdefault(memory_of(weight), (name, type(module).__name__))
+    layers = {name for paths in names.values() for name in paths}
+    for node in graph:
+        found = [owners[m] for m in map(memory_of, node.tensors.values()) if m in owners]
+        if found and node.layer not in layers:
+            node.layer, node.kind = found[0]
 
 
 def calibrate(

@@ -398,7 +398,7 @@ class _Readers(TorchFunctionMode):
     def __init__(self, model: nn.Module, plan: list[_Layer], traced: Trace) -> None:
         super().__init__()
         self.products = traced.products
-        self.stored = {_memory(p): name for name, p in model.named_parameters() if not is_lazy(p)}
+        self.stored = {memory_of(p): name for name, p in model.named_parameters() if not is_lazy(p)}
         self.stored.pop(0, None)
         self.layers = {layer.module: layer for layer in plan}
         self.owners: dict[int, list[nn.Module]] = {}  # several modules may share a parameter
@@ -429,7 +429,7 @@ class _Readers(TorchFunctionMode):
         within = self.running and self.running[-1] in self.layers
         if not within and getattr(function, "__name__", "") in PRODUCTS:
             for leaf in pytree.tree_leaves((args, kwargs)):
-                name = self.stored.get(_memory(leaf)) if isinstance(leaf, Tensor) else None
+                name = self.stored.get(memory_of(leaf)) if isinstance(leaf, Tensor) else None
                 if name is not None:
                     owner, _, own = name.rpartition(".")
                     self.products.setdefault(owner, set()).add(own)
@@ -443,7 +443,7 @@ class _Readers(TorchFunctionMode):
         return result
 
 
-def _memory(tensor: Tensor) -> int:
+def memory_of(tensor: Tensor) -> int:
     """Where its memory is, a view's where that of the whole is; 0: it has none."""
     try:
         return tensor.untyped_storage().data_ptr()

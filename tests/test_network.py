@@ -503,6 +503,35 @@ def test_skipped_layers_stay_float():
     assert noise_ratio(network(x).detach(), q(x)) > 25
 
 
+class ApartBias(nn.Module):
+    """BEiT's attention, EVA's: the bias of a layer that has none is put together at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(6, 12, bias=False)
+        self.conv = nn.Conv1d(12, 6, 1)
+        self.q_bias, self.v_bias = (nn.Parameter(torch.randn(4)) for _ in "qv")
+        self.register_buffer("k_bias", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        y = F.linear(x, self.qkv.weight, bias).transpose(1, 2)
+        return F.conv1d(y, self.conv.weight, self.conv.bias)
+
+
+def test_layers_whose_weights_the_module_around_them_takes():
+    model, x = nn.Sequential(nn.Linear(6, 6), ApartBias()), torch.randn(4, 5, 6)
+    q = quantized(model, (x,), strict=True)
+    assert {r.name: (r.kind, r.result) for r in fastq.summary(q).rows} == {
+        "0": ("Linear", "int8 static"),
+        "1.qkv": ("Linear", "int8 static"),
+        "1.conv": ("Conv1d", "int8 static"),
+    }
+    q = quantized(model, (x,), skip="*.qkv")
+    assert [r.result for r in fastq.summary(q).rows] == ["int8 static", "float", "int8 static"]
+    assert fastq.summary(q).rows[1].reason == "as asked" and len(q.programs) == 2
+
+
 # --------------------------------------------------------------------------------- no whole network
 
 
