@@ -384,7 +384,7 @@ def _pad(node: Node, x: Tensor) -> Tensor:
             lack, (before, after) = size - x.shape[axis], widths[at : at + 2]
             first = lack * before // (before + after)
             widths[at : at + 2] = first, lack - first
-    return F.pad(x, widths, node.attrs["mode"])
+    return F.pad(x, widths, node.attrs["mode"], node.attrs.get("value"))
 
 
 def _slice(node: Node, x: Tensor) -> Tensor:

@@ -504,9 +504,10 @@ class _Lowering:
         if "size" in node.attrs:
             to = (None, None, *map(self.own, node.attrs["size"]["size"]))
             sizes = tuple(to[d] for d in axes)
+        value = 0 if "value" in node.attrs else self.zero_point(node)  # what is given is the lowest
         return self.emit(
             "pad", node.name, [name], axes, node, mode=node.attrs["mode"],
-            widths=tuple(widths[d] for d in axes), output_size=sizes, value=self.zero_point(node),
+            widths=tuple(widths[d] for d in axes), output_size=sizes, value=value,
         )  # fmt: skip
 
     def lower_permute(self, node: Node) -> str:

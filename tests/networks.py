@@ -612,6 +612,10 @@ CASES: dict[str, Case] = {
         lambda: nn.Sequential(nn.Conv2d(3, 33, 7, 2, 3), nn.SiLU(), nn.MaxPool2d(2)), images(3)
     ),
     "dilated": Case(after(conv(5, 7, 3, padding=2, dilation=2)), images(3)),
+    "padded below all": Case(
+        between(lambda x: F.max_pool2d(F.pad(x - 3, (0, 1, 1, 2), value=-torch.inf), 3, 2), 5),
+        images(3),
+    ),
     "same": Case(after(conv(5, 6, (5, 3), padding="same", dilation=(1, 2))), images(3)),
     "padding cuts": Case(
         after(lambda: nn.Sequential(nn.ZeroPad2d((1, 0, 2, 1)), nn.Conv2d(5, 5, 3))), images(3)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from math import inf, prod
 
+import torch
 from torch import fx
 
 from fastq.graph import Node
-from fastq.read.exported import Arguments
+from fastq.read.exported import Arguments, arguments_of, name_of, takes_indices, two
 from fastq.read.reader import Reader, axis, reads
+
+LOWEST = torch.finfo(torch.float32).min  # no infinity: training subtracts a value from itself
 
 
 @reads(
@@ -115,9 +118,27 @@ def _rearranged(
 
 @reads("pad", "constant_pad_nd")
 def pad(reader: Reader, node: fx.Node, x: Node, a: Arguments) -> Node | None:
-    if a.get("value"):
-        return None
-    return _padded(reader, node, x, a["pad"], a.get("mode", "constant"))
+    sides, value = a["pad"], a.get("value")
+    if value == -inf and _under_maxima(node, sides):
+        lowest = {"pad": tuple(sides), "mode": "constant", "value": LOWEST}
+        return reader.add(node, "pad", [x], attrs=lowest)
+    return None if value else _padded(reader, node, x, sides, a.get("mode", "constant"))
+
+
+def _under_maxima(node: fx.Node, sides: Sequence[int]) -> bool:
+    """Whether only maximum poolings take it, and each of their windows reaches beyond the padding:
+    then any value that is no more than all others will do for -inf."""
+
+    def reaches(user: fx.Node) -> bool:
+        name = name_of(user.target)
+        if name != "max_pool2d" and (name != "max_pool2d_with_indices" or takes_indices(user)):
+            return False
+        a = arguments_of(user, user.target)
+        plain = two(a["padding"]) == (0, 0) and two(a["dilation"]) == (1, 1) and not a["ceil_mode"]
+        height, width = two(a["kernel_size"])
+        return plain and max(sides[:2]) < width and max(sides[2:], default=0) < height
+
+    return len(sides) in (2, 4) and min(sides) >= 0 and all(map(reaches, node.users))
 
 
 @reads("reflection_pad1d", "reflection_pad2d")
