@@ -91,8 +91,8 @@ def _is_order(v: Any) -> bool:
 
 def _is_size(v: Any) -> bool:
     if isinstance(v, tuple):
-        return len(v) == 2 and AXES.fits(v[0]) and DIVISOR.fits(v[1])
-    return COUNT.fits(v)
+        return len(v) >= 2 and AXES.fits(v[0]) and all(map(_or_size(DIVISOR).fits, v[1:]))
+    return _or_size(COUNT).fits(v)
 
 
 def _is_mode(v: Any) -> bool:
@@ -108,7 +108,7 @@ COUNT = _whole(0, 2**40)
 DIVISOR = _whole(1, LARGEST)
 AXES = _each(_whole(0, MAX_AXES - 1))
 ORDER = Check("a tuple of all axes, each once", _is_order)
-SIZE = Check(f"{COUNT.wanted}, or (axes, divisor)", _is_size)
+SIZE = Check(f"{COUNT.wanted}, a Size, or (axes, divisor, ...)", _is_size)
 PAIR = _each(_whole(1, LARGEST), 2)
 SPAN = _each(_whole(0, LARGEST), 2)
 FLAG = _kind(bool)

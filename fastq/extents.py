@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import prod
 from typing import Any
 
 from fastq.graph import Node
@@ -41,7 +40,10 @@ def size_along(inputs: Sequence[Node], node: Node, axis: int) -> Size | None:
 
 
 def _given(node: Node, axis: int) -> int | Size | None:
-    """What an image is resized to."""
+    """What an image is resized to, or an axis split into."""
+    if node.op == "reshape":
+        sizes = [part for _, parts in node.attrs["groups"] for part in parts]
+        return sizes[axis]  # type: ignore[no-any-return]
     sizes = node.attrs.get("size", {}).get("size")
     return None if sizes is None or axis < 2 else sizes[axis - 2]  # type: ignore[no-any-return]
 
@@ -144,7 +146,7 @@ def _unsplit(node: Node, axis: int) -> int | None:
         if first <= axis < first + len(parts):
             others = parts[: axis - first] + parts[axis - first + 1 :]
             wide = [i for i in axes if x.shape[i] != 1]
-            alone = len(wide) == 1 and None not in others and prod(others) == 1
+            alone = len(wide) == 1 and all(part == 1 for part in others)
             return wide[0] if alone else None
         first += len(parts)
     return None

@@ -21,10 +21,10 @@ from fastq.sizes import Shape, Shapes, Size, sized
 
 
 class Ambiguous(CannotCapture):
-    """Two values or more had the size that another is resized to, in both examples."""
+    """Two values or more had the size that another is given, in both examples."""
 
     def __init__(self, name: str, sizes: Sequence[Sequence[Any]]) -> None:
-        super().__init__(f"{name}: it is resized to one size or to another one")
+        super().__init__(f"{name}: it has the size of one value or of another one")
         self.sizes = sizes
 
     def told_by(self, shapes: Shapes) -> bool:
@@ -72,8 +72,7 @@ def generalize(first: Graph, second: Graph, shapes: Shapes, shapes_too: Shapes) 
         if one.op != two.op or inputs != two.inputs:
             raise CannotCapture(f"{one.name}: the graph depends on the size of the input")
         if one.op == "reshape":
-            groups = (node.attrs["groups"] for node in (one, two))
-            one.attrs["groups"] = _joined_groups(one.name, *groups)
+            one.attrs["groups"] = _joined_groups(first.inputs, one, two, pairs, shapes, shapes_too)
         else:
             if "size" in one.attrs:
                 size = _size_like(first.inputs, one, two, pairs, shapes, shapes_too)
@@ -280,17 +279,59 @@ def _same_sizes(one: Sequence[int | Size | None], two: Sequence[int | Size | Non
 PERIOD = 2**11
 
 
-def _joined_groups(name: str, one: Any, two: Any) -> Any:
-    """The groups of a reshape: a size that differs becomes None, "what is left" of its group."""
-    groups = []
-    for (axes, sizes), (axes_too, sizes_too) in zip(one, two, strict=True):
+def _joined_groups(
+    inputs: Sequence[Node],
+    one: Node,
+    two: Node,
+    pairs: dict[Node, Node],
+    shapes: Shapes,
+    shapes_too: Shapes,
+) -> Any:
+    """The groups of a reshape: a size that differs becomes None, "what is left" of its group. Where
+    several differ, as the height and width that tokens become again, the first does, and the others
+    follow the input."""
+    name, groups = one.name, []
+    for (axes, sizes), (axes_too, sizes_too) in zip(
+        *(node.attrs["groups"] for node in (one, two)), strict=True
+    ):
         if axes != axes_too or len(sizes) != len(sizes_too):
             raise CannotCapture(f"{name}: the shape depends on the size of the input")
-        parts = tuple(a if a == b else None for a, b in zip(sizes, sizes_too, strict=True))
-        if parts.count(None) > 1:
-            raise CannotCapture(f"{name}: two sizes that may vary in one group of axes")
-        groups.append((axes, parts))
+        parts: list[int | Size | None] = []
+        for a, b in zip(sizes, sizes_too, strict=True):
+            if a == b:
+                parts.append(a)
+            elif None not in parts:
+                parts.append(None)
+            else:
+                earlier = [*pairs.items()][: [*pairs].index(one)]
+                parts.append(_size_of(inputs, (a, b), earlier, (shapes, shapes_too), name))
+        groups.append((axes, tuple(parts)))
     return tuple(groups)
+
+
+def _size_of(
+    inputs: Sequence[Node],
+    wanted: tuple[int, int],
+    earlier: Sequence[tuple[Node, Node]],
+    shapes: tuple[Shapes, Shapes],
+    name: str,
+) -> Size:
+    """The size that an axis of a value before had in both examples, by those of the inputs."""
+    found: list[Size] = []
+    for value, other in earlier:
+        for axis, pair in enumerate(zip(value.shape, other.shape, strict=True)):
+            size = size_along(inputs, value, axis) if pair == wanted else None
+            known = size is None or any(_same_sizes([size], [one]) for one in found)
+            if size is not None and not known and tuple(map(size.of, shapes)) == wanted:
+                found.append(size)
+    if not found:
+        size = _followed(*wanted, *shapes)
+        if size is None:
+            raise CannotCapture(f"{name}: two sizes that may vary in one group of axes")
+        return size
+    if len(found) > 1:
+        raise Ambiguous(name, [[size] for size in found])
+    return found[0]
 
 
 def _followed(one: int, two: int, shapes: Shapes, shapes_too: Shapes) -> Size | None:

@@ -180,7 +180,7 @@ def evaluate(
         return _target(node.attrs["target"])(
             *map(fill, node.attrs["args"]), **{k: fill(v) for k, v in node.attrs["kwargs"].items()}
         )
-    if "size" in node.attrs:  # that an image is resized to
+    if "size" in node.attrs or node.op == "reshape":  # of an image, or of axes
         node = replace(node, attrs=sized(node.attrs, shapes))
     y = OPERATIONS[node.op](node, *inputs)
     if unclamped is not None:

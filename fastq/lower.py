@@ -440,7 +440,7 @@ class _Lowering:
             **self.requantized(node),
         )  # fmt: skip
 
-    def own(self, size: int | Size | None) -> int | Size | None:
+    def own(self, size: Any) -> Any:
         """A size that follows an input of the network, by that input's number in the program."""
         if not isinstance(size, Size):
             return size
@@ -532,10 +532,12 @@ class _Lowering:
                 axes.index(d) for d in joined if x.shape[d] == 1 and (len(joined) > 1 or not parts)
             ]
             place = min((axes.index(d) for d in wide or joined), default=len(axes))
-            known = prod(p for p in parts if p is not None)
+            parts = tuple(map(self.own, parts))
+            known = prod(p for p in parts if isinstance(p, int))
+            others = [p for p in parts if isinstance(p, Size)]
             from_axes = tuple(axes.index(d) for d in joined)
             made = [
-                (first + i, part if part is not None else (from_axes, known))
+                (first + i, part if part is not None else (from_axes, known, *others))
                 for i, part in enumerate(parts)
             ]
             sizes.setdefault(place, []).extend(made)

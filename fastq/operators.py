@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastq.layout import Named, Stage, filled
-from fastq.sizes import Shapes, reshaped
+from fastq.sizes import Shapes, reshaped, sized
 
 Array = NDArray[Any]
 
@@ -555,7 +555,7 @@ def evaluate(
     with np.errstate(all="ignore"):  # as torch: infinities and NaN are values
         if stage.op == "aten":
             return _call(attrs["target"], attrs["args"], attrs["kwargs"], inputs, tensors, shapes)
-        y = OPERATIONS[stage.op](attrs, *inputs, **tensors)
+        y = OPERATIONS[stage.op](sized(attrs, shapes), *inputs, **tensors)
         return _clamp(y, *attrs["clamp"]) if "clamp" in attrs else y
 
 

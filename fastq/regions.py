@@ -190,7 +190,7 @@ def _leave_poor(
             if node.shape[axis] > MOST_SHARES and not _only_weights(node, axis, users, kept):
                 reasons[node] = f"shares of {node.shape[axis]} values, in steps of 1/255"
         if not all(x.attrs.get("real", True) for x in _measured(graph, node)):
-            reasons[node] = "resized to the size of an input that is not float32"
+            reasons[node] = "has the size of an input that is not float32"
 
 
 def _members(graph: Graph, reasons: dict[Node, str]) -> list[list[Node]]:
@@ -260,8 +260,10 @@ def _join_floats(
 
 
 def _measured(graph: Graph, node: Node) -> list[Node]:
-    """The inputs of the network whose sizes an image is resized to."""
+    """The inputs of the network whose sizes an image is resized to, or axes are split into."""
     sizes = node.attrs.get("size", {}).get("size") or ()
+    if node.op == "reshape":
+        sizes = [part for _, parts in node.attrs["groups"] for part in parts]
     return [graph.inputs[n.input] for n in sizes if isinstance(n, Size)]
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fastq.arguments import MAX_AXES, PADDING_MODES
 from fastq.qparams import MAX_K
-from fastq.sizes import Shape, Shapes, sized
+from fastq.sizes import Shape, Shapes, Size, sized
 
 Array = NDArray[Any]
 MAX_VALUES = 2**44  # of one array: addresses stay within int64
@@ -49,7 +49,8 @@ class Step:
 
     def sized(self, shapes: Shapes) -> Step:
         """With the numbers that its `Size` arguments are, for inputs of these shapes."""
-        if not isinstance(self.arguments.get("output_size"), tuple):
+        given = self.arguments.get("output_size") or self.arguments.get("sizes") or ()
+        if not any(isinstance(size, Size) for size in given):
             return self
         return replace(self, arguments=sized(dict(self.arguments), shapes))
 
@@ -319,8 +320,11 @@ def _reshaped(step: Step, x: Shape) -> Shape:
     a = step.arguments
     if any(x[axis] != 1 for axis in a["ones"]):
         raise ValueError(f"reshape: {x}, wanted size 1 on the axes {a['ones']}")
-    shape = tuple(n if isinstance(n, int) else prod(x[i] for i in n[0]) // n[1] for n in a["sizes"])
-    if prod(shape) != prod(x):
+    shape = tuple(
+        n if isinstance(n, int) else prod(x[i] for i in n[0]) // max(prod(n[1:]), 1)
+        for n in a["sizes"]
+    )
+    if prod(shape) != prod(x) or min(shape, default=0) < 0:
         raise ValueError(f"reshape: {x} into {shape}")
     return shape
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from networks import Apply, Pyramid, call, conv
@@ -148,7 +150,7 @@ def test_resized_to_an_input_that_no_program_takes() -> None:
             return torch.randint(0, 7, shape).to(dtype)
 
         int8 = fastq.quantize_model(model, [image(4, 3, 17, 20)], progress=False)
-        assert repr(int8).count("resized to the size of an input") == floats
+        assert repr(int8).count("has the size of an input") == floats
         x = image(1, 3, 24, 33)
         with torch.no_grad():
             wanted = model(x)
@@ -306,3 +308,66 @@ def test_the_adjacency_of_a_graphs_nodes_is_as_long_as_they_are() -> None:
     assert int8.program.extents == ((None, 6), (None, None))
     for count in (40, 29):
         agrees(model, int8, torch.randn(count, 6), torch.rand(count, count))
+
+
+class Tokens(nn.Module):
+    """An image as tokens and back, as in SegFormer, PVT and the U-Nets of diffusion."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 4, 2, 1), nn.Conv2d(8, 4, 3, padding=1)
+        self.middle = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        tokens = y.flatten(2).transpose(1, 2)
+        tokens = tokens + F.relu(self.middle(tokens))
+        return self.b(tokens.transpose(1, 2).reshape(y.shape))
+
+
+class Steps(nn.Module):
+    """Layers of all steps of all sequences as rows, as in OPT."""
+
+    def __init__(self, lookup: bool) -> None:
+        super().__init__()
+        self.lookup = nn.Embedding(30, 8) if lookup else nn.Identity()
+        self.a, self.middle, self.b = nn.Linear(8, 16), nn.GRU(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.lookup(x)
+        rows = F.relu(self.a(y.flatten(0, 1)))
+        y, _ = self.middle(rows.view(*x.shape[:2], 16).transpose(0, 1))
+        return self.b(y.transpose(0, 1).reshape(-1, 16)).view(*x.shape[:2], 3)
+
+
+def test_axes_that_were_joined_are_parted_again_for_any_size(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    cases: list[tuple[nn.Module, Callable[..., Tensor]]] = [
+        (Tokens(), lambda b, n, m: torch.randn(b, 3, n, m)),
+        (Steps(False), lambda b, n, m: torch.randn(b, n, 8)),
+        (Steps(True), lambda b, n, m: torch.randint(0, 30, (b, n))),
+    ]
+    for model, example in cases:
+        int8 = fastq.quantize_model(model.eval(), example(8, 20, 24), progress=False)
+        assert not fastq.summary(int8).note
+        path = tmp_path / "model.safetensors"
+        fastq.save(int8, path)
+        loaded, run = fastq.load(path), fastq.load_program(path)
+        for sizes in ((2, 20, 24), (1, 20, 24), (3, 33, 18), (2, 18, 50), (20, 20, 20)):
+            x = example(*sizes)
+            agrees(model, int8, x)
+            assert torch.equal(loaded(x), int8(x))
+            np.testing.assert_array_equal(run(x.numpy())[0], int8(x).numpy())
+
+
+def test_parts_of_an_axis_by_two_sizes_of_one_number() -> None:
+    """Height and width of one example, of the other two: which one is meant is found."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        y = net.a(x).flatten(2) * 2
+        return net.b(F.relu(y).view(len(x), 4, x.shape[3], x.shape[2]))
+
+    model = call(forward, a=conv(3, 4, 1), b=conv(4, 3, 3, padding=1))().eval()
+    int8 = fastq.quantize_model(model, torch.randn(4, 3, 16, 16), progress=False)
+    for size in ((16, 16), (18, 24), (31, 9)):
+        agrees(model, int8, torch.randn(2, 3, *size))
