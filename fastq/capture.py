@@ -57,7 +57,9 @@ class Captured:
     extents             the axes of an image that may have other sizes; if it is not empty,
                         sequences of other lengths may go through as well. The batch size may
                         always differ, of inputs that have a batch.
-    fixed               why it holds for the sizes of its example alone; "" if it does not.
+    fixed               why it holds for some sizes of its example alone; "" if it does not, or if
+                        the model takes no others.
+    held                which these are.
     """
 
     graph: Graph
@@ -66,6 +68,7 @@ class Captured:
     out_spec: Any
     extents: tuple[int, ...]
     fixed: str = ""
+    held: str = "sizes"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
         graph, arguments = copy.deepcopy((self.graph, self.arguments), memo)
@@ -216,7 +219,8 @@ def _capture(model: nn.Module, leaves: Leaves, spec: Any) -> Captured:
         captured = _captured(graph, leaves, way, spec, out_spec)
         _verify(captured, model, leaves)
         if _holds(captured, model, leaves, way):
-            return captured
+            held = _held(way)
+            return replace(captured, fixed=why, held=held) if held else captured
         why = why or "with others the model computes something else, as padding to a multiple"
     graph, out_spec = examples.graph(SAME)
     captured = _captured(graph, leaves, SAME, spec, out_spec)
@@ -233,6 +237,15 @@ def _captured(graph: Graph, leaves: Leaves, way: Way, spec: Any, out_spec: Any) 
     return Captured(graph, arguments, spec, out_spec, extents)
 
 
+def _held(way: Way) -> str:
+    """Which sizes of the example a graph holds for alone, where others may differ; "" for none."""
+    grown = {dims: axes for dims, axes, _ in way[1].parts}
+    if grown.keys() == {2}:
+        return "sizes, but for the number of tokens,"
+    axes = grown.get(4, ())
+    return "height" if axes == (3,) else "width" if axes == (2,) else ""
+
+
 class _Examples:
     """What torch.export makes of a model for examples of other sizes."""
 
@@ -244,7 +257,7 @@ class _Examples:
     def first_graph(self, ways: Sequence[Way]) -> tuple[Way, Graph, Any] | None:
         """The first of these ways whose sizes the model takes, and its `graph`; None if there is
         none. CannotCapture if the graphs of its examples differ."""
-        retries = RETRIES
+        retries, unclear = RETRIES, list[Ambiguous]()
         waiting = list(ways)
         while waiting:
             way = waiting.pop(0)
@@ -253,7 +266,12 @@ class _Examples:
             try:
                 return way, *self.graph(way)
             except Ambiguous as error:
-                told = (w for w in regrown(way) if error.told_by(_shapes(self.leaves, w)[1]))
+                unclear.append(error)
+                told = (
+                    w
+                    for w in regrown(way)
+                    if all(one.told_by(_shapes(self.leaves, w)[1]) for one in unclear)
+                )
                 waiting[:0] = itertools.islice(told, int(retries > 0))
                 retries -= 1
             except CannotCapture:

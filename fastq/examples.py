@@ -97,10 +97,13 @@ class Stretch(NamedTuple):
     parts  (number of axes of an input, which of them grow, by how much).
     apart  by how much more those of each further input grow, so that it is known which input a size
            follows.
+    series whether real numbers in a row, (B, L), are samples of a sequence, so that there may be
+           more: elsewhere they are features.
     """
 
     parts: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = ()
     apart: int = 0
+    series: bool = False
 
 
 Way = tuple[Stretch, Stretch]  # how the examples of both captures are changed
@@ -114,11 +117,16 @@ def stretches(leaves: Leaves) -> list[list[Way]]:
     By an odd number first: a network that pads to even sizes is another one then, and its graph
     holds for one size only. Many networks take multiples of 32 alone, which comes second. Some
     take no longer sequences than the example: shorter ones come last. One that reads the columns of
-    an image as a sequence takes any width of one height, or the other way round. Of several inputs
-    each grows by a number of its own, if the network takes that.
+    an image as a sequence takes any width of one height, or the other way round; one that reads
+    tokens beside an image or a sound takes any number of tokens with one of these. Of several
+    inputs each grows by a number of its own, if the network takes that. Rows of real numbers grow
+    where nothing else does, or where all else does not grow alone: long ones by an eighth, as what
+    hears a sound has large strides.
     """
-    dims = {leaf.x.dim() for leaf in leaves if isinstance(leaf.x, Tensor)}
+    tensors = [leaf.x for leaf in leaves if isinstance(leaf.x, Tensor)]
+    dims = {x.dim() for x in tensors}
     several = sum(leaf.counts and leaf.x.dim() > 1 for leaf in leaves) > 1
+    rows = [x for x in tensors if _is_row(x)]
 
     def stretch(
         axis: int, pixels: tuple[int, ...], tokens: tuple[int, ...], of: tuple[int, ...] = (2, 3)
@@ -128,19 +136,34 @@ def stretches(leaves: Leaves) -> list[list[Way]]:
             ((2, (1,), tokens), (3, (axis,), tokens), (4, of, pixels), (5, (2, 3, 4), tokens))
         )
 
-    def longer(axis: int, of: tuple[int, ...] = (2, 3)) -> list[Way]:
-        odd = stretch(axis, (65, 67), (7, 11, 13), of)
-        even = stretch(axis, (64, 128), (8, 16, 20), of)
+    def longer(axis: int, of: tuple[int, ...] = (2, 3), more: int = 0) -> list[Way]:
+        odd = stretch(axis, (65, 67), (more + 7, more + 11, more + 13), of)
+        even = stretch(axis, (64, 128), (more + 8, more + 16, more + 20), of)
         each = [(odd._replace(apart=16), odd), (even._replace(apart=192), even)]
         return [(Stretch(), one) for pair in each for one in pair[0 if several else 1 :]]
 
+    lines = (2, 1) if 3 in dims else (2,)  # (B, C, L), then (B, L, C)
+    more = max((x.shape[1] // 64 * 8 for x in rows), default=0)
+    series = [
+        [(before, after._replace(series=True)) for before, after in longer(axis, more=more)]
+        for axis in (lines if rows else ())
+    ]
+    if rows and not any(x.dim() > 1 and not _is_row(x) for x in tensors):
+        return series
     ways: list[list[Way]] = []
-    for axis in (2, 1) if 3 in dims else (2,):  # (B, C, L), then (B, L, C)
+    for axis in lines:
         ways.append(longer(axis))
         if dims & {2, 3}:
             shorter = stretch(axis, (1, 2), (-1, -2, -4)), stretch(axis, (65, 67), (-8, -10, -14))
             ways[-1].append(shorter)
-    return ways + [longer(2, of) for of in (((3,), (2,)) if 4 in dims else ())]
+    ways += [longer(2, of) for of in (((3,), (2,)) if 4 in dims else ())]
+    if dims & {3, 4, 5} and any(x.dim() == 2 and not _is_row(x) for x in tensors):
+        ways.append([(one, two._replace(parts=two.parts[:1])) for one, two in longer(2)])
+    return ways + series
+
+
+def _is_row(x: Tensor) -> bool:
+    return x.dim() == 2 and x.is_floating_point()
 
 
 def regrown(way: Way) -> Iterator[Way]:
@@ -160,7 +183,7 @@ def regrown(way: Way) -> Iterator[Way]:
 # rounded up in another; some are even, or multiples of 32
 RESIDUES = (63, 33, 62), (33, 62, 63), (62, 63, 33), (32, 64, 96)
 FEWER = (3, 2, 1)
-LARGE = 128  # a size that is not enlarged: what shows there shows in less
+LARGE = 128  # a size that is not enlarged, but a sound's: what shows there shows in less
 
 
 def other_extents(leaves: Leaves, way: Way) -> Iterator[Stretch]:
@@ -173,13 +196,14 @@ def other_extents(leaves: Leaves, way: Way) -> Iterator[Stretch]:
             if x is not None:
                 sizes = [x.shape[axis] for axis in axes]
                 if residues is not None:
-                    starts = [64 if n >= LARGE else n // 64 * 64 for n in sizes]
+                    small = not (after.series and _is_row(x))
+                    starts = [64 if n >= LARGE and small else n // 64 * 64 for n in sizes]
                     wanted = [n + r for n, r in zip(starts, residues, strict=False)]
                 else:
                     wanted = [max(min(n, LARGE) - k, 1) for n, k in zip(sizes, FEWER, strict=False)]
                 more = tuple(a - b for a, b in zip(wanted, sizes, strict=True))
                 parts.append((dim, axes, more))
-        yield Stretch(tuple(parts), 2 if after.apart else 0)
+        yield Stretch(tuple(parts), 2 if after.apart else 0, after.series)
 
 
 def resized(leaf: Leaf, leaves: Leaves, batch: int, stretch: Stretch) -> Any:
@@ -195,7 +219,7 @@ def resized(leaf: Leaf, leaves: Leaves, batch: int, stretch: Stretch) -> Any:
     before = itertools.takewhile(lambda one: one is not leaf, leaves)
     number = sum(one.counts for one in before) if leaf.counts else 0
     for dim, axes, more in stretch.parts:
-        if dim != shown.dim() or (dim == 2 and shown.is_floating_point()):
+        if dim != shown.dim() or (_is_row(shown) and not stretch.series):
             continue
         if follows == 0 or (follows == 1 and axes != (1,)):
             continue

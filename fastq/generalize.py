@@ -6,7 +6,8 @@ A number that is the same in both is the network's, one that follows the example
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,20 +60,26 @@ def generalize(first: Graph, second: Graph, shapes: Shapes, shapes_too: Shapes) 
         if type(one) is type(two) and (one == two or one is two):
             return one
         if type(one) is int and type(two) is int:
-            size = _followed(one, two, shapes, shapes_too)
+            size = _followed(one, two, shapes, shapes_too) or like_before(name, one, two)
             if size is not None:
                 return size
         raise CannotCapture(f"{name}: {one} and {two} for two sizes of the input")
 
+    def like_before(name: str, one: int, two: int) -> Size | None:
+        return _size_of(first.inputs, (one, two), earlier, (shapes, shapes_too), name)
+
     if len(first.nodes) != len(second.nodes):
         raise CannotCapture("the graph depends on the size of the input")
     pairs = dict(zip(first.nodes, second.nodes, strict=True))
+    earlier: list[tuple[Node, Node]] = []
     for one, two in pairs.items():
         inputs = [pairs.get(node) for node in one.inputs]
         if one.op != two.op or inputs != two.inputs:
             raise CannotCapture(f"{one.name}: the graph depends on the size of the input")
-        if one.op == "reshape":
-            one.attrs["groups"] = _joined_groups(first.inputs, one, two, pairs, shapes, shapes_too)
+        if one.op in WHOLE and one.attrs != two.attrs and _is_whole(one) and _is_whole(two):
+            one.op, one.attrs = WHOLE[one.op], {"output_size": (1, 1)}
+        elif one.op == "reshape":
+            one.attrs["groups"] = _joined_groups(one, two, like_before, (shapes, shapes_too))
         else:
             if "size" in one.attrs:
                 size = _size_like(first.inputs, one, two, pairs, shapes, shapes_too)
@@ -95,6 +102,7 @@ def generalize(first: Graph, second: Graph, shapes: Shapes, shapes_too: Shapes) 
         for key, tensor in one.tensors.items():
             if not equal(tensor, two.tensors[key]):
                 raise CannotCapture(f"{one.name}: {key} depends on the size of the input")
+        earlier.append((one, two))
     if len(first.outputs) != len(second.outputs):
         raise CannotCapture("the number of outputs depends on the size of the input")
     for i, (one, two) in enumerate(zip(first.outputs, second.outputs, strict=True)):
@@ -103,6 +111,17 @@ def generalize(first: Graph, second: Graph, shapes: Shapes, shapes_too: Shapes) 
                 raise CannotCapture(f"output {i} depends on the size of the input")
         else:
             first.outputs[i] = joined(f"output {i}", one, two)
+
+
+# of the whole image: "F.max_pool1d(x, x.size(2))"
+WHOLE = {"max_pool2d": "adaptive_max_pool2d", "avg_pool2d": "adaptive_avg_pool2d"}
+
+
+def _is_whole(node: Node) -> bool:
+    """Whether a pooling has one window, which is all of its image."""
+    pool = node.attrs["pool"]
+    window = pool["kernel_size"] == node.inputs[0].shape[2:]
+    return bool(window and not any(pool["padding"]) and pool.get("divisor_override") is None)
 
 
 def _size_like(
@@ -253,6 +272,16 @@ def _multiples(
     return found[0]
 
 
+def _of_first(size: Size, shapes: tuple[Shapes, Shapes]) -> Size:
+    """The same of the first input that has as many places there in both examples."""
+    counts = [of[size.input][size.axis] for of in shapes]
+    for number, pair in enumerate(zip(*shapes, strict=True)):
+        for axis, both in enumerate(zip(*pair, strict=True)):
+            if [*both] == counts and axis == size.axis:
+                return replace(size, input=number)
+    return size
+
+
 def _same_sizes(one: Sequence[int | Size | None], two: Sequence[int | Size | None]) -> bool:
     """Whether they are the same for whatever input."""
     if len(one) != len(two):
@@ -280,12 +309,10 @@ PERIOD = 2**11
 
 
 def _joined_groups(
-    inputs: Sequence[Node],
     one: Node,
     two: Node,
-    pairs: dict[Node, Node],
-    shapes: Shapes,
-    shapes_too: Shapes,
+    like_before: Callable[[str, int, int], Size | None],
+    shapes: tuple[Shapes, Shapes],
 ) -> Any:
     """The groups of a reshape: a size that differs becomes None, "what is left" of its group. Where
     several differ, as the height and width that tokens become again, the first does, and the others
@@ -303,8 +330,10 @@ def _joined_groups(
             elif None not in parts:
                 parts.append(None)
             else:
-                earlier = [*pairs.items()][: [*pairs].index(one)]
-                parts.append(_size_of(inputs, (a, b), earlier, (shapes, shapes_too), name))
+                size = like_before(name, a, b) or _followed(a, b, *shapes)
+                if size is None:
+                    raise CannotCapture(f"{name}: two sizes that may vary in one group of axes")
+                parts.append(size)
         groups.append((axes, tuple(parts)))
     return tuple(groups)
 
@@ -315,23 +344,21 @@ def _size_of(
     earlier: Sequence[tuple[Node, Node]],
     shapes: tuple[Shapes, Shapes],
     name: str,
-) -> Size:
-    """The size that an axis of a value before had in both examples, by those of the inputs."""
+) -> Size | None:
+    """The size that an axis of a value before had in both examples, by those of the inputs; None if
+    there is none. Inputs of the same sizes in both, as tokens and their mask, are as one."""
     found: list[Size] = []
     for value, other in earlier:
         for axis, pair in enumerate(zip(value.shape, other.shape, strict=True)):
             size = size_along(inputs, value, axis) if pair == wanted else None
-            known = size is None or any(_same_sizes([size], [one]) for one in found)
-            if size is not None and not known and tuple(map(size.of, shapes)) == wanted:
+            if size is None or tuple(map(size.of, shapes)) != wanted:
+                continue
+            size = _of_first(size, shapes)
+            if not any(_same_sizes([size], [one]) for one in found):
                 found.append(size)
-    if not found:
-        size = _followed(*wanted, *shapes)
-        if size is None:
-            raise CannotCapture(f"{name}: two sizes that may vary in one group of axes")
-        return size
     if len(found) > 1:
         raise Ambiguous(name, [[size] for size in found])
-    return found[0]
+    return found[0] if found else None
 
 
 def _followed(one: int, two: int, shapes: Shapes, shapes_too: Shapes) -> Size | None:

@@ -281,8 +281,8 @@ def summarize(prepared: Prepared, model: nn.Module) -> QuantizationSummary:
             rows.append(Row(name, kind, "int8 static"))
         else:
             rows.append(Row(name, kind, "float", _elsewhere(name, prepared)))
-    fixed = prepared.captured.fixed
-    note = f"for inputs of the sizes of the first batch alone: {fixed}" if fixed else ""
+    fixed, held = prepared.captured.fixed, prepared.captured.held
+    note = f"for inputs of the {held} of the first batch alone: {fixed}" if fixed else ""
     return QuantizationSummary(tuple(rows), note=note)
 
 

@@ -371,3 +371,112 @@ def test_parts_of_an_axis_by_two_sizes_of_one_number() -> None:
     int8 = fastq.quantize_model(model, torch.randn(4, 3, 16, 16), progress=False)
     for size in ((16, 16), (18, 24), (31, 9)):
         agrees(model, int8, torch.randn(2, 3, *size))
+
+
+class Sound(nn.Module):
+    """Samples in a row, a mask of frames and positions, as in wav2vec 2.0: with large strides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hear = nn.Sequential(nn.Conv1d(1, 8, 10, 5), nn.GELU(), nn.Conv1d(8, 8, 8, 8))
+        self.encode = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.hear(x[:, None]).transpose(1, 2)
+        place = torch.arange(y.shape[1], device=x.device)
+        near = (place[:, None] - place).abs() < 4
+        return self.encode(y, src_mask=torch.zeros(near.shape).masked_fill(~near, -1e9))
+
+
+class Series(nn.Module):
+    """A series by its mean, beside what is known of each of its days."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.leave = nn.GRU(3, 8, batch_first=True), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor, known: Tensor) -> Tensor:
+        scale = x.abs().mean(1, keepdim=True)
+        y, _ = self.read(torch.cat([(x / scale)[..., None], known], -1))
+        return self.leave(y)[..., 0] * scale
+
+
+def test_samples_in_a_row_are_a_sequence_where_the_network_takes_more_of_them() -> None:
+    torch.manual_seed(0)
+    sound = Sound().eval()
+    int8 = fastq.quantize_model(sound, torch.randn(8, 1500), progress=False)
+    for count in (1500, 2003, 700):
+        agrees(sound, int8, torch.randn(2, count))
+    series = Series().eval()
+    int8 = of_all(series, torch.rand(16, 20) + 1, torch.randn(16, 20, 2))
+    for count in (20, 31, 9):
+        agrees(series, int8, torch.rand(3, count) + 1, torch.randn(3, count, 2))
+    features = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    int8 = fastq.quantize_model(features, torch.randn(8, 20), progress=False)
+    assert int8.program.extents == ((None, 20),) and not fastq.summary(int8).note
+
+
+def test_tokens_beside_an_image_of_one_size() -> None:
+    """As in Whisper and BLIP: their images are refused at any other."""
+
+    class Captions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.lookup = nn.Conv2d(3, 16, 8, 8), nn.Embedding(30, 16)
+            self.places = nn.Parameter(torch.randn(4, 16))
+            self.decode = nn.TransformerDecoderLayer(16, 2, 32, batch_first=True)
+
+        def forward(self, tokens: Tensor, image: Tensor) -> Tensor:
+            seen = self.patches(image).flatten(2).transpose(1, 2) + self.places
+            return self.decode(self.lookup(tokens), seen)
+
+    torch.manual_seed(0)
+    model = Captions().eval()
+    int8 = of_all(model, torch.randint(0, 30, (16, 12)), torch.randn(16, 3, 16, 16))
+    for count in (12, 5, 20):
+        agrees(model, int8, torch.randint(0, 30, (2, count)), torch.randn(2, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"wanted \(any, 3, 16, 16\)"):
+        int8(torch.randint(0, 30, (2, 12)), torch.randn(2, 3, 24, 24))
+
+
+@pytest.mark.parametrize("pool", [F.max_pool1d, F.avg_pool1d])
+def test_a_pooling_of_all_there_is(pool: Callable[[Tensor, int], Tensor]) -> None:
+    """As in networks that read sentences; the window is as long as each of them."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        y = F.relu(net.a(x.transpose(1, 2)))
+        return net.b(pool(y, y.shape[2]).squeeze(2))
+
+    model = call(forward, a=lambda: nn.Conv1d(8, 16, 3), b=lambda: nn.Linear(16, 4))().eval()
+    int8 = fastq.quantize_model(model, torch.randn(16, 12, 8), progress=False)
+    for count in (12, 5, 30):
+        agrees(model, int8, torch.randn(2, count, 8))
+
+
+def test_a_grid_of_as_many_cells_as_convolutions_leave() -> None:
+    """As of a detector: where each cell lies is added to what is found in it."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        y = net.b(F.relu(net.a(x)))
+        h, w = y.shape[2:]
+        rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        return (y.sigmoid() + torch.stack([columns, rows])) * 8
+
+    model = call(forward, a=conv(3, 8, 3, stride=2), b=conv(8, 2, 3, stride=4))().eval()
+    int8 = fastq.quantize_model(model, torch.randn(4, 3, 32, 32), progress=False)
+    for size in ((32, 32), (33, 64), (50, 41)):
+        agrees(model, int8, torch.randn(2, 3, *size))
+
+
+def test_a_height_that_is_fixed_is_said_to_be() -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for row in F.relu(net.a(x)).unbind(2):
+            total = total * 0.5 + row
+        return net.b(total)
+
+    model = call(forward, a=conv(3, 4, 1), b=lambda: nn.Conv1d(4, 3, 1))().eval()
+    int8 = fastq.quantize_model(model, torch.randn(4, 3, 16, 16), progress=False)
+    assert int8.program.extents == ((None, 3, 16, None),)
+    assert "the height of the first batch alone: the graph depends" in fastq.summary(int8).note
+    agrees(model, int8, torch.randn(2, 3, 16, 30))
