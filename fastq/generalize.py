@@ -81,6 +81,8 @@ def generalize(first: Graph, second: Graph, shapes: Shapes, shapes_too: Shapes) 
         elif one.op == "reshape":
             one.attrs["groups"] = _joined_groups(one, two, like_before, (shapes, shapes_too))
         else:
+            if one.op in WHOLE.values():
+                one.attrs, two.attrs = _pooled_to(one, two), _pooled_to(two, one)
             if "size" in one.attrs:
                 size = _size_like(first.inputs, one, two, pairs, shapes, shapes_too)
                 one.attrs["size"] = two.attrs["size"] = size
@@ -122,6 +124,17 @@ def _is_whole(node: Node) -> bool:
     pool = node.attrs["pool"]
     window = pool["kernel_size"] == node.inputs[0].shape[2:]
     return bool(window and not any(pool["padding"]) and pool.get("divisor_override") is None)
+
+
+def _pooled_to(node: Node, other: Node) -> dict[str, Any]:
+    """The attributes of an adaptive pooling: a size that is the input's in this example, None, but
+    not in the other one, is a number that the input had by chance."""
+    sizes = zip(node.attrs["output_size"], other.attrs["output_size"], node.inputs[0].shape[2:],
+                strict=True)  # fmt: skip
+    return {
+        **node.attrs,
+        "output_size": tuple(n if a is None and b == n else a for a, b, n in sizes),
+    }
 
 
 def _size_like(

@@ -78,9 +78,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     The file is complete or not there: it is written beside `path`, then moved, so that an older
     file is never lost; the new one has its mode. Raises TypeError unless `model` is a module,
-    ValueError if it has no int8 layer or if its state_dict has anything but tensors, OSError if
-    the file cannot be written: FileNotFoundError if its folder is missing, IsADirectoryError or
-    FileExistsError for what is there and no regular file.
+    ValueError if it has no int8 layer, an operator that is neither torch's nor fastq's, or a
+    state_dict with anything but tensors, OSError if the file cannot be written: FileNotFoundError
+    if its folder is missing, IsADirectoryError or FileExistsError for what is there and no regular
+    file.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"save: got {type(model).__name__}, wanted the model, then the path")
@@ -165,6 +166,15 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 def _save_network(
     model: QuantizedModel, report: QuantizationSummary, path: str | os.PathLike[str]
 ) -> None:
+    for stage in model.layout.stages:
+        try:
+            if stage.program < 0:
+                check_operator(stage)
+        except ValueError as error:  # `load` would say so, when the model is gone
+            raise ValueError(
+                f"save: {stage.outputs[0]}: {error}, which no file may name; "
+                "the int8 layers of fastq.quantize_layers can be saved"
+            ) from error
     tensors, _ = _distinct({name: t.clone() for name, t in model.state_dict().items()})
     _write_file(path, tensors, report, {"network": encode_layout(model.layout, NAMED)})
 

@@ -13,6 +13,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from networks import call
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -593,3 +594,24 @@ def test_specs_of_all_kinds_are_read_again() -> None:
     ):  # fmt: skip
         spec = pytree.tree_structure(value)
         assert _read_spec(spec_text(spec)) == spec
+
+
+def test_operators_of_others_are_not_written(tmp_path: Path) -> None:
+    """`load` would refuse them: a file may have named them."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        return net.b(torch.ops.others.twice(net.a(x)))
+
+    with torch.library._scoped_library("others", "DEF") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: x * 2, "CompositeExplicitAutograd")
+        model = call(forward, a=lambda: nn.Linear(4, 8), b=lambda: nn.Linear(8, 2))().eval()
+        x = torch.randn(8, 4)
+        int8 = fastq.quantize_model(model, x, progress=False)
+        assert (int8(x) - model(x).detach()).norm() < 0.1
+        path = tmp_path / "model.safetensors"
+        with pytest.raises(
+            ValueError, match=r"save: twice: 'others\.twice\.default' is no operator"
+        ):
+            fastq.save(int8, path)
+    assert not path.exists()

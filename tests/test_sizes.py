@@ -453,6 +453,19 @@ def test_a_pooling_of_all_there_is(pool: Callable[[Tensor, int], Tensor]) -> Non
         agrees(model, int8, torch.randn(2, count, 8))
 
 
+@pytest.mark.parametrize("pool", [F.adaptive_avg_pool2d, F.adaptive_max_pool2d])
+def test_pooled_to_what_the_first_batch_has_by_chance(pool: Callable[..., Tensor]) -> None:
+    """As in VGG and AlexNet for images of the usual size, and pyramids of pools."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        return net.b(pool(F.relu(net.a(x)), (4, 6)).flatten(1))
+
+    model = call(forward, a=conv(3, 4, 3, stride=4), b=lambda: nn.Linear(96, 4))().eval()
+    int8 = fastq.quantize_model(model, torch.randn(4, 3, 16, 25), progress=False)
+    for size in ((16, 25), (25, 16), (40, 33)):
+        agrees(model, int8, torch.randn(2, 3, *size))
+
+
 def test_a_grid_of_as_many_cells_as_convolutions_leave() -> None:
     """As of a detector: where each cell lies is added to what is found in it."""
 
