@@ -239,10 +239,8 @@ def _check_padding(name: str, given: Any) -> None:
         if size is not None and (min(sides) < 0 or not 0 < sum(sides) <= 2):
             raise ValueError(f"{name}: pad with shares {sides} of an axis that is to have {size}")
     least = min((side for sides in widths for side in sides), default=0)
-    if given["mode"] != "constant" and (given["output_size"] is not None or least < 0):
-        raise ValueError(
-            f"{name}: pad {given['mode']} by {widths} to {given['output_size']}; wanted widths >= 0"
-        )
+    if given["mode"] != "constant" and least < 0:
+        raise ValueError(f"{name}: pad {given['mode']} by {widths}; wanted widths >= 0")
 
 
 def check_cell(name: str, cell: str, weight: LinearWeight, epilogue: Dequant) -> None:

@@ -116,7 +116,9 @@ def stretches(leaves: Leaves) -> list[list[Way]]:
 
     By an odd number first: a network that pads to even sizes is another one then, and its graph
     holds for one size only. Many networks take multiples of 32 alone, which comes second. Some
-    take no longer sequences than the example: shorter ones come last. One that reads the columns of
+    take no longer sequences than the example: shorter ones come last. One that pads images, and
+    cuts off what it padded, does neither for some sizes: both examples get odd ones. One that
+    reads the columns of
     an image as a sequence takes any width of one height, or the other way round; one that reads
     tokens beside an image or a sound takes any number of tokens with one of these. Of several
     inputs each grows by a number of its own, if the network takes that. Rows of real numbers grow
@@ -156,7 +158,11 @@ def stretches(leaves: Leaves) -> list[list[Way]]:
         if dims & {2, 3}:
             shorter = stretch(axis, (1, 2), (-1, -2, -4)), stretch(axis, (65, 67), (-8, -10, -14))
             ways[-1].append(shorter)
-    ways += [longer(2, of) for of in (((3,), (2,)) if 4 in dims else ())]
+    if 4 in dims:
+        height, width = next(x.shape[2:] for x in tensors if x.dim() == 4)
+        few = stretch(2, ((27 - height) % 32, (21 - width) % 32), (1, 2, 3))
+        many = stretch(2, (64 + (13 - height) % 32, 64 + (7 - width) % 32), (7, 11, 13))
+        ways += [[(few, many)], longer(2, (3,)), longer(2, (2,))]
     if dims & {3, 4, 5} and any(x.dim() == 2 and not _is_row(x) for x in tensors):
         ways.append([(one, two._replace(parts=two.parts[:1])) for one, two in longer(2)])
     return ways + series

@@ -86,14 +86,9 @@ def generalize(first: Graph, second: Graph, shapes: Shapes, shapes_too: Shapes) 
             if "size" in one.attrs:
                 size = _size_like(first.inputs, one, two, pairs, shapes, shapes_too)
                 one.attrs["size"] = two.attrs["size"] = size
-            elif one.op == "pad" and (one.attrs != two.attrs or not any(one.attrs["pad"])):
-                try:
-                    found = _padded_to(first, one, two, pairs, shapes, shapes_too)
-                except CannotCapture:
-                    if one.attrs != two.attrs:
-                        raise
-                else:
-                    one.attrs = two.attrs = found
+            elif one.op == "pad":
+                found = _padded_to(first, one, two, pairs, shapes, shapes_too)
+                one.attrs, two.attrs = found or one.attrs, found or two.attrs
             one.attrs = joined(one.name, one.attrs, two.attrs)
             if one.op in FOLLOWING and _has_size(one.attrs) and not one.tensors:
                 target, arguments = FOLLOWING[one.op]
@@ -192,24 +187,32 @@ MULTIPLES = range(2, 129)  # that a size may be padded to
 
 def _padded_to(
     first: Graph, one: Node, two: Node, pairs: dict[Node, Node], shapes: Shapes, shapes_too: Shapes
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """The attributes of what is padded up to a size: that of a value before it, as a U-Net's
-    decoder does where an odd size was halved, or a multiple of a number. CannotCapture for a
-    padding that is not of this kind."""
-    (x,), rank = one.inputs, len(one.shape)
+    decoder does where an odd size was halved, or a multiple of a number. None if it is padded by
+    numbers; CannotCapture, Ambiguous where that is not known."""
+    (x,), rank, same = one.inputs, len(one.shape), one.attrs == two.attrs
     given, given_too = one.attrs["pad"], two.attrs["pad"]
-    plain = one.attrs["mode"] == "constant" and len(given) <= 2 * (rank - 2)
-    if not plain or len(given) != len(given_too):
-        raise CannotCapture(f"{one.name}: padding {given} and {given_too} for two sizes")
+    if len(given) != len(given_too) or len(given) > 2 * (rank - 2):
+        return None
     wanted, examples = (one.shape[2:], two.shape[2:]), (shapes, shapes_too)
     own = [size_along(first.inputs, x, axis) for axis in range(2, rank)]
-    sizes = _windowed(first, one, own, wanted, examples)
+    widths = [0] * (rank - 2 - len(given) // 2) + [sum(given[i : i + 2]) for i in
+                                                   range(len(given) - 2, -1, -2)]  # fmt: skip
+    by_numbers = [s if s is None else s.plus(n) for s, n in zip(own, widths, strict=True)]
+    sizes = None if same else _windowed(first, one, own, wanted, examples)
     try:
-        sizes = sizes or _sizes_before(first.inputs, one, pairs, wanted, examples, own)
+        sizes = sizes or _sizes_before(
+            first.inputs, one, pairs, wanted, examples, by_numbers if same else ()
+        )
     except Ambiguous:
         raise
     except CannotCapture:
+        if same:
+            return None
         sizes = _multiples(one, own, wanted, examples)
+    if same and any(given):  # to the size of a value, by chance by numbers; or the other way round
+        raise Ambiguous(one.name, [sizes, [s for s in by_numbers if s is not None]])
     pad: list[int] = []
     to: list[int | Size | None] = [None] * (rank - 2)
     for at in range(0, len(given), 2):
@@ -260,12 +263,22 @@ def _windowed(
 ) -> Sizes | None:
     """What TensorFlow's "same" pads to: as many windows with a stride as there are strides."""
     takers = [node for node in graph.nodes if one in node.inputs]
-    if len(takers) != 1 or takers[0].op != "conv2d" or max(takers[0].attrs["stride"]) == 1:
+    if len(takers) != 1:
         return None
-    a, kernel = takers[0].attrs, takers[0].tensors["weight"].shape[2:]
-    spans = [d * (k - 1) + 1 for d, k in zip(a["dilation"], kernel, strict=True)]
-    more = [span - stride for span, stride in zip(spans, a["stride"], strict=True)]
-    return _rounded_up(own, a["stride"], more, wanted, examples)
+    (taker,) = takers
+    if taker.op == "conv2d":
+        a, kernel = taker.attrs, taker.tensors["weight"].shape[2:]
+    elif taker.op in ("max_pool2d", "avg_pool2d"):
+        a = taker.attrs["pool"]
+        kernel = a["kernel_size"]
+    else:
+        return None
+    strides, dilation = a.get("stride") or kernel, a.get("dilation", (1, 1))
+    if max(strides) == 1:
+        return None
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    more = [span - stride for span, stride in zip(spans, strides, strict=True)]
+    return _rounded_up(own, strides, more, wanted, examples)
 
 
 def _multiples(

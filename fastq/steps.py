@@ -377,8 +377,8 @@ def _padded(step: Step, x: Shape) -> Shape:
     padded = pad_widths(step, x)
     for n, widths in zip(x, padded, strict=True):
         most = {"reflect": max(n - 1, 0), "circular": n}.get(mode, max(widths) if n else 0)
-        if mode != "constant" and max(widths) > most:
-            raise ValueError(f"pad: {mode} by {widths} of an axis of {n}; wanted up to {most}")
+        if mode != "constant" and not 0 <= min(widths) <= max(widths) <= most:
+            raise ValueError(f"pad: {mode} by {widths} of an axis of {n}; wanted 0 up to {most}")
         if n + sum(min(width, 0) for width in widths) < 0:
             raise ValueError(f"pad: by {widths} of an axis of {n}, of which nothing is left")
     return tuple(n + sum(widths) for n, widths in zip(x, padded, strict=True))

@@ -168,6 +168,8 @@ EXAMPLES: dict[str, list[tuple[tuple[Shape, ...], dict[str, Any]]]] = {
         *(((IMAGE,), {"widths": ((0, 0), shares, (0, 1), (0, 0)), "value": 9, "mode": "constant",
                       "output_size": (None, Size(0, 1, 2, -3), width, None)})
           for shares in ((1, 1), (0, 1), (1, 0)) for width in (3, Size(0, 2, 1, 4))),
+        *(((IMAGE,), {"widths": ((0, 0), (1, 1), (0, 1), (0, 0)), "value": 9, "mode": mode,
+                      "output_size": (None, Size(0, 1, 1, 3), 8, None)}) for mode in PADDING_MODES),
         (((2, 4, 3),), {"widths": ((0, 0), (1, 1), (0, 0)), "output_size": (None, 0, None),
                         "value": 9, "mode": "constant"}),
     ],
@@ -453,12 +455,12 @@ SIZES: dict[str, tuple[Shape, str, dict[str, Any], str]] = {
         "as many axes"),
     "nothing to pad": ((), "pad", by((), "constant"), "without axes"),
     "a reflection of more than there is": (
-        (2, 3), "pad", by(((0, 0), (0, 3)), "reflect"), "up to 2"),
+        (2, 3), "pad", by(((0, 0), (0, 3)), "reflect"), "0 up to 2"),
     "around more than once": (
-        (2, 3), "pad", by(((3, 0), (0, 0)), "circular"), "up to 2"),
+        (2, 3), "pad", by(((3, 0), (0, 0)), "circular"), "0 up to 2"),
     "cut off more than there is": ((2, 3), "pad", by(((0, 0), (-2, -2)), "constant"), "is left"),
     "copies of nothing": (
-        (2, 0), "pad", by(((0, 0), (0, 1)), "replicate"), "up to 0"),
+        (2, 0), "pad", by(((0, 0), (0, 1)), "replicate"), "0 up to 0"),
     "other features": (
         (2, 4), "linear", {"weight": LinearWeight(i8(3, 5)), "epilogue": EPILOGUE,
                            "x_zero_point": 0}, r"wanted \(\.\.\., 5\)"),
@@ -733,7 +735,7 @@ class Random:
                 widths = [tuple(map(int, w)) for w in self.rng.integers(low, 2, (len(x), 2))]
                 for i, size in enumerate(sizes or ()):
                     widths[i] = widths[i] if size is None else self.one((1, 1), (0, 1), (1, 0))
-                modes = () if low or sizes else PADDING_MODES
+                modes = () if low else PADDING_MODES
                 return {"widths": tuple(widths), "value": self.byte(), "output_size": sizes,
                         "mode": self.one("constant", *modes)}  # fmt: skip
             case "dilate":

@@ -247,37 +247,44 @@ def test_padded_to_the_size_of_a_value(halved: str, calibrated: tuple[int, int])
         agrees(model, int8, torch.randn(2, 3, *size))
 
 
-class Same(nn.Conv2d):
-    """A convolution as TensorFlow pads it."""
+def same_padding(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
+    """As TensorFlow pads."""
+    pads: list[int] = []
+    for n in x.shape[:1:-1]:
+        lack = max((-(-n // stride) - 1) * stride + kernel - n, 0)
+        pads += [lack // 2, lack - lack // 2]
+    return F.pad(x, pads, value=value)
 
+
+class Same(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        pads: list[int] = []
-        for n, k, s in zip(x.shape[:1:-1], self.kernel_size, self.stride, strict=True):
-            lack = max((-(-n // s) - 1) * s + k - n, 0)
-            pads += [lack // 2, lack - lack // 2]
-        return F.conv2d(F.pad(x, pads), self.weight, self.bias, self.stride)
+        padded = same_padding(x, self.kernel_size[0], self.stride[0])
+        return F.conv2d(padded, self.weight, self.bias, self.stride)
 
 
 def test_padded_as_strides_ask() -> None:
     torch.manual_seed(0)
-    layers = Same(3, 6, 3, 2), nn.ReLU(), Same(6, 6, 5), nn.ReLU(), Same(6, 8, 5, 2)
+    pool = Apply(lambda x: F.max_pool2d(same_padding(x, 3, 2, -torch.inf), 3, 2))
+    layers = Same(3, 6, 3, 2), nn.ReLU(), Same(6, 6, 5), nn.ReLU(), Same(6, 8, 5, 2), pool
     model = nn.Sequential(*layers, nn.ReLU(), Same(8, 8, 3, 2)).eval()
     int8 = fastq.quantize_model(model, torch.randn(4, 3, 32, 40), progress=False)
     for size in ((32, 40), (41, 50), (43, 47), (64, 64), (90, 21)):
         agrees(model, int8, torch.randn(2, 3, *size))
 
 
-def test_padded_to_a_multiple() -> None:
-    """Of 8, before three layers that halve."""
+@pytest.mark.parametrize("mode", ["constant", "reflect"])
+@pytest.mark.parametrize("calibrated", [(32, 40), (43, 45)])
+def test_padded_to_a_multiple(mode: str, calibrated: tuple[int, int]) -> None:
+    """Of 8, before what halves three times; and cut to the image's size again."""
     torch.manual_seed(0)
 
     def forward(net: Any, x: Tensor) -> Tensor:
-        y = F.relu(net.a(x))
-        y = F.pad(y, (0, -y.shape[3] % 8, 0, -y.shape[2] % 8))
-        return net.b(F.pixel_unshuffle(y, 8))
+        y = F.pad(F.relu(net.a(x)), (0, -x.shape[3] % 8, 0, -x.shape[2] % 8), mode)
+        y = F.pixel_shuffle(net.b(F.pixel_unshuffle(y, 8)), 8)
+        return net.a(y[:, :, : x.shape[2], : x.shape[3]]) + x
 
-    model = call(forward, a=conv(3, 4, 3, padding=1), b=conv(256, 3, 1))().eval()
-    int8 = fastq.quantize_model(model, torch.randn(4, 3, 32, 40), progress=False)
+    model = call(forward, a=conv(3, 3, 3, padding=1), b=conv(192, 192, 1))().eval()
+    int8 = fastq.quantize_model(model, torch.randn(4, 3, *calibrated), progress=False)
     for size in ((32, 40), (41, 50), (43, 47), (64, 64), (90, 21)):
         agrees(model, int8, torch.randn(2, 3, *size))
 
