@@ -274,6 +274,8 @@ class _Examples:
                 )
                 waiting[:0] = itertools.islice(told, int(retries > 0))
                 retries -= 1
+                if not waiting:
+                    raise
             except CannotCapture:
                 raise
             except Exception:  # torch.export's or the model's, as of more positions than it has

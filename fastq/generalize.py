@@ -171,7 +171,7 @@ def _sizes_before(
         known = tuple(s for s in along if s is not None)
         told = [tuple(sized(known, of)) for of in examples]
         if told == [tuple(wanted), tuple(wanted_too)] and not any(
-            _same_sizes(known, other) for other in (*found, but)
+            _same_sizes(known, other, examples) for other in (*found, but)
         ):
             found.append(known)
     if not found:
@@ -308,8 +308,13 @@ def _of_first(size: Size, shapes: tuple[Shapes, Shapes]) -> Size:
     return size
 
 
-def _same_sizes(one: Sequence[int | Size | None], two: Sequence[int | Size | None]) -> bool:
-    """Whether they are the same for whatever input."""
+def _same_sizes(
+    one: Sequence[int | Size | None],
+    two: Sequence[int | Size | None],
+    shapes: tuple[Shapes, Shapes],
+) -> bool:
+    """Whether they are the same for whatever input; of examples of multiples of 32, which are tried
+    where the network takes no others, for multiples of 32."""
     if len(one) != len(two):
         return False
     for a, b in zip(one, two, strict=True):
@@ -319,9 +324,10 @@ def _same_sizes(one: Sequence[int | Size | None], two: Sequence[int | Size | Non
             if (a.input, a.axis) != (b.input, b.axis):
                 return False
             shape = [(0,) * a.axis] * a.input
+            whole = all(of[a.input][a.axis] % MULTIPLE == 0 for of in shapes)
             if any(
                 a.of([*shape, (0,) * a.axis + (n,)]) != b.of([*shape, (0,) * a.axis + (n,)])
-                for n in range(PERIOD)
+                for n in range(0, PERIOD, MULTIPLE if whole else 1)
             ):
                 return False
         elif a != b:
@@ -332,6 +338,7 @@ def _same_sizes(one: Sequence[int | Size | None], two: Sequence[int | Size | Non
 # Two formulas are compared for so many sizes. They repeat after as many as their strides, most of
 # which divide this.
 PERIOD = 2**11
+MULTIPLE = 32
 
 
 def _joined_groups(
@@ -380,7 +387,7 @@ def _size_of(
             if size is None or tuple(map(size.of, shapes)) != wanted:
                 continue
             size = _of_first(size, shapes)
-            if not any(_same_sizes([size], [one]) for one in found):
+            if not any(_same_sizes([size], [one], shapes) for one in found):
                 found.append(size)
     if len(found) > 1:
         raise Ambiguous(name, [[size] for size in found])

@@ -367,6 +367,22 @@ def test_axes_that_were_joined_are_parted_again_for_any_size(tmp_path: Path) -> 
             np.testing.assert_array_equal(run(x.numpy())[0], int8(x).numpy())
 
 
+def test_sizes_that_are_the_same_for_all_that_the_network_takes() -> None:
+    """Rounded up on one way and down on the other, and both are added: it takes multiples alone."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        up, down = net.a(x), F.avg_pool2d(net.b(x), 8)
+        y = F.relu(up.flatten(2) + down.flatten(2))
+        return net.c(y.view(down.shape))
+
+    model = call(
+        forward, a=conv(3, 4, 3, stride=8, padding=1), b=conv(3, 4, 1), c=conv(4, 3, 1)
+    )().eval()
+    int8 = fastq.quantize_model(model, torch.randn(4, 3, 64, 64), progress=False)
+    for size in ((64, 64), (32, 96), (40, 72)):
+        agrees(model, int8, torch.randn(2, 3, *size))
+
+
 def test_parts_of_an_axis_by_two_sizes_of_one_number() -> None:
     """Height and width of one example, of the other two: which one is meant is found."""
 
