@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastq import ops
-from fastq.graph import CONVOLUTION_LAYER, VOLUMES, Graph, Node, evaluate
+from fastq.graph import CONVOLUTION_LAYER, MOVES, VOLUMES, Graph, Node, evaluate
 from fastq.layerwise import ratio
 from fastq.layout import Stage
 from fastq.lower import normalized, weight_of
@@ -22,7 +22,6 @@ from fastq.observer import HistogramObserver
 from fastq.prepare import Prepared, grid_ends
 from fastq.qparams import QParams
 from fastq.recipe import read_recipe
-from fastq.regions import MOVES
 from fastq.sizes import Shapes
 from fastq.weights import per_output
 

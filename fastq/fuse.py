@@ -1,5 +1,6 @@
 """Fewer, larger operations: what an integer kernel does in one step becomes one node.
 
+    x @ softmax                  -> the same with all three transposed: shares belong on the left
     pad by 0, conv2d             -> conv2d with that padding
     reshape, affine | pointwise  -> affine | pointwise, reshape    (after a 1-D convolution)
     conv2d | linear, affine | mul | add by a constant of one axis -> conv2d | linear
@@ -18,12 +19,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastq.graph import VOLUMES, Graph, Node, pointwise
+from fastq.graph import VOLUMES, Graph, Node, are_shares, pointwise
 from fastq.layout import Ref
 from fastq.masks import operator_of
 from fastq.weights import scale_outputs
@@ -47,7 +49,17 @@ LAST_AXIS = ("layer_norm", "rms_norm")  # norms whose weights are those of featu
 
 def fuse(graph: Graph) -> None:
     """All of the above, in the graph itself."""
-    for fuse_one in (_pad, _line, _affine, _factors, _pointwise, _of_one_value, _add, _clamp):
+    for fuse_one in (
+        _turn,
+        _pad,
+        _line,
+        _affine,
+        _factors,
+        _pointwise,
+        _of_one_value,
+        _add,
+        _clamp,
+    ):
         fuse_one(graph)
         graph.remove_unused()
 
@@ -57,6 +69,28 @@ def _only_user(graph: Graph, users: dict[Node, list[Node]], node: Node) -> Node 
     if len(users[node]) != 1 or node in graph.output_nodes():
         return None
     return users[node][0]
+
+
+def _turn(graph: Graph) -> None:
+    """Products with a softmax on the right: on the left it need not be symmetric, and its lines may
+    be divided by their sums then."""
+    for node in list(graph.nodes):
+        if node.op != "matmul" or not are_shares(node.inputs[1]) or are_shares(node.inputs[0]):
+            continue
+        rank = len(node.shape)
+        dims = (*range(rank - 2), rank - 1, rank - 2)
+        y, x = (
+            Node(f"{node.name}_{i}_turned", "permute", [v], {"dims": dims}, layer=node.layer,
+                 kind=node.kind, shape=tuple(v.shape[d] for d in dims))
+            for i, v in enumerate(node.inputs)
+        )  # fmt: skip
+        product = replace(node, name=f"{node.name}_turned", inputs=[x, y],
+                          shape=tuple(node.shape[d] for d in dims))  # fmt: skip
+        back = Node(node.name, "permute", [product], {"dims": dims}, layer=node.layer,
+                    kind=node.kind, shape=node.shape)  # fmt: skip
+        at = graph.nodes.index(node)
+        graph.nodes[at : at + 1] = [y, x, product, back]
+        graph.replace(node, back)
 
 
 def _pad(graph: Graph) -> None:

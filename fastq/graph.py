@@ -438,3 +438,13 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
 VOLUMES = ("conv3d", "conv_transpose3d")  # of volumes, which no program has
 # Operations that compute with weights: what int8 wins most on.
 PRODUCTS = ("conv2d", "linear", "conv_transpose2d", "matmul")
+# Values that keep the quantization of what they are made from.
+MOVES = ("reshape", "permute", "slice", "pad", "concat", "max_pool2d", "adaptive_max_pool2d",
+         "upsample_nearest2d", "upsample_bilinear2d")  # fmt: skip
+
+
+def are_shares(value: Node) -> bool:
+    """Whether a value is a softmax's, moved perhaps: its quantization is its own."""
+    while value.op in MOVES and value.op != "concat":
+        value = value.inputs[0]
+    return value.op == "softmax"

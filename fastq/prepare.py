@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastq.capture import Captured
-from fastq.graph import PRODUCTS, Graph, Node
+from fastq.graph import MOVES, PRODUCTS, Graph, Node
 from fastq.layout import Ref
 from fastq.lower import Lowered, lowered, turned, weight_of
 from fastq.masks import MARK, fills_low
@@ -23,7 +23,7 @@ from fastq.processes import Processes
 from fastq.program import RECURRENT
 from fastq.qconfig import DEFAULT, QConfig
 from fastq.qparams import QParams, limits
-from fastq.regions import MOVES, WEIGHTED, Ranges, Region, bare_weights, find_regions
+from fastq.regions import WEIGHTED, Ranges, Region, bare_weights, find_regions
 
 LAYERS = (*WEIGHTED, *RECURRENT)  # have a weight that becomes integers
 # of the ranges of int16, whose steps are enough for outliers that calibration did not see
@@ -173,7 +173,8 @@ class Prepared:
 
     def set_apart(self) -> None:
         """Let what others read, too, not have the range of a concatenation, which may be many times
-        its own: an identity before that one has it instead."""
+        its own: an identity before that one has it instead. So has what a product takes on its
+        right, if its own range is fixed."""
         alone, users, ends = Ranges(self.regions, joined=False), self.graph.users(), set[Node]()
         for region in self.regions:
             ends.update(region.outputs)
@@ -201,6 +202,10 @@ class Prepared:
                         made[value] = self._identity(value, region, concat)
                 concat.inputs[:] = [made[v] if v in chosen else v for v in concat.inputs]
             self.apart += made.values()
+            for product in [node for node in region.nodes if node.op == "matmul"]:
+                right = product.inputs[1]
+                if self.ranges.find(right) in self.ranges.fixed:  # where it is symmetric
+                    product.inputs[1] = self._identity(right, region, product)
         self.ranges = Ranges(self.regions)
 
     def _identity(self, value: Node, region: Region, before: Node) -> Node:

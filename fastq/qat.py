@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 
 from fastq.batches import Batches
 from fastq.fuse import fold
-from fastq.graph import Node, evaluate, normalization, shapes_of
+from fastq.graph import MOVES, Node, evaluate, normalization, shapes_of
 from fastq.lower import SUFFIX, turned, weight_of
 from fastq.modules import Config, Selector, check_module
 from fastq.network import (
@@ -54,7 +54,6 @@ from fastq.qconfig import QConfig
 from fastq.qparams import FLT_MIN, quantize_weight
 from fastq.read import CannotCapture
 from fastq.recipe import read_recipe
-from fastq.regions import MOVES
 from fastq.sizes import Shapes, sized
 from fastq.straight_through import RegionIntegers, TrainedRange, TrainedSteps, on_grid
 from fastq.summaries import QuantizationSummary, summary

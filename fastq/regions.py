@@ -16,14 +16,11 @@ import torch
 from torch import Tensor
 
 from fastq.arguments import LINES
-from fastq.graph import POINTWISE_NAMESPACE, PRODUCTS, VOLUMES, Graph, Node
+from fastq.graph import MOVES, POINTWISE_NAMESPACE, PRODUCTS, VOLUMES, Graph, Node, are_shares
 from fastq.program import NORMS, RECURRENT, WIDE
 from fastq.qparams import MAX_FACTOR, MAX_K, MAX_WIDE_FEATURES, QParams
 from fastq.sizes import Size
 
-# Values that keep the quantization of what they are made from.
-MOVES = ("reshape", "permute", "slice", "pad", "concat", "max_pool2d", "adaptive_max_pool2d",
-         "upsample_nearest2d", "upsample_bilinear2d")  # fmt: skip
 # Operations whose values have a fixed quantization. A grid's values run from 0 to almost 1, as a
 # picture's do: weights that read it, and their gradients, then have a usual size.
 FIXED = {
@@ -357,7 +354,7 @@ class Ranges:
                 self.fixed |= dict.fromkeys(node.inputs[1:], MASK)
             if node.op in MOVES and (joined or node.op != "concat"):
                 for value in node.inputs:
-                    if value.op != "softmax" or node.op != "concat":
+                    if node.op != "concat" or not are_shares(value):
                         self._join(value, node)
         self.symmetric = {self.find(node.inputs[1]) for node in nodes if node.op == "matmul"}
         for node, qparams in list(self.fixed.items()):

@@ -19,6 +19,18 @@ from fastq.program import Program
 Make = Callable[[int, int], tuple[Tensor, ...]]
 
 
+class Shares(nn.Module):
+    """A function of queries, keys and values, between two layers."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.qkv, self.out = nn.Linear(8, 24), nn.LazyLinear(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.function(*self.qkv(x).chunk(3, -1)))
+
+
 @dataclass(frozen=True)
 class Case:
     """A network, its arguments by (batch, size), and what shall become of it.
@@ -702,6 +714,22 @@ CASES: dict[str, Case] = {
         lambda: nn.Sequential(nn.Conv2d(3, 6, 3), PooledPower(), nn.Linear(6, 4)), images(3)
     ),
     "rotary positions": Case(Rotary, lambda b, _: (torch.randn(b, 12, 16),)),
+    "shares on the right": Case(
+        lambda: Shares(lambda q, k, v: v.mT @ (q @ k.mT).softmax(-1).mT),
+        lambda b, _: (torch.randn(b, 12, 8),),
+    ),
+    "shares of columns on the right": Case(
+        lambda: Shares(lambda q, k, v: v.mT @ (q @ k.mT).softmax(-1)),
+        lambda b, _: (torch.randn(b, 12, 8),),
+    ),
+    "shares on both sides": Case(
+        lambda: Shares(lambda q, k, v: q.softmax(-1) @ k.softmax(-1).mT + v),
+        lambda b, _: (torch.randn(b, 8, 8),),
+    ),
+    "shares that are moved, and others": Case(
+        lambda: Shares(lambda q, k, v: torch.cat([q.softmax(-1).mT, 3 * v.mT - 1], 1)),
+        lambda b, _: (torch.randn(b, 12, 8),),
+    ),
     "branches summed": Case(
         lambda: nn.Sequential(
             nn.Conv2d(3, 12, 3),

@@ -1694,3 +1694,22 @@ def test_rows_that_are_masked_as_a_whole_are_no_other_network() -> None:
         a=lambda: nn.Linear(8, 24),
     )()
     assert isinstance(quantized(model, (torch.randn(4, 6, 8), mask)), QuantizedModel)
+
+
+def test_a_softmax_as_the_second_operand() -> None:
+    """As in ConvBERT, whose kernels are shares: they lie on a grid from 0, not around 128."""
+
+    class Kernels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 96), nn.Linear(8, 18)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x).view(-1, 16, 6) @ self.b(x).view(-1, 6, 3).softmax(1)
+
+    torch.manual_seed(0)
+    model, x = Kernels().eval(), torch.randn(64, 8)
+    with torch.no_grad():
+        wanted = model(x)
+    found = fastq.quantize_model(model, x, progress=False)(x)
+    assert (wanted - found).norm() < 0.05 * wanted.norm()
