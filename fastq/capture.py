@@ -38,7 +38,8 @@ from fastq.examples import (
     stretches,
     ways_of_batches,
 )
-from fastq.generalize import Ambiguous, equal, generalize
+from fastq.followed import Ambiguous
+from fastq.generalize import equal, generalize
 from fastq.graph import Graph, Node
 from fastq.read import CannotCapture, Folded, Indirect, Reader
 from fastq.sizes import Shapes

@@ -99,7 +99,7 @@ def test_the_extent_is_the_examples_where_nothing_depends_on_it() -> None:
 
 # networks, and the axes that they do not depend on
 EXTENTS: dict[str, tuple[Callable[[Call, Tensor], Any], tuple[int, ...]]] = {
-    "pads to even sizes": (lambda net, x: net.a(F.pad(x, (0, -x.shape[3] % 2, 0, 0))), (2,)),
+    "pads to odd sizes": (lambda net, x: net.a(F.pad(x, (0, 1 - x.shape[3] % 2, 0, 0))), (2,)),
     "a size in the values": (lambda net, x: net.a(x) / x.shape[2], (3,)),
     "a branch": (lambda net, x: net.a(x) if x.shape[2] < 50 else F.relu(net.a(x)), (3,)),
     "a loop": (lambda net, x: sum(net.a(x)[:, :, i] for i in range(x.shape[2])), (3,)),

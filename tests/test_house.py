@@ -46,6 +46,8 @@ ORDER = [
     "read",
     "examples",
     "extents",
+    "followed",
+    "paddings",
     "generalize",
     "capture",
     "fuse",

@@ -303,7 +303,8 @@ class Mixed(nn.Module):
 @pytest.mark.parametrize(
     "also, wide",
     [
-        (nn.Identity(), True), (nn.Linear(8, 8), False), (nn.Sigmoid(), False),
+        (nn.Identity(), True), (nn.Linear(8, 8), False),
+        (nn.Sequential(nn.Sigmoid(), nn.Linear(8, 8)), False),
         (nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (-1, 8))), True),
     ],
     ids=["add", "linear", "table", "reshape"],
