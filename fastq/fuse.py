@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastq.graph import VOLUMES, Graph, Node, are_shares, pointwise
+from fastq.graph import VOLUMES, Graph, Node, are_shares, run_calls
 from fastq.layout import Ref
 from fastq.masks import operator_of
 from fastq.weights import scale_outputs
@@ -274,7 +274,7 @@ def _of_one_value(graph: Graph) -> None:
             continue
         root, calls = found
         try:
-            made = pointwise(calls, numbers)
+            made = run_calls(calls, numbers)
         except RuntimeError:  # it needs other dtypes
             continue
         plain = made.shape == numbers.shape and made.dtype is torch.float32
@@ -318,7 +318,7 @@ def _is_elementwise(node: Node) -> bool:
 
 
 def _calls(node: Node) -> list[Any]:
-    """As `pointwise` takes them; of one with several inputs, Ref(i) is input i."""
+    """As `run_calls` takes them; of one with several inputs, Ref(i) is input i."""
     if node.op == "pointwise":
         return node.attrs["calls"]  # type: ignore[no-any-return]
     if node.op in ("add", "mul"):

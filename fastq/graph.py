@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from fastq.layout import filled
 from fastq.qparams import GATES
-from fastq.sizes import Shapes, reshaped, sized
+from fastq.sizes import Shapes, padding_to, reshaped, sized
 
 Values = dict["Node", Any]
 POINTWISE_NAMESPACE = "fastq_pointwise"  # of operators made by `fastq.pointwise`
@@ -249,7 +249,7 @@ INT8_OPERATORS = (
 )  # fmt: skip
 
 
-def pointwise(calls: list[Any], x: Tensor) -> Tensor:
+def run_calls(calls: list[Any], x: Tensor) -> Tensor:
     """A chain of (target, args, kwargs): Ref(0) is x, Ref(i) the result of call i."""
     values = [x]
     for target, args, kwargs in calls:
@@ -375,16 +375,10 @@ def _concat(node: Node, *xs: Tensor) -> Tensor:
 
 
 def _pad(node: Node, x: Tensor) -> Tensor:
-    """By numbers; or up to the sizes of attrs["size"], in parts that the numbers are the shares of:
-    see steps.pad_widths."""
-    widths = list(node.attrs["pad"])
-    for axis, size in enumerate(node.attrs.get("size", {}).get("size", ()), 2):
-        if size is not None:
-            at = 2 * (x.dim() - 1 - axis)
-            lack, (before, after) = size - x.shape[axis], widths[at : at + 2]
-            first = lack * before // (before + after)
-            widths[at : at + 2] = first, lack - first
-    return F.pad(x, widths, node.attrs["mode"], node.attrs.get("value"))
+    """By numbers; or up to the sizes of attrs["size"], in parts that the numbers are shares of."""
+    a = node.attrs
+    widths = padding_to(a["pad"], a.get("size", {}).get("size", ()), x.shape)
+    return F.pad(x, widths, a["mode"], a.get("value"))
 
 
 def _slice(node: Node, x: Tensor) -> Tensor:
@@ -403,7 +397,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "affine": _affine,
     "grid": _grid,
     "prelu": _prelu,
-    "pointwise": lambda node, x: pointwise(node.attrs["calls"], x),
+    "pointwise": lambda node, x: run_calls(node.attrs["calls"], x),
     "add": lambda node, x, y: torch.add(x, y, alpha=node.attrs.get("alpha", 1)),
     "mul": lambda node, x, y: x * y,
     "matmul": lambda node, x, y: torch.matmul(x, y) * node.attrs.get("factor", 1.0),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastq.arguments import REQUANTIZED
-from fastq.graph import Node, pointwise
+from fastq.graph import Node, run_calls
 from fastq.program import Program
 from fastq.qparams import UNCLAMPED, Dequant, QParams, Requant, limits
 from fastq.regions import FIXED, Region, bare_weights, gives_floats
@@ -354,7 +354,7 @@ class _Lowering:
         (x,) = node.inputs
         real = self.grid(x)
         with torch.no_grad():
-            y = pointwise(node.attrs["calls"], torch.from_numpy(real)).numpy()
+            y = run_calls(node.attrs["calls"], torch.from_numpy(real)).numpy()
         return self.table(node, self.names[x], self.quantized(node, y))
 
     def lower_prelu(self, node: Node) -> str:

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastq.arguments import PADDING_MODES
 from fastq.layout import Named, Stage, filled
-from fastq.sizes import Shapes, reshaped, sized
+from fastq.sizes import Shapes, padding_to, reshaped, sized
 
 Array = NDArray[Any]
 
@@ -523,6 +524,16 @@ def _masked_softmax(attrs: Mapping[str, Any], x: Array, *masks: Array) -> Array:
     return y if attrs["uniform"] else y * (mask != 0)  # type: ignore[no-any-return]
 
 
+def _padded(attrs: Mapping[str, Any], x: Array) -> Array:
+    """By numbers, or up to sizes."""
+    widths = padding_to(attrs["pad"], attrs.get("size", {}).get("size", ()), x.shape)
+    if attrs["mode"] == "constant":
+        return _pad(x, widths, attrs.get("value") or 0)
+    sides = [(0, 0)] * (x.ndim - len(widths) // 2)
+    sides += [(widths[i], widths[i + 1]) for i in range(len(widths) - 2, -1, -2)]
+    return np.pad(x, sides, PADDING_MODES[attrs["mode"]])  # type: ignore[call-overload, no-any-return]
+
+
 def _sloped(attrs: Mapping[str, Any], x: Array, weight: Array) -> Array:
     """prelu: a slope for each place on axis 1, or one."""
     slope = weight.reshape(-1, *[1] * (x.ndim - 2))
@@ -540,6 +551,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "softmax": _masked_softmax,
     "prelu": _sloped,
     "layer_norm": _normed,
+    "pad": _padded,
     "concat": _parts,
     "reshape": lambda attrs, x: x.reshape(reshaped(x.shape, attrs["groups"])),
     "permute": lambda attrs, x: x.transpose(attrs["dims"]),

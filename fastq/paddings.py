@@ -8,9 +8,9 @@ from typing import Any
 from fastq.followed import Ambiguous, Sizes, TwoExamples
 from fastq.graph import Node
 from fastq.read import CannotCapture
-from fastq.sizes import Shape, Size
+from fastq.sizes import Shape, Size, parted
 
-SHARES = (1, 1), (0, 1), (1, 0)  # of what is put before and after, see steps.pad_widths
+SHARES = (1, 1), (0, 1), (1, 0)  # of what is put before and after, see `parted`
 MULTIPLES = range(2, 129)  # that a size may be padded to
 
 
@@ -59,9 +59,9 @@ def _by_axis(node: Node) -> dict[int, tuple[int, int]]:
 
 def _shares(name: str, *sides: tuple[int, int]) -> tuple[int, int]:
     """How what an axis lacks was put before and after it, in both examples."""
-    for before, after in SHARES:
-        if all(a == (a + b) * before // (before + after) for a, b in sides):
-            return before, after
+    for shares in SHARES:
+        if all(parted(sum(one), shares) == one for one in sides):
+            return shares
     raise CannotCapture(f"{name}: padding {sides[0]} and {sides[1]} for two sizes")
 
 

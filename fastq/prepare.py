@@ -24,6 +24,7 @@ from fastq.program import RECURRENT
 from fastq.qconfig import DEFAULT, QConfig
 from fastq.qparams import QParams, limits
 from fastq.regions import WEIGHTED, Ranges, Region, bare_weights, find_regions
+from fastq.summaries import ASKED
 
 LAYERS = (*WEIGHTED, *RECURRENT)  # have a weight that becomes integers
 # of the ranges of int16, whose steps are enough for outliers that calibration did not see
@@ -471,7 +472,7 @@ def prepare_graph(
     config  for all nodes, or a function of a node: None keeps it float.
     """
     asked = {n: config if isinstance(config, QConfig) else config(n) for n in captured.graph}
-    kept = {node: "as asked" for node, wanted in asked.items() if wanted is None}
+    kept = {node: ASKED for node, wanted in asked.items() if wanted is None}
     regions, reasons = find_regions(captured.graph, kept)
     configs = {node: wanted for node, wanted in asked.items() if wanted is not None}
     prepared = Prepared(captured, regions, reasons, Ranges(regions), configs)

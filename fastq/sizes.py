@@ -76,6 +76,24 @@ def sized(value: Any, shapes: Shapes) -> Any:
     return value
 
 
+def parted(lack: int, shares: tuple[int, int]) -> tuple[int, int]:
+    """What an axis lacks, before and after it: of shares (1, 1) half of it before, rounded down, of
+    (0, 1) all after, of (1, 0) all before."""
+    before = lack * shares[0] // sum(shares)
+    return before, lack - before
+
+
+def padding_to(pad: Sequence[int], sizes: Sequence[int | None], shape: Sequence[int]) -> list[int]:
+    """torch's numbers of a padding, from the last axis on. An axis that is to have a size, of
+    `sizes` from axis 2 on, gets what it lacks, by the shares that `pad` has."""
+    widths = list(pad)
+    for axis, size in enumerate(sizes, 2):
+        if size is not None:
+            at = 2 * (len(shape) - 1 - axis)
+            widths[at : at + 2] = parted(size - shape[axis], (widths[at], widths[at + 1]))
+    return widths
+
+
 def reshaped(shape: Iterable[int], groups: Any) -> list[int]:
     """The new shape: `groups` are pairs (axes that are joined, sizes that they are split into).
 

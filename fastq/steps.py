@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fastq.arguments import MAX_AXES, PADDING_MODES
 from fastq.qparams import MAX_K
-from fastq.sizes import Shape, Shapes, Size, sized
+from fastq.sizes import Shape, Shapes, Size, parted, sized
 
 Array = NDArray[Any]
 MAX_VALUES = 2**44  # of one array: addresses stay within int64
@@ -179,20 +179,15 @@ def _pad(module: Any, step: Step, x: Array) -> Array:
 def pad_widths(step: Step, shape: Shape) -> tuple[tuple[int, int], ...]:
     """How many places are put before and after each axis; cut off, where that is below 0.
 
-    An axis that is to have an `output_size` gets what it lacks, in two parts by its `widths`: of
-    (1, 1) half of it before, rounded down, of (0, 1) all after, of (1, 0) all before.
+    An axis that is to have an `output_size` gets what it lacks; its widths are shares of that then.
     """
-    a = step.arguments
-    found = []
-    for n, (before, after), size in zip(
-        shape, a["widths"], a["output_size"] or [None] * len(shape), strict=True
-    ):
-        if size is not None:
-            lack = size - n
-            first = lack * before // (before + after)
-            before, after = first, lack - first
-        found.append((before, after))
-    return tuple(found)
+    widths, sizes = step.arguments["widths"], step.arguments["output_size"]
+    if sizes is None:
+        return widths  # type: ignore[no-any-return]
+    return tuple(
+        sides if size is None else parted(size - n, sides)
+        for n, sides, size in zip(shape, widths, sizes, strict=True)
+    )
 
 
 def kept_places(

@@ -215,6 +215,23 @@ def test_it_is_torchs(name: str) -> None:
         ("softmax", {"dim": -1, "uniform": True}, (X, WHOLE % 3), {}),
         ("softmax", {"dim": 1, "uniform": True}, (X, FLAGS), {}),
         ("softmax", {"dim": 1, "uniform": False}, (X, FLAGS), {}),
+        *(
+            ("pad", {"pad": (1, 2, 0, 1), "mode": mode}, (CUBE[None],), {})
+            for mode in ("constant", "reflect", "replicate", "circular")
+        ),
+        ("pad", {"pad": (-1, 2), "mode": "constant", "value": -3.0}, (CUBE,), {}),
+        (
+            "pad",
+            {"pad": (1, 1, 0, 1), "mode": "constant", "size": {"size": (5, 9)}},
+            (CUBE[None],),
+            {},
+        ),
+        (
+            "pad",
+            {"pad": (1, 1, 0, 1), "mode": "constant", "size": {"size": (2, None)}},
+            (CUBE[None],),
+            {},
+        ),
         ("prelu", {}, (X,), {"weight": Y}),
         ("prelu", {}, (CUBE,), {"weight": Y[:3]}),
         ("prelu", {}, (CUBE,), {"weight": Y[:1]}),

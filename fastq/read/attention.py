@@ -14,8 +14,7 @@ from fastq.layout import Ref
 from fastq.masks import LOWEST, is_low, is_mask, operand, operator_of, possible_values
 from fastq.read.exported import Arguments, ranked_shape
 from fastq.read.reader import Reader, reads
-
-Shape = tuple[int, ...]
+from fastq.sizes import Shape
 
 
 @reads("softmax")
