@@ -211,14 +211,14 @@ def _capture(model: nn.Module, leaves: Leaves, spec: Any) -> Captured:
     for ways in stretches(leaves):
         try:
             found = examples.first_graph(ways)
+            if found is None:
+                continue
+            way, graph, out_spec = found
+            captured = _captured(graph, leaves, way, spec, out_spec)
+            _verify(captured, model, leaves)
         except CannotCapture as error:  # another network for each size
             why = why or str(error)
             continue
-        if found is None:
-            continue
-        way, graph, out_spec = found
-        captured = _captured(graph, leaves, way, spec, out_spec)
-        _verify(captured, model, leaves)
         if _holds(captured, model, leaves, way):
             held = _held(way)
             return replace(captured, fixed=why, held=held) if held else captured

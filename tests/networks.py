@@ -1196,7 +1196,9 @@ CASES: dict[str, Case] = {
     ),
     "u-net": Case(UNet, squares(1), extents=(12, 16)),
     # sequences
-    "softmax": Case(lambda: nn.Sequential(nn.Linear(6, 7), nn.Softmax(-1)), rows(6), decibels=20),
+    "softmax": Case(
+        lambda: nn.Sequential(nn.Linear(6, 7), nn.Softmax(-1), nn.Linear(7, 4)), rows(6)
+    ),
     "layer norm": Case(
         lambda: nn.Sequential(nn.Linear(6, 7), nn.LayerNorm(7), nn.Linear(7, 4)), sequences(6)
     ),
