@@ -16,7 +16,7 @@ from fastq.graph import Graph, Node
 from fastq.layout import Ref
 from fastq.paddings import padded_to
 from fastq.read import CannotCapture
-from fastq.sizes import Shapes, Size
+from fastq.sizes import Shapes, Size, has_size
 
 # Operations whose arguments may follow the input's size, as float operators of torch: operation ->
 # torch's operator, and our attributes that are its arguments, in order. Weights, if there are any,
@@ -78,11 +78,11 @@ def _join(examples: TwoExamples, one: Node, two: Node) -> None:
     elif "size" in one.attrs:
         one.attrs["size"] = two.attrs["size"] = _size_like(examples, one, two)
     one.attrs = _joined(examples, one.name, one.attrs, two.attrs)
-    if one.op in FOLLOWING and _has_size(one.attrs) and not one.tensors:
+    if one.op in FOLLOWING and has_size(one.attrs) and not one.tensors:
         target, arguments = FOLLOWING[one.op]
         args = (Ref(0), *(one.attrs.get(key) for key in arguments))
         one.op, one.attrs = "aten", {"target": target, "args": args, "kwargs": {}}
-    if one.op != "aten" and _has_size({**one.attrs, "size": None}):
+    if one.op != "aten" and has_size({**one.attrs, "size": None}):
         raise CannotCapture(f"{one.name}: {one.op} depends on the size of the input")
 
 
@@ -152,14 +152,6 @@ def _joined_groups(examples: TwoExamples, one: Node, two: Node) -> Any:
                 parts.append(size)
         groups.append((axes, tuple(parts)))
     return tuple(groups)
-
-
-def _has_size(value: Any) -> bool:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return any(map(_has_size, value))
-    return isinstance(value, Size)
 
 
 def equal(one: Tensor, two: Tensor) -> bool:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from fastq.layout import filled
 from fastq.qparams import GATES
-from fastq.sizes import Shapes, padding_to, reshaped, sized
+from fastq.sizes import Shapes, has_size, padding_to, reshaped, sized
 
 Values = dict["Node", Any]
 POINTWISE_NAMESPACE = "fastq_pointwise"  # of operators made by `fastq.pointwise`
@@ -170,7 +170,7 @@ def evaluate(
 ) -> Any:
     """The value of a node, in float; unclamped(node, value) sees it before its clamp.
 
-    shapes  of the inputs of the network.
+    shapes  of the inputs of the network; of a node without a `Size` none will do, and is faster.
     """
     if node.op == "constant":
         return node.tensors["value"]
@@ -180,7 +180,8 @@ def evaluate(
         return _target(node.attrs["target"])(
             *map(fill, node.attrs["args"]), **{k: fill(v) for k, v in node.attrs["kwargs"].items()}
         )
-    if "size" in node.attrs or node.op == "reshape":  # of an image, or of axes
+    sizes = node.attrs.get("size") or node.attrs.get("groups")  # of an image, or of axes
+    if shapes and has_size(sizes):
         node = replace(node, attrs=sized(node.attrs, shapes))
     y = OPERATIONS[node.op](node, *inputs)
     if unclamped is not None:

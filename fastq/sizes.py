@@ -65,6 +65,15 @@ class Size:
         return None
 
 
+def has_size(value: Any) -> bool:
+    """Whether there is a `Size` in it, in tuples, lists and dicts too."""
+    if type(value) is Size:
+        return True
+    if type(value) is dict:
+        return any(map(has_size, value.values()))
+    return type(value) in (tuple, list) and any(map(has_size, value))
+
+
 def sized(value: Any, shapes: Shapes) -> Any:
     """With each `Size` in it, in tuples, lists and dicts too, as the number that it is."""
     if isinstance(value, Size):

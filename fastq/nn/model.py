@@ -17,7 +17,7 @@ from fastq.layout import Layout, Stage
 from fastq.nn.layer import accept, array_of, stay
 from fastq.plan import BoundProgram
 from fastq.program import Program, check_extent, extent_text
-from fastq.sizes import Shapes, sized
+from fastq.sizes import Shapes, has_size, sized
 
 # what programs are made of
 ARRAYS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.float32)
@@ -47,6 +47,7 @@ class QuantizedModel(nn.Module):
         self._one: Tensor | None = None  # of its tensors, and where its memory was
         self._at = 0
         self._nodes: dict[str, Node] = {}  # of the float operators
+        self._sized: set[str] = set()  # which of them have a Size
         self._read_specs()
         self._bound()
         self.eval()
@@ -197,9 +198,11 @@ class QuantizedModel(nn.Module):
             module = self._modules.get(name)
             tensors: Any = {} if module is None else module._buffers  # as they are at each call
             node = Node(name, stage.op, attrs=dict(stage.attrs), tensors=tensors)
-            self._nodes[name] = node
+            if has_size(node.attrs):
+                self._sized.add(name)
+            self._nodes[name] = node  # last: another thread may find it
         try:
-            return evaluate(node, inputs, shapes)
+            return evaluate(node, inputs, shapes if name in self._sized else ())
         except RuntimeError as error:
             error.add_note(
                 f"in the float operator {name}; other sizes than the calibration data's can be "
@@ -231,6 +234,7 @@ class QuantizedModel(nn.Module):
             "_ready": None,
             "_one": None,
             "_nodes": {},
+            "_sized": set(),
             "in_spec": None,
             "out_spec": None,
         }
