@@ -261,7 +261,7 @@ def matmul_row(
         block.OFFSETS: (starts * a.item).astype(np.int32),
         block.SCALE: scale,
     }
-    if real:  # acc - (offset - 1 - offset) * bias: the bias is the column sums' part already
+    if real:  # its acc - (row_zero_point - offset) * col_sums is acc + bias, which was packed
         epilogue = spell("f32", "rows" * mean, bounded=True)
         rows = groups * m if mean else 1
         places |= {
