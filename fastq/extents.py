@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastq.graph import Node
-from fastq.sizes import Size
+from fastq.sizes import Size, sides_of
 
 Change = Callable[[Size], Size | None]  # of an axis' size, by one operation
 
@@ -63,8 +63,7 @@ def _before(node: Node, axis: int) -> tuple[Node, int, Change] | None:
         case "slice":
             change = _same if axis != a["dim"] else _slice(a["start"], a["end"], a["step"])
         case "pad":
-            widths = a["pad"][2 * (len(node.shape) - 1 - axis) :][:2]
-            change = _plus(sum(widths))
+            change = _plus(sum(sides_of(a["pad"], len(node.shape))[axis]))
         case "conv2d" if axis >= 2:
             i = axis - 2
             window = node.tensors["weight"].shape[axis], a["stride"][i], sum(a["padding"][i])

@@ -21,7 +21,7 @@ from fastq.graph import Node, run_calls
 from fastq.program import Program
 from fastq.qparams import UNCLAMPED, Dequant, QParams, Requant, limits
 from fastq.regions import FIXED, Region, bare_weights, gives_floats
-from fastq.sizes import Size
+from fastq.sizes import Size, sides_of
 from fastq.steps import Step
 from fastq.weights import MAX_BIAS, Conv2dWeight, LinearWeight, outputs_first, with_room
 
@@ -495,11 +495,7 @@ class _Lowering:
 
     def lower_pad(self, node: Node) -> str:
         name = self.names[node.inputs[0]]
-        pad = node.attrs["pad"]
-        rank = len(node.shape)
-        widths = [(0, 0)] * rank
-        for i in range(len(pad) // 2):
-            widths[rank - 1 - i] = (pad[2 * i], pad[2 * i + 1])
+        widths = sides_of(node.attrs["pad"], len(node.shape))
         axes, sizes = self.axes[name], None
         if "size" in node.attrs:
             to = (None, None, *map(self.own, node.attrs["size"]["size"]))

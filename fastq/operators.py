@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from fastq.arguments import PADDING_MODES
 from fastq.layout import Named, Stage, filled
-from fastq.sizes import Shapes, padding_to, reshaped, sized
+from fastq.sizes import Shapes, padding_to, reshaped, sides_of, sized
+from fastq.steps import kept_places
 
 Array = NDArray[Any]
 
@@ -207,12 +208,10 @@ def _clamp(x: Array, min: Any = None, max: Any = None) -> Array:
 
 
 def _pad(x: Array, pad: Sequence[int], value: Any = 0) -> Array:
-    widths = [(0, 0)] * x.ndim
-    for i in range(len(pad) // 2):
-        widths[x.ndim - 1 - i] = (pad[2 * i], pad[2 * i + 1])
-    ends = [slice(max(-a, 0), n - max(-b, 0)) for n, (a, b) in zip(x.shape, widths, strict=True)]
-    more = [(max(a, 0), max(b, 0)) for a, b in widths]
-    return np.pad(x[tuple(ends)], more, constant_values=np.asarray(value, x.dtype))
+    sides = sides_of(pad, x.ndim)
+    kept, _ = kept_places(sides, x.shape)
+    more = [(max(a, 0), max(b, 0)) for a, b in sides]
+    return np.pad(x[kept], more, constant_values=np.asarray(value, x.dtype))
 
 
 # ------------------------------------------------------------------------------- along axes, sums
@@ -529,8 +528,7 @@ def _padded(attrs: Mapping[str, Any], x: Array) -> Array:
     widths = padding_to(attrs["pad"], attrs.get("size", {}).get("size", ()), x.shape)
     if attrs["mode"] == "constant":
         return _pad(x, widths, attrs.get("value") or 0)
-    sides = [(0, 0)] * (x.ndim - len(widths) // 2)
-    sides += [(widths[i], widths[i + 1]) for i in range(len(widths) - 2, -1, -2)]
+    sides = sides_of(widths, x.ndim)
     return np.pad(x, sides, PADDING_MODES[attrs["mode"]])  # type: ignore[call-overload, no-any-return]
 
 

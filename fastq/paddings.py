@@ -8,7 +8,7 @@ from typing import Any
 from fastq.followed import Ambiguous, Sizes, TwoExamples
 from fastq.graph import Node
 from fastq.read import CannotCapture
-from fastq.sizes import Shape, Size, parted
+from fastq.sizes import Shape, Size, parted, sides_of
 
 SHARES = (1, 1), (0, 1), (1, 0)  # of what is put before and after, see `parted`
 MULTIPLES = range(2, 129)  # that a size may be padded to
@@ -53,8 +53,9 @@ def padded_to(examples: TwoExamples, one: Node, two: Node) -> dict[str, Any] | N
 
 def _by_axis(node: Node) -> dict[int, tuple[int, int]]:
     """Axis -> what is put before and after it."""
-    pad, last = node.attrs["pad"], len(node.shape) - 1
-    return {last - i // 2: (pad[i], pad[i + 1]) for i in range(0, len(pad), 2)}
+    pad, rank = node.attrs["pad"], len(node.shape)
+    first = rank - len(pad) // 2
+    return dict(enumerate(sides_of(pad, rank)[first:], first))
 
 
 def _shares(name: str, *sides: tuple[int, int]) -> tuple[int, int]:

@@ -85,6 +85,14 @@ def sized(value: Any, shapes: Shapes) -> Any:
     return value
 
 
+def sides_of(pad: Sequence[int], rank: int) -> list[tuple[int, int]]:
+    """Before and after each axis, of torch's numbers of a padding, which begin at the last one."""
+    sides = [(0, 0)] * rank
+    for i in range(len(pad) // 2):
+        sides[rank - 1 - i] = (pad[2 * i], pad[2 * i + 1])
+    return sides
+
+
 def parted(lack: int, shares: tuple[int, int]) -> tuple[int, int]:
     """What an axis lacks, before and after it: of shares (1, 1) half of it before, rounded down, of
     (0, 1) all after, of (1, 0) all before."""
