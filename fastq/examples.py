@@ -117,13 +117,12 @@ def stretches(leaves: Leaves) -> list[list[Way]]:
     By an odd number first: a network that pads to even sizes is another one then, and its graph
     holds for one size only. Many networks take multiples of 32 alone, which comes second. Some
     take no longer sequences than the example: shorter ones come last. One that pads images, and
-    cuts off what it padded, does neither for some sizes: both examples get odd ones. One that
-    reads the columns of
-    an image as a sequence takes any width of one height, or the other way round; one that reads
-    tokens beside an image or a sound takes any number of tokens with one of these. Of several
-    inputs each grows by a number of its own, if the network takes that. Rows of real numbers grow
-    where nothing else does, or where all else does not grow alone: long ones by an eighth, as what
-    hears a sound has large strides.
+    cuts off what it padded, does neither for some sizes: both examples get odd ones. One that reads
+    the columns of an image as a sequence takes any width of one height, or the other way round; one
+    that reads tokens beside an image or a sound takes any number of tokens with one of these. Of
+    several inputs each grows by a number of its own, if the network takes that. Rows of real
+    numbers grow where nothing else does, or where all else does not grow alone: long ones by an
+    eighth, as what hears a sound has large strides.
     """
     tensors = [leaf.x for leaf in leaves if isinstance(leaf.x, Tensor)]
     dims = {x.dim() for x in tensors}
