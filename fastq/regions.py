@@ -209,21 +209,22 @@ def _members(graph: Graph, reasons: dict[Node, str]) -> list[list[Node]]:
 def _give_out(
     graph: Graph, reasons: dict[Node, str], users: Mapping[Node, list[Node]], kept: set[Node]
 ) -> None:
-    """The last activations of a network stay float, and how a last product is rearranged: its sums
-    are given out as they are. Probabilities, prices and places are narrow, or next to a bound, in a
-    range that has 0 in it: 255 steps of it are too few. A user's own functions stay int8."""
-    last: set[Node] = set()  # only outputs take them, or what is made of them
+    """The last activations before a result stay float, or before an operator of torch's, and how a
+    last product is rearranged: its sums are given out as they are. Probabilities, prices and places
+    are narrow, or next to a bound, in a range that has 0 in it: 255 steps of it are too few. A
+    user's own functions stay int8."""
+    last: set[Node] = set()  # only outputs and float operators take them, or what is made of them
     for node in reversed(graph.nodes):
         given = node in kept or bool(users[node])
         passes = node.op in (*REARRANGED, *ACTIVATIONS, "add", "mul")
-        if given and passes and all(user in last for user in users[node]):
+        if given and passes and all(reasons[user] or user in last for user in users[node]):
             last.add(node)
 
     def given_out(value: Node) -> bool:
         """Whether a value that is rearranged is there in float32."""
         if reasons[value]:
             return value.op not in ("input", "constant")
-        return gives_floats(value) and all(user in last for user in users[value])
+        return gives_floats(value) and all(reasons[u] or u in last for u in users[value])
 
     for node in graph.nodes:
         if node in last and not reasons[node]:

@@ -868,6 +868,27 @@ def test_what_is_given_out_is_finer_than_255_steps(name: str, tmp_path: Path) ->
     torch.testing.assert_close(torch.from_numpy(np.array(alone)), found, rtol=1e-4, atol=1e-6)
 
 
+# what torch's operators take, which have no integer form
+TAKEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "rearranged": lambda x: torch.fft.rfft(x.unflatten(1, (4, 8))).abs(),
+    "an activation": lambda x: x.sigmoid().cumsum(-1),
+    "halves": lambda x: x[:, :16].cumsum(-1) / (0.1 + (8 * x[:, 16:]).exp()),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_float_operators_take_is_finer_than_255_steps(name: str) -> None:
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 32))
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), head, Apply(TAKEN[name])).eval()
+    x = torch.randn(64, 3, 16, 16) * torch.rand(64, 3, 1, 1)
+    int8 = quantized(model, (x,))
+    with torch.no_grad():
+        wanted, found = model(x), int8(x)
+    assert noise_ratio(wanted - wanted.mean(0), found - wanted.mean(0)) > 30
+    assert len(int8.programs) == 1
+
+
 def test_a_layer_whose_result_is_rearranged_is_int8() -> None:
     class Head(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
