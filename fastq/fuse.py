@@ -25,10 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastq.graph import VOLUMES, Graph, Node, are_shares, run_calls
+from fastq.graph import VOLUMES, Graph, Node, are_shares, run_calls, scaled
 from fastq.layout import Ref
 from fastq.masks import operator_of
-from fastq.weights import scale_outputs
 
 CLAMPING = ("conv2d", "linear", "conv_transpose2d", "add", "mul", "affine", "avg_pool2d",
             "adaptive_avg_pool2d")  # fmt: skip
@@ -222,19 +221,12 @@ def fold(
     layer: Node, tensors: Mapping[str, Tensor], factor: Tensor | None, shift: Tensor | None
 ) -> dict[str, Tensor]:
     """Weight and bias of a product or a norm whose result is then multiplied and shifted, per
-    output. Where it has none, they are the factor and the shift themselves."""
+    output."""
     weight, bias = tensors.get("weight"), tensors.get("bias")
-    if factor is not None:
-        groups = layer.attrs["groups"] if layer.op.startswith("conv_transpose") else 0
-        if layer.op in LAST_AXIS and weight is not None:
-            weight = weight.flatten()
-        more = factor.double()
-        weight = factor if weight is None else scale_outputs(weight.double(), more, groups)
-        bias = None if bias is None else bias.double().flatten() * more
-    if shift is not None:
-        bias = shift if bias is None else bias.double().flatten() + shift.double()
-    folded = {"weight": weight, "bias": bias}
-    return {name: tensor.float() for name, tensor in folded.items() if tensor is not None}
+    if layer.op in LAST_AXIS and weight is not None:
+        weight = weight.flatten()
+    groups = layer.attrs["groups"] if layer.op.startswith("conv_transpose") else 0
+    return scaled(weight, bias, factor, shift, groups)
 
 
 def _pointwise(graph: Graph) -> None:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from fastq.layout import filled
 from fastq.qparams import GATES
 from fastq.sizes import Shapes, has_size, padding_to, reshaped, sized
+from fastq.weights import scale_outputs
 
 Values = dict["Node", Any]
 POINTWISE_NAMESPACE = "fastq_pointwise"  # of operators made by `fastq.pointwise`
@@ -204,6 +205,29 @@ def normalization(eps: float, origin: Mapping[str, Tensor]) -> tuple[Tensor, Ten
     if "norm_bias" in origin:
         shift = shift + origin["norm_bias"].double()
     return factor, shift
+
+
+def scaled(
+    weight: Tensor | None,
+    bias: Tensor | None,
+    factor: Tensor | None,
+    shift: Tensor | None,
+    groups: int = 0,
+) -> dict[str, Tensor]:
+    """Weight and bias, float32, of what is then multiplied and shifted per output: weight * factor
+    and bias * factor + shift, each rounded once. Where it has none, they are the factor and the
+    shift themselves.
+
+    groups  of a transposed convolution, whose weight has its outputs second.
+    """
+    if factor is not None:
+        factor = factor.double()
+        weight = factor if weight is None else scale_outputs(weight.double(), factor, groups)
+        bias = None if bias is None else bias.double().flatten() * factor
+    if shift is not None:
+        bias = shift if bias is None else bias.double().flatten() + shift.double()
+    made = {"weight": weight, "bias": bias}
+    return {name: tensor.float() for name, tensor in made.items() if tensor is not None}
 
 
 @functools.cache

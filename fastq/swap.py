@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fastq.batches import Batches, add_hint, arguments_of
-from fastq.graph import normalization
+from fastq.graph import normalization, scaled
 from fastq.modules import (
     INT8,
     TABLES,
@@ -42,7 +42,6 @@ from fastq.restoring import python_modules, remember, unmarked
 from fastq.source import PARAMETERS, PRODUCTS
 from fastq.summaries import ASKED, QuantizationSummary, Result, Row, keep_summary
 from fastq.trace import Forward, Trace, duplicate, trace
-from fastq.weights import scale_outputs
 
 TRIFLE = 1024  # a summary leaves out parameters in no layer if there are no more of them
 MINMAX = QConfig(observer="minmax")
@@ -521,14 +520,9 @@ def _folds_to_finite(batch_norm: Any) -> bool:
 
 
 def fold_batch_norm(layer: Any, batch_norm: Any) -> None:
-    """Give a layer the weight and bias that do the work of its batch norm as well.
-
-    weight * factor per output and bias * factor + shift, computed in float64; new parameters, so
-    that another layer with the same parameter keeps it.
-    """
-    factor, shift = _affine(batch_norm)
+    """Give a layer the weight and bias that do the work of its batch norm as well; new parameters,
+    so that another layer with the same parameter keeps it."""
     groups = layer.groups if getattr(layer, "transposed", False) else 0
-    weight = scale_outputs(layer.weight.detach().double(), factor, groups)
-    bias = shift if layer.bias is None else layer.bias.detach().double() * factor + shift
-    layer.weight = nn.Parameter(weight.float())
-    layer.bias = nn.Parameter(bias.float())
+    made = scaled(layer.weight, layer.bias, *_affine(batch_norm), groups)
+    for name, tensor in made.items():
+        setattr(layer, name, nn.Parameter(tensor.detach()))
