@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -31,17 +31,20 @@ def median(run: Callable[[], Any], seconds: float) -> float:
     return 1e6 * statistics.median(samples)
 
 
-def medians(runs: list[Callable[[], Any]], passes: int, seconds: float = math.inf) -> list[float]:
-    """Microseconds of each, all run in order `passes` times, or fewer that took so many seconds."""
+def medians(
+    runs: Sequence[Callable[[], Any]], passes: int, seconds: float = math.inf, least: int = 1
+) -> list[float]:
+    """Microseconds of each, warm, all run in order `passes` times; or fewer, `least` or more, that
+    took so many seconds."""
     for run in runs:
         run()
     samples: list[list[float]] = [[] for _ in runs]
     end = perf_counter() + seconds
-    for _ in range(passes):
+    for done in range(1, passes + 1):
         for times, run in zip(samples, runs, strict=True):
             start = perf_counter()
             run()
             times.append(perf_counter() - start)
-        if perf_counter() > end:
+        if done >= least and perf_counter() > end:
             break
     return [1e6 * statistics.median(times) for times in samples]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
-import time
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fastq
 from fastq.demo.tasks import Task, train
+from fastq.timing import medians
 
 BATCHES = (1, 64)
 SECONDS = 2.0  # of timing per batch size
@@ -134,17 +135,9 @@ def latencies(networks: Sequence[nn.Module], images: Tensor, batch: int) -> list
     wants more than there are.
     """
     x = images[torch.arange(batch) % len(images)]
-    times: list[list[float]] = [[] for _ in networks]
+    runs = [partial(network, x) for network in networks]
     with torch.inference_mode():
-        for network in networks:
-            network(x)
-        end = time.perf_counter() + SECONDS
-        while len(times[0]) < 5 or time.perf_counter() < end:
-            for network, spent in zip(networks, times, strict=True):
-                start = time.perf_counter()
-                network(x)
-                spent.append(time.perf_counter() - start)
-    return [statistics.median(spent) for spent in times]
+        return [1e-6 * time for time in medians(runs, sys.maxsize, SECONDS, least=5)]
 
 
 def table(comparison: Comparison) -> Table:
