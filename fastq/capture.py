@@ -48,16 +48,13 @@ from fastq.trace import duplicate, quiet, twin
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph, how its flat inputs and outputs are arranged, and which extents it holds for.
+    """A graph, how its flat inputs and outputs are arranged, and which sizes it holds for.
 
     arguments           for each leaf of (args, kwargs) its input node, or the leaf itself if it
                         is no tensor. In the node's attrs "free" are the axes that may have other
                         sizes; "batch", if it is there, is the axis of the batch, None if there is
                         none; "single" says that the first axis is 1 though the batch is larger.
     in_spec, out_spec   pytree specs of (args, kwargs) and of the result.
-    extents             the axes of an image that may have other sizes; if it is not empty,
-                        sequences of other lengths may go through as well. The batch size may
-                        always differ, of inputs that have a batch.
     fixed               why it holds for some sizes of its example alone; "" if it does not, or if
                         the model takes no others.
     held                which these are.
@@ -67,7 +64,6 @@ class Captured:
     arguments: tuple[Any, ...]
     in_spec: Any
     out_spec: Any
-    extents: tuple[int, ...]
     fixed: str = ""
     held: str = "sizes"
 
@@ -233,9 +229,7 @@ def _captured(graph: Graph, leaves: Leaves, way: Way, spec: Any, out_spec: Any) 
     """A graph, of the examples of a way, without what nobody reads; with what is known of it."""
     graph.remove_unused()
     arguments = _arguments(graph, leaves, _shapes(leaves, way))
-    _, after = way
-    extents = {dims: axes for dims, axes, _ in after.parts}.get(4, ())
-    return Captured(graph, arguments, spec, out_spec, extents)
+    return Captured(graph, arguments, spec, out_spec)
 
 
 def _held(way: Way) -> str:

@@ -7,7 +7,6 @@ programs it is a network that can be trained, or lowered again.
              regions  [{nodes, inputs, outputs}, ...]: by name, one for each program
              values   {name: [scale, zero_point, dtype]}, for the nodes that stand for a range
              bits     {layer: bits of its weight}
-             extents
     tensors  "node.real_scale" of a layer's weight, "node.real_bias", "node.real_factor", ...
 """
 
@@ -85,7 +84,6 @@ def write_recipe(
             name: [float(q.scale), int(q.zero_point), q.dtype.name] for name, q in values.items()
         },
         "bits": {node.name: prepared.config(node).weight_bits for node in layers},
-        "extents": list(prepared.captured.extents),
     }
     return recipe, tensors
 
@@ -123,9 +121,7 @@ class _Reader:
             layout.constants[str(i)] if name is None else self.nodes[name]
             for i, name in enumerate(layout.inputs)
         )
-        captured = Captured(
-            graph, arguments, network.in_spec, network.out_spec, tuple(recipe["extents"])
-        )
+        captured = Captured(graph, arguments, network.in_spec, network.out_spec)
         regions = [
             Region(*([self.nodes[n] for n in given[k]] for k in ("nodes", "inputs", "outputs")))
             for given in recipe["regions"]
