@@ -96,11 +96,11 @@ def _is_size(v: Any) -> bool:
 
 
 def _is_mode(v: Any) -> bool:
-    return isinstance(v, str) and v in PADDING_MODES
+    return isinstance(v, str) and v in NUMPY_MODES
 
 
 # torch's name of what lies around a value that is padded -> NumPy's
-PADDING_MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge",
+NUMPY_MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge",
                  "circular": "wrap"}  # fmt: skip
 MAX_AXES = 32  # of a value
 BYTE = _whole(0, 255)
@@ -174,7 +174,7 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     "concat": {"axis": _whole(0, MAX_AXES - 1)},
     "pad": {"widths": _each(_each(_whole(-LARGEST, LARGEST), 2)), "value": BYTE,
             "output_size": _maybe(_each(_maybe(_or_size(_whole(0, LARGEST))))),
-            "mode": Check(f"one of {', '.join(PADDING_MODES)}", _is_mode)},
+            "mode": Check(f"one of {', '.join(NUMPY_MODES)}", _is_mode)},
     "dilate": {"stride": PAIR, "padding": _each(SPAN, 2), "value": BYTE},
 }  # fmt: skip
 OPERANDS = {"constant": 0, "matmul": 2, "add": 2, "mul": 2}  # 1 for all others

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastq.arguments import PADDING_MODES
+from fastq.arguments import NUMPY_MODES
 from fastq.layout import Named, Stage, filled
 from fastq.sizes import Shapes, padding_to, reshaped, sides_of, sized
 from fastq.steps import kept_places
@@ -529,7 +529,7 @@ def _padded(attrs: Mapping[str, Any], x: Array) -> Array:
     if attrs["mode"] == "constant":
         return _pad(x, widths, attrs.get("value") or 0)
     sides = sides_of(widths, x.ndim)
-    return np.pad(x, sides, PADDING_MODES[attrs["mode"]])  # type: ignore[call-overload, no-any-return]
+    return np.pad(x, sides, NUMPY_MODES[attrs["mode"]])  # type: ignore[call-overload, no-any-return]
 
 
 def _sloped(attrs: Mapping[str, Any], x: Array, weight: Array) -> Array:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastq.arguments import MAX_AXES, PADDING_MODES
+from fastq.arguments import MAX_AXES, NUMPY_MODES
 from fastq.qparams import MAX_K
 from fastq.sizes import Shape, Shapes, Size, parted, sized
 
@@ -169,7 +169,7 @@ def _concat(module: Any, step: Step, *arrays: Array) -> Array:
 
 
 def _pad(module: Any, step: Step, x: Array) -> Array:
-    widths, mode = pad_widths(step, x.shape), PADDING_MODES[step.arguments["mode"]]
+    widths, mode = pad_widths(step, x.shape), NUMPY_MODES[step.arguments["mode"]]
     inside, _ = kept_places(widths, x.shape)
     more = [(max(before, 0), max(after, 0)) for before, after in widths]
     value = {"constant_values": step.arguments["value"]} if mode == "constant" else {}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastq.arguments import ARGUMENTS, PADDING_MODES
+from fastq.arguments import ARGUMENTS, NUMPY_MODES
 from fastq.plan import BoundProgram
 from fastq.program import RECURRENT, WAYS_IN, Program
 from fastq.program import WIDE as TAKE_WIDE
@@ -162,14 +162,14 @@ EXAMPLES: dict[str, list[tuple[tuple[Shape, ...], dict[str, Any]]]] = {
     ],
     "pad": [
         *(((IMAGE,), {"widths": ((0, 0), (1, 2), (0, 3), (0, 0)), "output_size": None, "value": 9,
-                      "mode": mode}) for mode in PADDING_MODES),
+                      "mode": mode}) for mode in NUMPY_MODES),
         ((IMAGE,), {"widths": ((0, 0), (-1, 2), (1, -3), (0, -1)), "output_size": None,
                     "value": 9, "mode": "constant"}),
         *(((IMAGE,), {"widths": ((0, 0), shares, (0, 1), (0, 0)), "value": 9, "mode": "constant",
                       "output_size": (None, Size(0, 1, 2, -3), width, None)})
           for shares in ((1, 1), (0, 1), (1, 0)) for width in (3, Size(0, 2, 1, 4))),
         *(((IMAGE,), {"widths": ((0, 0), (1, 1), (0, 1), (0, 0)), "value": 9, "mode": mode,
-                      "output_size": (None, Size(0, 1, 1, 3), 8, None)}) for mode in PADDING_MODES),
+                      "output_size": (None, Size(0, 1, 1, 3), 8, None)}) for mode in NUMPY_MODES),
         (((2, 4, 3),), {"widths": ((0, 0), (1, 1), (0, 0)), "output_size": (None, 0, None),
                         "value": 9, "mode": "constant"}),
     ],
@@ -735,7 +735,7 @@ class Random:
                 widths = [tuple(map(int, w)) for w in self.rng.integers(low, 2, (len(x), 2))]
                 for i, size in enumerate(sizes or ()):
                     widths[i] = widths[i] if size is None else self.one((1, 1), (0, 1), (1, 0))
-                modes = () if low else PADDING_MODES
+                modes = () if low else NUMPY_MODES
                 return {"widths": tuple(widths), "value": self.byte(), "output_size": sizes,
                         "mode": self.one("constant", *modes)}  # fmt: skip
             case "dilate":
