@@ -43,12 +43,12 @@ def normalized(weights: Any) -> Any:
 
 def weight_of(node: Node) -> Tensor:
     """The float weight with its outputs first."""
-    return turned(node, node.tensors["weight"].detach())
+    return mirrored(node, node.tensors["weight"].detach())
 
 
-def turned(node: Node, weight: Tensor) -> Tensor:
-    """A transposed convolution's weight as the convolution's that it is on pixels set apart; and
-    back."""
+def mirrored(node: Node, weight: Tensor) -> Tensor:
+    """A weight with its outputs first. A transposed convolution's kernel is reversed, too: that of
+    the convolution which it is, of pixels set apart. And back."""
     if node.op != "conv_transpose2d":
         return weight
     first: Tensor = outputs_first(weight, node.attrs["groups"])

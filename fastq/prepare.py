@@ -16,7 +16,7 @@ from torch import Tensor
 from fastq.capture import Captured
 from fastq.graph import MOVES, PRODUCTS, Graph, Node
 from fastq.layout import Ref
-from fastq.lower import Lowered, lowered, turned, weight_of
+from fastq.lower import Lowered, lowered, mirrored, weight_of
 from fastq.masks import MARK, fills_low
 from fastq.observer import Observer, make_observer, qparams_of
 from fastq.processes import Processes
@@ -25,6 +25,7 @@ from fastq.qconfig import DEFAULT, QConfig
 from fastq.qparams import QParams, limits
 from fastq.regions import WEIGHTED, Ranges, Region, bare_weights, find_regions
 from fastq.summaries import ASKED
+from fastq.weights import per_output
 
 LAYERS = (*WEIGHTED, *RECURRENT)  # have a weight that becomes integers
 # of the ranges of int16, whose steps are enough for outliers that calibration did not see
@@ -310,7 +311,7 @@ class Prepared:
         groups = node.attrs.get("groups", 1)
         middle = node.inputs[0].tensors["shift"].double().reshape(groups, 1, -1)
         data, scale = self.weight(node)
-        rounded = data * scale.reshape(-1, *[1] * (data.ndim - 1))  # in float32, as it is kept
+        rounded = data * per_output(scale, data.ndim)  # in float32, as it is kept
         error = (
             (weight_of(node).double() - torch.from_numpy(rounded))
             .reshape(*data.shape[:2], -1)
@@ -342,8 +343,8 @@ class Prepared:
     def simulated_tensors(self, node: Node) -> dict[str, Tensor]:
         """The tensors of a layer with its weight on its grid."""
         data, scale = self.weight(node)
-        real = torch.from_numpy(data * scale.reshape(-1, *[1] * (data.ndim - 1)))
-        tensors = {**node.tensors, "weight": turned(node, real)}
+        real = torch.from_numpy(data * per_output(scale, data.ndim))
+        tensors = {**node.tensors, "weight": mirrored(node, real)}
         bias = self.bias(node)
         return tensors if bias is None else {**tensors, "bias": bias}
 

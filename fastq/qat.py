@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from fastq.batches import Batches
 from fastq.fuse import fold
 from fastq.graph import MOVES, Node, evaluate, normalization, shapes_of
-from fastq.lower import SUFFIX, turned, weight_of
+from fastq.lower import SUFFIX, mirrored, weight_of
 from fastq.modules import Config, Selector, check_module
 from fastq.network import (
     build,
@@ -374,7 +374,7 @@ def _first_steps(prepared: Prepared, node: Node) -> Tensor:
     data, scale = prepared.weight(node)
     empty = ~data.any(axis=tuple(range(1, data.ndim)))
     if empty.any() and node.origin:  # a batch norm's weight of 0 says nothing; the layer's own does
-        own = turned(node, node.origin["weight"]).numpy()
+        own = mirrored(node, node.origin["weight"]).numpy()
         scale = np.where(
             empty, quantize_weight(own, bits=prepared.config(node).weight_bits)[1], scale
         )
@@ -515,10 +515,10 @@ class _Pass:
         steps = torch.from_numpy(per_output(scale, data.ndim))
         limit = _limit(self.prepared.config(node))
         result = on_grid(
-            turned(node, weight), self.model._steps(node),
+            mirrored(node, weight), self.model._steps(node),
             lambda: torch.from_numpy(data) * steps, steps, -limit, limit, data[0].size,
         )  # fmt: skip
-        return turned(node, result)
+        return mirrored(node, result)
 
     def on_grid(self, run: RegionIntegers, node: Node, value: Tensor) -> Tensor:
         """What the integers of a node are, with the gradient of `value`."""

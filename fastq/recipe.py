@@ -22,7 +22,7 @@ from torch import Tensor
 from fastq.capture import Captured
 from fastq.graph import OPERATIONS, Graph, Node, check_target
 from fastq.layout import NOTES, decode_value, encode_value
-from fastq.lower import Lowered, turned
+from fastq.lower import Lowered, mirrored
 from fastq.nn.model import NAMED, QuantizedModel
 from fastq.prepare import LAYERS, Prepared
 from fastq.qconfig import QConfig
@@ -142,7 +142,7 @@ class _Reader:
             scale = self.state[f"{node.name}.real_scale"].numpy()
             prepared.chosen[node] = data, scale
             real = torch.from_numpy(data * per_output(scale, data.ndim))
-            node.tensors["weight"] = turned(node, real)
+            node.tensors["weight"] = mirrored(node, real)
         return prepared
 
     def node(self, given: Mapping[str, Any], member: bool) -> Node:
