@@ -27,7 +27,7 @@ from fastq.read import CannotCapture
 from fastq.recipe import write_recipe
 from fastq.regions import GIVEN_OUT, Region
 from fastq.remedies import Remedies, observe_and_apply
-from fastq.summaries import ASKED, QuantizationSummary, Row, keep_summary
+from fastq.summaries import ASKED, QuantizationSummary, Result, Row, keep_summary
 from fastq.swap import memory_of
 from fastq.trace import Forward, duplicate
 
@@ -256,31 +256,33 @@ def summarize(prepared: Prepared, model: nn.Module) -> QuantizationSummary:
         and not (reason == GIVEN_OUT and node.layer in inside)  # how its result is rearranged
     }
     folded = {name: node.layer for node in prepared.graph for name in node.attrs.get("folded", ())}
-    named = module_names(model)
-    rows = []
-    known = {*integer, *inside, *floats, *folded, *prepared.alone}
-    for module, (first, *others) in listed(named).items():
-        kind = type(module).__name__
-        name = next((n for n in (first, *others) if n in known), first)  # that it is called by
+    alone = prepared.alone
+    known = {*integer, *inside, *floats, *folded, *alone}
+
+    def outcome(module: nn.Module, name: str) -> tuple[Result, str] | None:
         if isinstance(module, INT8):
-            rows.append(Row(name, kind, *outlook(module)))
-        elif isinstance(module, nn.Embedding) and name not in prepared.alone:
+            return outlook(module)
+        if isinstance(module, nn.Embedding) and name not in alone:
             # its rows may be a constant by now, as those of positions are
-            rows += [Row(name, kind, "float", ASKED)] if floats.get(name) == ASKED else []
-        elif name in folded:
+            return ("float", ASKED) if floats.get(name) == ASKED else None
+        if name in folded:
             target = folded[name]
-            if target in integer or target in prepared.alone:
-                rows.append(Row(name, kind, "folded", f"into '{target}'"))
-            else:
-                rows.append(Row(name, kind, "float", f"in '{target}', which stays float"))
-        elif name in prepared.alone:
-            rows.append(Row(name, kind, *prepared.alone[name]))
-        elif name in floats:
-            rows.append(Row(name, kind, "float", floats[name]))
-        elif name in inside:
-            rows.append(Row(name, kind, "int8 static"))
-        else:
-            rows.append(Row(name, kind, "float", _elsewhere(name, prepared)))
+            if target in integer or target in alone:
+                return "folded", f"into '{target}'"
+            return "float", f"in '{target}', which stays float"
+        if name in alone:
+            return alone[name]
+        if name in floats:
+            return "float", floats[name]
+        if name in inside:
+            return "int8 static", ""
+        return "float", _elsewhere(name, prepared)
+
+    rows = []
+    for module, names in listed(module_names(model)).items():
+        name = next((n for n in names if n in known), names[0])  # that it is called by
+        if found := outcome(module, name):
+            rows.append(Row(name, type(module).__name__, *found))
     fixed, held = prepared.captured.fixed, prepared.captured.held
     note = f"for inputs of the {held} of the first batch alone: {fixed}" if fixed else ""
     return QuantizationSummary(tuple(rows), note=note)
