@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -256,7 +256,8 @@ class QATModel(nn.Module):
             else:
                 check_constant(self, i, leaf, wanted)
         shapes = shapes_of(leaves)
-        one = _Pass(self, values, shapes)
+        with torch.autocast("cpu", enabled=False):
+            one = _Pass(self._prepared, self._trained(), values, shapes)
         for node in captured.graph:
             if node.op != "input":
                 values[node] = one.value(node)
@@ -335,15 +336,23 @@ class QATModel(nn.Module):
             prepared.chosen[node] = self._weight(node)
         return deployed
 
+    def _trained(self) -> _Trained:
+        """All that a forward has of this model."""
+        prepared, given = self._prepared, self._tensors()
+        normed = [n for n in prepared.graph if self.moves("norms_frozen") and "norm" in n.attrs]
+        return _Trained(
+            given=given,
+            deployed=self._deploy(given),
+            ranges={node: self._range(node) for node in prepared.ranges.parent},
+            steps={node: self._steps(node) for node in prepared.layers()},
+            norms={node: norm for node in normed if (norm := self._norm(node)).training},
+            follows=self.moves("ranges_frozen"),
+        )
+
     def _norm(self, node: Node) -> nn.Module:
         """The module that has the statistics of a node's batch norm; without one, the whole."""
         place = self._places[node]["running_mean"]
         return self.get_submodule(place.name.rpartition(".")[0] if isinstance(place, Place) else "")
-
-    def _norm_moves(self, node: Node) -> bool:
-        """Whether a node has a batch norm whose statistics move now."""
-        moves = self.moves("norms_frozen") and "norm" in node.attrs
-        return moves and self._norm(node).training
 
     def _range(self, node: Node) -> TrainedRange | None:
         """The range of a value; None if it is fixed."""
@@ -414,25 +423,42 @@ def _share(module: nn.Module, momentum: float) -> float:
     return share or 0.0
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """What a forward has of its model, and what it moves there.
+
+    given     the parameters of each node, before a batch norm is folded.
+    deployed  those that it has in the integer network, as functions of the parameters.
+    ranges    of values; None where a range is fixed.
+    steps     the scale of a layer's weight; None where it is a function of the weight.
+    norms     the modules of the batch norms whose statistics move.
+    follows   whether ranges that are not learned follow the values of this forward.
+    """
+
+    given: dict[Node, dict[str, Tensor]]
+    deployed: dict[Node, dict[str, Tensor]]
+    ranges: dict[Node, TrainedRange | None]
+    steps: dict[Node, Tensor | None]
+    norms: dict[Node, nn.Module]
+    follows: bool
+
+
 class _Pass:
     """One forward: the integers of each value, and beside them what has the gradient."""
 
-    def __init__(self, model: QATModel, values: dict[Node, Any], shapes: Shapes) -> None:
-        self.model, self.prepared = model, model._prepared
+    def __init__(
+        self, prepared: Prepared, trained: _Trained, values: dict[Node, Any], shapes: Shapes
+    ) -> None:
+        self.prepared, self.trained = prepared, trained
         self.values, self.shapes = values, shapes
         # whether float values are wanted, for a gradient or for statistics, beside the integers
-        self.follows = torch.is_grad_enabled() or model.training
-        self.given = model._tensors()
-        with torch.autocast("cpu", enabled=False):
-            self.tensors = model._deploy(self.given)
-            self.runs: dict[Node, RegionIntegers] = {}
-            for region in self.prepared.regions:
-                self.runs |= dict.fromkeys(
-                    region.nodes, RegionIntegers(self.prepared, region, shapes)
-                )
-        self.quantized = set(self.prepared.ranges.parent)
+        self.floats = torch.is_grad_enabled() or trained.follows or bool(trained.norms)
+        self.runs: dict[Node, RegionIntegers] = {}
+        for region in prepared.regions:
+            self.runs |= dict.fromkeys(region.nodes, RegionIntegers(prepared, region, shapes))
+        self.quantized = set(prepared.ranges.parent)
         # sees what ranges follow; None where they stay
-        self.watcher = Watcher(self.prepared) if model.moves("ranges_frozen") else None
+        self.watcher = Watcher(prepared) if trained.follows else None
         self.seen: dict[TrainedRange, list[Tensor]] = {}
         self.statistics: list[Callable[[], None]] = []
 
@@ -440,7 +466,7 @@ class _Pass:
         """The value of a node, of which all inputs are known."""
         run = self.runs.get(node)
         if run is None:
-            stand_in = replace(node, tensors=self.tensors[node])
+            stand_in = replace(node, tensors=self.trained.deployed[node])
             if not torch.is_grad_enabled():  # with one to compute, torch may round otherwise
                 stand_in.tensors = {key: t.detach() for key, t in stand_in.tensors.items()}
             with torch.autocast("cpu", enabled=False):  # as the integer network computes it
@@ -452,8 +478,8 @@ class _Pass:
                 if v not in self.quantized:
                     run.values[v] = given
                 else:
-                    run.values[v] = self.on_grid(run, v, given) if self.follows else None
-        if self.follows:
+                    run.values[v] = self.on_grid(run, v, given) if self.floats else None
+        if self.floats:
             y = self.surrogate(node, [run.values[v] for v in node.inputs])
             run.values[node] = self.on_grid(run, node, y)
         else:
@@ -462,11 +488,11 @@ class _Pass:
 
     def surrogate(self, node: Node, inputs: list[Tensor]) -> Tensor:
         """The float operation, on values of the grid, with weights of the grid."""
+        tensors = self.trained.deployed[node]
         if node.op == "constant":
-            return self.tensors[node]["value"]
-        tensors = self.tensors[node]
+            return tensors["value"]
         with torch.autocast("cpu", enabled=False):
-            if self.model._norm_moves(node) and inputs[0].numel():
+            if node in self.trained.norms and inputs[0].numel():
                 tensors = self.renormalized(node, inputs[0])
             if node in self.prepared.chosen:
                 tensors = {**tensors, "weight": self.weight_on_grid(node, tensors["weight"])}
@@ -475,7 +501,7 @@ class _Pass:
     def renormalized(self, node: Node, x: Tensor) -> dict[str, Tensor]:
         """The deployed tensors with the gradient of this batch's mean and variance; these are
         kept for the running ones."""
-        given, norm = self.given[node], node.attrs["norm"]
+        given, norm = self.trained.given[node], node.attrs["norm"]
         if node.op != "affine":
             unclamped = {**node.attrs, "clamp": (-math.inf, math.inf)}
             product = replace(node, tensors=given, attrs=unclamped)
@@ -503,7 +529,7 @@ class _Pass:
 
         def move() -> None:
             unbiased = variance * (count / (count - 1))
-            share = _share(self.model._norm(node), norm["momentum"])
+            share = _share(self.trained.norms[node], norm["momentum"])
             given["running_mean"].lerp_(mean.to(given["running_mean"].dtype), share)
             given["running_var"].lerp_(unbiased.to(given["running_var"].dtype), share)
 
@@ -515,7 +541,7 @@ class _Pass:
         steps = torch.from_numpy(per_output(scale, data.ndim))
         limit = _limit(self.prepared.config(node))
         result = on_grid(
-            mirrored(node, weight), self.model._steps(node),
+            mirrored(node, weight), self.trained.steps[node],
             lambda: torch.from_numpy(data) * steps, steps, -limit, limit, data[0].size,
         )  # fmt: skip
         return mirrored(node, result)
@@ -524,7 +550,7 @@ class _Pass:
         """What the integers of a node are, with the gradient of `value`."""
         if run.ends_float(node):
             return on_grid(value, None, partial(run.real, node), 1.0, -math.inf, math.inf, 1)
-        qparams, moving = self.prepared.qparams(node), self.model._range(node)
+        qparams, moving = self.prepared.qparams(node), self.trained.ranges[node]
         # what is moved is on the grid already: its scale is learned where it was made
         learned = None if moving is None or node.op in MOVES else moving.scale
         if self.watcher is not None:
@@ -537,7 +563,7 @@ class _Pass:
 
     def follow(self, node: Node, value: Tensor) -> None:
         """A range that follows the values of training goes where these are."""
-        moving = self.model._range(node)
+        moving = self.trained.ranges[node]
         if moving is None or moving.learned or not value.numel():
             return
         ends = torch.stack(value.aminmax())
@@ -550,9 +576,6 @@ class _Pass:
 
     def finish(self) -> None:
         """Moves what moves in training: from the next forward on."""
-        model = self.model
-        if not model.training:
-            return
         with torch.no_grad():
             for move in self.statistics:
                 move()
