@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from operator import length_hint
 from typing import Any
 
 from torch import Tensor
@@ -31,8 +32,13 @@ class Batches:
                 f"{name} is a {type(data).__name__}, wanted a tensor, a dict, or an "
                 "iterable of batches such as a DataLoader"
             )
-        # how many there are, where that is known
-        self.total = len(data) if hasattr(data, "__len__") else None
+        elif isinstance(data, tuple | list) and len(kinds := _dtypes(data)) > 1:
+            raise TypeError(
+                f"{name} is a {type(data).__name__} of tensors of {' and '.join(kinds)}, each of "
+                "which would be a batch; wanted [(inputs, labels)] for one batch of pairs"
+            )
+        # how many there are, where that is known: a DataLoader may have a __len__ that raises
+        self.total = length_hint(data) or None
         self._rest = iter(data)
         self._head: list[Any] = []
 
@@ -63,6 +69,12 @@ class Batches:
                 f"a batch of {self.name} is empty: {shapes}; wanted at least one sample"
             )
         return batch
+
+
+def _dtypes(values: Iterable[Any]) -> list[str]:
+    """The dtypes of the tensors among these, each once."""
+    found = {str(value.dtype): None for value in values if isinstance(value, Tensor)}
+    return [name.removeprefix("torch.") for name in found]
 
 
 def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -207,8 +207,10 @@ class Samples(IterableDataset):
         return iter(X.split(2))
 
 
-def test_an_iterable_dataset_gives_batches() -> None:
-    assert quantize_layers(Mlp(), Samples()).a.input_qparams == choose_qparams(-1, 2)
+@pytest.mark.parametrize("data", [Samples(), DataLoader(Samples(), batch_size=None)])
+def test_an_iterable_dataset_gives_batches(data: Any) -> None:
+    """Of a number that nobody knows: the loader's __len__ raises TypeError."""
+    assert quantize_layers(Mlp(), data).a.input_qparams == choose_qparams(-1, 2)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +223,9 @@ def test_an_iterable_dataset_gives_batches() -> None:
         pytest.param(["x"], TypeError, "batch is a str", id="str"),
         pytest.param([()], TypeError, "batch is a tuple;", id="empty tuple"),
         pytest.param([(1, X)], TypeError, "is a tuple that starts with a int", id="label first"),
+        pytest.param(
+            (X, torch.arange(6)), TypeError, r"float32 and int64.*\[\(inputs, l", id="one pair"
+        ),
         pytest.param(TensorDataset(X), TypeError, "single samples", id="dataset"),
     ],
 )
