@@ -53,13 +53,13 @@ class SavedNetwork:
             raise ValueError(f"this network has {len(self._bound)} programs: see .programs")
         return self._bound[0].program
 
-    def __call__(self, *inputs: Array) -> list[Any]:
+    def __call__(self, *inputs: Array, **named: Array) -> list[Any]:
         """The results, in the order in which the float network gave them.
 
-        inputs  arrays of the dtypes of the float network: float32, or int64 of tokens. Raises
-                TypeError and ValueError for other ones.
+        inputs, named  by position or by name, arrays of the dtypes of the float network: float32,
+                or int64 of tokens. Raises TypeError and ValueError for other ones.
         """
-        self._check(inputs)
+        inputs = self._in_order(inputs, named)
         values: dict[str, Any] = dict(zip(self.inputs, inputs, strict=True))
         shapes = [x.shape for x in inputs]
         for stage in self._layout.stages:
@@ -76,13 +76,17 @@ class SavedNetwork:
             for out in self._layout.outputs
         ]
 
-    def _check(self, inputs: tuple[Any, ...]) -> None:
-        if len(inputs) != len(self.inputs):
-            raise TypeError(f"got {len(inputs)} inputs; wanted {', '.join(self.inputs)}")
+    def _in_order(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+        """The inputs in the order of their names, each checked."""
+        if {*self.inputs[len(inputs) :]} != named.keys() or len(inputs) > len(self.inputs):
+            by_name = "".join(f", {name}=" for name in named)
+            raise TypeError(f"got {len(inputs)} inputs{by_name}; wanted {', '.join(self.inputs)}")
+        inputs += tuple(named[name] for name in self.inputs[len(inputs) :])
         for (name, extent), x in zip(self._extents.items(), inputs, strict=True):
             if not isinstance(x, np.ndarray):
                 raise TypeError(f"{name} is a {type(x).__name__}; wanted an array")
             check_extent(name, x.shape, extent)
+        return inputs
 
 
 def load_program(path: str | os.PathLike[str]) -> SavedNetwork:

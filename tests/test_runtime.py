@@ -116,6 +116,13 @@ def test_several_inputs_and_outputs(tmp_path):
     assert [np.array_equal(y, wanted[k].numpy()) for k, y in zip(wanted, found, strict=True)] == [
         True
     ] * 2
+    for again in (run(y=given["y"].numpy(), x=given["x"].numpy()),
+                  run(given["x"].numpy(), y=given["y"].numpy())):  # fmt: skip
+        assert all(map(np.array_equal, again, found))
+    with pytest.raises(TypeError, match="got 1 inputs, z=; wanted x, y"):
+        run(given["x"].numpy(), z=given["y"].numpy())
+    with pytest.raises(TypeError, match="got 2 inputs, x=; wanted x, y"):
+        run(*(x.numpy() for x in given.values()), x=given["x"].numpy())
 
 
 def test_inputs_and_outputs_in_an_order_of_their_own(tmp_path):
