@@ -328,6 +328,16 @@ def test_an_input_that_requires_grad(layer):
     assert not y.requires_grad and torch.equal(y, layer(x.detach()))
 
 
+class Rectified(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Centred(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
 @pytest.mark.parametrize(
     "make, error, message",
     [
@@ -351,6 +361,8 @@ def test_an_input_that_requires_grad(layer):
             "got Conv2d, wanted torch.nn.L",
         ),
         (lambda: QConv2d.from_float(nn.Linear(3, 3)), TypeError, "got Linear, wanted torch.nn.C"),
+        (lambda: QLinear.from_float(Rectified(3, 3)), TypeError, "this Rectified has a forward of"),
+        (lambda: QConv2d.from_float(Centred(3, 3, 1)), TypeError, "Centred has a _conv_forward of"),
         (lambda: QLinear.from_float(spoiled("weight")), ValueError, "weight has NaN"),
         (lambda: QLinear.from_float(spoiled("bias")), ValueError, "bias has NaN"),
     ],

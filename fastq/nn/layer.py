@@ -265,12 +265,20 @@ class QLayer(nn.Module):
 
 
 def check_kind(kind: Any, module: Any) -> None:
-    """TypeError unless a module is torch's of this kind of layer."""
+    """TypeError unless a module is torch's of this kind of layer, and computes what it does."""
     if not isinstance(module, kind.FLOAT):
         raise TypeError(
             f"{kind.__name__}.from_float: got {type(module).__name__}, wanted "
             f"torch.nn.{kind.FLOAT.__name__}"
         )
+    for name in ("forward", "_conv_forward"):
+        own = getattr(type(module), name, None) is not getattr(kind.FLOAT, name, None)
+        if own or name in vars(module):
+            raise TypeError(
+                f"{kind.__name__}.from_float: this {type(module).__name__} has a {name} of its "
+                f"own, which the int8 layer would lack; wanted torch.nn.{kind.FLOAT.__name__}. "
+                "fastq.quantize_layers(model) reads what a subclass computes"
+            )
 
 
 def stay(name: str, fn: Callable[[Tensor], Tensor], hint: str = "") -> Callable[[Tensor], Tensor]:
