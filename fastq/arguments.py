@@ -101,7 +101,7 @@ def _is_mode(v: Any) -> bool:
 
 # torch's name of what lies around a value that is padded -> NumPy's
 NUMPY_MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge",
-                 "circular": "wrap"}  # fmt: skip
+               "circular": "wrap"}  # fmt: skip
 MAX_AXES = 32  # of a value
 BYTE = _whole(0, 255)
 COUNT = _whole(0, 2**40)
