@@ -160,6 +160,7 @@ ARGUMENTS: dict[str, dict[str, Check]] = {
     "layer_norm": NORM,
     "rms_norm": {"multiplier": VECTOR, "epsilon": EPSILON, "x_zero_point": BYTE, **REQUANTIZED},
     "group_norm": {"groups": _whole(1, LARGEST), **NORM},
+    "global_response_norm": {"residual": FACTOR, "x_zero_point": BYTE, **NORM},
     "max_pool2d": {**POOL, "dilation": PAIR},
     "avg_pool2d": {**POOL, "count_include_pad": FLAG,
                    "divisor_override": _maybe(OVERRIDE), **AVERAGE},

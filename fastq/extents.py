@@ -12,7 +12,7 @@ Change = Callable[[Size], Size | None]  # of an axis' size, by one operation
 
 # operations that leave the sizes of some axes as they are
 KEEPING = ("add", "mul", "affine", "prelu", "pointwise", "softmax", "concat", "linear",
-           "layer_norm", "rms_norm", "group_norm")  # fmt: skip
+           "layer_norm", "rms_norm", "group_norm", "global_response_norm")  # fmt: skip
 WHOLE = 2**62  # slices up to here go up to the end
 
 

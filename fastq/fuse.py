@@ -6,6 +6,7 @@
     conv2d | linear, affine | mul | add by a constant of one axis -> conv2d | linear
                                     (batch norm, layer scale; with permutes between, too)
     norm, the same               -> norm with a weight, and a bias
+    response norm of x, add x    -> response norm with a residual
     mul by a constant of one axis -> affine
     pointwise, pointwise         -> pointwise                      (x * sigmoid(x) too)
     torch's operators of the elements of one value -> pointwise    (where(x > 0, x, 0.1 * x))
@@ -44,6 +45,7 @@ ELEMENTWISE = frozenset([
 MAX_NODES = 16  # that become one function
 GAP, STEEPEST = 2.0**-8, 24.0  # between the numbers at which it is looked at, and its slope there
 LAST_AXIS = ("layer_norm", "rms_norm")  # norms whose weights are those of features
+RESPONSE = "global_response_norm"
 
 
 def fuse(graph: Graph) -> None:
@@ -53,6 +55,7 @@ def fuse(graph: Graph) -> None:
         _pad,
         _line,
         _affine,
+        _residual,
         _factors,
         _pointwise,
         _of_one_value,
@@ -152,6 +155,26 @@ def _affine(graph: Graph) -> None:
         graph.nodes.remove(node)
 
 
+def _residual(graph: Graph) -> None:
+    """A response and what it is of."""
+    for node in list(graph.nodes):
+        if node.op != "add" or node.attrs.get("alpha", 1) != 1:
+            continue
+        for response, x in (node.inputs, node.inputs[::-1]):
+            norm, dims = _maker(graph, response, node)
+            if norm is None or norm.op != RESPONSE or "residual" in norm.attrs:
+                continue
+            (source,) = norm.inputs
+            if source is not x and source.op == "permute":
+                dims = tuple(source.attrs["dims"][d] for d in dims)
+                (source,) = source.inputs
+            if source is x and dims == tuple(range(len(dims))):
+                norm.attrs["residual"] = 1.0
+                graph.replace(node, response)
+                graph.nodes.remove(node)
+                break
+
+
 def _factors(graph: Graph) -> None:
     """What is multiplied by one constant for each place on an axis: an affine."""
     for node in list(graph.nodes):
@@ -204,17 +227,28 @@ def _scaled(graph: Graph, node: Node) -> tuple[Node, Node, Tensor | None, Tensor
         factor, shift = (value, None) if node.op == "mul" else (None, value)
     else:
         return None
-    users, layer, taker = graph.users(), source, node
-    while _only_user(graph, users, layer) is taker and layer.op == "permute":
-        axis, taker = layer.attrs["dims"][axis], layer
-        (layer,) = layer.inputs
-    takes = layer.op in ("linear", "layer_norm") or (layer.op == "rms_norm" and shift is None)
-    fits = axis == len(layer.shape) - 1 if takes else layer.op in IMAGES and axis == 1
-    if "norm" in node.attrs and (axis != 1 or layer.op in LAST_AXIS):
-        fits = False  # its statistics are those of a product's channels
-    if not fits or _only_user(graph, users, layer) is not taker:
+    layer, dims = _maker(graph, source, node)
+    if layer is None:
         return None
-    return source, layer, factor, shift
+    axis = dims[axis]
+    takes = layer.op in ("linear", "layer_norm") or (layer.op == "rms_norm" and shift is None)
+    by_channel = layer.op in (*IMAGES, RESPONSE) and "residual" not in layer.attrs
+    fits = axis == len(layer.shape) - 1 if takes else by_channel and axis == 1
+    if "norm" in node.attrs and (axis != 1 or layer.op in (*LAST_AXIS, RESPONSE)):
+        fits = False  # its statistics are those of a product's channels
+    return (source, layer, factor, shift) if fits else None
+
+
+def _maker(graph: Graph, value: Node, taker: Node) -> tuple[Node | None, tuple[int, ...]]:
+    """(what makes the value for this taker alone, dims), the value its result permuted by them;
+    (None, ()) where others take it, too."""
+    users, dims = graph.users(), tuple(range(len(value.shape)))
+    while _only_user(graph, users, value) is taker:
+        if value.op != "permute":
+            return value, dims
+        dims, taker = tuple(value.attrs["dims"][d] for d in dims), value
+        (value,) = value.inputs
+    return None, ()
 
 
 def fold(

@@ -339,9 +339,13 @@ def _conv_transpose(node: Node, x: Tensor) -> Tensor:
 
 def _affine(node: Node, x: Tensor) -> Tensor:
     """x * factor + shift along axis 1."""
-    shape = [1, -1] + [1] * (x.dim() - 2)
-    factor, shift = (node.tensors[name].to(x.dtype).reshape(shape) for name in ("factor", "shift"))
+    factor, shift = (_along_channels(node.tensors[name], x) for name in ("factor", "shift"))
     return x * factor + shift
+
+
+def _along_channels(values: Tensor, x: Tensor) -> Tensor:
+    """One for each place on axis 1 of x, to be broadcast."""
+    return values.to(x.dtype).reshape(1, -1, *[1] * (x.dim() - 2))
 
 
 def _grid(node: Node, x: Tensor) -> Tensor:
@@ -413,6 +417,18 @@ def _slice(node: Node, x: Tensor) -> Tensor:
     return x[tuple(index)]
 
 
+def _global_response_norm(node: Node, x: Tensor) -> Tensor:
+    """ConvNeXt V2's, of (B, C, ...): x * (weight * |x| / (mean(|x|) + eps) + residual) + bias, |x|
+    that of each channel."""
+    size = torch.linalg.vector_norm(x, dim=tuple(range(2, x.dim())), keepdim=True)
+    response = size / (size.mean(1, keepdim=True) + node.attrs["eps"])
+    weight, bias = (node.tensors.get(name) for name in ("weight", "bias"))
+    if weight is not None:
+        response = response * _along_channels(weight, x)
+    y = x * (response + node.attrs.get("residual", 0.0))
+    return y if bias is None else y + _along_channels(bias, x)
+
+
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "conv2d": _conv2d,
     "linear": _linear,
@@ -439,6 +455,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "group_norm": lambda node, x: F.group_norm(
         x, node.attrs["groups"], eps=node.attrs["eps"], **node.tensors
     ),
+    "global_response_norm": _global_response_norm,
     "max_pool2d": lambda node, x: F.max_pool2d(x, **node.attrs["pool"]),
     "avg_pool2d": lambda node, x: F.avg_pool2d(x, **node.attrs["pool"]),
     "adaptive_avg_pool2d": lambda node, x: F.adaptive_avg_pool2d(x, node.attrs["output_size"]),
@@ -457,6 +474,8 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
 VOLUMES = ("conv3d", "conv_transpose3d")  # of volumes, which no program has
 # Operations that compute with weights: what int8 wins most on.
 PRODUCTS = ("conv2d", "linear", "conv_transpose2d", "matmul")
+# Operations, no products, whose parameters are those of the channels: the second axis.
+BY_CHANNEL = ("affine", "prelu", "group_norm", "global_response_norm")
 # Values that keep the quantization of what they are made from.
 MOVES = ("reshape", "permute", "slice", "pad", "concat", "max_pool2d", "adaptive_max_pool2d",
          "upsample_nearest2d", "upsample_bilinear2d")  # fmt: skip

@@ -410,6 +410,23 @@ class _Lowering:
         name = self.in_order(node.inputs[0], (0, *range(2, rank), 1), node)
         return self.norm(node, name, groups=node.attrs["groups"])
 
+    def lower_global_response_norm(self, node: Node) -> str:
+        rank = len(node.shape)
+        name = self.in_order(node.inputs[0], (0, *range(2, rank), 1), node)
+        (x,), scale = node.inputs, self.scale(node)
+        epsilon = max(node.attrs["eps"] / self.scale(x), LEAST_EPSILON)
+        beyond = max(epsilon / MOST_EPSILON, 1.0)  # as in `norm`
+        step = self.scale(x) / scale
+        weight = node.tensors.get("weight", torch.ones(node.shape[1])).detach().double().numpy()
+        bias = node.tensors.get("bias", torch.zeros(node.shape[1])).detach().double().numpy()
+        return self.emit(
+            node.op, node.name, [name], self.axes[name], node, epsilon=epsilon / beyond,
+            multiplier=(weight * step / beyond).astype(np.float32),
+            shift=(bias / scale).astype(np.float32),
+            residual=node.attrs.get("residual", 0.0) * step, x_zero_point=self.zero_point(x),
+            **self.requantized(node),
+        )  # fmt: skip
+
     def norm(self, node: Node, name: str, **arguments: Any) -> str:
         (x,), scale = node.inputs, self.scale(node)
         epsilon = max(node.attrs["eps"] / self.scale(x) ** 2, LEAST_EPSILON)

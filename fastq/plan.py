@@ -23,7 +23,7 @@ from fastq.kernels.call import (
     dense_strides,
 )
 from fastq.kernels.executor import get_num_threads
-from fastq.kernels.group_norm import group_norm_row
+from fastq.kernels.group_norm import global_response_norm_row, group_norm_row
 from fastq.kernels.layers import stage_image
 from fastq.kernels.layout import border_row, copy_row, dequantize_row, permuted, quantize_row
 from fastq.kernels.lines import broadcast
@@ -53,6 +53,7 @@ PLAIN_ROWS: dict[str, Any] = {
     "layer_norm": layer_norm_row,
     "rms_norm": rms_norm_row,
     "group_norm": group_norm_row,
+    "global_response_norm": global_response_norm_row,
 }
 IMAGE_ROWS: dict[str, Any] = {
     "max_pool2d": max_pool2d_row,
@@ -367,6 +368,7 @@ class _Planner:
         PLAIN_ROWS[step.op](self.call, x, out, **step.arguments)
 
     row_affine = row_layer_norm = row_rms_norm = row_group_norm = row_plain
+    row_global_response_norm = row_plain
 
     def row_table(self, i: int, step: Step) -> None:
         x, out = self.input(i, step.inputs[0]), self.stored(step.name)

@@ -38,8 +38,9 @@ NORMS = ("layer_norm", "rms_norm", "group_norm")
 RECURRENT = ("recurrent",)  # take int16 alone
 ANY = range(2**31)  # of how many inputs there are
 # operation -> which of its inputs may be int16
-WIDE = {"dequantize": (0,), **dict.fromkeys(NORMS, (0,)), "add": (0, 1),
-        "conv2d": (1,), "linear": (1,), **dict.fromkeys((*MOVED, *RECURRENT), ANY)}  # fmt: skip
+WIDE = {"dequantize": (0,), **dict.fromkeys((*NORMS, "global_response_norm"), (0,)),
+        "add": (0, 1), "conv2d": (1,), "linear": (1,),
+        **dict.fromkeys((*MOVED, *RECURRENT), ANY)}  # fmt: skip
 FIXED = (  # ends an error on a shape
     "Sizes that are fixed are part of the network, as it was captured; fastq.summary says why, if "
     "the model takes others"

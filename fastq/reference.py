@@ -632,6 +632,40 @@ def group_norm(
     return _into(out, _to_uint8(y, zero_point, qmin, qmax))
 
 
+def global_response_norm(
+    x: NDArray[Any],
+    multiplier: ArrayLike,
+    shift: ArrayLike,
+    epsilon: float,
+    *,
+    residual: float = 0.0,
+    x_zero_point: int = 0,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = requantize of x * (multiplier * |x| / (mean(|x|) + epsilon) + residual) + shift.
+
+    x (B, ..., C), uint8 or int16, less x_zero_point; |x| of each channel, the root of the exact sum
+    of its pixels' squares; the mean over the channels, summed from the first to the last. In steps
+    of x: epsilon = eps / x_scale, multiplier = weight * x_scale / y_scale, residual likewise, shift
+    = bias / y_scale. In float64: factor = multiplier * (|x| / (mean + epsilon)) + residual, then
+    y = x * float32(factor) + shift in float32. Woo et al., "ConvNeXt V2" (2023), algorithm 1.
+    """
+    q = x.astype(np.int64) - x_zero_point
+    images, channels = x.shape[0], x.shape[-1]
+    pixels = q.reshape(images, int(np.prod(x.shape[1:-1])), channels)
+    sizes = np.sqrt((pixels * pixels).sum(axis=1, keepdims=True).astype(np.float64))
+    mean = np.add.accumulate(sizes, axis=-1)[..., -1:] / channels
+    weight, bias = (np.broadcast_to(np.asarray(v, F32), (channels,)) for v in (multiplier, shift))
+    factor = weight.astype(np.float64) * (sizes / (mean + epsilon)) + residual
+    with np.errstate(over="ignore"):
+        a = np.clip(factor, -MAX_FACTOR, MAX_FACTOR).astype(F32)
+        y = (pixels.astype(F32) * a + bias).reshape(x.shape)
+    return _into(out, _to_uint8(y, zero_point, qmin, qmax))
+
+
 def matmul(
     a: NDArray[np.uint8],
     b: NDArray[np.uint8],

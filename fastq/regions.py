@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from fastq.arguments import LINES
-from fastq.graph import MOVES, POINTWISE_NAMESPACE, PRODUCTS, VOLUMES, Graph, Node, are_shares
+from fastq.graph import (
+    BY_CHANNEL,
+    MOVES,
+    POINTWISE_NAMESPACE,
+    PRODUCTS,
+    VOLUMES,
+    Graph,
+    Node,
+    are_shares,
+)
 from fastq.program import NORMS, RECURRENT, WIDE
 from fastq.qparams import MAX_FACTOR, MAX_K, MAX_WIDE_FEATURES, QParams
 from fastq.sizes import Size
@@ -89,11 +98,11 @@ def _why_arguments(node: Node) -> str:
         axes = zip(sizes, node.attrs["padding"], node.attrs["dilation"], strict=True)
         if any(p > d * (size - 1) for size, p, d in axes):
             return "its padding crops the input"
-    if node.op in NORMS and not node.attrs["eps"] >= 0:
+    if "eps" in node.attrs and not node.attrs["eps"] >= 0:
         return f"its epsilon is {node.attrs['eps']}"
     if node.op == "pad" and node.attrs["mode"] != "constant" and min(node.attrs["pad"]) < 0:
         return f"its padding is negative, with mode {node.attrs['mode']!r}"
-    if node.op in ("affine", "prelu", "group_norm") and not 2 <= len(node.shape) <= 4:
+    if node.op in BY_CHANNEL and not 2 <= len(node.shape) <= 4:
         return f"has {len(node.shape)} axes, wanted 2 to 4"
     return f"has {len(node.shape)} axes, wanted at most 6" if len(node.shape) > 6 else ""
 

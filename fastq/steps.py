@@ -296,9 +296,9 @@ def _masked(step: Step, x: Shape, *mask: Shape) -> Shape:
 
 
 def _grouped(step: Step, x: Shape) -> Shape:
-    groups = step.arguments["groups"]
+    groups = step.arguments.get("groups", 1)
     if not 2 <= len(x) <= 4 or 0 in x[1:] or x[-1] % groups:
-        raise ValueError(f"group_norm: x {x}; wanted (B, ..., C) of 2 to 4 axes, {groups} groups")
+        raise ValueError(f"{step.op}: x {x}; wanted (B, ..., C) of 2 to 4 axes, {groups} groups")
     return x
 
 
@@ -407,6 +407,7 @@ OPERATIONS: dict[str, Operation] = {
     "layer_norm": Operation(_plain, _same),
     "rms_norm": Operation(_plain, _same),
     "group_norm": Operation(_plain, _grouped),
+    "global_response_norm": Operation(_plain, _grouped),
     "max_pool2d": Operation(_plain, _pooled),
     "avg_pool2d": Operation(_plain, _pooled),
     "adaptive_avg_pool2d": Operation(_adaptive_pool, _adaptive),

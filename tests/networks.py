@@ -201,6 +201,33 @@ class GroupNormed(nn.Module):
         return self.shortcut(x) + self.conv2(F.silu(self.norm2(y)))
 
 
+class ResponseNorm(nn.Module):
+    """ConvNeXt V2's global response norm, of channels on any axis; as timm has it with `fused`."""
+
+    def __init__(self, c: int, dim: int = 1, rank: int = 4, fused: bool = False) -> None:
+        super().__init__()
+        self.dim, self.fused = dim % rank, fused
+        shape = [c if d == self.dim else 1 for d in range(rank)]
+        self.gamma, self.beta = (nn.Parameter(torch.randn(shape) * 0.7) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = [d for d in range(1, x.dim()) if d != self.dim]
+        size = x.norm(p=2, dim=pixels, keepdim=True)
+        factor = size / (size.mean(dim=self.dim, keepdim=True) + 1e-6)
+        if self.fused:
+            return x + torch.addcmul(self.beta, self.gamma, x * factor)
+        return self.gamma * (x * factor) + self.beta + x
+
+
+class Responses(nn.Module):
+    """The response alone, twice used: nothing of it can be one operation with what follows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+        y = x * (size / (size.mean(1, keepdim=True) + 1e-3))
+        return torch.cat((y, x + y), 1)
+
+
 class PreActivation(nn.Module):
     """Batch norm and ReLU come before the convolutions."""
 
@@ -654,6 +681,29 @@ CASES: dict[str, Case] = {
             nn.Conv2d(12, 4, 3),
         ),
         images(3),
+    ),
+    "response norms": Case(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            nn.GELU(),
+            ResponseNorm(8),
+            nn.Conv2d(8, 12, 1),
+            Apply(lambda x: x.permute(0, 2, 3, 1)),
+            nn.GELU(),
+            ResponseNorm(12, -1, fused=True),
+            nn.Linear(12, 6),
+            Apply(lambda x: x.permute(0, 3, 1, 2)),
+            nn.ReLU(),
+            Responses(),
+            nn.Conv2d(12, 4, 3),
+        ),
+        images(3),
+    ),
+    "response norm of sequences": Case(
+        lambda: nn.Sequential(
+            nn.Linear(16, 24), nn.GELU(), ResponseNorm(24, -1, rank=3), nn.Linear(24, 7)
+        ),
+        sequences(16),
     ),
     "rms norms": Case(RmsNormed, sequences(16)),
     "rms norms of images": Case(

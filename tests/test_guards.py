@@ -32,6 +32,7 @@ CASES: dict[str, tuple[list[tuple[int, ...]], tuple[Any, ...]]] = {
     "layer_norm": ([(7, 13)], (20.0, 0.5, 1.0)),
     "rms_norm": ([(7, 13)], (20.0, 1.0)),
     "group_norm": ([(2, 5, 7, 21)], (7, 20.0, 0.5, 1.0)),
+    "global_response_norm": ([(2, 5, 7, 21)], (0.5, 0.5, 1.0)),
 }
 
 

@@ -136,6 +136,9 @@ EXAMPLES: dict[str, list[tuple[tuple[Shape, ...], dict[str, Any]]]] = {
                              **TO})],
     "group_norm": [((IMAGE,), {"groups": 3, "multiplier": f32(9, 8, 7), "shift": f32(1, 2, 3),
                                "epsilon": 1e-3, **TO})],
+    "global_response_norm": [((IMAGE,), {"residual": 1.5, "x_zero_point": 7,
+                                         "multiplier": f32(9, 8, 7), "shift": f32(1, 2, 3),
+                                         "epsilon": 1e-3, **TO})],
     "max_pool2d": [((IMAGE,), {**POOL, "dilation": (2, 1)})],
     "avg_pool2d": [((IMAGE,), {**POOL, "count_include_pad": False, "divisor_override": None,
                                "multiplier": 0.9, "x_zero_point": 7, **TO})],
@@ -700,6 +703,10 @@ class Random:
             case "group_norm":
                 return {"groups": self.one(1, max(c, 1)), "multiplier": 30 * self.vector(c),
                         "shift": self.vector(c), "epsilon": 0.01, **self.to()}  # fmt: skip
+            case "global_response_norm":
+                return {"multiplier": 3 * self.vector(c), "shift": self.vector(c),
+                        "epsilon": 0.01, "residual": self.factor(), "x_zero_point": self.byte(),
+                        **self.to()}  # fmt: skip
             case "max_pool2d" | "avg_pool2d":
                 kernel, padding = self.one(((2, 2), (0, 0)), ((3, 3), (1, 1)), ((4, 1), (2, 0)))
                 pool = {"kernel_size": kernel, "stride": self.one((1, 1), (2, 2), (3, 1)),

@@ -249,6 +249,7 @@ FAMILIES = (
     Family("norms", norms.layer_norm_kernel, lambda tier: _norms(tier, centered=False)),
     Family("norms", group_norm.channel_sums_kernel, _held),
     Family("norms", group_norm.group_scales_kernel, lambda tier: [()]),
+    Family("norms", group_norm.response_scales_kernel, lambda tier: [()]),
     Family("norms", pointwise.pointwise_kernel, _scaled_groups),
     Family(
         "recurrent",

@@ -15,7 +15,14 @@ from fastq.ops.images import (
     upsample_bilinear2d,
     upsample_nearest2d,
 )
-from fastq.ops.norms import group_norm, layer_norm, rms_norm, softmax, softmax_weights
+from fastq.ops.norms import (
+    global_response_norm,
+    group_norm,
+    layer_norm,
+    rms_norm,
+    softmax,
+    softmax_weights,
+)
 from fastq.ops.pointwise import add, affine, mul, table
 from fastq.ops.products import conv2d, linear, matmul
 from fastq.ops.ranges import dynamic_qparams, histogram
@@ -33,6 +40,7 @@ __all__ = [
     "dequantize",
     "dynamic_qparams",
     "get_num_threads",
+    "global_response_norm",
     "grid",
     "group_norm",
     "histogram",

@@ -1,4 +1,4 @@
-"""Softmax; layer, RMS and group norms."""
+"""Softmax; layer, RMS, group and global response norms."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastq.arguments import EPSILON
+from fastq.arguments import EPSILON, FACTOR
 from fastq.kernels import norms
 from fastq.kernels.call import Call, View
-from fastq.kernels.group_norm import group_norm_row
+from fastq.kernels.group_norm import global_response_norm_row, group_norm_row
 from fastq.ops.checks import (
     UINT8,
     as_byte,
@@ -190,9 +190,7 @@ def group_norm(
     of each group; groups=C is torch's instance norm. The others, scalars or (C,), and the errors
     are as in `layer_norm`; the order of the float operations is that of reference.group_norm.
     """
-    x = as_values("group_norm: x", x)
-    if x.ndim < 2 or (not x[:1].size and x.shape[0]):
-        raise ValueError(f"group_norm: x {x.shape}; wanted (B, ..., C), all but B over 0")
+    x = _images("group_norm", x)
     if type(groups) is not int or groups < 1 or x.shape[-1] % groups:
         raise ValueError(f"group_norm: groups={groups!r}; wanted a divisor of {x.shape[-1]}")
     columns, epsilon, clamp = _norm(
@@ -200,6 +198,46 @@ def group_norm(
     )
     result = output_array("group_norm", out, x.shape, UINT8, x)
     return run_row(_group_norm_row, [x, result], groups, *columns, epsilon, *clamp)
+
+
+def global_response_norm(
+    x: NDArray[Any],
+    multiplier: ArrayLike,
+    shift: ArrayLike,
+    epsilon: float,
+    *,
+    residual: float = 0.0,
+    x_zero_point: int = 0,
+    zero_point: int = 0,
+    qmin: int = 0,
+    qmax: int = 255,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """y = clip(rint(x * (multiplier * |x| / (mean(|x|) + epsilon) + residual) + shift) + ..., ...).
+
+    x (B, ..., C), uint8 or int16, less x_zero_point (0..255); |x| of each channel is the root of
+    the sum of its pixels' squares, and their mean that of the C channels. residual: a finite float
+    in steps of y, 1 in ConvNeXt V2's norm. The others, scalars or (C,), and the errors are as in
+    `layer_norm`; the order of the float operations is that of reference.global_response_norm.
+    """
+    name = "global_response_norm"
+    x = _images(name, x)
+    columns, epsilon, clamp = _norm(name, x, multiplier, shift, epsilon, zero_point, qmin, qmax)
+    if isinstance(residual, int | np.integer):
+        residual = float(residual)
+    check_argument(f"{name}: residual", residual, FACTOR)
+    center = as_byte(f"{name}: x_zero_point", x_zero_point)
+    result = output_array(name, out, x.shape, UINT8, x)
+    numbers = epsilon, float(residual), center
+    return run_row(_global_response_norm_row, [x, result], *columns, *numbers, *clamp)
+
+
+def _images(name: str, x: Any) -> NDArray[Any]:
+    """x (B, ..., C) of pixels and channels."""
+    x = as_values(f"{name}: x", x)
+    if x.ndim < 2 or (not x[:1].size and x.shape[0]):
+        raise ValueError(f"{name}: x {x.shape}; wanted (B, ..., C), all but B over 0")
+    return x
 
 
 def _norm(
@@ -221,3 +259,10 @@ def _group_norm_row(
 ) -> None:
     scale, offset = (np.frombuffer(values, np.float32) for values in (multiplier, shift))
     group_norm_row(call, x, out, groups, scale, offset, *rest)
+
+
+def _global_response_norm_row(
+    call: Call, x: View, out: View, multiplier: bytes, shift: bytes, *rest: Any
+) -> None:
+    scale, offset = (np.frombuffer(values, np.float32) for values in (multiplier, shift))
+    global_response_norm_row(call, x, out, scale, offset, *rest)

@@ -10,10 +10,10 @@ from torch import Tensor, fx
 
 from fastq.graph import Node
 from fastq.layout import Ref
-from fastq.read.exported import Arguments, ranked_shape
-from fastq.read.norms import norm
+from fastq.read.exported import Arguments, ranked_shape, shape_of
+from fastq.read.norms import global_response_norm, norm
 from fastq.read.reader import MAX_TERMS, Reader, reads, reads_any
-from fastq.read.spelled import product, quotient
+from fastq.read.spelled import product, quotient, response
 
 
 @reads_any("add")
@@ -29,8 +29,22 @@ def sub(reader: Reader, node: fx.Node, a: Arguments) -> Node | None:
 @reads_any("mul")
 def mul(reader: Reader, node: fx.Node, a: Arguments) -> Node | None:
     x, y = a["self"], a["other"]
-    found = norm(reader, node, product(x, y)) or norm(reader, node, product(y, x))
-    return found or binary(reader, node, "mul", x, y)
+    for factor, other in ((y, x), (x, y)):
+        found = norm(reader, node, product(other, factor)) or global_response_norm(
+            reader, node, response(other, factor)
+        )
+        if found is not None:
+            return found
+    return binary(reader, node, "mul", x, y)
+
+
+@reads_any("addcmul")
+def addcmul(reader: Reader, node: fx.Node, a: Arguments) -> Node | None:
+    x, y, z = a["self"], a["tensor1"], a["tensor2"]
+    if torch.broadcast_shapes(y.shape, z.shape) != shape_of(node):
+        return None
+    product = binary(reader, node, "mul", y, z)
+    return product and binary(reader, node, "add", x, product, float(a.get("value", 1)))
 
 
 @reads_any("div")

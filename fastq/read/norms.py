@@ -1,4 +1,4 @@
-"""Batch, layer, RMS, group and instance norms, called or spelled out."""
+"""Batch, layer, RMS, group, instance and global response norms, called or spelled out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import fx
 from fastq.graph import Node, normalization
 from fastq.read.exported import Arguments, parameters
 from fastq.read.reader import Reader, reads
-from fastq.read.spelled import Norm
+from fastq.read.spelled import Norm, Response
 
 
 @reads("batch_norm")
@@ -98,3 +98,16 @@ def norm(reader: Reader, node: fx.Node, found: Norm | None) -> Node | None:
     attrs = {"shape": (n,), "eps": eps}
     y = reader.add(name, op, [x], attrs=attrs, tensors=tensors, shape=x.shape)
     return reader.permute(node, y, [dims.index(d) for d in range(last + 1)])
+
+
+def global_response_norm(reader: Reader, node: fx.Node, found: Response | None) -> Node | None:
+    """One that is spelled out, of channels on any axis: they are the second one meanwhile. Weight,
+    bias and what is added are taken in by fuse.py."""
+    if found is None:
+        return None
+    axes = range(len(found.x.shape))
+    dims = (0, found.dim, *(d for d in axes if d not in (0, found.dim)))
+    x = reader.permute(f"{node.name}_channels", found.x, dims)
+    name: Any = node if found.dim == 1 else f"{node.name}_responses"
+    y = reader.add(name, "global_response_norm", [x], attrs={"eps": found.eps}, shape=x.shape)
+    return reader.permute(node, y, [dims.index(d) for d in axes])

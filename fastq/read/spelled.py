@@ -4,6 +4,7 @@ rms_norm    x / sqrt(mean(x^2) + eps); times rsqrt(...), times (...) ** -0.5
 layer_norm  the same of x - mean(x), its mean square perhaps as var(x);
             (x - mean(x)) / (std(x) + eps)
 length      x / max(norm(x), eps), as in F.normalize: an RMS norm by sqrt(n)
+response    x * (size / (mean(size) + eps)), size that of each channel: the norm of its pixels
 """
 
 from __future__ import annotations
@@ -27,6 +28,14 @@ class Norm(NamedTuple):
     factor: float = 1.0
 
 
+class Response(NamedTuple):
+    """The global response of x, whose channels are axis dim."""
+
+    x: Node
+    dim: int
+    eps: float
+
+
 def product(x: Any, factor: Any) -> Norm | None:
     """The norm that x * factor is."""
     return _by_root(x, _root(factor, "rsqrt", -0.5))
@@ -37,9 +46,29 @@ def quotient(x: Any, divisor: Any) -> Norm | None:
     return _by_root(x, _root(divisor, "sqrt", 0.5)) or _by_size(x, divisor)
 
 
+def response(x: Any, factor: Any) -> Response | None:
+    """The global response that x * factor is."""
+    if not (isinstance(x, Node) and isinstance(factor, Node) and factor.op == "aten"):
+        return None
+    if operator_of(factor) != "div" or factor.attrs["kwargs"] or len(factor.inputs) != 2:
+        return None
+    size, total = factor.inputs
+    _, eps, *_ = _called(total, "add") or (None, None)
+    if not isinstance(eps, float) or not 0 <= eps < inf:
+        return None
+    mean = _mean_of(total.inputs[0])
+    if mean is None or mean[0] is not size or not _is_size(size) or size.inputs[0] is not x:
+        return None
+    _, _, dims, *_ = size.attrs["args"]
+    pixels = {d % len(x.shape) for d in dims or ()}
+    if not pixels or sorted([0, mean[1], *pixels]) != [*range(len(x.shape))]:
+        return None
+    return Response(x, mean[1], eps)
+
+
 def is_part(x: Any) -> bool:
-    """Whether the mean of x is one of a norm: x is a square."""
-    return _squared(x) is not None
+    """Whether the mean of x is one of a norm: x is a square, or the size of each channel."""
+    return _squared(x) is not None or _is_size(x)
 
 
 def _by_root(x: Any, total: Node | None) -> Norm | None:
@@ -116,6 +145,14 @@ def _mean_of(mean: Node) -> tuple[Node, int] | None:
     pooled = mean.attrs.get("output_size") if mean.op == "adaptive_avg_pool2d" else None
     dim = 3 if pooled == (None, 1) else _one_axis(mean, "mean", 1)
     return None if dim is None else (mean.inputs[0], dim)
+
+
+def _is_size(value: Node) -> bool:
+    """Whether it is the root of a sum of squares, over axes that it keeps."""
+    if value.op != "aten" or operator_of(value) != "linalg_vector_norm":
+        return False
+    _, order, _, keepdim, *_ = value.attrs["args"]
+    return bool(order == 2 and keepdim)
 
 
 def _centered(value: Node) -> tuple[Node, int] | None:

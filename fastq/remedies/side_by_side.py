@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastq.graph import Node, Values, evaluate, pixels_together, shapes_of, tensors_of
+from fastq.graph import BY_CHANNEL, Node, Values, evaluate, pixels_together, shapes_of, tensors_of
 from fastq.prepare import Prepared, fake_quantize
 
 Batch = Sequence[Any]
@@ -148,7 +148,7 @@ def by_channel(node: Node, value: Tensor) -> Tensor:
 
 
 def channel_axis(node: Node, rank: int) -> int:
-    return 1 if node.op in ("conv2d", "conv_transpose2d", "affine", "group_norm") else rank - 1
+    return 1 if node.op in ("conv2d", "conv_transpose2d", *BY_CHANNEL) else rank - 1
 
 
 def along(factor: Tensor, tensor: Tensor, axis: int) -> Tensor:
