@@ -115,14 +115,14 @@ def stretches(leaves: Leaves) -> list[list[Way]]:
     is known which one a size follows.
 
     By an odd number first: a network that pads to even sizes is another one then, and its graph
-    holds for one size only. Many networks take multiples of 32 alone, which comes second. Some
-    take no longer sequences than the example: shorter ones come last. One that pads images, and
-    cuts off what it padded, does neither for some sizes: both examples get odd ones. One that reads
-    the columns of an image as a sequence takes any width of one height, or the other way round; one
-    that reads tokens beside an image or a sound takes any number of tokens with one of these. Of
-    several inputs each grows by a number of its own, if the network takes that. Rows of real
-    numbers grow where nothing else does, or where all else does not grow alone: long ones by an
-    eighth, as what hears a sound has large strides.
+    holds for one size only. Many networks take multiples of 32 alone, which comes second. Some take
+    no longer sequences than the example: shorter ones come last. One that pads images, and cuts off
+    what it padded, does neither for some sizes: both examples get odd ones. One may take images
+    with their channels last. One that reads the columns of an image as a sequence takes any width
+    of one height, or the other way round; one that reads tokens beside an image or a sound takes
+    any number of tokens with one of these. Of several inputs each grows by a number of its own, if
+    the network takes that. Rows of real numbers grow where nothing else does, or where all else
+    does not grow alone: long ones by an eighth, as what hears a sound has large strides.
     """
     tensors = [leaf.x for leaf in leaves if isinstance(leaf.x, Tensor)]
     dims = {x.dim() for x in tensors}
@@ -161,7 +161,7 @@ def stretches(leaves: Leaves) -> list[list[Way]]:
         height, width = next(x.shape[2:] for x in tensors if x.dim() == 4)
         few = stretch(2, ((27 - height) % 32, (21 - width) % 32), (1, 2, 3))
         many = stretch(2, (64 + (13 - height) % 32, 64 + (7 - width) % 32), (7, 11, 13))
-        ways += [[(few, many)], longer(2, (3,)), longer(2, (2,))]
+        ways += [[(few, many)], longer(2, (1, 2)), longer(2, (3,)), longer(2, (2,))]
     if dims & {3, 4, 5} and any(x.dim() == 2 and not _is_row(x) for x in tensors):
         ways.append([(one, two._replace(parts=two.parts[:1])) for one, two in longer(2)])
     return ways + series

@@ -30,7 +30,8 @@ from fastq.graph import VOLUMES, Graph, Node, are_shares, run_calls, scaled
 from fastq.layout import Ref
 from fastq.masks import operator_of
 
-CLAMPING = ("conv2d", "linear", "conv_transpose2d", "add", "mul", "affine", "avg_pool2d",
+CLAMPING = ("conv2d", "linear", "conv_transpose2d", "add", "mul", "affine", "layer_norm",
+            "rms_norm", "group_norm", "global_response_norm", "avg_pool2d",
             "adaptive_avg_pool2d")  # fmt: skip
 IMAGES = ("conv2d", "conv_transpose2d", *VOLUMES)  # products whose outputs are channels
 # operators that compute each element of a value from the same element of others; of those that have

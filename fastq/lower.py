@@ -29,6 +29,7 @@ Weights = Callable[[Node], tuple[Any, Any]]  # a node's (int8 data, float32 scal
 Biases = Callable[[Node], Tensor | None]
 
 NHWC = (0, 2, 3, 1)
+OF_FEATURES = ("linear", "layer_norm", "rms_norm", "matmul")  # read lines of the last axis
 # A norm's epsilon, in squared steps of its input. With the least one a line of equal values gives 0
 # and not NaN; next to the most the variance is nothing in float32.
 LEAST_EPSILON = 1e-30
@@ -99,7 +100,8 @@ class _Lowering:
         self.scales: dict[Node, Any] = {}
         self.weights_only = bare_weights([region])
         self.users = {
-            n: [u for u in region.nodes for v in u.inputs if v is n] for n in region.nodes
+            n: [u for u in region.nodes for v in u.inputs if v is n]
+            for n in (*region.inputs, *region.nodes)
         }
 
     def program(self) -> Program:
@@ -108,7 +110,7 @@ class _Lowering:
             if node.op == "constant":
                 self.constant(node)
                 continue
-            axes = NHWC if len(node.shape) == 4 else tuple(range(len(node.shape)))
+            axes = self.read_first(node)
             q = self.qparams(node)
             self.names[node] = self.emit(
                 "quantize", f"{node.name}_{SUFFIX[q.dtype]}", [node.name], axes, node,
@@ -133,6 +135,15 @@ class _Lowering:
         extents = tuple(self.extent(node) for node in region.given)
         names = tuple(node.name for node in region.given)
         return Program(names, tuple(self.steps), tuple(outputs), extents)
+
+    def read_first(self, node: Node) -> tuple[int, ...]:
+        """The order of an input's axes that suits the first who takes it, after permutes."""
+        plain = dims = tuple(range(len(node.shape)))
+        user = self.users[node][0]
+        while user.op == "permute" and self.users[user]:
+            dims, user = tuple(dims[d] for d in user.attrs["dims"]), self.users[user][0]
+        image = len(node.shape) == 4 and user.op not in OF_FEATURES
+        return tuple(dims[axis] for axis in (NHWC if image else plain))
 
     def extent(self, node: Node) -> tuple[int | None, ...]:
         """Which sizes of a program's input may vary. Of a value in the network any: where its batch

@@ -376,6 +376,8 @@ class Ranges:
         all who read such values can take int16 and all who make them can give it."""
         sums = [node for node in nodes if node.op in SUMS and len(node.inputs) == 2]
         read = [node.inputs[0] for node in nodes if node.op in (*NORMS, *RECURRENT)]
+        # a class token beside the patches: it may be far smaller than they are
+        read += [n for n in nodes if n.op == "concat" and any(v.op == "constant" for v in n.inputs)]
         found = set(map(self.find, sums + read))
         for node in nodes:
             if node.op in LINES and node.shape[-1] > MAX_WIDE_FEATURES:

@@ -114,6 +114,15 @@ EXTENTS: dict[str, tuple[Callable[[Call, Tensor], Any], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
+def test_images_may_have_their_channels_last() -> None:
+    model = call(lambda net, x: net.a(x.permute(0, 3, 1, 2)), **A)().eval()
+    captured = check(model, torch.randn(2, 8, 7, 3))
+    assert grows(captured) == (1, 2)
+    with torch.no_grad():
+        larger = torch.randn(3, 12, 5, 3)
+        same(model(larger), run(captured, larger))
+
+
 @pytest.mark.parametrize("name", EXTENTS)
 def test_a_graph_that_depends_on_the_extent_holds_for_it(name: str) -> None:
     function, free = EXTENTS[name]
@@ -488,6 +497,32 @@ IN_PLACE: dict[str, Callable[[Call, Tensor], Any]] = {
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_changes_in_place_are_seen(name: str) -> None:
     check(call(IN_PLACE[name], **A)(), image())
+
+
+# of parameters alone: what becomes one constant
+OF_CONSTANTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "in place": lambda t: (t + 1).relu_().mul_(0.5),
+    "other names": lambda t: (t * 4).floor_divide_(torch.tensor(2.0)).abs().pow_(t.abs()),
+    "by an operator": lambda t: (lambda y: (y.__ifloordiv__(2), y)[1])(t * 4),
+    "dropout": lambda t: F.dropout(F.dropout(t * 2, 0.5, False), 0.5, False, True),
+    "a view": lambda t: (lambda y: (y[:2].zero_(), y)[1])(t + 1),
+}
+
+
+@pytest.mark.parametrize("name", OF_CONSTANTS)
+def test_changes_in_place_of_what_is_made_of_parameters_are_constants(name: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.t = nn.Parameter(torch.randn(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + OF_CONSTANTS[name](self.t)
+
+    model = Net()
+    before = model.t.detach().clone()
+    assert ops(check(model, torch.randn(4, 6))) == ["add"]
+    assert torch.equal(model.t, before)
 
 
 class Buffered(nn.Module):

@@ -140,6 +140,24 @@ def test_it_takes_int16(monkeypatch: pytest.MonkeyPatch) -> None:
     assert noise_ratio(wanted, int8(x)) > max(30, noise_ratio(wanted, narrow(x)) + 10)
 
 
+@pytest.mark.parametrize("of", ["group", "instance", "layer", "rms"])
+def test_an_activation_is_its_clamp(of: str) -> None:
+    """None of the 256 steps is for what ReLU takes away."""
+    norms = {
+        "group": nn.GroupNorm(2, 8),
+        "instance": nn.InstanceNorm2d(8, affine=True),
+        "layer": nn.LayerNorm(9),
+        "rms": nn.RMSNorm(9),
+    }
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norms[of], nn.ReLU6(), nn.Conv2d(8, 4, 3)).eval()
+    x = torch.randn(8, 3, 12, 11)
+    int8 = fastq.quantize_model(model, x, progress=False)
+    (norm,) = (step for step in int8.program.steps if step.op.endswith("norm"))
+    assert "table" not in [step.op for step in int8.program.steps]
+    assert norm.arguments["zero_point"] == norm.arguments["qmin"] == 0
+    assert noise_ratio(model(x).detach(), int8(x)) > 33
+
+
 def test_known_statistics_are_a_batch_norm() -> None:
     torch.manual_seed(0)
     norm = nn.InstanceNorm2d(6, affine=True, track_running_stats=True)

@@ -1042,6 +1042,27 @@ def test_norms_of_values_that_vanish(kind: str, factor: float) -> None:
     check(nn.Sequential(nn.Linear(8, 8), Apply(norm)), torch.randn(64, 8), decibels=32)
 
 
+# in which order an input is written, so that who reads it first needs no copy
+FIRST_READERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]]] = {
+    "images": (lambda: nn.Conv2d(3, 4, 3, padding=2, padding_mode="replicate"),
+               (8, 3, 9, 7), (0, 2, 3, 1)),
+    "channels last": (lambda: nn.Sequential(Apply(lambda x: x.permute(0, 3, 1, 2)),
+                                            nn.Conv2d(3, 4, 3)), (8, 9, 7, 3), (0, 1, 2, 3)),
+    "features": (lambda: nn.Linear(3, 4), (8, 9, 7, 3), (0, 1, 2, 3)),
+    "features, turned": (lambda: nn.Sequential(Apply(lambda x: x.transpose(1, 3)),
+                                               nn.Linear(3, 4)), (8, 3, 7, 9), (0, 3, 2, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIRST_READERS)
+def test_an_input_is_written_as_its_first_reader_wants_it(name: str) -> None:
+    make, shape, axes = FIRST_READERS[name]
+    torch.manual_seed(0)
+    steps = check(make(), torch.randn(shape)).program.steps
+    assert [step.arguments["axes"] for step in steps if step.op == "quantize"] == [axes]
+    assert not any(step.op == "permute" for step in steps)
+
+
 OTHER_MOVES: dict[str, Callable[[Tensor], Tensor]] = {
     "of the batch": lambda x: x[[2, 0, 1]],
     "of a batch, turned": lambda x: x.flip(0),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from networks import noise_ratio
 from numpy.testing import assert_array_equal
 from rows import guarded, u8
 from torch import nn
@@ -414,6 +415,31 @@ def test_a_file_says_which_values_are_int16() -> None:
     recipe[next(iter(recipe))][1:] = [3, "int16"]
     with pytest.raises(ValueError, match="zero_point=3 of int16; wanted 0"):
         fastq.prepare_qat(narrow)
+
+
+def test_a_token_that_is_far_smaller_than_those_beside_it() -> None:
+    """Vision transformers: the token of the class starts as next to nothing."""
+
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch, self.head = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 5)
+            self.token = nn.Parameter(0.02 * torch.randn(1, 1, 16))
+            self.places = nn.Parameter(0.02 * torch.randn(1, 17, 16))
+            self.norm = nn.LayerNorm(16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.patch(x).flatten(2).transpose(1, 2)
+            y = torch.cat((self.token.expand(len(y), -1, -1), y), 1) + self.places
+            return self.head(self.norm(y))
+
+    torch.manual_seed(0)
+    model, x = Patches().eval(), 3 * torch.randn(16, 3, 16, 16)
+    int8 = fastq.quantize_model(model, x, progress=False)
+    with torch.no_grad():
+        assert noise_ratio(model(x)[:, 0], int8(x)[:, 0]) > 30
+    dtypes = [int8.program.dtypes[s.name] for s in int8.program.steps if s.op == "concat"]
+    assert dtypes == ["int16"]
 
 
 def test_the_observer_that_was_asked_for() -> None:

@@ -223,12 +223,15 @@ class Reader:
             filled["self"] = torch.empty(0, dtype=node.all_input_nodes[0].meta["val"].dtype)
         leaves = pytree.tree_leaves(list(filled.values()))
         alone = not any(isinstance(v, Node) for v in leaves) and node.name not in self.live
-        if alone and self.folds(target, leaves):
+        writes = self.functional(target, plain) if in_place and alone else target
+        if alone and self.folds(writes, given, leaves):
             args = [filled[a.name] for a in target._schema.arguments[: len(node.args)]]
             with torch.no_grad():
-                value = target(*args, **{key: filled[key] for key in node.kwargs})
+                value = writes(*args, **{key: filled[key] for key in node.kwargs})
             if isinstance(value, Tensor):
                 self.folded[node.name] = value
+            if in_place:
+                self.overwrite(node, value)
             return value
         result: Any = None
         if target.namespace in ("aten", POINTWISE_NAMESPACE) and node.meta.get("val") is not None:
@@ -241,22 +244,25 @@ class Reader:
             self.overwrite(node, result)
         return result
 
-    def folds(self, target: Any, leaves: list[Any]) -> bool:
+    def folds(self, target: Any, a: Arguments, leaves: list[Any]) -> bool:
         """Whether an operator of parameters, buffers and numbers is computed here and now."""
         name = name_of(target)
         fixed = not target._schema.is_mutable and name not in GROWING
-        random = torch.Tag.nondeterministic_seeded in target.tags
+        off = name in SAME and is_off(a)  # as a dropout is
+        random = torch.Tag.nondeterministic_seeded in target.tags and not off
         known = name in _FILLED or any(isinstance(v, Tensor) for v in leaves)
         return fixed and not random and known
 
     def functional(self, target: Any, plain: str) -> Any:
         """The operator that returns what this one writes."""
         packet = getattr(getattr(torch.ops, target.namespace), plain, None)
-        if packet is None or target._overloadname not in packet.overloads():
-            raise CannotCapture(f"{target} changes its input")
-        return getattr(packet, target._overloadname)
+        arguments = _argument_types(target)
+        for overload in packet.overloads() if packet is not None else ():  # names may differ
+            if _argument_types(getattr(packet, overload)) == arguments:
+                return getattr(packet, overload)
+        raise CannotCapture(f"{target} changes its input")
 
-    def overwrite(self, node: fx.Node, result: Node) -> None:
+    def overwrite(self, node: fx.Node, result: Node | Tensor) -> None:
         """Who reads the changed value later shall get the new one."""
         changed: Any = node.args[0]
         old, memory, now = self.values[changed], memory_of(changed), self.place[node]
@@ -411,6 +417,11 @@ class Reader:
         shape[dim] = len(range(*slice(start, end).indices(shape[dim])))
         attrs = {"dim": dim, "start": start, "end": end, "step": 1}
         return self.add(name, "slice", [x], shape=tuple(shape), attrs=attrs)
+
+
+def _argument_types(target: Any) -> list[tuple[str, str]]:
+    """The first one is the tensor itself, by whatever name."""
+    return [(a.name if i else "", str(a.type)) for i, a in enumerate(target._schema.arguments)]
 
 
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> Any:
