@@ -55,6 +55,7 @@ from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import (
     AHEAD,
     KR,
+    Field,
     address,
     branch_back,
     copy_bytes,
@@ -63,6 +64,7 @@ from fastq.kernels.simd import (
     i8,
     i32,
     i64,
+    least,
     load,
     prefetch,
     ptr,
@@ -189,112 +191,137 @@ def emit_tiles(b: Any, tile: Tile, epilogue: str, rows: str, args: Any, place: A
     parts = spelled(epilogue)
     out_bytes, width = ITEM_BYTES[parts.kind], tile.nr * tile.panels
     first_column = b.mul(panel, i64(width))
-
-    def operand(base: int, column: int, first: Any) -> Any:
-        """rows(m, mr) -> addresses of MR rows; fields: base, row, image, group."""
-        offset = b.add(b.mul(image, field(base + 2)), b.mul(group, field(base + 3)))
-        start = address(b, field(base, ptr), b.add(offset, first))
-        stride = field(base + 1)
-        table = field(f.ROW_TABLE, ptr) if rows == "table" else None
-
-        def at(m: Any, mr: Any) -> list[Any]:
-            index = [i64(i) for i in range(tile.mr)]
-            if mr is not None:  # rows beyond mr repeat the last one
-                last = b.sub(mr, i64(1))
-                index = [b.select(b.icmp_signed("<", i, last), i, last) for i in index]
-            if table is None:
-                here = address(b, start, b.mul(m, stride))
-                return [address(b, here, b.mul(i, stride)) for i in index]
-            entries = address(b, table, b.add(b.mul(m, i64(24)), i64(8 * column)))
-            offsets = [load(b, i64, entries, b.mul(i, i64(24))) for i in index]
-            return [address(b, start, offset) for offset in offsets]
-
-        return at
-
-    # panels of the tile: beyond the last one it is repeated, and what it gives not copied
-    count = b.udiv(b.add(field(f.N), i64(tile.nr - 1)), i64(tile.nr))
-    last = b.sub(count, i64(1))
-    here = [b.mul(panel, i64(tile.panels))]
-    for j in range(1, tile.panels):
-        index = b.add(here[0], i64(j))
-        here.append(b.select(b.icmp_signed("<", index, last), index, last))
-    here = [b.add(b.mul(group, count), index) for index in here]
+    here = _panels(b, tile, field, group, panel)
     weights = [address(b, field(f.B, ptr), b.mul(index, field(f.B_PANEL))) for index in here]
     offsets, steps = field(f.OFFSETS, ptr), field(f.STEPS)
-
-    def by_table(step: Any) -> Any:
-        return b.sext(load(b, i32, offsets, b.mul(step, i64(4))), i64)
-
     columns = [b.mul(index, i64(4 * tile.nr)) for index in here]
     end = EpilogueEmitter(b, simd, parts, tile.nr // simd.lanes, columns, field)
-    depthwise = tile.kind == "depthwise"
-    own = depthwise or (tile.group and tile.kind == "gemm")
-    first_channel = b.mul(panel, i64(tile.nr * tile.a_bytes)) if own else i64(0)
-    a_rows = operand(f.A, 0, first_channel)
-    out_rows = operand(f.OUT, 1, b.mul(first_column, i64(out_bytes)))
+
+    def operand(base: int, first: Any) -> Rows:
+        offset = b.add(b.mul(image, field(base + 2)), b.mul(group, field(base + 3)))
+        return _rows(b, tile, rows, field, base, address(b, field(base, ptr), b.add(offset, first)))
+
+    own = tile.kind == "depthwise" or (tile.group and tile.kind == "gemm")
+    a_rows = operand(f.A, b.mul(panel, i64(tile.nr * tile.a_bytes)) if own else i64(0))
+    out_rows = operand(f.OUT, b.mul(first_column, i64(out_bytes)))
     add_rows = None
     if parts.added:
-        add_rows = operand(f.ADD, 2, b.mul(first_column, i64(ITEM_BYTES[parts.added])))
+        add_rows = operand(f.ADD, b.mul(first_column, i64(ITEM_BYTES[parts.added])))
     # of a factor for each row, groups have their own
     place = b.add(b.mul(image, field(f.GROUPS)), group) if parts.by_row else image
     first_row = b.mul(place, field(f.M))
     valid = b.sub(field(f.N), first_column)
     edge = b.icmp_signed("<", valid, i64(width))
-    with b.goto_entry_block():
-        scratch = b.alloca(ir.ArrayType(i8, tile.mr * tile.outputs * width * out_bytes))
-        scratch.align = 64
-        scratch.type = ptr  # llvmlite gives it a typed pointer, which LLVM no longer knows
-    scratch_rows = [
-        address(b, scratch, i * width * out_bytes) for i in range(tile.mr * tile.outputs)
-    ]
-
-    def outputs_of(rows: list[Any], pixel: int) -> list[Any]:
-        """The addresses of all outputs of some rows, `pixel` (a field) apart, the last one first:
-        where a line has a single pixel they lie 0 apart, and what is stored last counts."""
-        if tile.outputs == 1:
-            return rows
-        step, last_first = field(pixel), reversed(range(tile.outputs))
-        steps = [b.mul(step, i64(j)) for j in last_first]
-        return [address(b, row, offset) for row in rows for offset in steps]
+    scratch = _scratch_rows(b, tile.mr * tile.outputs, width * out_bytes)
 
     def emit(m: Any, mr: Any) -> None:
         """One tile; a full one if mr is None."""
-        if depthwise:
-            accs = emit_tap_loop(
-                b, tile.isa, tile.outputs, a_rows(m, mr), weights[0], offsets, steps, end.start
-            )
-        elif tile.kind == "dot":
-            (row,) = a_rows(m, mr)
-            accs = emit_dot_loop(b, tile, row, weights[0], by_table, field, end.start[0])
-        else:
-            accs = emit_k_loop(b, tile, a_rows(m, mr), weights, by_table, steps, end.start)
-        targets = rows_out = outputs_of(out_rows(m, mr), f.OUT_PIXEL)
-        if mr is not None and not simd.masks:  # not full in N: to a scratch tile first
-            targets = [b.select(edge, s, o) for s, o in zip(scratch_rows, rows_out, strict=True)]
+        accs = _sums(b, tile, a_rows(m, mr), weights, field, (offsets, steps), end.start)
+        targets = rows_out = _pixels(b, tile, out_rows(m, mr), field, f.OUT_PIXEL)
+        by_scratch = mr is not None and not simd.masks  # not full in N: to a scratch tile first
+        if by_scratch:
+            targets = [b.select(edge, s, o) for s, o in zip(scratch, rows_out, strict=True)]
         added_rows = None
         if add_rows is not None:
-            added_rows = outputs_of(add_rows(m, mr), f.ADD_PIXEL)
-        absolute = [b.add(first_row, b.add(m, i64(i))) for i in range(tile.mr)]
+            added_rows = _pixels(b, tile, add_rows(m, mr), field, f.ADD_PIXEL)
+        numbers = [b.add(first_row, b.add(m, i64(i))) for i in range(tile.mr)]
         if mr is not None:
             last = b.sub(b.add(first_row, b.add(m, mr)), i64(1))
-            absolute = [b.select(b.icmp_signed("<", i, last), i, last) for i in absolute]
-        absolute = [row for row in absolute for _ in range(tile.outputs)]
-        end.store(accs, targets, absolute, added_rows, valid if simd.masks else None)
-        if mr is not None and not simd.masks:
+            numbers = [least(b, i, last) for i in numbers]
+        numbers = [number for number in numbers for _ in range(tile.outputs)]
+        end.store(accs, targets, numbers, added_rows, valid if simd.masks else None)
+        if by_scratch:
             with b.if_then(edge):
                 size = b.mul(valid, i64(out_bytes))
-                for scratch_row, out_row in zip(scratch_rows, rows_out, strict=True):
-                    copy_bytes(b, out_row, scratch_row, size)
+                for row, out_row in zip(scratch, rows_out, strict=True):
+                    copy_bytes(b, out_row, row, size)
 
-    height = i64(tile.mr)
     full_end = m_end if simd.masks else b.select(edge, m, m_end)
     m, _ = emit_loop(b, m, full_end, tile.mr, (), lambda m: emit(m, None))
 
     def rest(m: Any) -> None:
-        left = b.sub(m_end, m)
-        emit(m, b.select(b.icmp_signed("<", left, height), left, height))
+        emit(m, least(b, b.sub(m_end, m), i64(tile.mr)))
 
     emit_loop(b, m, b.add(m_end, i64(tile.mr - 1)), tile.mr, (), rest)
+
+
+def _panels(b: Any, tile: Tile, field: Field, group: Any, panel: Any) -> list[Any]:
+    """The numbers of a tile's panels among those of all groups; beyond the last one of its group it
+    is repeated, and what it gives not copied."""
+    count = b.udiv(b.add(field(f.N), i64(tile.nr - 1)), i64(tile.nr))
+    last = b.sub(count, i64(1))
+    first = b.mul(panel, i64(tile.panels))
+    here = [first, *(least(b, b.add(first, i64(j)), last) for j in range(1, tile.panels))]
+    return [b.add(b.mul(group, count), index) for index in here]
+
+
+Rows = Callable[[Any, Any], list[Any]]
+
+
+def _rows(b: Any, tile: Tile, rows: str, field: Field, base: int, start: Any) -> Rows:
+    """at(m, mr) -> the addresses of MR rows from m on; those beyond mr repeat the last one.
+
+    base is the operand's first field, start the address of its row 0 (affine).
+    """
+    stride = field(base + 1)
+    table = field(f.ROW_TABLE, ptr) if rows == "table" else None
+    column = (f.A, f.OUT, f.ADD).index(base)
+
+    def at(m: Any, mr: Any) -> list[Any]:
+        index = [i64(i) for i in range(tile.mr)]
+        if mr is not None:
+            last = b.sub(mr, i64(1))
+            index = [least(b, i, last) for i in index]
+        if table is None:
+            here = address(b, start, b.mul(m, stride))
+            return [address(b, here, b.mul(i, stride)) for i in index]
+        entries = address(b, table, b.add(b.mul(m, i64(24)), i64(8 * column)))
+        offsets = [load(b, i64, entries, b.mul(i, i64(24))) for i in index]
+        return [address(b, start, offset) for offset in offsets]
+
+    return at
+
+
+def _scratch_rows(b: Any, count: int, size: int) -> list[Any]:
+    """The addresses of rows of `size` bytes on the stack."""
+    with b.goto_entry_block():
+        scratch = b.alloca(ir.ArrayType(i8, count * size))
+        scratch.align = 64
+        scratch.type = ptr  # llvmlite gives it a typed pointer, which LLVM no longer knows
+    return [address(b, scratch, i * size) for i in range(count)]
+
+
+def _pixels(b: Any, tile: Tile, rows: list[Any], field: Field, pixel: int) -> list[Any]:
+    """The addresses of all outputs of some rows, `pixel` (a field) apart, the last one first: where
+    a line has a single pixel they lie 0 apart, and what is stored last counts."""
+    if tile.outputs == 1:
+        return rows
+    step, last_first = field(pixel), reversed(range(tile.outputs))
+    steps = [b.mul(step, i64(j)) for j in last_first]
+    return [address(b, row, offset) for row in rows for offset in steps]
+
+
+def _sums(
+    b: Any,
+    tile: Tile,
+    rows: list[Any],
+    weights: list[Any],
+    field: Field,
+    taken: tuple[Any, Any],
+    start: list[Any],
+) -> list[list[Any]]:
+    """The accumulators of one tile, [row][vector]; taken is (OFFSETS, STEPS)."""
+    offsets, steps = taken
+    if tile.kind == "depthwise":
+        return emit_tap_loop(b, tile.isa, tile.outputs, rows, weights[0], offsets, steps, start)
+
+    def by_table(step: Any) -> Any:
+        return b.sext(load(b, i32, offsets, b.mul(step, i64(4))), i64)
+
+    if tile.kind == "dot":
+        (row,) = rows
+        return emit_dot_loop(b, tile, row, weights[0], by_table, field, start[0])
+    return emit_k_loop(b, tile, rows, weights, by_table, steps, start)
 
 
 def emit_k_loop(

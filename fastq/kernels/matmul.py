@@ -46,6 +46,7 @@ from fastq.kernels.simd import (
     i16,
     i32,
     i64,
+    least,
     load,
     ptr,
     shuffle,
@@ -70,7 +71,7 @@ def emit_pack_rows(b: Any, kind: str, nr: int, isa: str, field: Any, place: Any)
         lines, total = [], const(vec(i16, nr), -KR * 128)
         for i in range(KR):
             k = b.add(start, i64(i))
-            row = b.select(b.icmp_signed("<", k, last), k, last) if edge else k
+            row = least(b, k, last) if edge else k
             line = load(b, vec(ELEMENT[kind], nr), source, b.mul(row, field(B_ROW)))
             if edge:
                 new = b.and_(b.icmp_signed(">=", k, counted), b.icmp_signed("<=", k, last))
@@ -103,7 +104,7 @@ def emit_pack_columns(b: Any, kind: str, nr: int, isa: str, field: Any, place: A
 
     def column(j: Any) -> None:
         n = b.add(first, b.extract_element(order, j))
-        n = b.select(b.icmp_signed("<", n, last), n, last)
+        n = least(b, n, last)
         line = address(b, source, b.mul(n, field(B_ROW)))
         # of its vector of columns the first `side` weights of each, then the next
         vector, lane = b.udiv(j, cols), b.urem(j, cols)
@@ -150,7 +151,7 @@ def _step_start(b: Any, step: Any, k: Any) -> tuple[Any, Any]:
     """Where a K-step begins (pack.step_starts), and the first k that no step before counts."""
     counted = b.mul(step, i64(KR))
     end = b.sub(k, i64(KR))
-    start = b.select(b.icmp_signed("<", counted, end), counted, end)
+    start = least(b, counted, end)
     return b.select(b.icmp_signed("<", start, i64(0)), i64(0), start), counted
 
 

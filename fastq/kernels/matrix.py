@@ -57,6 +57,7 @@ from fastq.kernels.simd import (
     i16,
     i32,
     i64,
+    least,
     load,
     prefetch,
     ptr,
@@ -282,7 +283,7 @@ class _Waiting:
         b, left = self.b, self._get("left")
         if most is None:
             most = left
-        most = b.select(b.icmp_signed("<", most, left), most, left)
+        most = least(b, most, left)
         emit_loop(b, i64(0), most, 1, (), lambda _: self._emit_row())
 
     def _emit_row(self) -> None:

@@ -104,7 +104,7 @@ def shuffle(b: Any, x: Any, y: Any, lanes: Sequence[int]) -> Any:
 
 def _valid(b: Any, count: int, valid: Any) -> Any:
     """The mask of the first `valid` (i64) of `count` elements, all of them if there are fewer."""
-    valid = b.select(b.icmp_signed("<", valid, i64(count)), valid, i64(count))
+    valid = least(b, valid, i64(count))
     valid = b.select(b.icmp_signed("<", valid, i64(0)), i64(0), valid)
     index = ir.Constant(vec(i8, count), list(range(count)))
     return b.icmp_unsigned("<", index, splat(b, b.trunc(valid, i8), count))
@@ -153,6 +153,11 @@ def branch_back(b: Any, condition: Any, loop: Any, done: Any) -> None:
     node = ir.MDValue(module, [], name=str(len(module.metadata)))  # registers itself
     node.operands = (node, disable)  # a loop's node names itself first
     b.cbranch(condition, loop, done).set_metadata("llvm.loop", node)
+
+
+def least(b: Any, x: Any, y: Any) -> Any:
+    """The smaller of two signed integers."""
+    return b.select(b.icmp_signed("<", x, y), x, y)
 
 
 def rint(b: Any, x: Any) -> Any:

@@ -63,6 +63,7 @@ from fastq.kernels.simd import (
     i8,
     i32,
     i64,
+    least,
     load,
     load_valid,
     ptr,
@@ -251,7 +252,7 @@ def _planes(
             def last_again(i: Any) -> None:
                 """The pixels from i on, or the last ones of the line."""
                 last = b.sub(width, i64(count))
-                pixels(b.select(b.icmp_signed("<", i, last), i, last), channel, group, count)
+                pixels(least(b, i, last), channel, group, count)
 
             with b.if_else(b.icmp_signed("<", width, i64(count))) as (narrow, wide):
                 with narrow:

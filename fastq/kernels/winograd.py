@@ -61,6 +61,7 @@ from fastq.kernels.simd import (
     i16,
     i32,
     i64,
+    least,
     load,
     ptr,
     store,
@@ -271,7 +272,7 @@ def _emit_read(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
     def offsets(first: Any, size: Any, stride: Any) -> list[Any]:
         last = b.sub(size, i64(1))
         index = [b.add(b.mul(first, i64(OUT)), i64(i)) for i in range(IN)]
-        inside = [b.select(b.icmp_signed("<", i, last), i, last) for i in index]
+        inside = [least(b, i, last) for i in index]
         return [b.mul(i, stride) for i in inside]
 
     lines = [address(b, start, at) for at in offsets(down, field(HEIGHT), field(LINE))]
@@ -287,7 +288,7 @@ def _emit_read(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
     last = b.sub(channels, i64(kind.count))
 
     def channel(c: Any) -> None:
-        c = b.select(b.icmp_signed("<", c, last), c, last)  # the last ones again, if they are fewer
+        c = least(b, c, last)  # the last ones again, if they are fewer
         at = b.mul(c, i64(2))
         here = [address(b, line, b.mul(c, i64(simd.a_bytes))) for line in lines]
         d = [[activations(line, pixel) for pixel in pixels] for line in here]
@@ -318,7 +319,7 @@ def emit_multiply(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
             rows = []
             for i in range(tile.mr):  # of fewer tiles, the last is repeated
                 index = b.add(m, i64(i))
-                index = b.select(b.icmp_signed("<", index, last), index, last)
+                index = least(b, index, last)
                 rows.append(address(b, here, b.mul(index, tile_bytes)))
             found = emit_k_loop(
                 b, tile, rows, [panel], lambda step: b.mul(step, i64(8)),
