@@ -152,6 +152,12 @@ def _range_to_qparams(lo, hi, scale, zero_point, at):  # type: ignore[no-untyped
     zero_point[at] = quantize_step(-lo, step, 0.0, 255.0)
 
 
+@njit(inline="always")
+def _fill(out, first, last, step, value):  # type: ignore[no-untyped-def]
+    for i in range(first, last, step):
+        out[i] = value
+
+
 @functools.cache
 def stage_rows_kernel(source: str, target: str) -> Any:
     """source "dynamic" or "static" (float32), or "u8"; target "u8" or "u8x2". A task is a row.
@@ -185,8 +191,7 @@ def stage_rows_kernel(source: str, target: str) -> Any:
                     x = pointer(row, "f32")
                     for i in range(k):
                         out[at + i] = quantize_step(x[i], step, lo, hi) + zp
-                for i in range(k, out_k):
-                    out[at + i] = 0
+                _fill(out, at + k, at + out_k, 1, 0)
 
     return kernel
 
@@ -305,52 +310,46 @@ def stage_image_kernel(source: str, target: str, planes: int = 0, whole: int = 0
             if y < 0 or y >= height:
                 left = right = line_pixels
             first, last = start + left * line_channels, start + right * line_channels
-            end = start + line_pixels * line_channels
+            stop = start + line_pixels * line_channels
             if config[0] == "grid":
                 for c in range(channels):
                     zero = grid_step(0.0, factors[c], shifts[c])
-                    for i in range(start + c, first, line_channels):
-                        out[i] = zero
-                    for i in range(last + c, end, line_channels):
-                        out[i] = zero
+                    _fill(out, start + c, first, line_channels, zero)
+                    _fill(out, last + c, stop, line_channels, zero)
             else:
-                for i in range(start, first):
-                    out[i] = zp
-                for i in range(last, end):
-                    out[i] = zp
+                _fill(out, start, first, 1, zp)
+                _fill(out, last, stop, 1, zp)
             if left == right:
                 continue
             source_line = args[I_X] + image * args[I_XB] + y * args[I_XH]
+            pixels, run = width, channels
+            together = args[I_XW] == channels * args[I_XC] and line_channels == channels
             if config[2]:
                 _planes(
                     config, source_line, args[I_XC], width, args[I_OUT] + first * item, channels,
                     line_channels, args[I_SCALE], args[I_ZERO_POINT],
                 )  # fmt: skip
-            else:
-                pixels, run = width, channels
-                together = args[I_XW] == channels * args[I_XC] and line_channels == channels
-                if together and config[0] != "grid":
-                    pixels, run = 1, width * channels  # nothing lies between the pixels
-                for w in range(pixels):
-                    pixel = source_line + w * args[I_XW]
-                    at = first + w * line_channels
-                    if config[0] == "u8":
-                        if args[I_XC] == 1:
-                            _padded_copy(config[1], pixel, run, args[I_OUT] + at * item, run)
-                        else:
-                            for c in range(run):
-                                out[at + c] = pointer(pixel + c * args[I_XC], "u8")[0]
-                    elif config[0] == "grid":
-                        for c in range(run):
-                            value = pointer(pixel + c * args[I_XC], "f32")[0]
-                            out[at + c] = grid_step(value, factors[c], shifts[c])
-                    elif args[I_XC] == 4 and run >= SHORT and LEAST_NORMAL <= step <= MOST_NORMAL:
-                        place = args[I_OUT] + at * item
-                        elementwise_line(line, pixel, place, run, step, zp, lo, hi)
-                    else:
-                        for c in range(run):
-                            value = pointer(pixel + c * args[I_XC], "f32")[0]
-                            out[at + c] = quantize_step(value, step, lo, hi) + zp
+                pixels = 0  # they are done
+            elif together and config[0] != "grid":
+                pixels, run = 1, width * channels  # nothing lies between the pixels
+            for w in range(pixels):
+                pixel, at = source_line + w * args[I_XW], first + w * line_channels
+                if config[0] == "grid":
+                    for c in range(run):
+                        value = pointer(pixel + c * args[I_XC], "f32")[0]
+                        out[at + c] = grid_step(value, factors[c], shifts[c])
+                elif config[0] == "u8" and args[I_XC] == 1:
+                    _padded_copy(config[1], pixel, run, args[I_OUT] + at * item, run)
+                elif config[0] == "u8":
+                    for c in range(run):
+                        out[at + c] = pointer(pixel + c * args[I_XC], "u8")[0]
+                elif args[I_XC] == 4 and run >= SHORT and LEAST_NORMAL <= step <= MOST_NORMAL:
+                    place = args[I_OUT] + at * item
+                    elementwise_line(line, pixel, place, run, step, zp, lo, hi)
+                else:
+                    for c in range(run):
+                        value = pointer(pixel + c * args[I_XC], "f32")[0]
+                        out[at + c] = quantize_step(value, step, lo, hi) + zp
             if channels < line_channels and config[3] == 0:
                 for w in range(width):
                     for c in range(channels, line_channels):
