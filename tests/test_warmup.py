@@ -97,6 +97,7 @@ def test_every_factory_has_a_row() -> None:
 def test_a_factory_takes_its_row(isa: str) -> None:
     for factory, arguments in warmup.kernels(isa):
         inspect.signature(factory).bind(*arguments)
+        assert factory.cache_info().maxsize is None  # made once; `warmup` counts them by it
 
 
 def test_all_that_layers_use_is_listed(isa: str, used: set[str]) -> None:

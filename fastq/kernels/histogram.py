@@ -81,13 +81,15 @@ def _nonzero(typingctx: Any, x: Any, count: Any, out: Any) -> Any:
     return types.int64(types.int64, types.int64, types.int64), codegen
 
 
-def histogram_kernel(packs: bool) -> Any:
-    """The histogram of each lane's share; `packs` says whether it uses H_PACKED."""
-    return _histogram_kernel(packs, "avx512f" in target_features())
+def presses() -> bool:
+    """Whether this CPU compresses vectors."""
+    return "avx512f" in target_features()
 
 
 @functools.cache
-def _histogram_kernel(packs: bool, presses: bool) -> Any:
+def histogram_kernel(packs: bool, presses: bool) -> Any:
+    """The histogram of each lane's share; whether it uses H_PACKED, and puts values side by side
+    first."""
     config = (packs, presses, sources_digest())
 
     @native

@@ -269,7 +269,11 @@ FAMILIES = (
         lambda tier: product(tiles_of(tier, "matrix"), ("s16",)),
     ),
     Family("array", elementwise.elementwise_kernel, _elementwise),
-    Family("array", histogram.histogram_kernel, lambda tier: [(False,), (True,)]),
+    Family(
+        "array",
+        histogram.histogram_kernel,
+        lambda tier: [(packs, histogram.presses()) for packs in (False, True)],
+    ),
 )
 
 # networks by their layers; others have the kernels of one of these

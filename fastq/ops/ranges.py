@@ -80,7 +80,7 @@ def _histogram_call(size: int, lanes: int) -> Call:
     if packs:
         places[hg.H_PACKED] = call.scratch(lanes * hg.PACKED_BYTES)
     call.row(
-        hg.histogram_kernel(packs),
+        hg.histogram_kernel(packs, hg.presses()),
         hg.H_FIELDS,
         lanes,
         {hg.H_SIZE: size, hg.H_LANES: lanes},
