@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastq import ops
-from fastq.graph import CONVOLUTION_LAYER, MOVES, VOLUMES, Graph, Node, evaluate
+from fastq.capture import Captured
+from fastq.graph import CONVOLUTION_LAYER, MOVES, VOLUMES, Node, evaluate
 from fastq.layerwise import ratio
 from fastq.layout import Stage
 from fastq.lower import normalized, weight_of
-from fastq.nn.model import QuantizedModel
+from fastq.nn.model import QuantizedModel, leaves_of
 from fastq.observer import HistogramObserver
 from fastq.prepare import Prepared, grid_ends
 from fastq.qparams import QParams
@@ -128,10 +129,10 @@ class _Made:
 class Comparison:
     """The float graph and the integer programs on the same batches, value by value."""
 
-    def __init__(self, graph: Graph, quantized: QuantizedModel) -> None:
-        self.graph, self.quantized = graph, quantized
+    def __init__(self, captured: Captured, quantized: QuantizedModel) -> None:
+        self.captured, self.quantized = captured, quantized
         self.recipe: Prepared = read_recipe(quantized)
-        ours = {node.name: node.op for node in graph}
+        ours = {node.name: node.op for node in captured.graph}
         self.grids = [node for node in self.recipe.graph if node.op == "grid"]
         for node in self.recipe.graph:
             own = ours.get(node.name)
@@ -177,7 +178,11 @@ class Comparison:
             if other is not None and isinstance(value, Tensor) and value.is_floating_point():
                 self._compare(node, value, other)
 
-        self.graph.run(pytree.tree_leaves((args, kwargs)), watch)
+        captured, names = self.captured, self.quantized.layout.names
+        leaves = leaves_of(
+            self.quantized, tuple(args), dict(kwargs), captured.in_spec, captured.arguments, names
+        )
+        captured.graph.run(leaves, watch)
         return result
 
     def _compare(self, node: Node, real: Tensor, made: _Made) -> None:
@@ -218,7 +223,7 @@ class Comparison:
 
     def _weights(self, node: Node) -> Distribution:
         data, scale = self.recipe.weight(node)
-        given = next(n for n in self.graph if n.name == node.name)
+        given = next(n for n in self.captured.graph if n.name == node.name)
         steps = weight_of(given).numpy() / per_output(scale, data.ndim)
         scaled = node.inputs[0].op == "grid" or np.median(np.abs(steps - data)) > 1
         if scaled:  # by a remedy, its channels: no float twin

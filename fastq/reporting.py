@@ -260,7 +260,7 @@ def report(
     twin = copy.deepcopy(float_model).eval()
     args, kwargs = call_of(twin, first, forward)
     prepared, _ = prepare_model(twin, args, kwargs)
-    comparison = Comparison(prepared.graph, int8)
+    comparison = Comparison(prepared.captured, int8)
     seen = Outputs()
     bar = tqdm(batches, "compare", unit="batch", total=batches.total, disable=_off(progress))
     with torch.no_grad(), bar:
@@ -290,7 +290,7 @@ def report(
         agreement=seen.agreement(),
         snr=tuple(tally.snr for tally in seen.tallies),
         latency=latency,
-        memory=_memory(twin, int8, comparison.graph, calls[batch_sizes[-1]], batch_sizes[-1]),
+        memory=_memory(twin, int8, prepared.graph, calls[batch_sizes[-1]], batch_sizes[-1]),
         steps=tuple(comparison.step(s.name, s.layer, s.op, s.why, s.time) for s in steps),
         summary=summary(int8),
         busy=load > 1.5,

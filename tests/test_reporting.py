@@ -316,6 +316,24 @@ def test_forward_dicts_and_training_mode(networks):
     network.eval()
 
 
+def test_each_batch_may_give_its_arguments_in_another_order():
+    class Difference(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, x, y):
+            return self.a(x) - 3 * self.b(y)
+
+    torch.manual_seed(0)
+    model, x, y = Difference().eval(), torch.randn(32, 8), torch.randn(32, 8)
+    int8 = fastq.quantize_model(model, {"x": x, "y": y}, progress=False)
+    options = {"path": None, "batch_sizes": (1,), "passes": 1, "progress": False}
+    one = fastq.report(model, int8, [{"x": x, "y": y}] * 2, **options)
+    other = fastq.report(model, int8, [{"x": x, "y": y}, {"y": y, "x": x}], **options)
+    assert [step.snr for step in other.steps] == [step.snr for step in one.steps]
+
+
 def test_a_loaded_network_has_the_same_report(networks, tmp_path):
     network, int8, images = networks
     fastq.save(int8, tmp_path / "tiny.safetensors")
