@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from math import isfinite, log1p
+from math import inf, isfinite, log1p
 from string import Template
 from typing import Protocol
 
@@ -99,10 +99,9 @@ class Bars:
     values: tuple[float | None, ...]
 
     def heights(self) -> list[float]:
-        """0 to 1, of the largest."""
-        top = max((v for v in self.values if v is not None and isfinite(v)), default=0.0)
-        scaled = (v / top if v is not None and top > 0 else 0.0 for v in self.values)
-        return [min(max(height, 0.0), 1.0) for height in scaled]
+        """0 to 1, of the largest that is finite."""
+        top = max((v for v in self.values if v is not None and 0 < v < inf), default=1.0)
+        return [min(max((v or 0.0) / top, 0.0), 1.0) for v in self.values]
 
     def html(self) -> str:
         bars = "".join(

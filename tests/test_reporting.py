@@ -262,6 +262,7 @@ def test_charts_show_what_they_are_given():
     assert page.sparkline([0, 0.01, 0.5, 1]) == " ▁▅█"
     bars = page.Bars("noise", "dB", ("a", "b", "c", "d"), (10.0, None, math.inf, 40.0))
     assert bars.heights() == [0.25, 0, 1, 1]
+    assert page.Bars("exact", "dB", ("a", "b"), (math.inf, -3.0)).heights() == [1, 0]
     assert "`▃ ██`" in bars.markdown() and "40.0 dB" in bars.markdown()
     assert page.Bars("none", "us", (), ()).html().startswith("<figure>")
     chart = page.Histogram("values", (0, 1, 3), -1.0, 2.0, (0.0, 1.0))
