@@ -28,13 +28,23 @@ def network_option(text: str) -> Callable[..., Any]:
     return click.option("--network", type=choice, default="lenet", show_default=True, help=text)
 
 
+def output_option(text: str, default: str | None = None) -> Callable[..., Any]:
+    """The file that a command writes; refused before its work if the folder is missing."""
+
+    def check(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+        if path and not path.parent.is_dir():
+            raise click.BadParameter(f"there is no folder {path.parent}")
+        return path
+
+    return click.option(
+        "--output", type=click.Path(dir_okay=False, writable=True, path_type=Path), callback=check,
+        default=default, show_default=True, help=text,
+    )  # fmt: skip
+
+
 @cli.command()
 @network_option("lenet is trained here, in seconds; efficientnet-lite0 comes trained on ImageNet.")
-@click.option(
-    "--output",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    help="Where to save the int8 parameters.  [default: a new temporary directory]",
-)
+@output_option("Where to save the int8 parameters.  [default: a new temporary directory]")
 @click.option("--qat", is_flag=True, help="Train the quantized lenet as well: load, train, save.")
 @extra("demo")
 def demo(network: str, output: Path | None, qat: bool) -> None:
@@ -43,8 +53,6 @@ def demo(network: str, output: Path | None, qat: bool) -> None:
         raise click.BadParameter(
             f"there is nothing here to train {network} with", param_hint="--qat"
         )
-    if output and not output.parent.is_dir():
-        raise click.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
 
     from rich.console import Console
 
@@ -59,18 +67,14 @@ def demo(network: str, output: Path | None, qat: bool) -> None:
 
 @cli.command()
 @network_option("The demo's networks and images; fastq.report(...) takes your own.")
-@click.option(
-    "--output",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    default="report.html",
-    show_default=True,
-    help="The HTML file; the same as Markdown is written beside it.",
-)
+@output_option("The HTML file; the same as Markdown is written beside it.", "report.html")
 @extra("demo")
 def report(network: str, output: Path) -> None:
     """Write down what int8 costs a real network and gives it, layer by layer."""
-    if not output.parent.is_dir():
-        raise click.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
+    if output.suffix == ".md":
+        raise click.BadParameter(
+            f"{output} is the Markdown's; wanted a .html beside it", param_hint="--output"
+        )
 
     from fastq.demo import TASKS
 

@@ -394,6 +394,8 @@ def test_command_writes_both_files(networks, monkeypatch, tmp_path):
     )
     missing = CliRunner().invoke(commands.cli, ["report", "--output", str(tmp_path / "no" / "x")])
     assert missing.exit_code == 2 and "there is no folder" in missing.output
+    other = CliRunner().invoke(commands.cli, ["report", "--output", str(tmp_path / "out.md")])
+    assert other.exit_code == 2 and "wanted a .html" in other.output
 
 
 def test_values_of_a_grid_are_in_its_steps() -> None:
