@@ -442,6 +442,26 @@ def test_a_quotient_of_what_was_rounded_to_zero(remedy: str) -> None:
     assert "div" in repr(int8) and int8(x).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "remedy, make",
+    [
+        ("batch_norm", Depthwise),
+        ("bias_correction", Depthwise),
+        ("gptq", Residual),
+        ("adaround", Residual),
+        ("cross_layer_equalization", lambda: uneven(plain())),
+    ],
+)
+def test_remedies_gain_on_data_that_are_not_all_finite(
+    remedy: str, make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounding, "ADAROUND_STEPS", 200)
+    torch.manual_seed(0)
+    data, test, model = batches(), images(32), make()
+    data[0][0, 0, 3, 3], data[1][2, 1, 5, 5] = torch.nan, torch.inf
+    assert gained(model, data, test, remedy, weight_bits=4) > 1
+
+
 def test_walk_takes_arguments_that_are_no_tensors() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:

@@ -18,6 +18,7 @@ from fastq.remedies.side_by_side import (
     bar,
     by_channel,
     channel_axis,
+    entering,
     simulation,
     walk,
 )
@@ -36,6 +37,7 @@ def bias_correction(prepared: Prepared, sample: Sequence[Batch], progress: bool 
     def within(node: Node, value: Any) -> Any:
         if node not in quantized:
             return value
+        value = entering(prepared, node, value)
         clamp = value.clamp_ if node.op in WEIGHTED else value.clamp  # a product is new memory
         return clamp(*grid_ends(prepared.qparams(node)))
 
@@ -50,7 +52,7 @@ def bias_correction(prepared: Prepared, sample: Sequence[Batch], progress: bool 
                 side.made = evaluate(simulated, side.inputs)
                 got(node, side.made)
             shift = (means[node] - got.result()[node]).float()
-            shift = torch.where(shift.isfinite(), shift, 0)  # data may have NaN, and infinities
+            shift = torch.where(shift.isfinite(), shift, 0)  # where no value was seen is no mean
             prepared.biases[node] = _bias(prepared, node) + shift
             for side in sides:
                 assert side.made is not None

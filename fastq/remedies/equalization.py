@@ -154,7 +154,8 @@ def _equalize(
 
     def watch(node: Node, value: Any) -> None:
         if node in pairs:
-            seen = by_channel(node, value).abs().amax(1)
+            finite = value.nan_to_num(0.0, 0.0, 0.0)  # as an observer takes it
+            seen = by_channel(node, finite).abs().amax(1)
             peaks[node] = torch.maximum(peaks.get(node, seen), seen)
 
     with torch.no_grad():

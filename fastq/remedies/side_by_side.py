@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastq.graph import BY_CHANNEL, Node, Values, evaluate, pixels_together, shapes_of, tensors_of
-from fastq.prepare import Prepared, fake_quantize
+from fastq.prepare import Prepared, fake_quantize, grid_ends
 
 Batch = Sequence[Any]
 
@@ -89,11 +89,12 @@ def walk(
                 evaluate(node, [grid[v] for v in node.inputs], sizes)
                 for grid, sizes in zip(grids, shapes, strict=True)
             ]
+        if node in quantized:
+            for values in reals:
+                values[node] = entering(prepared, node, values[node])
         for grid, value in zip(grids, made, strict=True):
             if node in quantized and isinstance(value, Tensor):
-                # a float operator may give 0 / 0, which the way into a program takes as 0
-                if node in prepared.reasons:
-                    value = value.nan_to_num(0.0, math.inf, -math.inf)
+                value = entering(prepared, node, value)
                 # a product is new memory, whose pages cost more than what is computed in them
                 out = value if node in layers else None
                 value = fake_quantize(value, prepared.qparams(node), out=out)
@@ -123,6 +124,15 @@ def _at_layer(
     for values in reals:
         values[node] = clamped(node, values[node], out=values[node])
     return [clamped(node, value, out=value) for value in made]
+
+
+def entering(prepared: Prepared, node: Node, value: Any) -> Any:
+    """A quantized value without what is not finite, which only data and float operators have: the
+    way into a program takes NaN as 0, as of 0 / 0, and infinities as the ends of the range."""
+    if node not in prepared.reasons or not isinstance(value, Tensor):
+        return value
+    low, high = grid_ends(prepared.qparams(node))
+    return value.nan_to_num(0.0, high, low)
 
 
 def _unclamped(node: Node) -> Node:
