@@ -153,8 +153,28 @@ def test_keyword_arguments_flags_and_none():
         q(x, **given, surprise=1)
     with pytest.raises(ValueError, match="captured with None"):
         q(x=x, **{**given, "extra": x})
+    for wrong in (x, x.numpy(), torch.tensor(0.5)):
+        with pytest.raises(ValueError, match=r"captured with 0\.5"):
+            q(x=x, **{**given, "scale": wrong})
     with pytest.raises(TypeError, match="wanted a float32 tensor"):
         q(x=3, **given)
+
+
+def test_what_a_float_operator_takes_is_a_tensor():
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 4)
+
+        def forward(self, x, counts):
+            return self.linear(x) + counts.float().cumsum(-1)
+
+    x, counts = torch.randn(8, 8), torch.ones(8, 4, dtype=torch.int64)
+    q = fastq.quantize_model(Counted(), {"x": x, "counts": counts}, progress=False)
+    assert q(x, counts).shape == (8, 4)
+    for wrong, name in ((3, "int"), (None, "NoneType"), (counts.numpy(), "ndarray")):
+        with pytest.raises(TypeError, match=f"counts is a {name}; wanted a tensor"):
+            q(x, wrong)
 
 
 def test_named_tuples_and_two_inputs():

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -173,7 +174,10 @@ class QuantizedModel(nn.Module):
             else:
                 check_constant(self, i, leaf, layout.constants[str(i)])
         for i, name, extent in self._checked:
-            check_extent(f"{type(self).__name__}: {name}", leaves[i].shape, extent)
+            what, leaf = f"{type(self).__name__}: {name}", leaves[i]
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"{what} is a {type(leaf).__name__}; wanted a tensor")
+            check_extent(what, leaf.shape, extent)
         shapes = shapes_of(leaves)
         for stage in layout.stages:
             results = compute(stage, [values[name] for name in stage.inputs], shapes)
@@ -300,9 +304,10 @@ def as_input(name: str, x: Any, extent: Sequence[int | None]) -> Any:
 
 def check_constant(network: nn.Module, number: int, leaf: Any, wanted: Any) -> None:
     """ValueError unless an argument that is no tensor is the one that the network was made with."""
-    if leaf != wanted:
+    # arrays and tensors are compared element by element; a tensor would count in `shapes_of`, too
+    if isinstance(leaf, np.ndarray | Tensor) or leaf != wanted:
         raise ValueError(
-            f"{type(network).__name__}: argument number {number} is {leaf!r}; the network was "
+            f"{type(network).__name__}: argument number {number} is {leaf!r:.80}; the network was "
             f"captured with {wanted!r}, which is part of it now"
         )
 
