@@ -6,6 +6,7 @@ import io
 import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from fastq import QParams, choose_qparams, ops, quantize_model, reference
-from fastq.nn import QLSTM, QConv2d, QEmbedding, QLinear, QLSTMCell, QMultiheadAttention
+from fastq.nn import QLSTM, QConv2d, QEmbedding, QGRUCell, QLinear, QLSTMCell, QMultiheadAttention
 from fastq.nn.conv import CONVOLUTIONS
 from fastq.qparams import Dequant, quantize_weight
 from fastq.weights import Conv2dWeight, LinearWeight
@@ -670,6 +671,28 @@ def test_default_device_and_dtype_do_not_matter():
         torch.set_default_dtype(torch.float32)
     assert {k: v.dtype for k, v in layer.state_dict().items()} == STATIC_STATE
     assert not layer(torch.randn(2, 8)).any()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(QLinear, 8, 5), partial(QConv2d, 3, 4, 3), partial(QLSTM, 4, 4, proj_size=2),
+        partial(QGRUCell, 4, 4), partial(QEmbedding, 10, 8, padding_idx=0),
+        partial(QMultiheadAttention, 8, 2, add_bias_kv=True),
+    ],
+    ids=lambda make: make.func.__name__,
+)  # fmt: skip
+def test_float_twins_are_float32_whatever_the_defaults(make):
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            layer = make()
+            float_layer = layer.to_float()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    biases = [layer.bias_k, layer.bias_v] if isinstance(layer, QMultiheadAttention) else []
+    for tensor in (*biases, *float_layer.parameters()):
+        assert tensor.dtype == torch.float32 and tensor.device.type == "cpu" and not tensor.any()
 
 
 def test_functional_call_uses_the_tensors_it_is_given():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastq.nn.layer import check_kind, check_tensor, stay
+from fastq.nn.layer import check_kind, check_tensor, float_twin, stay
 from fastq.nn.linear import QLinear
 from fastq.qconfig import DEFAULT, QConfig
 
@@ -66,8 +66,9 @@ class QMultiheadAttention(nn.Module):
         widths = embed_dim, self.kdim, self.vdim, embed_dim
         for name, width in zip(PROJECTIONS, widths, strict=True):
             self.add_module(name, QLinear(width, embed_dim, bias, device, dtype))
+        zeros = torch.zeros(1, 1, embed_dim, dtype=torch.float32, device="cpu")
         for name in ("bias_k", "bias_v"):
-            self.register_buffer(name, torch.zeros(1, 1, embed_dim) if add_bias_kv else None)
+            self.register_buffer(name, zeros.clone() if add_bias_kv else None)
 
     @classmethod
     def made_with(cls, module: Any) -> dict[str, Any]:
@@ -97,7 +98,7 @@ class QMultiheadAttention(nn.Module):
 
     def to_float(self) -> nn.MultiheadAttention:
         """An nn.MultiheadAttention with the dequantized weights, and the biases."""
-        module = nn.MultiheadAttention(**self.made_with(self))
+        module: nn.MultiheadAttention = float_twin(self)
         with torch.no_grad():
             for name, (weight, bias) in _parts(module).items():
                 part = self.get_submodule(name).to_float()  # type: ignore[operator]

@@ -54,12 +54,6 @@ class QTable(QLayer):
         real = SimpleNamespace(weight=weight, training=module.training)
         return cls(**cls.made_with(module))._quantize(real, input_qparams, config)
 
-    def to_float(self) -> Any:
-        """torch's layer with the dequantized rows, weight * weight_scale."""
-        module = self.FLOAT(**self.made_with(self))
-        self._dequantize(module)
-        return module
-
     def set_input_qparams(self, qparams: QParams | None) -> None:
         """There is no input to quantize: TypeError for anything but None."""
         if qparams is not None:

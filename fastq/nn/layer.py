@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastq.ops import Operands
@@ -121,7 +120,7 @@ class QLayer(nn.Module):
 
     def to_float(self) -> Any:
         """torch's layer with the dequantized weight, weight * weight_scale, and the bias."""
-        module = skip_init(self.FLOAT, **self.made_with(self), device="cpu", dtype=torch.float32)
+        module = float_twin(self)
         self._dequantize(module)
         return module
 
@@ -279,6 +278,12 @@ def check_kind(kind: Any, module: Any) -> None:
                 f"own, which the int8 layer would lack; wanted torch.nn.{kind.FLOAT.__name__}. "
                 "fastq.quantize_layers(model) reads what a subclass computes"
             )
+
+
+def float_twin(layer: Any) -> Any:
+    """torch's layer of the same arguments, float32 on the CPU, its parameters not written yet."""
+    made = layer.FLOAT(**layer.made_with(layer), device="meta", dtype=torch.float32)
+    return made.to_empty(device="cpu")
 
 
 def stay(name: str, fn: Callable[[Tensor], Tensor], hint: str = "") -> Callable[[Tensor], Tensor]:

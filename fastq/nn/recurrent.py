@@ -20,7 +20,16 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from fastq.graph import CELL_LAYER, FUNCTIONS, RECURRENT_LAYER
-from fastq.nn.layer import STATE, State, accept, array_of, check_kind, check_tensor, operands_of
+from fastq.nn.layer import (
+    STATE,
+    State,
+    accept,
+    array_of,
+    check_kind,
+    check_tensor,
+    float_twin,
+    operands_of,
+)
 from fastq.nn.linear import QLinear, linear
 from fastq.ops import Operands, recurrent_float
 from fastq.qconfig import DEFAULT, QConfig
@@ -262,8 +271,7 @@ class Recurrent(nn.Module):
 
     def to_float(self) -> Any:
         """torch's module with the dequantized weights, and the biases."""
-        float_type: Any = self.FLOAT
-        module = float_type(**self.made_with(self))
+        module = float_twin(self)
         with torch.no_grad():
             for name, product in self.products.items():
                 for kind, value in product.to_float().named_parameters():
