@@ -148,7 +148,7 @@ BAD_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "do not broadcast",
     ),
-    "dtype": (lambda: ops.matmul(X, Y.astype(np.int8), 1.0), TypeError, "array of uint8"),
+    "dtype": (lambda: ops.matmul(X, Y.astype(np.int8), 1.0), TypeError, "wanted uint8"),
     "result": (lambda: ops.matmul(X, Y, 1.0, dtype="int16"), TypeError, "wanted uint8 or float32"),
     "clamp": (
         lambda: ops.matmul(X, Y, 1.0, zero_point=3, dtype="float32"),

@@ -890,6 +890,21 @@ def test_the_address_of_an_array_is_in_its_object(tmp_path: Any) -> None:
         assert call.address_of(array) == array.__array_interface__["data"][0]
 
 
+def test_a_file_is_taken_as_its_memory(tmp_path: Any, rng: Any) -> None:
+    x = u8(rng, 2, 4, 4, 3)
+    mapped = np.memmap(tmp_path / "x", np.uint8, "w+", shape=x.shape)
+    mapped[:] = x
+    wide = np.memmap(tmp_path / "wide", np.int16, "w+", shape=(3, 5))
+    wide[:] = rng.integers(-99, 99, wide.shape)
+    for given, plain in (
+        (ops.max_pool2d(mapped, 2), ops.max_pool2d(x, 2)),
+        (ops.add(mapped, mapped, 0.5, 0.5), ops.add(x, x, 0.5, 0.5)),
+        (ops.layer_norm(wide, 1, 0, 1e-5), ops.layer_norm(np.array(wide), 1, 0, 1e-5)),
+    ):
+        assert type(given) is np.ndarray
+        assert_array_equal(given, plain)
+
+
 def test_every_tile_is_exact(isa: str, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row of TILES on shapes around its own edges, whatever the cost model would choose."""
     monkeypatch.setattr(products, "dot_pays", lambda *_: False)

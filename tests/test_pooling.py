@@ -174,7 +174,7 @@ def test_upsampling_is_that_of_torch(
 X = np.zeros((1, 5, 5, 3), U8)
 BAD_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
     "axes": (lambda: ops.max_pool2d(X[0], 2), ValueError, r"wanted \(B, H, W, C\)"),
-    "dtype": (lambda: ops.avg_pool2d(X.astype(np.float32), 2), TypeError, "array of uint8"),
+    "dtype": (lambda: ops.avg_pool2d(X.astype(np.float32), 2), TypeError, "wanted uint8"),
     "kernel": (lambda: ops.max_pool2d(X, 0), ValueError, "at least 1"),
     "three": (lambda: ops.max_pool2d(X, (1, 2, 3)), ValueError, "an int or two"),
     "padding": (lambda: ops.avg_pool2d(X, 2, padding=2), ValueError, "up to half"),

@@ -145,7 +145,8 @@ def test_float_strides_and_parts(rng: Any, cell: str) -> None:
 
 FLOAT_X = np.zeros((2, 3, 8), np.float32)
 BAD_FLOAT_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "dtype": ({"x": X}, TypeError, "float32 of three axes"),
+    "mask": ({"x": np.ma.masked_array(FLOAT_X)}, TypeError, "x is a MaskedArray"),
+    "dtype": ({"x": X}, TypeError, r"wanted \(.., .., N\) float32"),
     "gates": ({"x": FLOAT_X[..., :6]}, ValueError, r"wanted \(.., .., 8\)"),
     "cell": ({"cell": ["lstm"]}, ValueError, "wanted one of lstm, gru"),
     "weight": ({"cell": "tanh"}, ValueError, r"wanted \(1 \* H, H\)"),
@@ -230,8 +231,8 @@ def test_it_is_torchs(rng: Any, cell: str) -> None:
 
 
 BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "dtype": ({"x": X.astype(np.uint8)}, TypeError, "int16 of three axes"),
-    "axes": ({"x": X[0]}, TypeError, "int16 of three axes"),
+    "dtype": ({"x": X.astype(np.uint8)}, TypeError, r"wanted \(.., .., N\) int16"),
+    "axes": ({"x": X[0]}, ValueError, r"wanted \(.., .., N\) int16"),
     "gates": ({"x": X[..., :6]}, ValueError, r"wanted \(.., .., 8\)"),
     "cell": ({"cell": "lstn"}, ValueError, "wanted one of lstm, gru"),
     "weight": ({"cell": "gru"}, ValueError, r"wanted \(3 \* H, H\)"),

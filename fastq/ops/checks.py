@@ -50,20 +50,38 @@ def as_float32(what: str, x: ArrayLike) -> NDArray[np.float32]:
         return array.astype(np.float32, copy=False)
 
 
+def plain_array(what: str, x: Any) -> NDArray[Any]:
+    """x as no subclass, as np.memmap is; TypeError unless it is an array, and one without a mask,
+    which nothing here would heed."""
+    if type(x) is np.ndarray:
+        return x
+    if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
+        raise TypeError(
+            f"{what} is a {type(x).__name__}; wanted a NumPy array (tensor.numpy() shares memory)"
+        )
+    return np.asarray(x)
+
+
+def described(x: Any) -> str:
+    """What was given, for an error."""
+    return f"{x.shape} {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
+
+
 def as_uint8(what: str, x: Any) -> NDArray[np.uint8]:
     """x, with elements of the last axis side by side; TypeError unless it is a uint8 array."""
-    if type(x) is not np.ndarray or x.dtype != UINT8:
-        given = f"{x.shape} {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
-        raise TypeError(f"{what} is {given}; wanted a NumPy array of uint8")
+    x = plain_array(what, x)
+    if x.dtype != UINT8:
+        raise TypeError(f"{what} is {described(x)}; wanted uint8")
     return x if not x.ndim or x.shape[-1] == 1 or x.strides[-1] == 1 else np.ascontiguousarray(x)
 
 
 def as_values(what: str, x: Any) -> NDArray[Any]:
     """x, with elements of the last axis side by side; TypeError unless it is uint8 or int16."""
-    if type(x) is not np.ndarray or x.dtype != INT16:
-        if isinstance(x, np.ndarray) and x.dtype != UINT8:
-            raise TypeError(f"{what} is {x.shape} {x.dtype}; wanted uint8 or int16")
+    x = plain_array(what, x)
+    if x.dtype == UINT8:
         return as_uint8(what, x)
+    if x.dtype != INT16:
+        raise TypeError(f"{what} is {described(x)}; wanted uint8 or int16")
     lines = not x.ndim or x.shape[-1] == 1 or x.strides[-1] == x.itemsize
     return x if lines and x.flags.aligned else np.require(x, requirements=["C", "A"])
 
@@ -156,14 +174,10 @@ def broadcast_output(
 
 
 def typed_array(what: str, x: Any, dtype: np.dtype[Any], ndim: int) -> NDArray[Any]:
-    if type(x) is not np.ndarray and (
-        not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray)
-    ):
-        raise TypeError(
-            f"{what} is a {type(x).__name__}; wanted a NumPy array (tensor.numpy() shares memory)"
-        )
+    """x; TypeError unless it is an array of this dtype, ValueError for another number of axes."""
+    x = plain_array(what, x)
     if x.dtype != dtype or x.ndim != ndim:
-        axes = {2: "(M, K)", 4: "(B, H, W, C)"}[ndim]
+        axes = {2: "(M, K)", 3: "(.., .., N)", 4: "(B, H, W, C)"}[ndim]
         raise (TypeError if x.dtype != dtype else ValueError)(
             f"{what} {x.shape} {x.dtype}; wanted {axes} {dtype}"
         )
@@ -177,8 +191,7 @@ def output_array(
     if out is None:
         return np.empty(shape, dtype)
     if not isinstance(out, np.ndarray) or out.shape != shape or out.dtype != dtype:
-        given = f"{out.shape} {out.dtype}" if isinstance(out, np.ndarray) else type(out).__name__
-        raise ValueError(f"{name}: out is {given}; wanted {shape} {dtype}")
+        raise ValueError(f"{name}: out is {described(out)}; wanted {shape} {dtype}")
     if not out.flags.carray:
         raise ValueError(
             f"{name}: out {out.shape} is not C-contiguous, writeable and aligned; "

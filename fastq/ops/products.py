@@ -26,6 +26,7 @@ from fastq.ops.checks import (
     as_uint8,
     as_zero_points,
     check_weight,
+    described,
     output_array,
     typed_array,
 )
@@ -106,8 +107,9 @@ def linear(
         if isinstance(epilogue, Requant):
             raise ValueError("linear: x_zero_point per row with a Requant; wanted one integer")
     if isinstance(epilogue, Dequant) and epilogue.x_scale.shape not in ((), (m,)):
-        given = epilogue.x_scale.shape
-        raise ValueError(f"linear: Dequant.x_scale {given} for {m} rows; wanted ({m},)")
+        raise ValueError(
+            f"linear: Dequant.x_scale {epilogue.x_scale.shape} for {m} rows; wanted ({m},)"
+        )
     result = output_array("linear", out, (m, weight.n), _out_dtype(epilogue), x)
     added, at = _added("linear", epilogue, add, result)
     if result.size == 0:
@@ -255,8 +257,7 @@ def _added(
         )
     fits = isinstance(add, np.ndarray) and add.dtype in (UINT8, INT16)
     if not fits or add.shape != out.shape:
-        given = f"{add.shape} {add.dtype}" if isinstance(add, np.ndarray) else type(add).__name__
-        raise ValueError(f"{name}: add is {given}; wanted {out.shape}, uint8 or int16")
+        raise ValueError(f"{name}: add is {described(add)}; wanted {out.shape}, uint8 or int16")
     copy = np.empty(add.size + SLACK, add.dtype)
     copy[: add.size] = add.reshape(-1)
     return copy, (address_of(copy), KIND[add.dtype])

@@ -24,6 +24,7 @@ from fastq.ops.checks import (
     as_values,
     check_float_product,
     output_array,
+    typed_array,
 )
 from fastq.ops.products import bound_layer
 from fastq.ops.rows import run_row
@@ -60,7 +61,7 @@ def recurrent(
     Products are exact in int32, the cell is float32 in the order of reference.recurrent, the same
     bits on every CPU. Raises TypeError and ValueError for other dtypes, shapes or values.
     """
-    _check_sequence("recurrent", x, INT16, cell, axis)
+    x = _sequence("recurrent", x, INT16, cell, axis)
     if not isinstance(weight, LinearWeight) or not isinstance(epilogue, Dequant):
         kinds = f"{type(weight).__name__}, {type(epilogue).__name__}"
         raise TypeError(f"recurrent: weight, epilogue are {kinds}; wanted LinearWeight, Dequant")
@@ -131,7 +132,7 @@ def recurrent_float(
     shapes.
     """
     name = "recurrent_float"
-    _check_sequence(name, x, FLOAT32, cell, axis)
+    x = _sequence(name, x, FLOAT32, cell, axis)
     check_float_product(name, weight, LinearWeight, epilogue, x_qparams)
     rows, features = x.shape[1 - axis], weight.n // GATES[cell]
     width, projected = features, None
@@ -167,15 +168,14 @@ def recurrent_float(
     return result, last
 
 
-def _check_sequence(name: str, x: Any, dtype: np.dtype[Any], cell: Any, axis: Any) -> None:
-    """TypeError or ValueError for anything but gates of a cell, whose sequence is an axis."""
-    if not isinstance(x, np.ndarray) or x.dtype != dtype or x.ndim != 3:
-        given = f"{x.shape} {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
-        raise TypeError(f"{name}: x is {given}; wanted a NumPy array of {dtype} of three axes")
+def _sequence(name: str, x: Any, dtype: np.dtype[Any], cell: Any, axis: Any) -> NDArray[Any]:
+    """x; TypeError or ValueError unless it is gates of a cell, whose sequence is an axis."""
+    x = typed_array(f"{name}: x", x, dtype, 3)
     if not isinstance(cell, str) or cell not in GATES:
         raise ValueError(f"{name}: cell={cell!r}; wanted one of {', '.join(GATES)}")
     if axis not in (0, 1):
         raise ValueError(f"{name}: axis={axis!r}; wanted 0 or 1")
+    return x
 
 
 def _first_state(what: str, given: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:
