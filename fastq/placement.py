@@ -226,23 +226,19 @@ class Placement:
 
     def _mold(self, i: int, step: Step) -> tuple[Storage, Array]:
         """The storage of a value, alive at step i, and the value's place in it."""
-        name = step.name
-        if name in self.placed:
-            parent, start = self.placed[name]
-            storage, mold = self._mold_of(parent, i)
-            part = mold[..., start : start + self.shapes[name][-1]]
-            storage.last = max(storage.last, i, *self.users[name])
-            return storage, part
-        if step.op in VIEWS and step.inputs[0] in self.values:
-            storage, mold = self.values[step.inputs[0]]
-            seen = self.seen(step, mold)
-            # a frame of its own, where it cannot share: then it is copied
-            if seen is not None and (self._shares_frame(step) or self.frames.get(name) is None):
-                storage.last = max(storage.last, i, *self.users[name])
-                return storage, seen
-        storage, mold = self._mold_of(name, i)
-        storage.last = max(storage.last, i, *self.users[name])
+        storage, mold = self._seen_by(step) or self._mold_of(step.name, i)
+        storage.last = max(storage.last, i, *self.users[step.name])
         return storage, mold
+
+    def _seen_by(self, step: Step) -> tuple[Storage, Array] | None:
+        """The place of a value that is a view of its input's, or None."""
+        if step.op not in VIEWS or step.inputs[0] not in self.values:
+            return None
+        storage, mold = self.values[step.inputs[0]]
+        seen = self.seen(step, mold)
+        # a frame of its own, where it cannot share: then it is copied
+        own_frame = step.name in self.frames and not self._shares_frame(step)
+        return None if seen is None or own_frame else (storage, seen)
 
     def _mold_of(self, name: str, i: int) -> tuple[Storage, Array]:
         """The storage and the place of a value that may be made later, as a concatenation is."""
