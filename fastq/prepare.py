@@ -121,8 +121,8 @@ class Prepared:
         """Those whose value is a product of their input, which remedies can make another."""
         return [node for node in self.integer_nodes() if node.op in WEIGHTED]
 
-    def observe(self, arguments: Iterable[Any]) -> list[Any]:
-        """One float pass over flat arguments, watched; the outputs. Ranges grow."""
+    def observe(self, arguments: Iterable[Any]) -> None:
+        """One float pass over flat arguments, watched. Ranges grow."""
         watcher = Watcher(self)
         self._qparams.clear()
 
@@ -143,7 +143,7 @@ class Prepared:
                 self.observers[stands].update(counts.detach().numpy())
 
         with torch.no_grad():
-            return self.graph.run(arguments, watch)
+            self.graph.run(arguments, watch)
 
     def merge(self, processes: Processes) -> None:
         """Take what other processes observed into account, as if it had been observed here."""
@@ -311,15 +311,10 @@ class Prepared:
         groups = node.attrs.get("groups", 1)
         middle = node.inputs[0].tensors["shift"].double().reshape(groups, 1, -1)
         data, scale = self.weight(node)
-        rounded = data * per_output(scale, data.ndim)  # in float32, as it is kept
-        error = (
-            (weight_of(node).double() - torch.from_numpy(rounded))
-            .reshape(*data.shape[:2], -1)
-            .sum(2)
-        )
-        return (
-            given + (error.reshape(groups, -1, middle.shape[-1]) * middle).sum(2).flatten().float()
-        )
+        rounded = torch.from_numpy(data * per_output(scale, data.ndim))  # float32, as it is kept
+        error = (weight_of(node).double() - rounded).reshape(*data.shape[:2], -1).sum(2)
+        lost = (error.reshape(groups, -1, middle.shape[-1]) * middle).sum(2).flatten()
+        return given + lost.float()
 
     def lowered(self, region: Region) -> Lowered:
         """A region's program, and where the values of the graph are in it."""
@@ -465,14 +460,12 @@ def fake_quantize(x: Tensor, qparams: QParams, *, out: Tensor | None = None) -> 
     return torch.div(x, scale, out=out).round_().clamp_(*grid_steps(qparams)).mul_(scale)
 
 
-def prepare_graph(
-    captured: Captured, config: QConfig | Callable[[Node], QConfig | None] = DEFAULT
-) -> Prepared:
+def prepare_graph(captured: Captured, config: Callable[[Node], QConfig | None]) -> Prepared:
     """What is known of a graph that was captured and fused, ready to be calibrated.
 
-    config  for all nodes, or a function of a node: None keeps it float.
+    config  of a node: None keeps it float.
     """
-    asked = {n: config if isinstance(config, QConfig) else config(n) for n in captured.graph}
+    asked = {node: config(node) for node in captured.graph}
     kept = {node: ASKED for node, wanted in asked.items() if wanted is None}
     regions, reasons = find_regions(captured.graph, kept)
     configs = {node: wanted for node, wanted in asked.items() if wanted is not None}
