@@ -297,7 +297,33 @@ def _float_step(
 
 
 def _integer_steps(bound: BoundProgram, arrays: list[Any], passes: int) -> list[StepProfile]:
-    program = bound.program
+    program, kernels = bound.program, _kernel_times(bound, arrays, passes)
+    shapes = program.shapes(*(x.shape for x in arrays))
+    narrow = emitter(isa.current()).a_bytes  # of a uint8 in the arena
+    items = {"float32": FLOAT_BYTES, "int16": 2, "uint8": narrow}
+    sizes = {name: prod(shape) * items[program.dtypes[name]] for name, shape in shapes.items()}
+    apart = {step.name: step.inputs[0] for step in program.steps if step.op == "dilate"}
+    moved = {step.name for step, runs in zip(program.steps, kernels, strict=True) if runs}
+    for name, source in apart.items():
+        if name not in moved:  # its pixels are not set apart in memory
+            sizes[name] = sizes[source]
+    return [
+        StepProfile(
+            name=step.name,
+            layer=step.layer,
+            op=step.op,
+            kernels=tuple(runs),
+            macs=_macs(step, shapes, apart),
+            read=sum(sizes[name] for name in step.inputs) + _panel_bytes(step) if runs else 0,
+            written=sizes[step.name] if runs else 0,
+            why="",
+        )
+        for step, runs in zip(program.steps, kernels, strict=True)
+    ]
+
+
+def _kernel_times(bound: BoundProgram, arrays: list[Any], passes: int) -> list[list[KernelTime]]:
+    """The kernels of each step, started one by one; what it costs to start none is subtracted."""
     key, plan = bound.take(*arrays)
     outputs = [np.empty(shape, np.float32) for shape in plan.outputs]
     with executor.recording() as runs:
@@ -308,32 +334,11 @@ def _integer_steps(bound: BoundProgram, arrays: list[Any], passes: int) -> list[
     nothing, *times = medians([partial(executor.run, part, run.bases) for part in parts], passes)
     addresses = table.rows[:, executor.KERNEL].tolist()
     names = {address: name_of(kernel_at(address)) for address in set(addresses)}
-    kernels: dict[int, list[KernelTime]] = {i: [] for i in range(len(program.steps))}
+    kernels: list[list[KernelTime]] = [[] for _ in bound.program.steps]
     for step, address, time in zip(plan.steps, addresses, times, strict=True):
         kernels[step].append(KernelTime(names[address], max(time - nothing, LEAST)))
     bound.give(key, plan)
-    shapes = program.shapes(*(x.shape for x in arrays))
-    narrow = emitter(isa.current()).a_bytes  # of a uint8 in the arena
-    items = {"float32": FLOAT_BYTES, "int16": 2, "uint8": narrow}
-    sizes = {name: prod(shape) * items[program.dtypes[name]] for name, shape in shapes.items()}
-    apart = {step.name: step.inputs[0] for step in program.steps if step.op == "dilate"}
-    moved = {program.steps[i].name for i, runs in kernels.items() if runs}
-    for name, source in apart.items():
-        if name not in moved:  # its pixels are not set apart in memory
-            sizes[name] = sizes[source]
-    return [
-        StepProfile(
-            name=step.name,
-            layer=step.layer,
-            op=step.op,
-            kernels=tuple(kernels[i]),
-            macs=_macs(step, shapes, apart),
-            read=sum(sizes[name] for name in step.inputs) + _panel_bytes(step) if kernels[i] else 0,
-            written=sizes[step.name] if kernels[i] else 0,
-            why="",
-        )
-        for i, step in enumerate(program.steps)
-    ]
+    return kernels
 
 
 def _panel_bytes(step: Step) -> int:
