@@ -110,7 +110,9 @@ class QConv(QLayer):
         return f"{text}, {self._repr_quantization('per tensor')}"
 
 
-class _QConv(QConv):
+class _QConvPlain(QConv):
+    """What QConv1d, QConv2d and QConv3d share: torch's arguments, and padding of every mode."""
+
     ARGUMENTS = (
         "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
         "padding_mode",
@@ -172,7 +174,7 @@ class _QConv(QConv):
         return self._convolve(x, NO_MORE[: self.AXES])
 
 
-class QConv2d(_QConv):
+class QConv2d(_QConvPlain):
     """torch.nn.Conv2d in int8: float32 (B, C, H, W) or (C, H, W) -> float32 (B, N, OH, OW).
 
     The weight is int8, one scale per output channel. x is quantized to uint8: by the range of all
@@ -200,7 +202,7 @@ class QConv2d(_QConv):
     AXES = 2
 
 
-class QConv1d(_QConv):
+class QConv1d(_QConvPlain):
     """torch.nn.Conv1d in int8: float32 (B, C, L) or (C, L) -> float32 (B, N, OL), contiguous.
 
     All else as in QConv2d, of images of one row.
@@ -210,7 +212,7 @@ class QConv1d(_QConv):
     AXES = 1
 
 
-class QConv3d(_QConv):
+class QConv3d(_QConvPlain):
     """torch.nn.Conv3d in int8: float32 (B, C, D, H, W) or (C, D, H, W) -> float32 (B, N, OD, OH,
     OW), contiguous.
 
@@ -223,6 +225,8 @@ class QConv3d(_QConv):
 
 
 class _QConvTranspose(QConv):
+    """What QConvTranspose1d, 2d and 3d share: torch's arguments, and output_size of a call."""
+
     ARGUMENTS = (
         "in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding",
         "groups", "dilation", "padding_mode",
@@ -291,6 +295,7 @@ class _QConvTranspose(QConv):
 def _check_more(
     name: str, more: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> None:
+    """ValueError for an output_padding that torch has not."""
     most = [max(s, d) - 1 for s, d in zip(stride, dilation, strict=True)]
     if not all(0 <= m <= top for m, top in zip(more, most, strict=True)):
         raise ValueError(
