@@ -261,12 +261,7 @@ def report(
     args, kwargs = call_of(twin, first, forward)
     prepared, _ = prepare_model(twin, args, kwargs)
     comparison = Comparison(prepared.captured, int8)
-    seen = Outputs()
-    bar = tqdm(batches, "compare", unit="batch", total=batches.total, disable=_off(progress))
-    with torch.no_grad(), bar:
-        for batch in bar:
-            call = call_of(twin, batch, forward)
-            seen.add(twin(*call[0], **call[1]), comparison.add(*call), _batch_size(call))
+    seen = _compared(twin, comparison, batches, forward, progress)
     scores = {}
     if known is not None:
         scores[ACCURACY] = seen.accuracy(known)
@@ -323,6 +318,23 @@ def _checked(
     if path is not None and not Path(path).parent.is_dir():
         raise FileNotFoundError(f"report: there is no folder {Path(path).parent}")
     return quantized
+
+
+def _compared(
+    twin: nn.Module,
+    comparison: Comparison,
+    batches: Batches,
+    forward: Forward | None,
+    progress: bool,
+) -> Outputs:
+    """The results of both networks on all batches, whose values `comparison` gets to see."""
+    seen = Outputs()
+    bar = tqdm(batches, "compare", unit="batch", total=batches.total, disable=_off(progress))
+    with torch.no_grad(), bar:
+        for batch in bar:
+            args, kwargs = call = call_of(twin, batch, forward)
+            seen.add(twin(*args, **kwargs), comparison.add(args, kwargs), _batch_size(call))
+    return seen
 
 
 def _classes(labels: Any) -> Tensor:
