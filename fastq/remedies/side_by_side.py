@@ -158,10 +158,12 @@ def by_channel(node: Node, value: Tensor) -> Tensor:
 
 
 def channel_axis(node: Node, rank: int) -> int:
+    """Which axis of a node's value, of so many, is that of its channels."""
     return 1 if node.op in ("conv2d", "conv_transpose2d", *BY_CHANNEL) else rank - 1
 
 
 def along(factor: Tensor, tensor: Tensor, axis: int) -> Tensor:
+    """A factor (C,) in a shape that broadcasts along an axis of a tensor."""
     shape = [1] * max(tensor.dim(), 1)
     shape[axis] = -1
     return factor.reshape(shape)
