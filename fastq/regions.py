@@ -218,10 +218,10 @@ def _members(graph: Graph, reasons: dict[Node, str]) -> list[list[Node]]:
 def _give_out(
     graph: Graph, reasons: dict[Node, str], users: Mapping[Node, list[Node]], kept: set[Node]
 ) -> None:
-    """The last activations before a result stay float, or before an operator of torch's, and how a
-    last product is rearranged: its sums are given out as they are. Probabilities, prices and places
-    are narrow, or next to a bound, in a range that has 0 in it: 255 steps of it are too few. A
-    user's own functions stay int8."""
+    """The last activations before a result stay float, or before an operator of torch's, and how
+    last products are rearranged, added and multiplied: their sums are given out as they are.
+    Probabilities, prices and places are narrow, or next to a bound, in a range that has 0 in it:
+    255 steps of it are too few. A user's own functions stay int8."""
     last: set[Node] = set()  # only outputs and float operators take them, or what is made of them
     for node in reversed(graph.nodes):
         given = node in kept or bool(users[node])
@@ -239,8 +239,12 @@ def _give_out(
         if node in last and not reasons[node]:
             calls = node.attrs.get("calls", ())
             own = any(target.startswith(f"{POINTWISE_NAMESPACE}.") for target, *_ in calls)
-            activation = node.op in ACTIVATIONS and not own
-            if activation or (node.op in REARRANGED and any(map(given_out, node.inputs))):
+            there = [given_out(value) for value in node.inputs if value.op != "constant"]
+            if (
+                (node.op in ACTIVATIONS and not own)
+                or (node.op in REARRANGED and any(there))
+                or (node.op in ("add", "mul") and there and all(there))
+            ):
                 reasons[node] = GIVEN_OUT
 
 

@@ -909,6 +909,35 @@ def test_what_float_operators_take_is_finer_than_255_steps(name: str) -> None:
     assert len(int8.programs) == 1
 
 
+# of two products: what a network gives out
+OF_TWO: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "their product": lambda x, y: x * y,
+    "similarities": lambda x, y: (x * y).sum(-1),
+    "rearranged": lambda x, y: (x.unflatten(1, (2, 4)) * y.unflatten(1, (2, 4))).flip(2),
+}
+
+
+@pytest.mark.parametrize("name", OF_TWO)
+def test_what_last_products_make_is_finer_than_255_steps(name: str) -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU())
+            self.one, self.two = nn.Linear(32, 8), nn.Linear(32, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.body(x)
+            return OF_TWO[name](self.one(y), self.two(y))
+
+    torch.manual_seed(0)
+    model, x = Heads().eval(), torch.randn(256, 16)
+    int8 = quantized(model, (x,))
+    with torch.no_grad():
+        wanted, found = model(x), int8(x)
+    assert noise_ratio(wanted - wanted.mean(0), found - wanted.mean(0)) > 27
+    assert len(int8.programs) == 1
+
+
 def test_a_layer_whose_result_is_rearranged_is_int8() -> None:
     class Head(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
