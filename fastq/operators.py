@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fastq.arguments import NUMPY_MODES
 from fastq.layout import Named, Stage, filled
+from fastq.resampling import EDGES, KINDS, grid_sampled, resampled
 from fastq.sizes import Shapes, padding_to, reshaped, sides_of, sized
 from fastq.steps import kept_places
 
@@ -32,7 +33,7 @@ NAMED: Named = {
         "contiguous_format", "channels_last", "preserve_format")},
     "device": {"cpu": "cpu"},
 }  # fmt: skip
-KINDS = "b", "iu", "f", "c"  # of dtypes, the widest last
+WIDTHS = "b", "iu", "f", "c"  # of dtypes, the widest last
 INTEGER, REAL = np.dtype(np.int64), np.dtype(np.float32)  # torch's defaults
 
 
@@ -60,7 +61,7 @@ def promoted(*values: Any) -> list[Array]:
 
 def _width(dtype: np.dtype[Any]) -> int:
     """How wide a kind of dtype is, to be promoted to: bool, integers, float, complex."""
-    return next(i for i, kinds in enumerate(KINDS) if dtype.kind in kinds)
+    return next(i for i, kinds in enumerate(WIDTHS) if dtype.kind in kinds)
 
 
 def _real(x: Any) -> Array:
@@ -89,6 +90,16 @@ def _scaled(function: Callable[..., Any]) -> Callable[..., Array]:
     return run
 
 
+def _divided(x: Any, y: Any, rounding_mode: str | None = None) -> Array:
+    """div, whose quotient may be rounded down or towards zero, in its own dtype then."""
+    x, y = promoted(x, y)
+    if rounding_mode is None:
+        return np.asarray(_real(x) / _real(y))
+    if rounding_mode == "floor":
+        return np.asarray(np.floor_divide(x, y))
+    return np.asarray((x - np.fmod(x, y)) // y if x.dtype.kind in "iu" else np.trunc(x / y))
+
+
 # --------------------------------------------------------------------------------- values and axes
 
 
@@ -101,6 +112,20 @@ def _to(x: Any, *args: Any, dtype: Any = None, **kwargs: Any) -> Array:
 def _arange(*numbers: Any, dtype: Any = None, **kwargs: Any) -> Array:
     whole = all(isinstance(n, int) for n in numbers)
     return np.arange(*numbers, dtype=dtype or (INTEGER if whole else REAL))
+
+
+def _linspace(start: Any, end: Any, steps: int, dtype: Any = None, **kwargs: Any) -> Array:
+    dtype = np.dtype(dtype or REAL)
+    y = np.linspace(start, end, steps)
+    return (np.trunc(y) if dtype.kind in "iu" else y).astype(dtype)
+
+
+def _eye(n: int, m: int | None = None, dtype: Any = None, **kwargs: Any) -> Array:
+    return np.eye(n, m, dtype=dtype or REAL)
+
+
+def _meshgrid(values: Sequence[Array], indexing: Any = "ij") -> list[Array]:
+    return list(np.meshgrid(*values, indexing=indexing))
 
 
 def _full(size: Sequence[int], value: Any, dtype: Any = None, **kwargs: Any) -> Array:
@@ -150,38 +175,94 @@ def _unbind(x: Array, dim: int = 0) -> list[Array]:
     return [x.take(i, dim) for i in range(x.shape[dim])]
 
 
+def _windows(x: Array, dim: int, size: int, step: int) -> Array:
+    """unfold: windows of an axis, what is in one on a new last axis."""
+    return _slice(np.lib.stride_tricks.sliding_window_view(x, size, dim), dim % x.ndim, step=step)
+
+
+def _check_places(index: Array, size: int, least: int = 0) -> None:
+    """IndexError unless an axis of this size has all of these places."""
+    if index.size and not least <= index.min() <= index.max() < size:
+        raise IndexError(
+            f"places from {index.min()} to {index.max()} of an axis of {size}: out of range"
+        )
+
+
 def _rows(x: Array, index: Array, dim: int = 0) -> Array:
     """What is at these places of an axis; IndexError for one that is not there."""
     if index.dtype.kind not in "iu":
         raise TypeError(f"places are {index.dtype}; wanted integers")
-    if index.size and not 0 <= index.min() <= index.max() < x.shape[dim]:
-        raise IndexError(
-            f"places from {index.min()} to {index.max()} of an axis of {x.shape[dim]}: out of range"
-        )
+    _check_places(index, x.shape[dim])
     return x.take(index, dim)
+
+
+def _checked(x: Array, indices: Sequence[Any]) -> tuple[Any, ...]:
+    """Indices of each axis, as NumPy's; None is the whole one."""
+    places = [slice(None) if i is None else i for i in indices]
+    for axis, i in enumerate(places):
+        if isinstance(i, np.ndarray) and i.dtype.kind in "iu":
+            _check_places(i, x.shape[axis], -x.shape[axis])
+    return tuple(places)
 
 
 def _index(x: Array, indices: Sequence[Any]) -> Array:
     """x[indices], where None is the whole axis."""
-    places = [slice(None) if i is None else i for i in indices]
-    for axis, i in enumerate(places):
-        if isinstance(i, np.ndarray) and i.dtype.kind in "iu" and i.size:
-            size = x.shape[axis]
-            if not -size <= i.min() <= i.max() < size:
-                raise IndexError(
-                    f"places from {i.min()} to {i.max()} of an axis of {size}: out of range"
-                )
-    return x[tuple(places)]  # type: ignore[no-any-return]
+    return x[_checked(x, indices)]  # type: ignore[no-any-return]
+
+
+def _index_put(x: Array, indices: Sequence[Any], value: Array, accumulate: bool = False) -> Array:
+    return _stored(x, _checked(x, indices), value, accumulate)
+
+
+def _index_add(x: Array, dim: int, index: Array, source: Array, alpha: Any = 1) -> Array:
+    _check_places(index, x.shape[dim])
+    places = (*[slice(None)] * (dim % x.ndim), index)
+    return _stored(x, places, source * source.dtype.type(alpha), True)
+
+
+def _stored(x: Array, places: tuple[Any, ...], value: Any, add: bool = False) -> Array:
+    """A copy of x with other values there, or with these added, as often as a place is named."""
+    y = x.copy()
+    if add:
+        np.add.at(y, places, value)
+    else:
+        y[places] = value
+    return y
+
+
+def _along_axis(x: Array, dim: int, index: Array) -> tuple[Any, ...]:
+    """The places of gather and scatter: those of the index, but on one axis what it says."""
+    _check_places(index, x.shape[dim])
+    places: list[Array] = list(np.indices(index.shape, sparse=True))
+    places[dim] = index
+    return tuple(places)
 
 
 def _gather(x: Array, dim: int, index: Array, **kwargs: Any) -> Array:
-    if index.size and not 0 <= index.min() <= index.max() < x.shape[dim]:
-        raise IndexError(
-            f"places from {index.min()} to {index.max()} of an axis of {x.shape[dim]}: out of range"
-        )
-    seen = [slice(n) for n in index.shape]
-    seen[dim] = slice(None)
-    return np.take_along_axis(x[tuple(seen)], index, dim)
+    return x[_along_axis(x, dim, index)]  # type: ignore[no-any-return]
+
+
+def _scatter(add: bool) -> Callable[..., Array]:
+    """The operator scatter, or scatter_add."""
+
+    def run(x: Array, dim: int, index: Array, src: Any) -> Array:
+        if isinstance(src, np.ndarray) and src.ndim:
+            src = src[tuple(map(slice, index.shape))]
+        return _stored(x, _along_axis(x, dim, index), src, add)
+
+    return run
+
+
+def _take_along(x: Array, indices: Array, dim: int | None = None) -> Array:
+    if dim is None:
+        x, indices, dim = x.reshape(-1), indices.reshape(-1), 0
+    _check_places(indices, x.shape[dim])
+    return np.take_along_axis(x, indices, dim)
+
+
+def _one_hot(tokens: Array, num_classes: int = -1) -> Array:
+    count = int(tokens.max()) + 1 if num_classes == -1 else num_classes
+    return _rows(np.eye(count, dtype=INTEGER), tokens)
 
 
 def _cat(values: Sequence[Array], dim: int = 0) -> Array:
@@ -249,8 +330,73 @@ def _max(x: Array, dim: int, keepdim: bool = False) -> tuple[Array, Array]:
     return _extreme(np.max)(x, dim, keepdim), _largest(np.argmax)(x, dim, keepdim)
 
 
-def _cumsum(x: Array, dim: int, dtype: Any = None) -> Array:
-    return x.cumsum(dim, dtype or (INTEGER if x.dtype.kind in "biu" else x.dtype))
+def _min(x: Array, dim: int, keepdim: bool = False) -> tuple[Array, Array]:
+    return _extreme(np.min)(x, dim, keepdim), _largest(np.argmin)(x, dim, keepdim)
+
+
+def _prod(x: Array, dim: int | None = None, keepdim: bool = False, dtype: Any = None) -> Array:
+    dtype = dtype or (INTEGER if x.dtype.kind in "biu" else x.dtype)
+    return np.asarray(x.prod(dim, dtype, keepdims=keepdim))
+
+
+def _spread(*, root: bool, mean: bool) -> Callable[..., Any]:
+    """The operator of var or std, beside the mean, if that is wanted, too."""
+
+    def run(
+        x: Array, dim: Any = None, correction: Any = None, keepdim: bool = False,
+        unbiased: bool | None = None,
+    ) -> Any:  # fmt: skip
+        """Squares' sum / (n - correction), which is 1, or "unbiased": also in the axes' place."""
+        if isinstance(dim, bool):
+            dim, unbiased = None, dim
+        correction = correction if unbiased is None else unbiased
+        below = x - x.mean(_along(dim), keepdims=True)
+        y = np.asarray((below * below).sum(_along(dim), keepdims=keepdim))
+        n = x.size // max(y.size, 1) - (1 if correction is None else correction)
+        y = np.asarray(y / y.dtype.type(max(n, 0)))
+        y = np.asarray(np.sqrt(y)) if root else y
+        return (y, _mean(x, dim, keepdim)) if mean else y
+
+    return run
+
+
+def _logsumexp(x: Array, dim: Any, keepdim: bool = False) -> Array:
+    most = x.max(_along(dim), keepdims=True)
+    most = np.where(np.isfinite(most), most, most.dtype.type(0))
+    y = np.log(np.exp(x - most).sum(_along(dim), keepdims=True)) + most
+    return np.asarray(y if keepdim else y.squeeze(_along(dim)))
+
+
+def _argsort(x: Array, dim: int = -1, descending: bool = False, **kwargs: Any) -> Array:
+    """Equal values stay in their order; NaN is the largest."""
+    if not descending:
+        return x.argsort(dim, kind="stable")
+    last = x.shape[dim] - 1
+    return last - np.flip(np.flip(x, dim).argsort(dim, kind="stable"), dim)
+
+
+def _sort(x: Array, *args: Any, dim: int = -1, **kwargs: Any) -> tuple[Array, Array]:
+    dim = args[0] if args else dim
+    order = _argsort(x, dim, *args[1:], **kwargs)
+    return np.take_along_axis(x, order, dim), order
+
+
+def _topk(
+    x: Array, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+) -> tuple[Array, Array]:
+    """Sorted always; of equal values the first, where torch may take others."""
+    values, order = _sort(x, dim, largest)
+    return _slice(values, dim, 0, k), _slice(order, dim, 0, k)
+
+
+def _cumulative(function: Callable[..., Any]) -> Callable[..., Array]:
+    """The operator of cumsum or cumprod."""
+
+    def run(x: Array, dim: int, dtype: Any = None) -> Array:
+        dtype = dtype or (INTEGER if x.dtype.kind in "biu" else x.dtype)
+        return np.asarray(function(x, dim, dtype))
+
+    return run
 
 
 def _diff(x: Array, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Array:
@@ -333,11 +479,103 @@ def _linear(x: Array, weight: Array, bias: Any = None) -> Array:
     return y if bias is None else y + bias  # type: ignore[no-any-return]
 
 
+def _rms_norm(x: Array, shape: Sequence[int], weight: Any = None, eps: Any = None) -> Array:
+    eps = np.finfo(x.dtype).eps if eps is None else x.dtype.type(eps)
+    y = x / np.sqrt((x * x).mean(tuple(range(-len(shape), 0)), keepdims=True) + eps)
+    return y if weight is None else y * weight  # type: ignore[no-any-return]
+
+
+def _group_norm(
+    x: Array, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *rest: Any
+) -> Array:
+    parts = x.reshape(len(x), groups, -1)
+    y = _layer_norm(parts, parts.shape[2:], eps=eps).reshape(x.shape)
+    return _shifted(y, weight, bias)
+
+
+def _shifted(x: Array, factor: Any, shift: Any) -> Array:
+    """x * factor + shift along axis 1."""
+    shape = -1, *[1] * (x.ndim - 2)
+    y = x if factor is None else x * factor.astype(x.dtype).reshape(shape)
+    return y if shift is None else y + shift.astype(x.dtype).reshape(shape)  # type: ignore[no-any-return]
+
+
+def _bilinear(x: Array, y: Array, weight: Array, bias: Any = None) -> Array:
+    z = np.einsum("...i,oij,...j->...o", x, weight, y, optimize=True)
+    return z if bias is None else z + bias  # type: ignore[no-any-return]
+
+
+def _added(x: Array, a: Array, b: Array, beta: Any = 1, alpha: Any = 1) -> Array:
+    """addmm and baddbmm; what is multiplied by 0 may be anything."""
+    product = np.matmul(a, b) * a.dtype.type(alpha)
+    return product + x * x.dtype.type(beta) if beta else product
+
+
+def _einsum(equation: str, values: Sequence[Array], **kwargs: Any) -> Array:
+    return np.asarray(np.einsum(equation, *values, optimize=True))
+
+
 def _norm(x: Array, ord: float = 2, dim: Any = None, keepdim: bool = False, **rest: Any) -> Array:
-    if not 0 < ord < np.inf:
-        raise ValueError(f"linalg_vector_norm with ord={ord}; fastq.load runs it with torch")
+    if abs(ord) == np.inf:
+        return _extreme(np.max if ord > 0 else np.min)(np.abs(x), dim, keepdim)
+    if ord == 0:
+        return np.asarray((x != 0).sum(_along(dim), keepdims=keepdim)).astype(x.dtype)
     y = np.abs(x) ** ord
     return np.asarray(y.sum(_along(dim), keepdims=keepdim) ** (1 / ord)).astype(x.dtype)
+
+
+def _cosine(x: Array, y: Array, dim: int = 1, eps: float = 1e-8) -> Array:
+    x, y = np.broadcast_arrays(*promoted(x, y))
+    x, y = (v / np.maximum(_norm(v, 2, dim, True), v.dtype.type(eps)) for v in (x, y))
+    return np.asarray((x * y).sum(dim))
+
+
+def _distance(x: Array, y: Array, p: float = 2, eps: float = 1e-6, keepdim: bool = False) -> Array:
+    return _norm(x - y + x.dtype.type(eps), p, -1, keepdim)
+
+
+def _bags(
+    rows: Array, tokens: Array, offsets: Array, mode: int, shares: Any, last: bool, padding: Any
+) -> tuple[Array]:
+    """embedding_bag of the rows that are looked up: the first of torch's results, for the others
+    are its gradient's. mode 0 is the sum, 1 the mean, 2 the largest."""
+    count = len(offsets) - bool(last)
+    bag = np.searchsorted(offsets[:count], np.arange(len(tokens)), "right") - 1
+    if padding is not None and padding >= 0:
+        bag, rows = bag[tokens != padding], rows[tokens != padding]
+        shares = None if shares is None else shares[tokens != padding]
+    rows = rows if shares is None else rows * shares[:, None]
+    y = np.full((count, rows.shape[1]), -np.inf if mode == 2 else 0, rows.dtype)
+    (np.maximum if mode == 2 else np.add).at(y, bag, rows)
+    size = np.bincount(bag, minlength=count)[:, None]
+    if mode == 1:
+        y /= np.maximum(size, 1).astype(y.dtype)
+    return (np.where(size == 0, y.dtype.type(0), y),)
+
+
+def _embedding_bag(
+    weight: Array, tokens: Array, offsets: Array, scale_grad: bool = False, mode: int = 0,
+    sparse: bool = False, shares: Any = None, last: bool = False, padding: Any = None,
+) -> tuple[Array]:  # fmt: skip
+    return _bags(_rows(weight, tokens), tokens, offsets, mode, shares, last, padding)
+
+
+def _int8_bags(
+    tokens: Array, weight: Array, scale: Array, offsets: Array, mode: int, shares: Any = None,
+    last: bool = False, padding: Any = None,
+) -> tuple[Array]:  # fmt: skip
+    rows = _int8_rows(tokens, weight, scale)
+    return _bags(rows, tokens, offsets, mode, shares, bool(last), padding)
+
+
+def _bicubic(x: Array, size: Any, align_corners: bool, factors: Any = None, *rest: Any) -> Array:
+    return resampled(x, size, "bicubic", align_corners, (factors, *rest) if rest else factors)
+
+
+def _grid_sampler(x: Array, grid: Array, kind: int, edges: int, align_corners: bool) -> Array:
+    if x.ndim != 4:
+        raise ValueError(f"grid_sampler of {x.shape}; fastq.load runs it with torch")
+    return grid_sampled(x, grid, KINDS[kind], EDGES[edges], align_corners)
 
 
 def _embedding(weight: Array, tokens: Array, *rest: Any) -> Array:
@@ -351,10 +589,11 @@ def _int8_rows(tokens: Array, weight: Array, scale: Array) -> Array:
 # by torch's names; several overloads of one operator share a line
 _TABLE: dict[str, Callable[..., Any]] = {
     "add.Tensor add.Scalar": _scaled(np.add),
-    "sub.Tensor sub.Scalar": _scaled(np.subtract),
-    "rsub.Scalar": lambda x, y, alpha=1: _scaled(np.subtract)(y, x, alpha),
-    "mul.Tensor mul.Scalar": _pointwise(np.multiply),
-    "div.Tensor div.Scalar": _pointwise(np.divide, real=True),
+    "sub.Tensor sub.Scalar subtract.Tensor": _scaled(np.subtract),
+    "rsub.Scalar rsub.Tensor": lambda x, y, alpha=1: _scaled(np.subtract)(y, x, alpha),
+    "mul.Tensor mul.Scalar multiply.Tensor": _pointwise(np.multiply),
+    "div.Tensor div.Scalar true_divide.Tensor div.Tensor_mode div.Scalar_mode": _divided,
+    "floor_divide.default floor_divide.Scalar": lambda x, y: _divided(x, y, "floor"),
     "pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar": _pointwise(np.power),
     "maximum.default max.other": _pointwise(np.maximum),
     "minimum.default min.other": _pointwise(np.minimum),
@@ -370,9 +609,16 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "logical_not.default": np.logical_not,
     "bitwise_and.Tensor __and__.Tensor": _pointwise(np.bitwise_and),
     "bitwise_or.Tensor __or__.Tensor": _pointwise(np.bitwise_or),
+    "bitwise_xor.Tensor __xor__.Tensor": _pointwise(np.bitwise_xor),
     "bitwise_not.default": np.invert,
+    **{f"{name}.default": getattr(np, name) for name in ("isnan", "isinf", "isfinite")},
+    "addcmul.default": lambda x, y, z, value=1: x + y * z * y.dtype.type(value),
+    "addcdiv.default": lambda x, y, z, value=1: x + y / z * y.dtype.type(value),
+    "lerp.Scalar lerp.Tensor": lambda x, end, weight: x + (end - x) * weight,
+    "logaddexp.default": _pointwise(np.logaddexp),
+    "hypot.default": _pointwise(np.hypot),
     "neg.default": np.negative,
-    "abs.default": np.abs,
+    "abs.default absolute.default": np.abs,
     "sign.default": np.sign,
     "square.default": np.square,
     "exp.default": _pointwise(np.exp, real=True),
@@ -396,6 +642,7 @@ _TABLE: dict[str, Callable[..., Any]] = {
     },
     **{f"{name}.default": getattr(np, name) for name in ("floor", "ceil", "trunc")},
     "round.default": np.rint,
+    "round.decimals": lambda x, decimals: np.round(x, decimals),
     "frac.default": lambda x: x - np.trunc(x),
     "atan2.default": _pointwise(np.arctan2, real=True),
     "fmod.Scalar fmod.Tensor": _pointwise(np.fmod),
@@ -421,7 +668,7 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "gelu.default": _gelu,
     "hardshrink.default": lambda x, lambd=0.5: np.where(abs(x) > lambd, *promoted(x, 0)),
     "softshrink.default": lambda x, lambd=0.5: x - _clamp(x, -lambd, lambd),
-    "clamp.default": _clamp,
+    "clamp.default clamp.Tensor clip.default clip.Tensor": _clamp,
     "clamp_min.default": lambda x, min: _clamp(x, min),
     "clamp_max.default": lambda x, max: _clamp(x, None, max),
     "where.self where.ScalarOther where.ScalarSelf where.Scalar":
@@ -432,18 +679,25 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "contiguous.default clone.default alias.default detach.default lift_fresh_copy.default "
     "dropout.default": lambda x, *args, **kwargs: x,
     "arange.default arange.start arange.start_step": _arange,
+    "linspace.default linspace.Tensor_Tensor": _linspace,
+    "eye.default eye.m": _eye,
+    "meshgrid.default meshgrid.indexing": _meshgrid,
     "full.default": _full,
     "zeros.default": _filled(0),
     "ones.default": _filled(1),
     "scalar_tensor.default": lambda value, **kwargs: _full((), value, **kwargs),
-    "full_like.default": _alike,
+    "full_like.default fill.Scalar": _alike,
     "zeros_like.default": lambda x, **kwargs: _alike(x, 0, **kwargs),
     "ones_like.default": lambda x, **kwargs: _alike(x, 1, **kwargs),
     "new_zeros.default": lambda x, size, dtype=None, **rest: np.zeros(size, dtype or x.dtype),
     "new_ones.default": lambda x, size, dtype=None, **rest: np.ones(size, dtype or x.dtype),
+    "new_full.default":
+        lambda x, size, value, dtype=None, **rest: np.full(size, value, dtype or x.dtype),
     "unsqueeze.default": lambda x, dim: np.expand_dims(x, dim),
     "squeeze.default squeeze.dim squeeze.dims": _squeeze,
-    "expand.default": _expand,
+    "expand.default broadcast_to.default": _expand,
+    "expand_as.default": lambda x, other: np.broadcast_to(x, other.shape),
+    "broadcast_tensors.default": lambda values: list(np.broadcast_arrays(*values)),
     "view.default reshape.default _unsafe_view.default": lambda x, size: x.reshape(size),
     "flatten.using_ints": _flatten,
     "permute.default": lambda x, dims: x.transpose(dims),
@@ -456,36 +710,83 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "split.Tensor split_with_sizes.default": _split,
     "chunk.default": _chunk,
     "unbind.int": _unbind,
+    "unfold.default": _windows,
+    "diagonal.default": np.diagonal,
+    "diag.default": np.diag,
     "index.Tensor": _index,
+    "index_put.default": _index_put,
+    "index_add.default": _index_add,
     "index_select.default": lambda x, dim, index: _rows(x, index, dim),
     "gather.default": _gather,
+    "take_along_dim.default": _take_along,
+    "scatter.value scatter.src": _scatter(False),
+    "scatter_add.default": _scatter(True),
+    "one_hot.default": _one_hot,
+    "bucketize.Tensor": lambda x, ends, out_int32=False, right=False: np.searchsorted(
+        ends, x, "right" if right else "left").astype(np.int32 if out_int32 else INTEGER),
     "cat.default": _cat,
     "stack.default": _stack,
+    "hstack.default": lambda values: np.hstack(promoted(*values)),
+    "vstack.default": lambda values: np.vstack(promoted(*values)),
     "tril.default": _triangle(np.tril),
     "triu.default": _triangle(np.triu),
     "constant_pad_nd.default": _pad,
     "sum.default sum.dim_IntList": _sum,
     "mean.default mean.dim": _mean,
-    "amax.default": _extreme(np.max),
-    "amin.default": _extreme(np.min),
+    "prod.default prod.dim_int": _prod,
+    **{f"{name}{also}.{overload}": _spread(root=name == "std", mean=bool(also))
+       for name in ("var", "std") for also in ("", "_mean")
+       for overload in ("default", "dim", "correction")},
+    "count_nonzero.default count_nonzero.dim_IntList":
+        lambda x, dim=None: np.asarray(np.count_nonzero(x, _along(dim)), INTEGER),
+    "amax.default max.default": _extreme(np.max),
+    "amin.default min.default": _extreme(np.min),
     "any.default any.dim any.dims": _extreme(np.any),
     "all.default all.dim all.dims": _extreme(np.all),
     "argmax.default": _largest(np.argmax),
     "argmin.default": _largest(np.argmin),
     "max.dim": _max,
-    "cumsum.default": _cumsum,
+    "min.dim": _min,
+    "sort.default sort.stable": _sort,
+    "argsort.default argsort.stable": _argsort,
+    "topk.default": _topk,
+    "cumsum.default": _cumulative(np.cumsum),
+    "cumprod.default": _cumulative(np.cumprod),
+    "logsumexp.default": _logsumexp,
     "diff.default": _diff,
     "softmax.int": _softmax,
     "log_softmax.int": _log_softmax,
     "linalg_vector_norm.default": _norm,
+    "cosine_similarity.default": _cosine,
+    "pairwise_distance.default": _distance,
+    "cdist.default":
+        lambda x, y, p=2.0, *rest: _norm(x[..., :, None, :] - y[..., None, :, :], p, -1),
     "layer_norm.default": _layer_norm,
+    "rms_norm.default": _rms_norm,
+    "group_norm.default": _group_norm,
     "linear.default": _linear,
-    "matmul.default bmm.default": np.matmul,
+    "bilinear.default": _bilinear,
+    "matmul.default bmm.default mm.default mv.default": np.matmul,
+    "dot.default": lambda x, y: np.asarray(x @ y),
+    "addmm.default baddbmm.default": _added,
+    "outer.default": np.outer,
+    "einsum.default": _einsum,
+    "polar.default": lambda size, angle: size * np.exp(1j * angle),
+    "view_as_complex.default": lambda x: x[..., 0] + 1j * x[..., 1],
+    "view_as_real.default": lambda x: np.stack([x.real, x.imag], -1),
+    "real.default": np.real,
+    "imag.default": np.imag,
+    **{f"fft_{name}.default": getattr(np.fft, name) for name in (
+        "fft", "ifft", "rfft", "irfft", "fft2", "ifft2", "rfft2", "irfft2")},
+    "upsample_bicubic2d.vec upsample_bicubic2d.default": _bicubic,
+    "grid_sampler.default": _grid_sampler,
     "embedding.default": _embedding,
+    "embedding_bag.default embedding_bag.padding_idx": _embedding_bag,
 }  # fmt: skip
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "getitem": lambda values, index: values[index],
     "fastq.embedding.default": _int8_rows,
+    "fastq.embedding_bag.default": _int8_bags,
     **{f"aten.{name}": run for names, run in _TABLE.items() for name in names.split()},
 }
 
@@ -538,6 +839,16 @@ def _sloped(attrs: Mapping[str, Any], x: Array, weight: Array) -> Array:
     return np.where(x > 0, x, x * slope)
 
 
+def _other_size(kind: str) -> Callable[..., Array]:
+    """The operation of an image that is made larger or smaller, to a size or by a factor."""
+
+    def run(attrs: Mapping[str, Any], x: Array) -> Array:
+        size, factors = attrs["size"].get("size"), attrs["size"].get("scale_factor")
+        return resampled(x, size, kind, attrs.get("align_corners", False), factors)
+
+    return run
+
+
 # of `graph.OPERATIONS`: run(attrs, *inputs, **tensors)
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "constant": lambda attrs, value: value,
@@ -549,6 +860,15 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "softmax": _masked_softmax,
     "prelu": _sloped,
     "layer_norm": _normed,
+    "rms_norm": lambda attrs, x, weight=None: _rms_norm(
+        x, attrs["shape"], None if weight is None else weight.reshape(-1), attrs["eps"]
+    ),
+    "group_norm": lambda attrs, x, weight=None, bias=None: _group_norm(
+        x, attrs["groups"], weight, bias, attrs["eps"]
+    ),
+    "affine": lambda attrs, x, factor, shift: _shifted(x, factor, shift),
+    "upsample_nearest2d": _other_size("nearest"),
+    "upsample_bilinear2d": _other_size("bilinear"),
     "pad": _padded,
     "concat": _parts,
     "reshape": lambda attrs, x: x.reshape(reshaped(x.shape, attrs["groups"])),

@@ -29,6 +29,7 @@ ORDER = [
     "program",
     "encode",
     "layout",
+    "resampling",
     "operators",
     "phases",
     "packed",
