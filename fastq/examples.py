@@ -20,12 +20,15 @@ class Leaf(NamedTuple):
     like     of an input without a batch, for each axis which axis of the first input, but its
              batch, is as long; None: none, or it has a batch.
     also     further axes that are as long as the batch: of a graph's adjacency matrix.
+    cached   beside a cache of past keys and values, for each axis what it counts: NEW tokens, PAST
+             ones, both in sum, as a mask's, or 0: neither. () where there is no such cache.
     """
 
     x: Any
     follows: int | None = None
     like: tuple[int | None, ...] | None = None
     also: tuple[int, ...] = ()
+    cached: tuple[int, ...] = ()
 
     @property
     def counts(self) -> bool:
@@ -34,6 +37,7 @@ class Leaf(NamedTuple):
 
 
 Leaves = Sequence[Leaf]
+NEW, PAST = 1, 2
 
 
 def first_of(leaves: Leaves) -> Tensor:
@@ -47,10 +51,10 @@ def ways_of_batches(plain: Sequence[Any]) -> list[list[Leaf]]:
     whose axis 1 is the batch of (B, ..), or those where it is of (L, B, ..); but for the adjacency
     of a graph's nodes, which are the batch then."""
     tensors = [x for x in plain if isinstance(x, Tensor) and x.dim()]
-    ways = [[Leaf(x) for x in plain]]
     if not tensors:
-        return ways
+        return [[Leaf(x) for x in plain]]
     first = tensors[0]
+    ways = [[Leaf(x, cached=_cached(x, first, tensors)) for x in plain]]
     others = [x for x in tensors if len(x) != len(first)]  # such as a mask of (T, T)
     if others:
         alone = set(map(id, others))
@@ -68,6 +72,34 @@ def ways_of_batches(plain: Sequence[Any]) -> list[list[Leaf]]:
         ways += [states] * any(leaf.follows is not None for leaf in states)
     square = [Leaf(x, also=() if x is first else _as_long(x, len(first))) for x in plain]
     return ways + [square] * any(leaf.also for leaf in square)
+
+
+def _cached(x: Any, first: Tensor, tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """`Leaf.cached` of x. The first input has T tokens, (B, T) or (B, T, features); a mask ends
+    with T + P places; what else has four axes is the cache, (B, heads, P, features) or (B, P,
+    heads, features). () if that is not so, or not for one P alone."""
+    if not isinstance(x, Tensor) or x.dim() < 2 or first.dim() not in (2, 3):
+        return ()
+    new = first.shape[1]
+    ends = {one.shape[-1] for one in tensors if one is not first and one.dim() > 1}
+    pasts = {
+        (axis, one.shape[axis])
+        for one in tensors
+        for axis in (2, 1)
+        if one.dim() == 4 and one.shape[axis] and new + one.shape[axis] in ends - {one.shape[-1]}
+    }
+    if len(pasts) != 1:
+        return ()
+    ((axis, past),) = pasts
+    counts = [0] * x.dim()
+    if x is not first and x.shape[-1] == new + past:
+        counts[-1] = NEW | PAST
+        counts[-2] = NEW if x.dim() > 2 and x.shape[-2] == new else 0
+    elif x.dim() == 4 and x.shape[axis] == past:
+        counts[axis] = PAST
+    elif x.shape[1] == new and x.dim() < 4:  # the tokens, or their positions
+        counts[1] = NEW
+    return tuple(counts)
 
 
 def _as_long(x: Any, count: int) -> tuple[int, ...]:
@@ -94,7 +126,8 @@ BATCHES = (5, 17)
 class Stretch(NamedTuple):
     """How the extent of an example is changed.
 
-    parts  (number of axes of an input, which of them grow, by how much).
+    parts  (number of axes of an input, which of them grow, by how much); (CACHED, (NEW, PAST),
+           by how much) of all that is beside a cache.
     apart  by how much more those of each further input grow, so that it is known which input a size
            follows.
     series whether real numbers in a row, (B, L), are samples of a sequence, so that there may be
@@ -106,6 +139,7 @@ class Stretch(NamedTuple):
     series: bool = False
 
 
+CACHED = 0  # in the place of a number of axes
 Way = tuple[Stretch, Stretch]  # how the examples of both captures are changed
 SAME: Way = (Stretch(), Stretch())  # only the batch differs
 
@@ -124,6 +158,9 @@ def stretches(leaves: Leaves) -> list[list[Way]]:
     the network takes that. Rows of real numbers grow where nothing else does, or where all else
     does not grow alone: long ones by an eighth, as what hears a sound has large strides.
     """
+    if any(leaf.cached for leaf in leaves):
+        longer_cache = Stretch(), Stretch(((CACHED, (NEW, PAST), (7, 13)),))
+        return [[longer_cache], *stretches([leaf._replace(cached=()) for leaf in leaves])]
     tensors = [leaf.x for leaf in leaves if isinstance(leaf.x, Tensor)]
     dims = {x.dim() for x in tensors}
     several = sum(leaf.counts and leaf.x.dim() > 1 for leaf in leaves) > 1
@@ -198,8 +235,12 @@ def other_extents(leaves: Leaves, way: Way) -> Iterator[Stretch]:
         parts = []
         for dim, axes, _ in after.parts:
             x = next((leaf.x for leaf in leaves if leaf.counts and leaf.x.dim() == dim), None)
-            if x is not None:
+            if dim == CACHED:
+                x = first_of(leaves)
+                sizes = [_places(leaves, count) for count in axes]
+            elif x is not None:
                 sizes = [x.shape[axis] for axis in axes]
+            if x is not None:
                 if residues is not None:
                     small = not (after.series and _is_row(x))
                     starts = [64 if n >= LARGE and small else n // 64 * 64 for n in sizes]
@@ -213,7 +254,7 @@ def other_extents(leaves: Leaves, way: Way) -> Iterator[Stretch]:
 
 def resized(leaf: Leaf, leaves: Leaves, batch: int, stretch: Stretch) -> Any:
     """An example of another batch size, and of another extent."""
-    x, follows, like, also = leaf
+    x, follows, like, also, cached = leaf
     if not isinstance(x, Tensor) or x.dim() == 0:
         return x
     if follows != 1 and like is None:
@@ -224,6 +265,11 @@ def resized(leaf: Leaf, leaves: Leaves, batch: int, stretch: Stretch) -> Any:
     before = itertools.takewhile(lambda one: one is not leaf, leaves)
     number = sum(one.counts for one in before) if leaf.counts else 0
     for dim, axes, more in stretch.parts:
+        if dim == CACHED:
+            for axis, counts in enumerate(cached):
+                x = _stretched(
+                    x, axis, sum(n for of, n in zip(axes, more, strict=True) if of & counts)
+                )
         if dim != shown.dim() or (_is_row(shown) and not stretch.series):
             continue
         if follows == 0 or (follows == 1 and axes != (1,)):
@@ -235,6 +281,16 @@ def resized(leaf: Leaf, leaves: Leaves, batch: int, stretch: Stretch) -> Any:
             for own in (axis,) if like is None else [i for i, of in enumerate(like) if of == axis]:
                 x = _stretched(x, own, count)
     return x.clone()
+
+
+def _places(leaves: Leaves, count: int) -> int:
+    """How many tokens are NEW, or PAST."""
+    return next(
+        n
+        for leaf in leaves
+        for n, of in zip(leaf.x.shape if leaf.cached else (), leaf.cached, strict=True)
+        if of == count
+    )
 
 
 def _stretched(x: Tensor, axis: int, count: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from fastq.nn.model import QuantizedModel, leaves_of, spec_text
 from fastq.outlook import leave_fast_path, outlook
 from fastq.prepare import Prepared, prepare_graph
 from fastq.processes import ALONE, Processes
+from fastq.program import extent_text, fits
 from fastq.qconfig import DEFAULT
 from fastq.read import CannotCapture
 from fastq.recipe import write_recipe
@@ -115,11 +116,15 @@ def calibrate(
 ) -> None:
     """Run the float network on all batches and watch its values; then the remedies."""
     captured, names = prepared.captured, forward_names(model)
-    data = (
-        leaves_of(model, *call_of(model, batch, forward), captured.in_spec, captured.arguments,
-                  names)
-        for batch in batches
-    )  # fmt: skip
+    misfits: list[str] = []  # sizes that the graph does not hold for: it may run nevertheless
+
+    def given(batch: Any) -> list[Any]:
+        call = call_of(model, batch, forward)
+        leaves = leaves_of(model, *call, captured.in_spec, captured.arguments, names)
+        misfits.extend(_misfits(captured.arguments, leaves))
+        return leaves
+
+    data = map(given, batches)
     try:
         with torch.autocast("cpu", enabled=False):  # the ranges are those of float32
             observe_and_apply(
@@ -128,7 +133,23 @@ def calibrate(
             )  # fmt: skip
     except Exception as error:
         error.add_note("fastq ran the float network on the calibration data")
-        raise
+        if not misfits:
+            raise
+        why = f", for {captured.fixed}" if captured.fixed else ""
+        raise ValueError(
+            "a calibration batch does not fit the network, which was captured from the first one: "
+            f"{misfits[0]}. Other sizes make another network of this model{why}. Wanted batches of "
+            "one size; or fastq.quantize_layers(model, batches), whose layers take any"
+        ) from error
+
+
+def _misfits(arguments: Iterable[Any], leaves: Iterable[Any]) -> Iterator[str]:
+    """What has sizes that the network does not hold for."""
+    for node, leaf in zip(arguments, leaves, strict=True):
+        if isinstance(node, Node) and isinstance(leaf, Tensor):
+            shape, extent = tuple(leaf.shape), node.extent
+            if not fits(shape, extent):
+                yield f"{node.name} has shape {shape}; wanted {extent_text(extent)}"
 
 
 def finish(

@@ -527,3 +527,82 @@ def test_a_height_that_is_fixed_is_said_to_be() -> None:
     assert int8.program.extents == ((None, 3, 16, None),)
     assert "the height of the first batch alone: the graph depends" in fastq.summary(int8).note
     agrees(model, int8, torch.randn(2, 3, 16, 30))
+
+
+class CachedLayer(nn.Module):
+    """One layer of a decoder, (B, T) tokens, beside a cache of P keys and values.
+
+    shape  "heads": the cache is (B, heads, P, features); "rows": (B, P, heads, features).
+    """
+
+    def __init__(self, shape: str = "heads") -> None:
+        super().__init__()
+        self.shape, (width, self.heads) = shape, (16, 2)
+        self.words, self.places = nn.Embedding(20, width), nn.Embedding(99, width)
+        nn.init.normal_(self.places.weight, std=0.1)  # calibration sees few of them
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor, mask: Tensor, cache: tuple[Tensor, Tensor]) -> Any:
+        (batch, count), turned = tokens.shape, self.shape == "rows"
+        past = cache[0].shape[1 if turned else 2]
+        x = self.words(tokens) + self.places(torch.arange(past, past + count))
+        made = self.qkv(x).view(batch, count, 3, self.heads, -1)
+        q, *kv = made.unbind(2) if turned else made.transpose(1, 3).unbind(2)
+        kv = [torch.cat(pair, 1 if turned else 2) for pair in zip(cache, kv, strict=True)]
+        q, k, v = (z.transpose(1, 2) if turned else z for z in (q, *kv))
+        causal = torch.ones(count, past + count, dtype=torch.bool).tril(past)
+        seen = causal & (mask if mask.dim() == 4 else mask[:, None, None, :]).bool()
+        y = F.scaled_dot_product_attention(q, k, v, seen)
+        return self.out(y.transpose(1, 2).reshape(batch, count, -1)) + x, kv
+
+    def batch(self, count: int, past: int, rank: int = 2) -> dict[str, Any]:
+        g = torch.Generator().manual_seed(past)
+        sizes = (64, past, 2, 8) if self.shape == "rows" else (64, 2, past, 8)
+        ones = (64, past + count) if rank == 2 else (64, 1, count, past + count)
+        return {
+            "tokens": torch.randint(20, (64, count), generator=g),
+            "mask": torch.rand(ones, generator=g) > 0.1,
+            "cache": (torch.randn(sizes, generator=g), torch.randn(sizes, generator=g)),
+        }
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+@pytest.mark.parametrize("shape", ["heads", "rows"])
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_cache_of_any_length_and_a_mask_of_both(
+    count: int, shape: str, rank: int, tmp_path: Path
+) -> None:
+    """The mask has as many places as the cache and the new tokens together."""
+    torch.manual_seed(0)
+    model = CachedLayer(shape).eval()
+    batches = [model.batch(count, past, rank) for past in (6, 9)]
+    int8 = fastq.quantize_model(model, batches, progress=False)
+    assert [row.reason for row in fastq.summary(int8).rows if row.result == "float"] == []
+    fastq.save(int8, tmp_path / "q")
+    run = fastq.load_program(tmp_path / "q")
+    for new, past in ((count, 6), (count, 9), (count, 4), (3, 7), (8, 21)):
+        given = model.batch(new, past, rank)
+        wanted, found = model(**given), int8(**given)
+        assert (found[0] - wanted[0]).norm() < 0.05 * wanted[0].norm()
+        assert [x.shape for x in found[1]] == [x.shape for x in wanted[1]]
+        arrays = [given["tokens"], given["mask"], *given["cache"]]
+        torch.testing.assert_close(
+            torch.from_numpy(run(*(x.numpy() for x in arrays))[0]), found[0], rtol=0.02, atol=0.02
+        )
+
+
+def test_batches_that_the_network_of_the_first_does_not_take() -> None:
+    class Halved(CachedLayer):
+        """A mask twice as long as what it hides is not known to be one."""
+
+        def forward(self, tokens: Tensor, mask: Tensor, cache: tuple[Tensor, Tensor]) -> Any:
+            return super().forward(tokens, mask[:, : mask.shape[1] // 2], cache)
+
+    model = Halved().eval()
+    batches = [model.batch(5, past) for past in (6, 9)]
+    batches = [{**one, "mask": one["mask"].repeat(1, 2)} for one in batches]
+    with pytest.raises(
+        ValueError, match=r"mask has shape \(64, 28\); wanted \(any, 22\).*batches of one size"
+    ):
+        fastq.quantize_model(model, batches, progress=False)
+    assert fastq.quantize_model(model, batches[:1], progress=False).program
