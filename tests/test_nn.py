@@ -364,6 +364,16 @@ class Centred(nn.Conv2d):
         (lambda: QConv2d.from_float(nn.Linear(3, 3)), TypeError, "got Linear, wanted torch.nn.C"),
         (lambda: QLinear.from_float(Rectified(3, 3)), TypeError, "this Rectified has a forward of"),
         (lambda: QConv2d.from_float(Centred(3, 3, 1)), TypeError, "Centred has a _conv_forward of"),
+        *(
+            (partial(kind.from_float, made), ValueError, r"is on the meta device.*to_empty\(dev")
+            for kind, made in (
+                (QLinear, nn.Linear(3, 3, device="meta")),
+                (QConv2d, nn.Conv2d(3, 3, 1, device="meta")),
+                (QEmbedding, nn.Embedding(3, 3, device="meta")),
+                (QLSTM, nn.LSTM(3, 3, device="meta")),
+                (QMultiheadAttention, nn.MultiheadAttention(4, 2, device="meta")),
+            )
+        ),
         (lambda: QLinear.from_float(spoiled("weight")), ValueError, "weight has NaN"),
         (lambda: QLinear.from_float(spoiled("bias")), ValueError, "bias has NaN"),
     ],

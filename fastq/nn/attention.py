@@ -84,7 +84,7 @@ class QMultiheadAttention(nn.Module):
         """Quantize a float layer: its weights per output, its biases stay float32.
 
         Raises TypeError unless `module` is an nn.MultiheadAttention, ValueError if it is not
-        finite.
+        finite or on the meta device.
         """
         check_kind(cls, module)
         made = cls(**cls.made_with(module))

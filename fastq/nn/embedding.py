@@ -44,7 +44,8 @@ class QTable(QLayer):
     ) -> Self:
         """Quantize a float layer, each row by its own range; input_qparams must be None.
 
-        Raises TypeError unless `module` is torch's of this kind, ValueError if it is not finite.
+        Raises TypeError unless `module` is torch's of this kind, ValueError if it is not finite or
+        on the meta device.
         """
         check_kind(cls, module)
         weight = module.weight.detach()

@@ -113,7 +113,8 @@ class QLayer(nn.Module):
 
         input_qparams  uint8 QParams per tensor of the input, or None to quantize it dynamically.
         config         the bits of its weight, and how its range is found.
-        Raises TypeError unless `module` is torch's of this kind, ValueError if it is not finite.
+        Raises TypeError unless `module` is torch's of this kind, ValueError if it is not finite or
+        on the meta device.
         """
         check_kind(cls, module)
         return cls(**cls.made_with(module))._quantize(module, input_qparams, config)
@@ -264,7 +265,8 @@ class QLayer(nn.Module):
 
 
 def check_kind(kind: Any, module: Any) -> None:
-    """TypeError unless a module is torch's of this kind of layer, and computes what it does."""
+    """TypeError unless a module is torch's of this kind of layer, and computes what it does;
+    ValueError for one without values."""
     if not isinstance(module, kind.FLOAT):
         raise TypeError(
             f"{kind.__name__}.from_float: got {type(module).__name__}, wanted "
@@ -277,6 +279,13 @@ def check_kind(kind: Any, module: Any) -> None:
                 f"{kind.__name__}.from_float: this {type(module).__name__} has a {name} of its "
                 f"own, which the int8 layer would lack; wanted torch.nn.{kind.FLOAT.__name__}. "
                 "fastq.quantize_layers(model) reads what a subclass computes"
+            )
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{kind.__name__}.from_float: {name} {tuple(parameter.shape)} is on the meta "
+                f"device, where it has no values; wanted a {type(module).__name__} on the CPU: "
+                "module.to_empty(device='cpu'), then module.load_state_dict(state)"
             )
 
 

@@ -29,8 +29,9 @@ class QuantizedModel(nn.Module):
     """A network whose forward runs integer programs; it takes and returns what the float one did.
 
     `fastq.quantize_model` and `fastq.load` make it. For inference, on the CPU, float32 in and
-    out; any batch size, and any image size unless the network fixes it. The state is plain
-    tensors, "step.weight" and so on. Several threads may call it at the same time.
+    out; any batch size, and any image size unless the network fixes it. In what a program takes NaN
+    counts as 0, infinities saturate. The state is plain tensors, "step.weight" and so on. Several
+    threads may call it at the same time.
     """
 
     def __init__(self, layout: Layout, tensors: Mapping[str, Tensor]) -> None:

@@ -259,7 +259,8 @@ class Recurrent(nn.Module):
     def from_float(cls, module: Any, *, config: QConfig = DEFAULT) -> Self:
         """Quantize a float layer: its weights per output, its biases stay float32.
 
-        Raises TypeError unless `module` is torch's of this kind, ValueError if it is not finite.
+        Raises TypeError unless `module` is torch's of this kind, ValueError if it is not finite or
+        on the meta device.
         """
         check_kind(cls, module)
         made = cls(**cls.made_with(module))
