@@ -32,7 +32,8 @@ class Batches:
                 f"{name} is a {type(data).__name__}, wanted a tensor, a dict, or an "
                 "iterable of batches such as a DataLoader"
             )
-        elif isinstance(data, tuple | list) and len(kinds := _dtypes(data)) > 1:
+        elif isinstance(data, tuple | list) and _is_pair(data):
+            kinds = _dtypes(data)
             raise TypeError(
                 f"{name} is a {type(data).__name__} of tensors of {' and '.join(kinds)}, each of "
                 "which would be a batch; wanted [(inputs, labels)] for one batch of pairs"
@@ -69,6 +70,13 @@ class Batches:
                 f"a batch of {self.name} is empty: {shapes}; wanted at least one sample"
             )
         return batch
+
+
+def _is_pair(values: tuple[Any, ...] | list[Any]) -> bool:
+    """Whether these are inputs and labels, not batches, by their dtypes: but for tokens, which may
+    be int32 in one batch of a list and int64 in another."""
+    kinds = {*_dtypes(values)}
+    return len(kinds) > 1 and not (isinstance(values, list) and kinds == {"int32", "int64"})
 
 
 def _dtypes(values: Iterable[Any]) -> list[str]:

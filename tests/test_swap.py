@@ -1282,3 +1282,13 @@ def test_parameters_of_torchs_own_layers_are_not_listed(data: Tensor | None) -> 
 
     int8 = fastq.quantize_layers(Tied().eval(), data, progress=False)
     assert {row.result for row in fastq.summary(int8).rows} <= {"int8 static", "int8 dynamic"}
+
+
+def test_a_list_of_tokens_of_two_dtypes_is_a_list_of_batches() -> None:
+    model = nn.Sequential(nn.Embedding(10, 32), nn.Linear(32, 4)).eval()
+    ids = torch.arange(10).reshape(2, 5)
+    wanted = quantize_model(model, [ids, ids.flip(0)], progress=False)
+    found = quantize_model(model, [ids.int(), ids.flip(0)], progress=False)
+    assert torch.equal(found(ids), wanted(ids)) and torch.equal(found(ids.int()), wanted(ids))
+    with pytest.raises(TypeError, match=r"tuple of tensors of int32 and int64.*\[\(inputs, l"):
+        quantize_model(model, (ids.int(), ids), progress=False)
