@@ -132,16 +132,26 @@ def prepare_qat(
     except CannotCapture as error:
         raise ValueError(
             f"prepare_qat: there is no graph of this {type(model).__name__}, which training in "
-            f"integers wants: {error}"
+            f"integers wants: {error}{_in_float32(model)}"
         ) from error
     if not prepared.regions:
         raise ValueError(
             f"prepare_qat: nothing in this {type(model).__name__} can become int8; wanted at "
-            f"least one product in float32 on the CPU\n{summarize(prepared, model)}"
+            f"least one product in float32 on the CPU{_in_float32(model)}\n"
+            f"{summarize(prepared, model)}"
         )
     calibrate(prepared, model, batches, forward, progress=progress, processes=processes)
     report = summarize(prepared, model)
     return QATModel(prepared, twin, forward_names(model), report, learned)
+
+
+def _in_float32(model: nn.Module) -> str:
+    """What makes float32 of a model's parameters, if some are of other kinds of real numbers."""
+    real = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    others = sorted({str(dtype).removeprefix("torch.") for dtype in real} - {"float32"})
+    if not others:
+        return ""
+    return f"; its parameters are {' and '.join(others)}: model.float() makes them float32"
 
 
 def convert(model: nn.Module) -> QuantizedModel:
@@ -240,7 +250,10 @@ class QATModel(nn.Module):
         gradient: with them, the bits are the same under torch.no_grad.
 
         float32 tensors on the CPU, as the float model took them; under autocast too. TypeError
-        and ValueError for other arguments.
+        and ValueError for other arguments. In what a program takes NaN counts as 0, as it does
+        in the integer network: results and gradients are finite, the gradient of that value is 0.
+        Infinities saturate. Neither counts in the ranges that training moves. So a loss does not
+        show that a batch has NaN: look for them in the data.
         """
         if torch.compiler.is_compiling():  # Dynamo would look for torch in the kernels
             return torch.compiler.disable(self._forward)(*args, **kwargs)

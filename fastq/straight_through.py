@@ -97,6 +97,7 @@ class _OnGrid(torch.autograd.Function):
         inside = (steps >= low - 0.5) & (steps <= high + 0.5)  # what rounds to a step of the grid
         if scale is not None and ctx.needs_input_grad[1]:
             slope = torch.where(inside, steps.round() - steps, steps.clamp(low, high))
+            slope = slope.nan_to_num_(0.0)  # NaN counts as 0, which no scale moves
             ctx.save_for_backward(inside, slope)
             ctx.share, ctx.shape = (max(count, 1) * max(high, -low)) ** -0.5, scale.shape
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import pickle
 import warnings
@@ -815,3 +816,31 @@ class Threshold(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.where(x > 0, x, self.least)
+
+
+@pytest.mark.parametrize("inputs", [torch.float32, torch.bfloat16])
+def test_a_model_of_half_precision_is_told_what_to_do(inputs: torch.dtype) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3)).bfloat16(), torch.randn(8, 4)
+    with pytest.raises(ValueError, match=r"parameters are bfloat16: model\.float\(\) makes them"):
+        fastq.prepare_qat(model, x.to(inputs), progress=False)
+    fastq.prepare_qat(model.float(), x, progress=False)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_nan_in_an_input_counts_as_0_and_in_no_range(learned: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    model = fastq.prepare_qat(net, torch.randn(64, 6), learned=learned, progress=False)
+    x = torch.randn(8, 6) * 3
+    x[:, 2] = 0
+    found = {}
+    for value in (0.0, math.nan):
+        one, given = copy.deepcopy(model), x.clone()
+        given[5, 2] = value
+        given.requires_grad_()
+        y = one(given)
+        y.square().sum().backward()
+        assert given.grad is not None and (given.grad[5, 2] == 0) == (value != 0)
+        found[value == 0] = [y, *(p.grad for p in one.parameters()), *one.buffers()]
+    for zero, nan in zip(found[True], found[False], strict=True):
+        assert_same(nan, zero)
