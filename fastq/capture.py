@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -58,6 +58,8 @@ class Captured:
     fixed               why it holds for some sizes of its example alone; "" if it does not, or if
                         the model takes no others.
     held                which these are.
+    called              the modules that the example called, by their names: whether anything that
+                        they compute is computed of inputs, not of parameters alone.
     """
 
     graph: Graph
@@ -66,6 +68,7 @@ class Captured:
     out_spec: Any
     fixed: str = ""
     held: str = "sizes"
+    called: Mapping[str, bool] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
         graph, arguments = copy.deepcopy((self.graph, self.arguments), memo)
@@ -210,7 +213,7 @@ def _capture(model: nn.Module, leaves: Leaves, spec: Any) -> Captured:
             if found is None:
                 continue
             way, graph, out_spec = found
-            captured = _captured(graph, leaves, way, spec, out_spec)
+            captured = examples.captured(graph, way, out_spec)
             _verify(captured, model, leaves)
         except CannotCapture as error:  # another network for each size
             why = why or str(error)
@@ -220,16 +223,9 @@ def _capture(model: nn.Module, leaves: Leaves, spec: Any) -> Captured:
             return replace(captured, fixed=why, held=held) if held else captured
         why = why or "with others the model computes something else, as padding to a multiple"
     graph, out_spec = examples.graph(SAME)
-    captured = _captured(graph, leaves, SAME, spec, out_spec)
+    captured = examples.captured(graph, SAME, out_spec)
     _verify(captured, model, leaves)
     return replace(captured, fixed=why)
-
-
-def _captured(graph: Graph, leaves: Leaves, way: Way, spec: Any, out_spec: Any) -> Captured:
-    """A graph, of the examples of a way, without what nobody reads; with what is known of it."""
-    graph.remove_unused()
-    arguments = _arguments(graph, leaves, _shapes(leaves, way))
-    return Captured(graph, arguments, spec, out_spec)
 
 
 def _held(way: Way) -> str:
@@ -287,6 +283,14 @@ class _Examples:
         shapes, shapes_too = _shapes(self.leaves, way)
         return _general((one, shapes), (two, shapes_too)), one.out_spec
 
+    def captured(self, graph: Graph, way: Way, out_spec: Any) -> Captured:
+        """A graph, of the examples of a way, without what nobody reads; with what is known of
+        it."""
+        graph.remove_unused()
+        arguments = _arguments(graph, self.leaves, _shapes(self.leaves, way))
+        called = self.exported[Stretch()].called
+        return Captured(graph, arguments, self.spec, out_spec, called=called)
+
     def _too_short(self, way: Way) -> bool:
         """Whether the example is too short for both to be of different extents."""
         before, after = way
@@ -332,6 +336,7 @@ class _Exported:
     def __init__(self, model: nn.Module, program: Any) -> None:
         self.model, self.program = model, program
         self.out_spec = program.call_spec.out_spec
+        self.called = _called(program)
 
     def read(self, live: Collection[str] = (), unrolls: bool = True) -> tuple[Graph, Folded]:
         """The graph, and what was folded in it: all but the operators in `live`."""
@@ -345,6 +350,18 @@ class _Exported:
     def _read(self, live: Collection[str], unrolls: bool) -> tuple[Graph, Folded]:
         reader = Reader(self.model, self.program, live, unrolls)
         return reader.graph(), reader.folded
+
+
+def _called(program: Any) -> dict[str, bool]:
+    """`Captured.called` of what torch.export made."""
+    inputs, called = set(program.graph_signature.user_inputs), dict[str, bool]()
+    moved = set[Any]()  # what is computed of inputs
+    for node in program.graph.nodes:
+        if node.name in inputs or moved & {*node.all_input_nodes}:
+            moved.add(node)
+        for path, _ in (node.meta.get("nn_module_stack") or {}).values():
+            called[path] = called.get(path, False) or node in moved
+    return called
 
 
 @contextmanager

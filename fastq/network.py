@@ -276,9 +276,12 @@ def summarize(prepared: Prepared, model: nn.Module) -> QuantizationSummary:
         and node not in masks
         and not (reason == GIVEN_OUT and node.layer in inside)  # how its result is rearranged
     }
-    folded = {name: node.layer for node in prepared.graph for name in node.attrs.get("folded", ())}
-    alone = prepared.alone
-    known = {*integer, *inside, *floats, *folded, *alone}
+    folded: dict[str, dict[str, None]] = {}  # into which layers: a norm may follow several
+    for node in prepared.graph:
+        for name in node.attrs.get("folded", ()):
+            folded.setdefault(name, {})[node.layer] = None
+    alone, called = prepared.alone, prepared.captured.called
+    known = {*integer, *inside, *floats, *folded, *alone, *called}
 
     def outcome(module: nn.Module, name: str) -> tuple[Result, str] | None:
         if isinstance(module, INT8):
@@ -287,16 +290,18 @@ def summarize(prepared: Prepared, model: nn.Module) -> QuantizationSummary:
             # its rows may be a constant by now, as those of positions are
             return ("float", ASKED) if floats.get(name) == ASKED else None
         if name in folded:
-            target = folded[name]
-            if target in integer or target in alone:
-                return "folded", f"into '{target}'"
-            return "float", f"in '{target}', which stays float"
+            targets = ", ".join(map(repr, folded[name]))
+            if folded[name].keys() <= {*integer, *alone}:
+                return "folded", f"into {targets}"
+            return "float", f"in {targets}, which stays float"
         if name in alone:
             return alone[name]
         if name in floats:
             return "float", floats[name]
         if name in inside:
             return "int8 static", ""
+        if called.get(name) is False:
+            return "folded", "into a constant: it is computed of parameters alone"
         return "float", _elsewhere(name, prepared)
 
     rows = []
@@ -327,4 +332,6 @@ def _elsewhere(name: str, prepared: Prepared) -> str:
     within = sorted({n.layer for n in prepared.graph if n.layer.startswith(f"{name}.")})
     if within:
         return f"computed by {', '.join(map(repr, within[:3]))}"
+    if name in prepared.captured.called:
+        return "nothing that the network returns depends on it"
     return "the network does not call it"

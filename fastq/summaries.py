@@ -20,7 +20,8 @@ class Row:
     name    as in `named_modules()`, the first one of a module that has several.
     kind    its class in the model that was given.
     result  'int8 static', 'int8 dynamic', 'int8 weight' (an embedding, whose input are tokens),
-            'folded' (batch norm, into another layer) or 'float'.
+            'folded' (batch norm, into other layers; what is computed of parameters alone, into a
+            constant) or 'float'.
     reason  why it is float or dynamic, or where it was folded; may be empty for int8.
     """
 

@@ -1800,3 +1800,28 @@ def test_a_softmax_as_the_second_operand() -> None:
         wanted = model(x)
     found = fastq.quantize_model(model, x, progress=False)(x)
     assert (wanted - found).norm() < 0.05 * wanted.norm()
+
+
+def test_what_a_layer_of_parameters_alone_becomes():
+    """A constant; and a norm that follows two layers is in both."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Parameter(torch.randn(1, 4))
+            self.embed, self.norm = nn.Linear(4, 8), nn.BatchNorm1d(8)
+            self.one, self.two, self.unread = (nn.Linear(8, 8) for _ in range(3))
+            self.shared, self.never = nn.BatchNorm1d(8), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.unread(x)
+            x = x + self.norm(self.embed(self.places))
+            return self.shared(self.two(self.shared(self.one(x)).relu()))
+
+    q = fastq.quantize_model(Net().eval(), torch.randn(16, 8), progress=False)
+    rows = {row.name: (row.result, row.reason) for row in fastq.summary(q).rows}
+    constant = "folded", "into a constant: it is computed of parameters alone"
+    assert rows["embed"] == rows["norm"] == constant
+    assert rows["shared"] == ("folded", "into 'one', 'two'")
+    assert rows["unread"] == ("float", "nothing that the network returns depends on it")
+    assert rows["never"] == ("float", "the network does not call it")
