@@ -480,8 +480,9 @@ def load_and_run(path: Path) -> None:
             network(x if read is load else x.numpy())
         except (ValueError, TypeError):
             continue
-        except Exception:  # a float operator may raise anything: torch checks its arguments
-            if read is not load or all(stage.program >= 0 for stage in network.layout.stages):
+        except Exception:  # a float operator may raise anything: torch or NumPy checks arguments
+            layout = network.layout if read is load else network._layout
+            if all(stage.program >= 0 for stage in layout.stages):
                 raise
 
 
