@@ -913,7 +913,7 @@ def test_what_float_operators_take_is_finer_than_255_steps(name: str) -> None:
 OF_TWO: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "their product": lambda x, y: x * y,
     "similarities": lambda x, y: (x * y).sum(-1),
-    "rearranged": lambda x, y: (x.unflatten(1, (2, 4)) * y.unflatten(1, (2, 4))).flip(2),
+    "rearranged": lambda x, y: (x * y).unflatten(1, (2, 4)).flip(2),
 }
 
 
@@ -934,7 +934,7 @@ def test_what_last_products_make_is_finer_than_255_steps(name: str) -> None:
     int8 = quantized(model, (x,))
     with torch.no_grad():
         wanted, found = model(x), int8(x)
-    assert noise_ratio(wanted - wanted.mean(0), found - wanted.mean(0)) > 27
+    assert noise_ratio(wanted - wanted.mean(0), found - wanted.mean(0)) > 33
     assert len(int8.programs) == 1
 
 
