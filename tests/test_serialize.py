@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import random
+import subprocess
 import sys
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable
@@ -595,6 +596,28 @@ def test_specs_of_all_kinds_are_read_again() -> None:
     ):  # fmt: skip
         spec = pytree.tree_structure(value)
         assert _read_spec(spec_text(spec)) == spec
+
+
+@pytest.mark.parametrize("name", ["topk", "sort", "max"])
+def test_results_of_torchs_own_kinds(name: str, tmp_path: Path) -> None:
+    """As a new process reads them, too."""
+    ends = {"topk": lambda y: torch.topk(y, 3), "sort": torch.sort, "max": lambda y: y.max(1)}
+    model = call(lambda net, x: ends[name](net.a(x)), a=lambda: nn.Linear(8, 10))().eval()
+    x = torch.randn(32, 8)
+    int8 = fastq.quantize_model(model, x, progress=False)
+    wanted = int8(x)
+    assert type(wanted) is getattr(torch.return_types, name)
+    fastq.save(int8, tmp_path / "int8")
+    again = fastq.load(tmp_path / "int8")(x)
+    assert type(again) is type(wanted)
+    assert torch.equal(again.values, wanted.values) and torch.equal(again.indices, wanted.indices)
+    torch.save(x, tmp_path / "x")
+    code = (
+        f"import torch, fastq; x = torch.load({str(tmp_path / 'x')!r})\n"
+        f"print(type(fastq.load({str(tmp_path / 'int8')!r})(x)).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith(name)
 
 
 def test_operators_of_others_are_not_written(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -313,11 +314,21 @@ def check_constant(network: nn.Module, number: int, leaf: Any, wanted: Any) -> N
         )
 
 
+@functools.cache
+def _name_return_types() -> None:
+    """Gives what torch.topk, torch.sort and the like return the name that a spec asks for."""
+    for kind in torch.return_types.all_return_types:
+        name = f"torch.return_types.{kind.__name__}"
+        pytree.SUPPORTED_SERIALIZED_TYPES[kind] = pytree._SerializeNodeDef(kind, name, None, None)
+        pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE[name] = kind
+
+
 def spec_text(spec: Any) -> str:
     """A pytree spec as JSON; named tuples get the name that it asks for.
 
     TypeError for a class that has none.
     """
+    _name_return_types()
 
     def register(value: Any) -> bool:
         kind = type(value)
@@ -353,6 +364,7 @@ def _read_spec(text: str) -> Any:
             json.loads(context, object_hook=refuse_modules)
         return given
 
+    _name_return_types()
     try:
         json.loads(text, object_hook=refuse_modules)
         return pytree.treespec_loads(text)
