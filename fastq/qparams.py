@@ -50,10 +50,29 @@ def quantized_dtype(dtype: DTypeLike) -> np.dtype[Any]:
 
 
 def as_array(what: str, x: Any) -> NDArray[Any]:
-    """x as an array; TypeError for one with a mask, which nothing here would heed."""
+    """x as an array; TypeError for one with a mask, which nothing here would heed, and for what
+    has no values, ValueError for lists that are no array."""
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{what} is a {type(x).__name__}; wanted an array: x.filled(0) is one")
-    return np.asarray(x)
+    if not isinstance(x, np.ndarray) and hasattr(x, "is_meta"):  # torch's
+        check_dense(what, x)
+    try:
+        return np.asarray(x)
+    except ValueError:
+        if not isinstance(x, list | tuple):
+            raise
+        raise ValueError(
+            f"{what} is a {type(x).__name__} whose parts differ in size; wanted an array, a "
+            "number, or lists of equal lengths"
+        ) from None
+
+
+def check_dense(what: str, tensor: Any) -> None:
+    """TypeError unless a torch tensor has all its values in memory."""
+    if tensor.is_meta:
+        raise TypeError(f"{what} is on meta, without values; wanted a tensor on the CPU")
+    if str(tensor.layout) != "torch.strided":
+        raise TypeError(f"{what} is {tensor.layout}; wanted a dense tensor: .to_dense() gives one")
 
 
 def check_axis(name: str, axis: Any, shape: tuple[int, ...] | None = None) -> None:
@@ -107,7 +126,7 @@ def clamp_of(
 
 def check_scale(name: str, scale: ArrayLike) -> Float32:
     """A read-only float32 copy; ValueError unless all of it is finite and greater than 0."""
-    given = np.asarray(scale)
+    given = as_array(name, scale)
     if given.dtype.kind not in "fiu":
         what = f"dtype {given.dtype}" if given.dtype != object else type(scale).__name__
         raise TypeError(f"{name}: got {what}, wanted a real number, or an array of them")
@@ -125,16 +144,20 @@ def check_scale(name: str, scale: ArrayLike) -> Float32:
         valid = bool(np.isfinite(array).all() and (array > 0).all())
     if not valid:
         raise ValueError(
-            f"{name}: wanted finite values greater than 0 in float32, got values from "
-            f"{given.min()} to {given.max()}"
+            f"{name}: wanted finite values greater than 0 in float32, got {_span(given)}"
         )
     return array
+
+
+def _span(values: NDArray[Any]) -> str:
+    """What was given, for an error."""
+    return f"values from {values.min()} to {values.max()}" if values.ndim else str(values)
 
 
 def check_zero_point(name: str, zero_point: ArrayLike, dtype: DTypeLike) -> Int32:
     """`zero_point` as int32; ValueError unless integral and within the range of `dtype`."""
     least, most = limits(quantized_dtype(dtype))
-    array = np.asarray(zero_point)
+    array = as_array(name, zero_point)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name}: got dtype {array.dtype}, wanted integers")
     if not array.ndim:
@@ -143,8 +166,7 @@ def check_zero_point(name: str, zero_point: ArrayLike, dtype: DTypeLike) -> Int3
         valid = not array.size or (int(array.min()) >= least and int(array.max()) <= most)
     if not valid:
         raise ValueError(
-            f"{name}: got values from {array.min()} to {array.max()}, "
-            f"wanted {least} to {most} for {np.dtype(dtype)}"
+            f"{name}: got {_span(array)}, wanted {least} to {most} for {np.dtype(dtype)}"
         )
     return array.astype(np.int32)
 

@@ -564,6 +564,27 @@ def test_the_textbook_form() -> None:
         fastq.quantize(torch.tensor(x, requires_grad=True), 1.0)
 
 
+def test_tensors_that_are_refused() -> None:
+    import torch
+
+    x, q = torch.zeros(3, 5), torch.zeros(3, dtype=torch.uint8)
+    bad: list[tuple[Any, str]] = [
+        (lambda: ops.quantize(x.to("meta"), scale=1.0), "quantize: x is on meta, without values"),
+        (lambda: ops.quantize(x.to_sparse(), scale=1.0), r"quantize: x is .*sparse_coo; .*dense"),
+        (lambda: ops.quantize(x.int(), scale=1.0), r"torch.int32; wanted float32: x\.float\(\) is"),
+        (lambda: ops.quantize(x * 1j, scale=1.0), r"complex64; wanted float32$"),
+        (lambda: ops.quantize(x, scale=x[0, 0].to("meta")), "quantize: scale is on meta"),
+        (lambda: ops.quantize(x, 1.0, out=q.to("meta")), "quantize: out is on meta"),
+        (lambda: ops.dequantize(q.to("meta"), 1.0), "dequantize: q is on meta"),
+        (lambda: ops.requantize(q.int().to("meta"), 1.0), "requantize: acc is on meta"),
+        (lambda: ops.dynamic_qparams(x.to_sparse()), "dynamic_qparams: x is .*sparse_coo"),
+        (lambda: fastq.quantize_weight(x.to("meta")), "quantize_weight: weight is on meta"),
+    ]
+    for run, message in bad:
+        with pytest.raises(TypeError, match=message):
+            run()
+
+
 def test_tensors_give_tensors() -> None:
     import torch
 
@@ -650,6 +671,22 @@ BAD_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
         TypeError,
         r"wanted float32: x.astype\(np.float32\)",
     ),
+    "quantize_ragged": (
+        lambda: ops.quantize([[1, 2], [3]], scale=1.0),
+        ValueError,
+        "quantize: x is a list whose parts differ in size; wanted an array",
+    ),
+    "scale_ragged": (
+        lambda: ops.quantize(XF, scale=[[1.0], 2.0], axis=0),
+        ValueError,
+        "quantize: scale is a list whose parts differ in size",
+    ),
+    "zero_point_one": (
+        lambda: ops.quantize(XF, scale=1.0, zero_point=256),
+        ValueError,
+        "quantize: zero_point: got 256, wanted 0 to 255",
+    ),
+    "scale_one": (lambda: ops.quantize(XF, scale=-1.0), ValueError, r"in float32, got -1\.0$"),
     "requantize_requant": (
         lambda: ops.requantize(X.astype(np.int32), Requant(1.0)),
         TypeError,

@@ -6,7 +6,7 @@ import functools
 import struct
 import sys
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -36,6 +36,7 @@ from fastq.qparams import (
     Requant,
     as_array,
     check_axis,
+    check_dense,
     limits,
     quantized_dtype,
 )
@@ -87,7 +88,10 @@ def quantize(
     if again is not None:
         return again
     if _is_tensor(x):
-        return _through_numpy(quantize, x, quantize_factor, out, scale=scale,
+        if not x.is_floating_point():
+            hint = "" if x.is_complex() else ": x.float() is so"
+            raise TypeError(f"quantize: x {tuple(x.shape)} {x.dtype}; wanted float32{hint}")
+        return _through_numpy(quantize, out, x=x, quantize_factor=quantize_factor, scale=scale,
                               zero_point=zero_point, axis=axis, dtype=dtype)  # fmt: skip
     real = as_float32("quantize: x", x)
     if by_scale:
@@ -168,7 +172,7 @@ def dequantize(
     if again is not None:
         return again
     if _is_tensor(q):
-        return _through_numpy(dequantize, q, scale, out, zero_point=zero_point, axis=axis)
+        return _through_numpy(dequantize, out, q=q, scale=scale, zero_point=zero_point, axis=axis)
     integers = as_array("dequantize: q", q)
     kind = _integer("dequantize: q", integers)
     steps = as_scale("dequantize: scale", scale)
@@ -209,8 +213,9 @@ def requantize(
             "its parts: requantize(acc, r.multiplier, r.zero_point, qmin=r.qmin, qmax=r.qmax)"
         )
     if _is_tensor(acc):
-        return _through_numpy(requantize, acc, multiplier, out, zero_point=zero_point, axis=axis,
-                              dtype=dtype, qmin=qmin, qmax=qmax)  # fmt: skip
+        return _through_numpy(requantize, out, acc=acc, multiplier=multiplier,
+                              zero_point=zero_point, axis=axis, dtype=dtype, qmin=qmin,
+                              qmax=qmax)  # fmt: skip
     integers = as_array("requantize: acc", acc)
     if integers.dtype != np.int32:
         raise TypeError(f"requantize: acc {integers.shape} {integers.dtype}; wanted int32")
@@ -383,32 +388,32 @@ def _elementwise_call(
     return call
 
 
-def _is_tensor(x: Any) -> bool:
+def _is_tensor(x: Any) -> TypeGuard[Any]:
     if isinstance(x, _NO_TENSOR):  # the most usual, and soon told
         return False
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, torch.Tensor)
 
 
-def _through_numpy(function: Any, x: Any, parameter: Any, out: Any, **named: Any) -> Any:
-    """Calls function on a torch tensor's memory; scale and zero_point may be tensors as well."""
-    torch = sys.modules["torch"]
+def _through_numpy(function: Any, out: Any, **given: Any) -> Any:
+    """Calls function on a torch tensor's memory, the first that is given; scale and zero_point may
+    be tensors as well."""
+    torch, name = sys.modules["torch"], function.__name__
+    first, x = next(iter(given.items()))
     if x.requires_grad:
-        raise ValueError(f"{function.__name__}: x requires grad; x.detach() has no gradient")
+        raise ValueError(f"{name}: {first} requires grad; {first}.detach() has no gradient")
 
-    def array(value: Any) -> Any:
-        if not _is_tensor(value):
-            return value
-        if value.dtype is torch.bfloat16:  # NumPy has none
-            value = value.float()
-        return value.numpy(force=True)
-
-    for key, value in named.items():
-        named[key] = array(value)
-    # not forced: a copy of out would be written, and lost
-    result = function(
-        array(x), array(parameter), out=out.numpy() if _is_tensor(out) else out, **named
-    )
+    for what, value in given.items():
+        if _is_tensor(value):
+            check_dense(f"{name}: {what}", value)
+            if value.dtype is torch.bfloat16:  # NumPy has none
+                value = value.float()
+            given[what] = value.numpy(force=True)
+    written = out
+    if _is_tensor(out):
+        check_dense(f"{name}: out", out)
+        written = out.numpy()  # not forced: a copy of out would be written, and lost
+    result = function(**given, out=written)
     return out if out is not None else torch.from_numpy(result)
 
 
