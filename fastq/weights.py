@@ -89,7 +89,7 @@ LARGEST = 2**20  # of a stride, a padding or a dilation: products of sizes stay 
 WORDS = ("no", "one", "two", "three", "four", "five", "six")
 
 
-def several(name: str, value: Any, count: int, least: int) -> tuple[int, ...]:
+def several(name: str, value: Any, count: int, least: int, hint: str = "") -> tuple[int, ...]:
     """An int or so many ints as a tuple of them, each from `least` to LARGEST."""
     each: Any = (value,) * count if isinstance(value, int | np.integer) else value
     if (
@@ -99,7 +99,7 @@ def several(name: str, value: Any, count: int, least: int) -> tuple[int, ...]:
     ):
         raise ValueError(
             f"{name}: got {value!r}, wanted an int or {WORDS[count]} ints, at least {least}, at "
-            f"most {LARGEST}"
+            f"most {LARGEST}{hint}"
         )
     return tuple(int(v) for v in each)
 
@@ -115,25 +115,28 @@ def explicit_padding(
     kernel: tuple[int, ...],
     stride: tuple[int, ...],
     dilation: tuple[int, ...],
+    name: str = "padding",
 ) -> tuple[tuple[int, int], ...]:
-    """Any accepted padding as (before, after) of each axis: ((top, bottom), (left, right))."""
+    """Any accepted padding as (before, after) of each axis: ((top, bottom), (left, right)). name:
+    what an error calls it."""
     axes = len(kernel)
     if isinstance(padding, str):
         if padding == "valid":
             return ((0, 0),) * axes
         if padding != "same":
-            raise ValueError(f"padding: got {padding!r}, wanted 'same', 'valid' or numbers")
+            raise ValueError(f"{name}: got {padding!r}, wanted 'same', 'valid' or numbers")
         if set(stride) != {1}:
             raise ValueError(
-                f"padding='same' wants stride 1, got {stride}; numbers go with any stride"
+                f"{name}='same' wants stride 1, got {stride}; numbers go with any stride"
             )
         total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         return tuple((t // 2, t - t // 2) for t in total)  # torch puts the odd one at the end
     if isinstance(padding, tuple | list) and any(isinstance(p, tuple | list) for p in padding):
         if len(padding) != axes:
-            raise ValueError(f"padding: got {padding!r}, wanted ((top, bottom), (left, right))")
-        return tuple(pair("padding", sides, 0) for sides in padding)  # type: ignore[arg-type]
-    return tuple((p, p) for p in several("padding", padding, axes, 0))
+            raise ValueError(f"{name}: got {padding!r}, wanted ((top, bottom), (left, right))")
+        return tuple(pair(name, sides, 0) for sides in padding)  # type: ignore[arg-type]
+    hint = "; or ((top, bottom), (left, right))"
+    return tuple((p, p) for p in several(name, padding, axes, 0, hint))
 
 
 def outputs_first(weight: Any, groups: int) -> Any:
@@ -218,9 +221,8 @@ class Conv2dWeight(_Panels):
         put(self, "stride", pair("Conv2dWeight: stride", stride, 1))
         put(self, "dilation", pair("Conv2dWeight: dilation", dilation, 1))
         put(self, "groups", int(groups))
-        put(
-            self, "padding", explicit_padding(padding, self.kernel_size, self.stride, self.dilation)
-        )
+        walk = self.kernel_size, self.stride, self.dilation
+        put(self, "padding", explicit_padding(padding, *walk, "Conv2dWeight: padding"))
         put(self, "panels", {})
         put(self, "checked", {})
 

@@ -769,6 +769,26 @@ BAD_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "at least 1",
     ),
+    "weight_negative_padding": (
+        lambda: Conv2dWeight(np.zeros((4, 3, 3, 3), np.int8), padding=-1),
+        ValueError,
+        r"Conv2dWeight: padding: got -1, .*; or \(\(top, bottom\), \(left, right\)\)",
+    ),
+    "weight_four_paddings": (
+        lambda: Conv2dWeight(np.zeros((4, 3, 3, 3), np.int8), padding=(1, 2, 3, 4)),
+        ValueError,
+        r"padding: got \(1, 2, 3, 4\), .*; or \(\(top, bottom\), \(left, right\)\)",
+    ),
+    "weight_padding_mode": (
+        lambda: Conv2dWeight(np.zeros((4, 3, 3, 3), np.int8), padding="reflect"),
+        ValueError,
+        "Conv2dWeight: padding: got 'reflect', wanted 'same', 'valid' or numbers",
+    ),
+    "weight_negative_side": (
+        lambda: Conv2dWeight(np.zeros((4, 3, 3, 3), np.int8), padding=((0, -1), (0, 0))),
+        ValueError,
+        r"Conv2dWeight: padding: got \(0, -1\)",
+    ),
     "weight_padding": (
         lambda: Conv2dWeight(np.zeros((4, 3, 3, 3), np.int8), padding=(1, -1)),
         ValueError,
@@ -777,7 +797,7 @@ BAD_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
     "weight_same": (
         lambda: Conv2dWeight(np.zeros((4, 3, 3, 3), np.int8), 2, "same"),
         ValueError,
-        "stride 1",
+        "Conv2dWeight: padding='same' wants stride 1",
     ),
 }
 

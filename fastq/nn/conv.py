@@ -142,7 +142,7 @@ class _QConvPlain(QConv):
         dilation = several(f"{name}: dilation", dilation, axes, 1)
         if not isinstance(padding, str):
             padding = several(f"{name}: padding", padding, axes, 0)
-        sides = explicit_padding(padding, kernel, stride, dilation)
+        sides = explicit_padding(padding, kernel, stride, dilation, f"{name}: padding")
         # zeros are padded by the kernel, the rest by F.pad before it, the last axis first
         inside = padding_mode == "zeros"
         flat = [side for pair in sides for side in pair]
