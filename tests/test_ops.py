@@ -622,11 +622,25 @@ BAD_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "wanted one integer",
     ),
-    "scale_count": (lambda: ops.linear(X, W, Requant([1.0, 2.0])), ValueError, "for 4 outputs"),
+    "scale_count": (
+        lambda: ops.linear(X, W, Requant([1.0, 2.0])),
+        ValueError,
+        r"linear: Requant.multiplier \(2,\) for 4 outputs; wanted \(4,\) or a scalar",
+    ),
+    "conv_scale_count": (
+        lambda: ops.conv2d(IMAGE, FILTER, Dequant([1.0, 2.0])),
+        ValueError,
+        r"conv2d: Dequant.scale \(2,\) for 4 outputs",
+    ),
+    "float_scale_count": (
+        lambda: ops.linear_float(XF, W, Dequant([1.0, 2.0])),
+        ValueError,
+        r"linear_float: Dequant.scale \(2,\) for 4 outputs",
+    ),
     "bias_count": (
         lambda: ops.linear(X, W, Dequant(1.0, bias=np.zeros(3, np.float32))),
         ValueError,
-        "for 4 outputs",
+        r"linear: Dequant.bias \(3,\) for 4 outputs; wanted \(4,\) or None",
     ),
     "out_dtype": (
         lambda: ops.linear(X, W, out=np.zeros((3, 4), np.int64)),

@@ -218,15 +218,30 @@ def as_zero_points(
     return array if array.ndim else int(array)
 
 
-def check_weight(name: str, weight: Any, kind: type, epilogue: Any) -> None:
+def check_weight(name: str, weight: Any, kind: Any, epilogue: Any) -> None:
     if not isinstance(weight, kind):
         raise TypeError(
             f"{name}: weight is a {type(weight).__name__}; wanted a {kind.__name__}, made once "
             f"from the int8 array: {kind.__name__}(array)"
         )
-    if epilogue is not None and not isinstance(epilogue, _EPILOGUES):
+    if epilogue is None:
+        return
+    if not isinstance(epilogue, _EPILOGUES):
         raise TypeError(
             f"{name}: epilogue is a {type(epilogue).__name__}; wanted None, Requant or Dequant"
+        )
+    n = weight.n
+    what = "multiplier" if isinstance(epilogue, Requant) else "scale"
+    factors, bias = getattr(epilogue, what), epilogue.bias
+    if factors.ndim and factors.shape != (n,):
+        raise ValueError(
+            f"{name}: {type(epilogue).__name__}.{what} {factors.shape} for {n} outputs; wanted "
+            f"({n},) or a scalar"
+        )
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(
+            f"{name}: {type(epilogue).__name__}.bias {bias.shape} for {n} outputs; wanted ({n},) "
+            "or None"
         )
 
 
