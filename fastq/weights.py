@@ -28,7 +28,8 @@ def _weight(where: str, data: Any, ndim: int, layout: str) -> NDArray[np.int8]:
     return array
 
 
-def _check_k(where: str, k: int) -> None:
+def check_k(where: str, k: int) -> None:
+    """ValueError for more products in a sum than int32 has room for."""
     if k > MAX_K:
         raise ValueError(
             f"{where}: K={k} products are summed into int32, which is exact up to K={MAX_K}; "
@@ -74,7 +75,7 @@ class LinearWeight(_Panels):
     def __post_init__(self) -> None:
         object.__setattr__(self, "checked", {})
         object.__setattr__(self, "data", _weight("LinearWeight", self.data, 2, "(N, K)"))
-        _check_k("LinearWeight", self.k)
+        check_k("LinearWeight", self.k)
 
     @property
     def n(self) -> int:
@@ -215,7 +216,7 @@ class Conv2dWeight(_Panels):
                 f"Conv2dWeight: weight {array.shape} with groups={groups}; "
                 "wanted an int >= 1 that divides N, and KH, KW >= 1"
             )
-        _check_k("Conv2dWeight", c_group * kh * kw)
+        check_k("Conv2dWeight", c_group * kh * kw)
         put = object.__setattr__
         put(self, "data", array)
         put(self, "stride", pair("Conv2dWeight: stride", stride, 1))

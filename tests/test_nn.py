@@ -14,7 +14,18 @@ import torch
 from torch import nn
 
 from fastq import QParams, choose_qparams, ops, quantize_model, reference
-from fastq.nn import QLSTM, QConv2d, QEmbedding, QGRUCell, QLinear, QLSTMCell, QMultiheadAttention
+from fastq.nn import (
+    QGRU,
+    QLSTM,
+    QRNN,
+    QConv2d,
+    QEmbedding,
+    QEmbeddingBag,
+    QGRUCell,
+    QLinear,
+    QLSTMCell,
+    QMultiheadAttention,
+)
 from fastq.nn.conv import CONVOLUTIONS
 from fastq.qparams import Dequant, quantize_weight
 from fastq.weights import Conv2dWeight, LinearWeight
@@ -346,16 +357,36 @@ class Centred(nn.Conv2d):
         (lambda: QLinear(4, 3, dtype=torch.float16), ValueError, "got dtype torch.float16"),
         (lambda: QConv2d(4, 3, 1, device="cuda"), ValueError, "got device cuda"),
         (lambda: QConv2d(4, 3, 1, dtype=torch.float64), ValueError, "got dtype torch.float64"),
-        (lambda: QConv2d(4, 3, 1, groups=2), ValueError, "groups=2; wanted groups >= 1"),
-        (lambda: QConv2d(4, 4, 1, groups=0), ValueError, "groups=0; wanted groups >= 1"),
+        (lambda: QConv2d(4, 3, 1, groups=2), ValueError, "groups=2; wanted groups that"),
+        (lambda: QConv2d(4, 4, 1, groups=0), ValueError, "groups=0; wanted an int of"),
         (lambda: QConv2d(4, 3, 0), ValueError, "kernel_size: got 0"),
         (lambda: QConv2d(4, 3, 1, stride=0), ValueError, "stride: got 0"),
         (lambda: QConv2d(4, 3, 1, padding=-1), ValueError, "padding: got -1"),
         (lambda: QConv2d(4, 3, 1, padding="full"), ValueError, "QConv2d: padding: got 'full'"),
         (lambda: QConv2d(4, 3, 3, 2, "same"), ValueError, "QConv2d: padding='same' wants"),
         (lambda: QConv2d(4, 3, 1, padding_mode="edge"), ValueError, "padding_mode='edge', wanted"),
-        (lambda: QLinear(65794, 1), ValueError, "exact up to K=65793"),
-        (lambda: QConv2d(8000, 1, 3), ValueError, "exact up to K=65793"),
+        *(
+            (partial(kind, *sizes), error, f"^{kind.__name__}: {message}")
+            for kind, sizes, error, message in (
+                (QLinear, (65794, 1), ValueError, "K=65794 .* exact up to K=65793"),
+                (QConv2d, (8000, 1, 3), ValueError, "K=72000 .* exact up to K=65793"),
+                (QLSTM, (65794, 1), ValueError, "K=65794 .* exact up to K=65793"),
+                (QMultiheadAttention, (65794, 1), ValueError, "K=65794 .* exact up to K=65793"),
+                (QLinear, (-1, 3), ValueError, "in_features=-1; wanted an int of at least 0"),
+                (QLinear, (1.5, 3), TypeError, "in_features=1.5; wanted an int of at least 0"),
+                (QLinear, (3, "a"), TypeError, "out_features='a'; wanted an int"),
+                (QConv2d, (-1, 3, 3), ValueError, "in_channels=-1; wanted an int of at least 0"),
+                (QConv2d, (3, 1.5, 3), TypeError, "out_channels=1.5; wanted an int"),
+                (QConv2d, (3, 3, 3, 1, 0, 1, 1.5), TypeError, "groups=1.5; wanted an int of at l"),
+                (QEmbedding, (-1, 3), ValueError, "num_embeddings=-1; wanted an int of at least 0"),
+                (QEmbeddingBag, (3, 1.5), TypeError, "embedding_dim=1.5; wanted an int of at l"),
+                (QLSTM, (0, 3), ValueError, "input_size=0; wanted an int of at least 1"),
+                (QGRU, (3, -1), ValueError, "hidden_size=-1; wanted an int of at least 1"),
+                (QRNN, (3, 3, 1.5), TypeError, "num_layers=1.5; wanted an int of at least 1"),
+                (QLSTMCell, (3, -1), ValueError, "hidden_size=-1; wanted an int of at least 0"),
+                (QMultiheadAttention, (1.5, 3), TypeError, "embed_dim=1.5; wanted an int of at l"),
+            )
+        ),
         (
             lambda: QLinear.from_float(nn.Conv2d(3, 3, 1)),
             TypeError,

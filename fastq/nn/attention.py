@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastq.nn.layer import check_kind, check_tensor, float_twin, stay
+from fastq.nn.layer import check_kind, check_sizes, check_tensor, float_twin, stay
 from fastq.nn.linear import QLinear
 from fastq.qconfig import DEFAULT, QConfig
+from fastq.weights import check_k
 
 PROJECTIONS = "q_proj", "k_proj", "v_proj", "out_proj"
 
@@ -55,17 +56,21 @@ class QMultiheadAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
+        name = type(self).__name__
+        check_sizes(name, 1, embed_dim=embed_dim, num_heads=num_heads)
+        if embed_dim % num_heads:
             raise ValueError(
-                f"QMultiheadAttention: embed_dim={embed_dim}, num_heads={num_heads}; wanted both "
-                "greater than 0, and num_heads to divide embed_dim"
+                f"{name}: embed_dim={embed_dim}, num_heads={num_heads}; wanted num_heads that "
+                "divide embed_dim"
             )
         self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
         self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
         self.add_zero_attn, self.batch_first = add_zero_attn, batch_first
+        check_sizes(name, 1, kdim=self.kdim, vdim=self.vdim)
         widths = embed_dim, self.kdim, self.vdim, embed_dim
-        for name, width in zip(PROJECTIONS, widths, strict=True):
-            self.add_module(name, QLinear(width, embed_dim, bias, device, dtype))
+        check_k(name, max(widths))
+        for part, width in zip(PROJECTIONS, widths, strict=True):
+            self.add_module(part, QLinear(width, embed_dim, bias, device, dtype))
         zeros = torch.zeros(1, 1, embed_dim, dtype=torch.float32, device="cpu")
         for name in ("bias_k", "bias_v"):
             self.register_buffer(name, zeros.clone() if add_bias_kv else None)

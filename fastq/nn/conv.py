@@ -17,9 +17,9 @@ from torch._C import _get_tracing_state
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from fastq.nn.convolve import Geometry, as_weight, channels_last, convolve
-from fastq.nn.layer import QLayer, accept, check_tensor, operands_of
-from fastq.weights import Conv2dWeight, explicit_padding, outputs_first, several
+from fastq.nn.convolve import Geometry, as_weight, channels_last, convolve, products
+from fastq.nn.layer import QLayer, accept, check_sizes, check_tensor, operands_of
+from fastq.weights import Conv2dWeight, check_k, explicit_padding, outputs_first, several
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 NO_MORE = (0, 0, 0)
@@ -47,12 +47,14 @@ class QConv(QLayer):
         self, in_channels: int, out_channels: int, kernel_size: Sizes, groups: int, mode: str,
         modes: Sequence[str],
     ) -> tuple[int, ...]:  # fmt: skip
-        """The size of the kernel; ValueError for what no convolution has."""
+        """The size of the kernel; TypeError or ValueError for what no convolution has."""
         name = type(self).__name__
-        if groups < 1 or in_channels % groups or out_channels % groups:
+        check_sizes(name, in_channels=in_channels, out_channels=out_channels)
+        check_sizes(name, 1, groups=groups)
+        if in_channels % groups or out_channels % groups:
             raise ValueError(
                 f"{name}: in_channels={in_channels}, out_channels={out_channels}, "
-                f"groups={groups}; wanted groups >= 1 that divides both"
+                f"groups={groups}; wanted groups that divide both"
             )
         if mode not in modes:
             raise ValueError(f"{name}: padding_mode={mode!r}, wanted one of {', '.join(modes)}")
@@ -61,7 +63,9 @@ class QConv(QLayer):
     def _set(self, geometry: Geometry, **values: Any) -> None:
         for name, value in values.items():
             setattr(self, name, value)
-        self._geometry = geometry
+        g = self._geometry = geometry
+        sums = products(self.weight.shape, g.stride, g.dilation, g.transposed, g.groups)
+        check_k(type(self).__name__, sums)
         self._prepare()
 
     def _as_weight(self, data: Any) -> Conv2dWeight:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastq.graph import BAG_LAYER, EMBEDDING_LAYER, FUNCTIONS
-from fastq.nn.layer import QLayer, check_kind, check_tensor
+from fastq.nn.layer import QLayer, check_kind, check_sizes, check_tensor
 from fastq.qconfig import DEFAULT, QConfig
 from fastq.qparams import QParams
 
@@ -112,6 +112,7 @@ class QEmbedding(QTable):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_sizes(type(self).__name__, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         like = nn.Embedding(
             num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, device="meta"
         )
@@ -151,6 +152,7 @@ class QEmbeddingBag(QTable):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_sizes(type(self).__name__, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         like = nn.EmbeddingBag(
             num_embeddings, embedding_dim, max_norm, norm_type, mode=mode,
             include_last_offset=include_last_offset, padding_idx=padding_idx, device="meta",

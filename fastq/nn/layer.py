@@ -264,6 +264,17 @@ class QLayer(nn.Module):
         return f"weight=int8 per channel, input={given}"
 
 
+def check_sizes(name: str, least: int = 0, **sizes: Any) -> None:
+    """TypeError or ValueError unless each is an int of at least so much, or what torch takes as
+    one."""
+    for what, size in sizes.items():
+        whole = hasattr(size, "__index__")
+        if not whole or size < least:
+            raise (ValueError if whole else TypeError)(
+                f"{name}: {what}={size!r:.80}; wanted an int of at least {least}"
+            )
+
+
 def check_kind(kind: Any, module: Any) -> None:
     """TypeError unless a module is torch's of this kind of layer, and computes what it does;
     ValueError for one without values."""

@@ -8,9 +8,17 @@ from torch import Tensor, float32, from_numpy, nn
 from torch._C import _get_tracing_state
 from torch.compiler import is_compiling
 
-from fastq.nn.layer import QLayer, accept, address_of, array_of, check_tensor, operands_of
+from fastq.nn.layer import (
+    QLayer,
+    accept,
+    address_of,
+    array_of,
+    check_sizes,
+    check_tensor,
+    operands_of,
+)
 from fastq.ops import Operands, linear_float
-from fastq.weights import LinearWeight
+from fastq.weights import LinearWeight, check_k
 
 
 class QLinear(QLayer):
@@ -44,6 +52,9 @@ class QLinear(QLayer):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        name = type(self).__name__
+        check_sizes(name, in_features=in_features, out_features=out_features)
+        check_k(name, in_features)
         super().__init__((out_features, in_features), out_features, bias, device, dtype)
         self.in_features = in_features
         self.out_features = out_features

@@ -26,6 +26,7 @@ from fastq.nn.layer import (
     accept,
     array_of,
     check_kind,
+    check_sizes,
     check_tensor,
     float_twin,
     operands_of,
@@ -34,7 +35,7 @@ from fastq.nn.linear import QLinear, linear
 from fastq.ops import Operands, recurrent_float
 from fastq.qconfig import DEFAULT, QConfig
 from fastq.qparams import GATES
-from fastq.weights import LinearWeight
+from fastq.weights import LinearWeight, check_k
 
 
 class _Products(NamedTuple):
@@ -224,6 +225,7 @@ class Recurrent(nn.Module):
         """sizes: of the inputs of the products with this suffix, as torch's parameters have it."""
         super().__init__()
         self.hidden_size, self.proj_size, self.bias = hidden_size, proj_size, bias
+        check_k(type(self).__name__, max(hidden_size, *sizes.values()))
         n, width, where = GATES[self.cell] * hidden_size, proj_size or hidden_size, (device, dtype)
         for suffix, inputs in sizes.items():
             self.add_module(f"ih{suffix}", QLinear(inputs, n, bias, *where))
@@ -338,6 +340,11 @@ class QRecurrent(Recurrent):
         *,
         proj_size: int = 0,
     ) -> None:
+        check_sizes(
+            type(self).__name__, 1, input_size=input_size, hidden_size=hidden_size,
+            num_layers=num_layers,
+        )  # fmt: skip
+        check_sizes(type(self).__name__, proj_size=proj_size)
         # it refuses what torch would, and warns of a dropout that does nothing
         nn.LSTM(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
                 proj_size, device="meta")  # fmt: skip
@@ -399,6 +406,7 @@ class QRecurrentCell(Recurrent):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_sizes(type(self).__name__, input_size=input_size, hidden_size=hidden_size)
         super().__init__({"": input_size}, hidden_size, 0, bias, device, dtype)
         self.input_size = input_size
 
