@@ -97,8 +97,6 @@ class QMultiheadAttention(nn.Module):
             part = SimpleNamespace(weight=weight, bias=bias, training=module.training)
             made.get_submodule(name)._quantize(part, None, config)  # type: ignore[operator]
         made._copy_biases(module, made)
-        if not all(bool(b.isfinite().all()) for b in (made.bias_k, made.bias_v) if b is not None):
-            raise ValueError("QMultiheadAttention: bias_k or bias_v has NaN or infinite values")
         return made.train(module.training)
 
     def to_float(self) -> nn.MultiheadAttention:

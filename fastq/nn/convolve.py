@@ -228,7 +228,7 @@ def _images(x: Tensor, operands: Operands, last: bool) -> Tensor:
         planes = not last and n > 1 and oh * ow > 1  # or both orders are one
         operands.conv2d(x.shape, x.stride(), planes, at, y.data_ptr())
         return y
-    nhwc = array_of(x).transpose(0, 2, 3, 1)
+    nhwc = array_of(f"{operands.name}: x", x).transpose(0, 2, 3, 1)
     out = conv2d_float(nhwc, weight, operands.epilogue, x_qparams=operands.x_qparams)
     y = from_numpy(out.transpose(0, 3, 1, 2))
     return y if last else y.contiguous()

@@ -14,11 +14,12 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastq.ops import Operands
 from fastq.qconfig import DEFAULT, QConfig
-from fastq.qparams import Dequant, QParams
+from fastq.qparams import Dequant, QParams, check_dense
 from fastq.weights import per_output
 
 STATE = {
@@ -211,7 +212,7 @@ class QLayer(nn.Module):
             (name, t, 0, 0) if t is None else (name, t, t._version, t.data_ptr())
             for name, t in zip(STATE, tensors, strict=True)
         )
-        operands = _derive(self._as_weight, tensors, self._repeats)
+        operands = _derive(self._as_weight, tensors, self._repeats, type(self).__name__)
         self._ready = (seen, operands)
         return operands
 
@@ -277,7 +278,7 @@ def check_sizes(name: str, least: int = 0, **sizes: Any) -> None:
 
 def check_kind(kind: Any, module: Any) -> None:
     """TypeError unless a module is torch's of this kind of layer, and computes what it does;
-    ValueError for one without values."""
+    ValueError unless its parameters have values, all finite."""
     if not isinstance(module, kind.FLOAT):
         raise TypeError(
             f"{kind.__name__}.from_float: got {type(module).__name__}, wanted "
@@ -292,12 +293,18 @@ def check_kind(kind: Any, module: Any) -> None:
                 "fastq.quantize_layers(model) reads what a subclass computes"
             )
     for name, parameter in module.named_parameters():
+        what = f"{kind.__name__}.from_float: {name}"
+        if is_lazy(parameter):
+            raise ValueError(f"{what} has no size yet; wanted a {type(module).__name__} that ran")
         if parameter.is_meta:
             raise ValueError(
-                f"{kind.__name__}.from_float: {name} {tuple(parameter.shape)} is on the meta "
-                f"device, where it has no values; wanted a {type(module).__name__} on the CPU: "
-                "module.to_empty(device='cpu'), then module.load_state_dict(state)"
+                f"{what} {tuple(parameter.shape)} is on the meta device, where it has no values; "
+                f"wanted a {type(module).__name__} on the CPU: module.to_empty(device='cpu'), then "
+                "module.load_state_dict(state)"
             )
+        check_dense(what, parameter)
+        if not bool(parameter.detach().float().isfinite().all()):
+            raise ValueError(f"{what} has NaN or infinite values; wanted finite ones")
 
 
 def float_twin(layer: Any) -> Any:
@@ -339,7 +346,9 @@ def _problem(name: str, value: Tensor) -> str | None:
     return None
 
 
-def _derive(as_weight: Callable[[Any], Any], state: State, repeats: int) -> Operands:
+def _derive(
+    as_weight: Callable[[Any], Any], state: State, repeats: int, name: str = "an int8 layer"
+) -> Operands:
     weight, weight_scale, bias, input_scale, input_zero_point = state
     if (input_scale is None) != (input_zero_point is None):
         raise ValueError(
@@ -354,7 +363,7 @@ def _derive(as_weight: Callable[[Any], Any], state: State, repeats: int) -> Oper
     # detach: the array then holds the memory, but not the tensor that _derived has as its key
     data = weight.detach().numpy()
     data.flags.writeable = False  # not to be copied: changes of the tensor are watched here
-    return Operands(as_weight(data), epilogue, x_qparams)
+    return Operands(as_weight(data), epilogue, x_qparams, name)
 
 
 def _copy(tensor: Tensor) -> Any:
@@ -426,8 +435,9 @@ def address_of(x: Tensor) -> int:
         return 0
 
 
-def array_of(x: Tensor) -> Any:
-    """The NumPy view of a float32 tensor; TypeError for one that has no memory to look at."""
+def array_of(what: str, x: Tensor) -> Any:
+    """The NumPy view of a float32 tensor; TypeError, which calls it so, for one that has no memory
+    to look at."""
     try:
         array = x.numpy()
         if x.data_ptr() or not x.numel():  # else torch.func's wrapper of a tensor: not its values
@@ -436,9 +446,9 @@ def array_of(x: Tensor) -> Any:
         if x.is_neg():  # NumPy has no lazy negation, as in z.conj().imag
             return x.resolve_neg().numpy()
     if x.layout is not torch.strided:
-        problem = f"is {x.layout}; wanted a dense tensor: x.to_dense()"
+        problem = f"is {x.layout}; wanted a dense tensor: .to_dense() gives one"
     elif not x.is_cpu:
         problem = f"is on {x.device}; wanted the CPU"
     else:
         problem = "has no memory, as within torch.func; wanted a call of the layer outside of it"
-    raise TypeError(f"an int8 layer: x {problem}")
+    raise TypeError(f"{what} {problem}")

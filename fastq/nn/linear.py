@@ -111,7 +111,7 @@ def linear(x: Tensor, shape: torch.Size, operands: Operands) -> Tensor:
         if at:
             operands.linear(m, 4 * k, at, y.data_ptr())
             return y
-    rows = array_of(x).reshape(m, k)
+    rows = array_of(f"{operands.name}: x", x).reshape(m, k)
     out = linear_float(rows, operands.weight, operands.epilogue, x_qparams=operands.x_qparams)
     return from_numpy(out).reshape(sizes)
 

@@ -301,7 +301,7 @@ def as_input(name: str, x: Any, extent: Sequence[int | None]) -> Any:
     x = accept(name, x, extent_text(extent), x.dim() == len(extent))
     if x.device.type != "cpu":
         raise ValueError(f"{name} is on {x.device}, wanted the CPU")
-    return array_of(x)
+    return array_of(name, x)
 
 
 def check_constant(network: nn.Module, number: int, leaf: Any, wanted: Any) -> None:

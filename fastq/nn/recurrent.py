@@ -133,9 +133,10 @@ def _steps(
 ) -> list[Tensor]:
     """One layer in one direction, of sequences of one length: `ops.recurrent_float`."""
     _, hh, hr = products
-    hidden, state = (*map(array_of, states), None)[:2]
+    given, *held = (array_of(f"{hh.name}: x", x) for x in (gates, *states))
+    hidden, state = (*held, None)[:2]
     y, last = recurrent_float(
-        array_of(gates), hh.weight, hh.epilogue, cell=cell, hidden=hidden, state=state,
+        given, hh.weight, hh.epilogue, cell=cell, hidden=hidden, state=state,
         axis=time, reverse=reverse, x_qparams=hh.x_qparams,
         projection=None if hr is None else (hr.weight, hr.epilogue, hr.x_qparams),
     )  # fmt: skip

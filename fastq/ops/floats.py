@@ -56,10 +56,13 @@ class Operands:
     """What `linear_float` or `conv2d_float` is called with again and again, checked by the caller.
 
     For modules, where the address of a tensor is had for less than a NumPy view of it.
+    name: whose they are, for errors.
     """
 
-    def __init__(self, weight: Any, epilogue: Dequant, x_qparams: QParams | None) -> None:
-        self.weight, self.epilogue, self.x_qparams = weight, epilogue, x_qparams
+    def __init__(
+        self, weight: Any, epilogue: Dequant, x_qparams: QParams | None, name: str
+    ) -> None:
+        self.weight, self.epilogue, self.x_qparams, self.name = weight, epilogue, x_qparams, name
         self._source: Source = "dynamic" if x_qparams is None else "static"
         self._calls = Calls()
 
