@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from tqdm import tqdm
 
 from fastq.batches import Batches
 from fastq.graph import Node, evaluate
 from fastq.modules import Config, Selector
 from fastq.network import calibrate, call_of, prepare_model
 from fastq.prepare import Prepared, fake_quantize
+from fastq.progress import bar
 from fastq.qat import check_float
 from fastq.read import CannotCapture
 from fastq.remedies import Remedies, remedy_names
@@ -131,8 +131,8 @@ def sensitivity(
     layers = prepared.layers()
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         real = _numbers(prepared.graph.run(arguments))
-        bar = tqdm(layers, "sensitivity", unit="layer", disable=None if progress else True)
-        return Sensitivity(tuple(_alone(prepared, layer, arguments, real) for layer in bar))
+        shown = bar(layers, "sensitivity", progress, unit="layer")
+        return Sensitivity(tuple(_alone(prepared, layer, arguments, real) for layer in shown))
 
 
 def _alone(prepared: Prepared, layer: Node, arguments: list[Any], real: Tensor) -> LayerSensitivity:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from tqdm import tqdm
 
 from fastq import ops
 from fastq.batches import Batches
@@ -33,6 +32,7 @@ from fastq.nn.model import QuantizedModel
 from fastq.page import Bars, Block, Details, Heading, Histogram, Table, Text, html, markdown
 from fastq.profiling import memory, profile
 from fastq.program import VIEWS
+from fastq.progress import bar
 from fastq.serialize import save
 from fastq.summaries import QuantizationSummary, summary
 from fastq.timing import check_count, medians
@@ -268,15 +268,15 @@ def report(
     if evaluate is not None:
         scores["score"] = score(evaluate, twin), score(evaluate, int8)
     calls = {n: _resized((args, kwargs), n, prepared.captured) for n in batch_sizes}
-    bar = tqdm(total=len(calls) + 1, desc="measure", unit="part", disable=_off(progress))
+    shown = bar(None, "measure", progress, len(calls) + 1, unit="part")
     load = _load()
-    with _same_threads() as threads, bar:
+    with _same_threads() as threads, shown:
         latency = {}
         for n, call in calls.items():
             latency[n] = _latency(twin, int8, call, passes)
-            bar.update()
+            shown.update()
         steps = profile(int8, _as_batch(calls[batch_sizes[0]], int8), passes=passes).steps
-        bar.update()
+        shown.update()
     result = Report(
         title=title or f"{type(float_model).__name__}: int8 beside float32",
         machine=_machine(threads),
@@ -329,9 +329,9 @@ def _compared(
 ) -> Outputs:
     """The results of both networks on all batches, whose values `comparison` gets to see."""
     seen = Outputs()
-    bar = tqdm(batches, "compare", unit="batch", total=batches.total, disable=_off(progress))
-    with torch.no_grad(), bar:
-        for batch in bar:
+    shown = bar(batches, "compare", progress, batches.total, unit="batch")
+    with torch.no_grad(), shown:
+        for batch in shown:
             args, kwargs = call = call_of(twin, batch, forward)
             seen.add(twin(*args, **kwargs), comparison.add(args, kwargs), _batch_size(call))
     return seen
@@ -343,10 +343,6 @@ def _classes(labels: Any) -> Tensor:
     if given.is_floating_point() or given.is_complex():
         raise TypeError(f"report: labels are {given.dtype}; wanted the int class of each input")
     return given
-
-
-def _off(progress: bool) -> bool | None:
-    return None if progress else True
 
 
 def _batch_size(call: Any) -> int:

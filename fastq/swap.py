@@ -13,7 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from tqdm import tqdm
 
 from fastq.batches import Batches, add_hint, arguments_of
 from fastq.graph import normalization, scaled
@@ -36,6 +35,7 @@ from fastq.nn.model import QuantizedModel
 from fastq.observer import Observer, make_observer, qparams_of
 from fastq.outlook import SWAPS, leave_fast_path, outlook
 from fastq.processes import Processes
+from fastq.progress import bar
 from fastq.qconfig import QConfig
 from fastq.rebuild import rebuild
 from fastq.restoring import python_modules, remember, unmarked
@@ -363,11 +363,9 @@ def _calibrate(
     traced = None
     batch = None
     handles = []
-    bar = tqdm(
-        batches, "calibrate", unit="batch", total=batches.total, disable=None if progress else True
-    )
+    shown = bar(batches, "calibrate", progress, batches.total, unit="batch")
     try:
-        for number, batch in enumerate(bar):
+        for number, batch in enumerate(shown):
             if traced is None:
                 args, kwargs = _arguments(batch, forward)
                 traced = trace(model, args, kwargs, forward)
@@ -379,7 +377,7 @@ def _calibrate(
             with _Readers(model, plan, traced) if number == 0 else contextlib.nullcontext():
                 _run(model, batch, forward, f"the float model, on calibration batch {number}")
     finally:
-        bar.close()
+        shown.close()
         for handle in handles:
             handle.remove()
     assert traced is not None  # there is a first batch

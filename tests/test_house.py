@@ -40,6 +40,7 @@ ORDER = [
     "trace",
     "batches",
     "processes",
+    "progress",
     "graph",
     "custom",
     "nn",

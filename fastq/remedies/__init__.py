@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from fastq.prepare import Prepared
 from fastq.processes import ALONE, Processes
+from fastq.progress import bar
 from fastq.remedies.biases import batch_norm, bias_correction
 from fastq.remedies.equalization import (
     activation_equalization,
@@ -34,7 +35,7 @@ from fastq.remedies.equalization import (
     input_equalization,
 )
 from fastq.remedies.rounding import adaround, balanced_rounding, gptq
-from fastq.remedies.side_by_side import Batch, bar, take_sample
+from fastq.remedies.side_by_side import Batch, take_sample
 
 Remedies = str | Iterable[str]
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fastq.graph import Node, evaluate
 from fastq.prepare import Prepared, grid_ends
+from fastq.progress import bar
 from fastq.regions import WEIGHTED
 from fastq.remedies.side_by_side import (
     Batch,
     along,
-    bar,
     by_channel,
     channel_axis,
     entering,

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from fastq.graph import Graph, Node
 from fastq.prepare import Prepared, grid_ends
 from fastq.program import NORMS
+from fastq.progress import bar
 from fastq.regions import FIXED, WEIGHTED
 from fastq.remedies.side_by_side import (
     Batch,
     along,
-    bar,
     by_channel,
     channel_axis,
 )

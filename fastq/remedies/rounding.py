@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from fastq.graph import Node
 from fastq.lower import weight_of
 from fastq.prepare import Prepared
+from fastq.progress import bar
 from fastq.remedies.side_by_side import (
     Batch,
     Side,
-    bar,
     channel_axis,
     clamped,
     walk,

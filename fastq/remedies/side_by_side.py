@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastq.graph import BY_CHANNEL, Node, Values, evaluate, pixels_together, shapes_of, tensors_of
 from fastq.prepare import Prepared, fake_quantize, grid_ends
@@ -36,11 +35,6 @@ def take_sample(prepared: Prepared, batches: Iterator[Batch]) -> list[Batch]:
 def _size(arguments: Batch) -> int:
     """The number of images, or the like, in a batch."""
     return next((len(x) for x in arguments if isinstance(x, Tensor) and x.dim()), 1)
-
-
-def bar(items: Any, title: str, progress: bool, total: int | None = None) -> Any:
-    """A progress bar, if wanted and standard error is a terminal."""
-    return tqdm(items, title, total, disable=None if progress else True)
 
 
 @dataclass
