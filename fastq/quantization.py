@@ -19,8 +19,8 @@ from fastq.qat import check_float
 from fastq.read import CannotCapture
 from fastq.remedies import DEFAULT, Remedies, remedy_names
 from fastq.summaries import ASKED, keep_summary, summary
-from fastq.swap import quantize_layers
-from fastq.trace import Forward
+from fastq.swap import swap_layers
+from fastq.trace import Forward, duplicate
 
 
 def quantize_model(
@@ -88,7 +88,10 @@ def quantize_model(
     if calibration_data is None:
         if evaluate is not None:
             raise TypeError("quantize_model: evaluate= wants calibration_data to quantize with")
-        return quantize_layers(model, config=config, skip=skip, strict=strict, progress=progress)
+        return _as_layers(
+            model, None, forward=forward, config=config, skip=skip, strict=strict,
+            progress=progress, processes=processes,
+        )  # fmt: skip
     if evaluate is not None and max_drop is not None:
 
         def build(names: tuple[str, ...], floats: tuple[str, ...]) -> nn.Module:
@@ -114,7 +117,7 @@ def quantize_model(
     if prepared is None:
         return _layers_instead(
             model, batches, why, remedies, forward=forward, config=config, skip=skip,
-            strict=strict, progress=progress, distributed=distributed,
+            strict=strict, progress=progress, processes=processes,
         )  # fmt: skip
     calibrate(
         prepared, model, batches, forward, remedies=remedies, progress=progress,
@@ -148,15 +151,41 @@ def _prepared(
     return None, f"no product has an integer form{but}"
 
 
+def _as_layers(
+    model: nn.Module,
+    batches: Batches | None,
+    *,
+    forward: Forward | None,
+    config: Config | None,
+    skip: Iterable[Selector],
+    strict: bool,
+    progress: bool,
+    processes: Processes,
+) -> nn.Module:
+    """A copy of the model with int8 layers."""
+    try:
+        result = duplicate(model)
+    except Exception as error:
+        error.add_note(
+            "quantize_model copied the model; fastq.quantize_layers(model, ..., inplace=True) "
+            "changes it without a copy"
+        )
+        raise
+    return swap_layers(
+        "quantize_model", result, batches, forward, config, skip, (), strict=strict,
+        progress=progress, processes=processes,
+    )  # fmt: skip
+
+
 def _layers_instead(
     model: nn.Module, batches: Batches, why: str, remedies: tuple[str, ...], **given: Any
 ) -> nn.Module:
     """The model with int8 layers, and a warning that says why it is no integer network.
 
-    given  the other arguments of `quantize_layers`.
+    given  the other arguments of `_as_layers`.
     """
     try:
-        result = quantize_layers(model, batches, **given)
+        result = _as_layers(model, batches, **given)
     except ValueError as error:
         error.add_note(f"layers were tried, for there is no integer network: {why}")
         raise

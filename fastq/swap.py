@@ -111,16 +111,17 @@ def quantize_layers(
         raise
     undo = remember(result)
     try:
-        return _quantize(
-            result, calibration_data, forward, config, skip, dynamic, strict=strict,
-            progress=progress, processes=processes,
+        return swap_layers(
+            "quantize_layers", result, calibration_data, forward, config, skip, dynamic,
+            strict=strict, progress=progress, processes=processes,
         )  # fmt: skip
     except BaseException:
         undo()  # matters with inplace=True: the caller has this model
         raise
 
 
-def _quantize(
+def swap_layers(
+    name: str,
     result: nn.Module,
     calibration_data: Any,
     forward: Forward | None,
@@ -132,7 +133,7 @@ def _quantize(
     progress: bool,
     processes: Processes,
 ) -> nn.Module:
-    """`quantize_layers` on this very model."""
+    """`quantize_layers` on this very model; name: of the function that was called, for errors."""
     result.eval()
     leave_fast_path(result)
     names = module_names(result)
@@ -141,7 +142,7 @@ def _quantize(
     result, rebuilt = _rebuild_all(result, names, configs, left_dynamic)
     names = module_names(result)
     plan = _plan(names, configs, left_dynamic)
-    _refuse_nothing(result, plan)
+    _refuse_nothing(name, result, plan)
 
     batch = None
     if calibration_data is None:
@@ -151,27 +152,28 @@ def _quantize(
     else:
         progress = progress and processes.rank == 0
         with unmarked(result):
-            traced, batch = _calibrate(result, calibration_data, forward, plan, progress)
+            traced, batch = _calibrate(name, result, calibration_data, forward, plan, progress)
         _merge(plan, processes)
     plan += _bare(names, traced.products, configs)
     order = {module: i for i, module in enumerate(names)}
     plan.sort(key=lambda layer: order[layer.module])
     _leave_read(plan, traced)
-    _refuse_nothing(result, plan)
+    _refuse_nothing(name, result, plan)
 
     folds = _choose_folds(plan, traced)
     report = QuantizationSummary(tuple(layer.row() for layer in plan), tuple(rebuilt))
     left = [layer for layer in plan if layer.result == "float" and not layer.asked]
     if strict and not all(isinstance(layer.module, TABLES) for layer in left):
         raise ValueError(
-            "quantize_layers: strict=True, and layers stay float; name them in skip= to accept "
-            f"that\n{report}"
+            f"{name}: strict=True, and layers stay float; name them in skip= to accept that\n"
+            f"{report}"
         )
     result = _swap(result, plan, folds)
     keep_summary(result, report)
     if calibration_data is not None:
         with unmarked(result):
             _run(
+                name,
                 result,
                 batch,
                 forward,
@@ -336,12 +338,12 @@ class _Layer:
         return Row(self.name, type(self.module).__name__, self.result, self.reason)
 
 
-def _refuse_nothing(model: nn.Module, plan: list[_Layer]) -> None:
+def _refuse_nothing(name: str, model: nn.Module, plan: list[_Layer]) -> None:
     """ValueError unless something is going to change."""
     if any(layer.becomes_int8() for layer in plan):
         return
     table = f"\n{QuantizationSummary(tuple(x.row() for x in plan))}" if plan else ""
-    which = f"quantize_layers: no layer of this {type(model).__name__} can become int8"
+    which = f"{name}: no layer of this {type(model).__name__} can become int8"
     if any(layer.reason == ASKED for layer in plan):
         which += ": skip= and config= keep those float that could; wanted one that they leave"
     elif any(isinstance(layer.module, INT8) for layer in plan):
@@ -355,8 +357,9 @@ def _refuse_nothing(model: nn.Module, plan: list[_Layer]) -> None:
 
 
 def _calibrate(
-    model: nn.Module, data: Any, forward: Forward | None, plan: list[_Layer], progress: bool
-) -> tuple[Trace, Any]:
+    name: str, model: nn.Module, data: Any, forward: Forward | None, plan: list[_Layer],
+    progress: bool,
+) -> tuple[Trace, Any]:  # fmt: skip
     """Run the model on all batches, watched; the trace on the first batch, and the last batch."""
     batches = data if isinstance(data, Batches) else Batches(data)
     batches.first()
@@ -375,7 +378,7 @@ def _calibrate(
                     if layer.result == "int8 static"
                 ]
             with _Readers(model, plan, traced) if number == 0 else contextlib.nullcontext():
-                _run(model, batch, forward, f"the float model, on calibration batch {number}")
+                _run(name, model, batch, forward, f"the float model, on calibration batch {number}")
     finally:
         shown.close()
         for handle in handles:
@@ -453,7 +456,7 @@ def _arguments(batch: Any, forward: Forward | None) -> tuple[tuple[Any, ...], di
     return ((batch,), {}) if forward is not None else arguments_of(batch)
 
 
-def _run(model: nn.Module, batch: Any, forward: Forward | None, what: str) -> None:
+def _run(name: str, model: nn.Module, batch: Any, forward: Forward | None, what: str) -> None:
     args, kwargs = _arguments(batch, forward)
     try:
         with torch.no_grad():
@@ -462,7 +465,7 @@ def _run(model: nn.Module, batch: Any, forward: Forward | None, what: str) -> No
             else:
                 forward(model, *args)
     except Exception as error:
-        error.add_note(f"quantize_layers ran {what}")
+        error.add_note(f"{name} ran {what}")
         add_hint(error, batch, forward)
         raise
 

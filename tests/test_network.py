@@ -1510,9 +1510,16 @@ def test_what_is_no_module() -> None:
 
 def test_why_there_is_no_network_is_said() -> None:
     model = call(lambda net, x: x * 2 if x.sum() > 0 else x)()
-    with pytest.raises(ValueError, match="no layer of this Call can become int8") as caught:
+    with pytest.raises(ValueError, match=r"^quantize_model: no layer of this Call can") as caught:
         fastq.quantize_model(model, torch.randn(4, 8), progress=False)
     assert "there is no integer network: GuardOnDataDependent" in str(caught.value.__notes__)
+    branching = call(lambda net, x: net.a(x) if x.sum() else x, a=lambda: nn.Linear(8, 3))()
+    with pytest.raises(RuntimeError) as failed:
+        fastq.quantize_model(branching, [torch.ones(2, 8), torch.ones(2, 5)], progress=False)
+    assert failed.value.__notes__[0].startswith("quantize_model ran the float model, on calibratio")
+    layers = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Bilinear(2, 2, 1)})
+    with pytest.raises(ValueError, match=r"^quantize_model: strict=True, and layers stay float"):
+        fastq.quantize_model(layers, strict=True)
     with pytest.raises(ValueError, match=r"prepare_qat: there is no graph of this Call, .*: Guard"):
         fastq.prepare_qat(model, torch.randn(4, 8), progress=False)
 
