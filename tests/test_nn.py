@@ -186,12 +186,18 @@ def test_conv_is_its_definition(arguments, qparams):
     np.testing.assert_array_equal(y.numpy(), definition_conv(module, x, qparams))
     for order in (torch.contiguous_format, torch.channels_last):  # as torch's does
         ordered = x.contiguous(memory_format=order)
-        if module.padding_mode != "circular":  # torch's is contiguous then
-            assert layer(ordered).stride() == module(ordered).stride()
+        assert layer(ordered).stride() == module(ordered).stride()
         assert torch.equal(layer(ordered), y)
     assert sqnr(y, exact) > 28
     assert torch.equal(layer(x[0]), layer(x[:1])[0])  # unbatched
     np.testing.assert_array_equal(layer.to_float()(x).detach(), dequantized(module)(x).detach())
+
+
+def test_one_channel_that_is_padded_by_nothing():
+    """Its copy, in torch, is not channels_last."""
+    module = nn.Conv2d(1, 3, 1, padding_mode="circular")
+    x = torch.randn(2, 1, 5, 6).to(memory_format=torch.channels_last)
+    assert QConv2d.from_float(module)(x).stride() == module(x).stride()
 
 
 def dequantized(module):

@@ -151,7 +151,9 @@ class _QConvPlain(QConv):
         inside = padding_mode == "zeros"
         flat = [side for pair in sides for side in pair]
         before = [side for pair in reversed(sides) for side in pair]
-        self._pad_before = () if inside or not any(flat) else tuple(before)
+        # "circular" pads by nothing, too: torch's copy may be contiguous where x is channels_last
+        padded = any(flat) or padding_mode == "circular"
+        self._pad_before = tuple(before) if padded and not inside else ()
         geometry = Geometry(
             stride, tuple(flat) if inside else (0,) * len(flat), dilation, False, groups
         )
