@@ -99,6 +99,8 @@ def explain(layer: Any, shape: tuple[int, ...]) -> Explanation:
     for size in shape:
         check_count("explain: a size of the input", size)
     weight, run, size = _prepared(layer, tuple(shape))
+    if not weight.data.size:
+        raise ValueError(f"explain: weight {weight.data.shape}; wanted one without a size of 0")
     run()  # packs the weight, compiles what is missing
     with executor.recording() as runs:
         out = run()  # held, as the runs below write there again

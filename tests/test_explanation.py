@@ -109,6 +109,11 @@ def test_what_cannot_be_explained() -> None:
         fastq.explain(layer, 8)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a size of the input=0, wanted an int of"):
         fastq.explain(layer, (0, 2))
+    for nothing in (fastq.QLinear(2, 0), fastq.LinearWeight(np.ones((0, 2), np.int8))):
+        with pytest.raises(
+            ValueError, match=r"explain: weight \(0, 2\); wanted one without a size"
+        ):
+            fastq.explain(nothing, (1, 2))
     with pytest.raises(LookupError, match="no kernel is at"):
         kernel_at(1)
 
