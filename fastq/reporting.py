@@ -270,7 +270,7 @@ def report(
     calls = {n: _resized((args, kwargs), n, prepared.captured) for n in batch_sizes}
     shown = bar(None, "measure", progress, len(calls) + 1, unit="part")
     load = _load()
-    with _same_threads() as threads, shown:
+    with same_threads() as threads, shown:
         latency = {}
         for n, call in calls.items():
             latency[n] = _latency(twin, int8, call, passes)
@@ -383,7 +383,7 @@ def _latency(
 
 
 @contextmanager
-def _same_threads() -> Iterator[int]:
+def same_threads() -> Iterator[int]:
     """Gives torch and fastq the same number of threads for a while: the smaller of their own."""
     before = torch.get_num_threads(), ops.get_num_threads()
     torch.set_num_threads(min(before))

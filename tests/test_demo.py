@@ -79,7 +79,12 @@ def test_the_demo_trains_what_it_loaded(lenet, tmp_path):
 @pytest.mark.usefixtures("brief")
 def test_comparison_of_lenet(lenet, tmp_path):
     path = tmp_path / "lenet.safetensors"
+    threads = torch.get_num_threads(), fastq.get_num_threads()
+    fastq.set_num_threads(1)
     result = demo.compare(lenet, path)
+    assert (torch.get_num_threads(), fastq.get_num_threads()) == (threads[0], 1)
+    fastq.set_num_threads(threads[1])
+    assert result.threads == 1
     float32, int8 = result.float32, result.int8
 
     expected = comparison.predict(lenet.network, lenet.images)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fastq
 from fastq.demo.tasks import Task, train
+from fastq.reporting import same_threads
 from fastq.timing import medians
 
 BATCHES = (1, 64)
@@ -82,11 +83,10 @@ def compare(task: Task, path: Path, *, qat: bool = False) -> Comparison:
         train_file(task, path)
     int8 = fastq.load(path)
 
-    threads = min(torch.get_num_threads(), fastq.get_num_threads())
-    torch.set_num_threads(threads)
-    fastq.set_num_threads(threads)
-    before, after = (predict(network, task.images) for network in (task.network, int8))
-    latency = {batch: latencies((task.network, int8), task.images, batch) for batch in BATCHES}
+    networks = task.network, int8
+    with same_threads() as threads:
+        before, after = (predict(network, task.images) for network in networks)
+        latency = {batch: latencies(networks, task.images, batch) for batch in BATCHES}
 
     def measured(which: int, network: nn.Module, predictions: Tensor, disk: int) -> Measured:
         return Measured(
