@@ -29,7 +29,6 @@ ORDER = [
     "program",
     "encode",
     "layout",
-    "resampling",
     "operators",
     "phases",
     "packed",

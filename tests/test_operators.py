@@ -314,6 +314,8 @@ def test_each_operator_has_samples() -> None:
     assert {*map(named, SAMPLES)} == operators.FUNCTIONS.keys()
     for name in operators.FUNCTIONS:
         check_target(name)  # torch has it, by this name
+    names = [name for room in operators.ROOMS for key in room.OPERATORS for name in key.split()]
+    assert len(names) == len({*names})  # in one room, once
 
 
 @pytest.mark.parametrize("name", SAMPLES)

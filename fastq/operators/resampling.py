@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from fastq.operators.dtypes import Array
 
 CUBIC = -0.75  # torch's a in the cubic convolution of Keys (IEEE ASSP, 1981)
 KINDS = "bilinear", "nearest", "bicubic"  # in the order of grid_sampler's numbers
@@ -103,3 +102,20 @@ def _inside(place: Array, n: int, edges: str, align_corners: bool) -> Array:
         far = np.abs(place - least) % (2 * span) if span else np.zeros_like(place)
         place = np.minimum(far, 2 * span - far) + least
     return np.clip(place, 0, n - 1)
+
+
+def _bicubic(x: Array, size: Any, align_corners: bool, factors: Any = None, *rest: Any) -> Array:
+    """The factors are a list, or one after the other."""
+    return resampled(x, size, "bicubic", align_corners, (factors, *rest) if rest else factors)
+
+
+def _grid_sampler(x: Array, grid: Array, kind: int, edges: int, align_corners: bool) -> Array:
+    if x.ndim != 4:
+        raise ValueError(f"grid_sampler of {x.shape}; fastq.load runs it with torch")
+    return grid_sampled(x, grid, KINDS[kind], EDGES[edges], align_corners)
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "upsample_bicubic2d.vec upsample_bicubic2d.default": _bicubic,
+    "grid_sampler.default": _grid_sampler,
+}
