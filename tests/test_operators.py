@@ -426,6 +426,19 @@ def test_places_that_are_not_there_are_refused() -> None:
         operators.FUNCTIONS["aten.embedding.default"](table, table)
 
 
+@pytest.mark.parametrize(
+    "name", ["abs", "neg", "erf", "gelu", "relu6", "hardsigmoid", "hardswish", "mish", "silu"]
+)
+def test_a_value_without_axes_keeps_its_dtype(name: str) -> None:
+    target = f"aten.{name}.default"
+    calls = [(target, (Ref(0),), {}), ("aten.add.Tensor", (Ref(1), Ref(1)), {})]
+    stage = Stage("pointwise", ("a",), ("y",), {"calls": calls})
+    wanted = 2 * getattr(torch.ops.aten, name).default(ONE)
+    found = operators.evaluate(stage, [ONE.numpy()], {}, ())
+    assert isinstance(found, np.ndarray) and found.dtype == np.float64
+    torch.testing.assert_close(torch.from_numpy(found), wanted)
+
+
 def test_inputs_tensors_and_sizes_are_filled_in() -> None:
     args = (Ref(1), [Size(1, 0, 2), -1])
     stage = Stage("aten", ("a", "b"), ("y",), {"target": "aten.view.default", "args": args,

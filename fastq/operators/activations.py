@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 
 from fastq.operators.arithmetic import clamp
-from fastq.operators.dtypes import REAL, Array, pointwise_real, promoted
+from fastq.operators.dtypes import Array, pointwise_real, promoted
 
-_erf = np.vectorize(math.erf, otypes=[REAL])  # NumPy has none
+_ERF = np.vectorize(math.erf, otypes=[float])  # NumPy has none
+
+
+def _erf(x: Array) -> Array:
+    return _ERF(x).astype(x.dtype)
 
 
 def _sigmoid(x: Array) -> Array:

@@ -31,7 +31,7 @@ def promoted(*values: Any) -> list[Array]:
     without, or numbers, are of a wider kind; bool, then integers, then float."""
     groups: tuple[list[np.dtype[Any]], ...] = [], [], []  # with axes, without, numbers
     for v in values:
-        if isinstance(v, np.ndarray):
+        if isinstance(v, np.ndarray | np.generic):  # NumPy's numbers are arrays without axes
             groups[v.ndim == 0].append(v.dtype)
         else:
             kinds = (bool, np.dtype(bool)), (int, INTEGER), (object, REAL)
