@@ -11,7 +11,7 @@
     pointwise, pointwise         -> pointwise                      (x * sigmoid(x) too)
     torch's operators of the elements of one value -> pointwise    (where(x > 0, x, 0.1 * x))
     conv2d | linear, add         -> conv2d | linear with a second input
-    ... , clamp                  -> ... with attrs["clamp"]        (ReLU, ReLU6)
+    ... , clamp                  -> ... with attrs["clamp"]        (ReLU, ReLU6; with permutes, too)
 
 A fused node computes what its parts did; only float rounding differs.
 """
@@ -273,7 +273,11 @@ def _pointwise(graph: Graph) -> None:
             if before.op == "pointwise" and _only_user(graph, users, before) is node:
                 calls = list(before.attrs["calls"])
                 _append(calls, node.attrs["calls"], [len(calls)])
+                first, then = (n.attrs.get("clamp_only") for n in (before, node))
                 node.attrs = {"calls": calls}
+                if first and then:  # both are clamps
+                    low, high = then
+                    node.attrs["clamp_only"] = tuple(min(max(v, low), high) for v in first)
                 node.inputs = list(before.inputs)
         elif node.op in ("add", "mul") and node.attrs.get("alpha", 1) == 1:
             x, y = node.inputs
@@ -406,17 +410,15 @@ def _of_the_batch(graph: Graph) -> set[Node]:
 
 
 def _clamp(graph: Graph) -> None:
-    users = graph.users()
     for node in graph.nodes:
         if node.op != "pointwise" or "clamp_only" not in node.attrs:
             continue
-        (before,) = node.inputs
-        if before.op not in CLAMPING or _only_user(graph, users, before) is not node:
+        before, _ = _maker(graph, node.inputs[0], node)
+        if before is None or before.op not in CLAMPING:
             continue
         lo, hi = node.attrs["clamp_only"]
         low, high = before.attrs.get("clamp", (-math.inf, math.inf))
         if max(low, lo) > min(high, hi):
             continue
         before.attrs["clamp"] = (max(low, lo), min(high, hi))
-        graph.replace(node, before)
-        users = graph.users()
+        graph.replace(node, node.inputs[0])

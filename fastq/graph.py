@@ -339,11 +339,11 @@ def _conv_transpose(node: Node, x: Tensor) -> Tensor:
 
 def _affine(node: Node, x: Tensor) -> Tensor:
     """x * factor + shift along axis 1."""
-    factor, shift = (_along_channels(node.tensors[name], x) for name in ("factor", "shift"))
+    factor, shift = (along_channels(node.tensors[name], x) for name in ("factor", "shift"))
     return x * factor + shift
 
 
-def _along_channels(values: Tensor, x: Tensor) -> Tensor:
+def along_channels(values: Tensor, x: Tensor) -> Tensor:
     """One for each place on axis 1 of x, to be broadcast."""
     return values.to(x.dtype).reshape(1, -1, *[1] * (x.dim() - 2))
 
@@ -424,9 +424,9 @@ def _global_response_norm(node: Node, x: Tensor) -> Tensor:
     response = size / (size.mean(1, keepdim=True) + node.attrs["eps"])
     weight, bias = (node.tensors.get(name) for name in ("weight", "bias"))
     if weight is not None:
-        response = response * _along_channels(weight, x)
+        response = response * along_channels(weight, x)
     y = x * (response + node.attrs.get("residual", 0.0))
-    return y if bias is None else y + _along_channels(bias, x)
+    return y if bias is None else y + along_channels(bias, x)
 
 
 OPERATIONS: dict[str, Callable[..., Tensor]] = {

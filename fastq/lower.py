@@ -29,6 +29,7 @@ Weights = Callable[[Node], tuple[Any, Any]]  # a node's (int8 data, float32 scal
 Biases = Callable[[Node], Tensor | None]
 
 NHWC = (0, 2, 3, 1)
+ANY_ORDER = ("pointwise", "affine", "add", "mul", "pad", "slice", "concat")  # read any order
 OF_FEATURES = ("linear", "layer_norm", "rms_norm", "matmul")  # read lines of the last axis
 # A norm's epsilon, in squared steps of its input. With the least one a line of equal values gives 0
 # and not NaN; next to the most the variance is nothing in float32.
@@ -137,12 +138,17 @@ class _Lowering:
         return Program(names, tuple(self.steps), tuple(outputs), extents)
 
     def read_first(self, node: Node) -> tuple[int, ...]:
-        """The order of an input's axes that suits the first who takes it, after permutes."""
+        """The order of an input's axes that suits the first who minds it."""
         plain = dims = tuple(range(len(node.shape)))
         user = self.users[node][0]
-        while user.op == "permute" and self.users[user]:
-            dims, user = tuple(dims[d] for d in user.attrs["dims"]), self.users[user][0]
+        while user.op in ("permute", *ANY_ORDER) and self.users[user]:
+            if user.op == "permute":
+                dims = tuple(dims[d] for d in user.attrs["dims"])
+            user = self.users[user][0]
         image = len(node.shape) == 4 and user.op not in OF_FEATURES
+        if image and user.op == "reshape":  # else lines of the last axis stay lines
+            turned = any(after.op == "permute" for after in self.users[user])
+            image = turned and user.shape[-1] != user.inputs[0].shape[-1]
         return tuple(dims[axis] for axis in (NHWC if image else plain))
 
     def extent(self, node: Node) -> tuple[int | None, ...]:

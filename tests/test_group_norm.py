@@ -140,8 +140,14 @@ def test_it_takes_int16(monkeypatch: pytest.MonkeyPatch) -> None:
     assert noise_ratio(wanted, int8(x)) > max(30, noise_ratio(wanted, narrow(x)) + 10)
 
 
+class Turned(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(2, 3).relu().transpose(2, 3)
+
+
+@pytest.mark.parametrize("clamps", [[nn.ReLU6()], [nn.Hardtanh(-1, 9), nn.ReLU()], [Turned()]])
 @pytest.mark.parametrize("of", ["group", "instance", "layer", "rms"])
-def test_an_activation_is_its_clamp(of: str) -> None:
+def test_an_activation_is_its_clamp(of: str, clamps: list[nn.Module]) -> None:
     """None of the 256 steps is for what ReLU takes away."""
     norms = {
         "group": nn.GroupNorm(2, 8),
@@ -149,7 +155,7 @@ def test_an_activation_is_its_clamp(of: str) -> None:
         "layer": nn.LayerNorm(9),
         "rms": nn.RMSNorm(9),
     }
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), norms[of], nn.ReLU6(), nn.Conv2d(8, 4, 3)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norms[of], *clamps, nn.Conv2d(8, 4, 3)).eval()
     x = torch.randn(8, 3, 12, 11)
     int8 = fastq.quantize_model(model, x, progress=False)
     (norm,) = (step for step in int8.program.steps if step.op.endswith("norm"))

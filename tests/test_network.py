@@ -1100,6 +1100,10 @@ FIRST_READERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[i
     "features": (lambda: nn.Linear(3, 4), (8, 9, 7, 3), (0, 1, 2, 3)),
     "features, turned": (lambda: nn.Sequential(Apply(lambda x: x.transpose(1, 3)),
                                                nn.Linear(3, 4)), (8, 3, 7, 9), (0, 3, 2, 1)),
+    "a function first": (lambda: nn.Sequential(Apply(lambda x: x.permute(0, 2, 3, 1)), nn.GELU(),
+                                               nn.Linear(3, 4)), (8, 3, 7, 9), (0, 2, 3, 1)),
+    "as lines": (lambda: nn.Sequential(Apply(lambda x: x.permute(0, 2, 3, 1).flatten(1, 2)),
+                                       nn.Linear(3, 4)), (8, 3, 7, 9), (0, 2, 3, 1)),
 }  # fmt: skip
 
 

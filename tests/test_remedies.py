@@ -462,6 +462,20 @@ def test_remedies_gain_on_data_that_are_not_all_finite(
     assert gained(model, data, test, remedy, weight_bits=4) > 1
 
 
+@pytest.mark.parametrize("remedy", ["gptq", "adaround", "batch_norm"])
+def test_remedies_beside_a_grid_take_data_that_are_not_all_finite(
+    remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not finite goes through the factors and shifts of `input_equalization`."""
+    monkeypatch.setattr(rounding, "ADAROUND_STEPS", 50)
+    torch.manual_seed(0)
+    model, x, test = plain(), images(16), images(16)
+    x[0, 0, 3, 3], x[1, 1, 5, 5], x[2, 2, 1, 1] = torch.nan, torch.inf, -torch.inf
+    int8 = fastq.quantize_model(model, x, remedies=["input_equalization", remedy], progress=False)
+    with torch.no_grad():
+        assert decibels(model(test), int8(test)) > 25
+
+
 def test_walk_takes_arguments_that_are_no_tensors() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastq.graph import BY_CHANNEL, Node, Values, evaluate, pixels_together, shapes_of, tensors_of
+from fastq.graph import (
+    BY_CHANNEL,
+    Node,
+    Values,
+    along_channels,
+    evaluate,
+    pixels_together,
+    shapes_of,
+    tensors_of,
+)
 from fastq.prepare import Prepared, fake_quantize, grid_ends
 
 Batch = Sequence[Any]
@@ -123,8 +132,10 @@ def _at_layer(
 def entering(prepared: Prepared, node: Node, value: Any) -> Any:
     """A quantized value without what is not finite, which only data and float operators have: the
     way into a program takes NaN as 0, as of 0 / 0, and infinities as the ends of the range."""
-    if node not in prepared.reasons or not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or (node not in prepared.reasons and node.op != "grid"):
         return value
+    if node.op == "grid":  # whose 0 is its shift
+        value = torch.where(value.isnan(), along_channels(node.tensors["shift"], value), value)
     low, high = grid_ends(prepared.qparams(node))
     return value.nan_to_num(0.0, high, low)
 
