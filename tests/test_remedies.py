@@ -70,6 +70,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(32)
         self.query, self.key = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.last = nn.Linear(32, 32)
         with torch.no_grad():
             self.norm.weight[::8] = 100
             for layer in (self.query, self.key):
@@ -77,7 +78,7 @@ class Embedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        return self.query(x) * self.key(x)
+        return self.last(self.query(x) * self.key(x))
 
 
 def uneven(model: nn.Sequential) -> nn.Sequential:
