@@ -376,11 +376,11 @@ class Ranges:
         self.wide = self._wide(nodes)
 
     def _wide(self, nodes: Sequence[Node]) -> set[Node]:
-        """The ranges of int16: those of sums, and of what norms and recurrent layers take, where
-        all who read such values can take int16 and all who make them can give it."""
+        """The ranges of int16: those of sums, of what norms and recurrent layers take, and of class
+        tokens, where all who read such values can take int16 and all who make them can give it."""
         sums = [node for node in nodes if node.op in SUMS and len(node.inputs) == 2]
         read = [node.inputs[0] for node in nodes if node.op in (*NORMS, *RECURRENT)]
-        # a class token beside the patches: it may be far smaller than they are
+        # a class token beside the patches, which may be far larger
         read += [n for n in nodes if n.op == "concat" and any(v.op == "constant" for v in n.inputs)]
         found = set(map(self.find, sums + read))
         for node in nodes:
