@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastq.arguments import REQUANTIZED
@@ -200,6 +201,10 @@ class _Lowering:
         if axes[-1] == axis:
             return self.names[node]
         return self.in_order(node, (*(a for a in axes if a != axis), axis), user)
+
+    def channels_last(self, node: Node) -> str:
+        """Its input, with the channels at the end; the other axes stay in order."""
+        return self.in_order(node.inputs[0], (0, *range(2, len(node.shape)), 1), node)
 
     # ------------------------------------------------------------------ arithmetic
 
@@ -423,21 +428,15 @@ class _Lowering:
         return self.norm(node, self.features_last(x, node), x_zero_point=self.zero_point(x))
 
     def lower_group_norm(self, node: Node) -> str:
-        rank = len(node.shape)
-        name = self.in_order(node.inputs[0], (0, *range(2, rank), 1), node)
-        return self.norm(node, name, groups=node.attrs["groups"])
+        return self.norm(node, self.channels_last(node), groups=node.attrs["groups"])
 
     def lower_global_response_norm(self, node: Node) -> str:
-        rank = len(node.shape)
-        name = self.in_order(node.inputs[0], (0, *range(2, rank), 1), node)
-        (x,), scale = node.inputs, self.scale(node)
-        epsilon = max(node.attrs["eps"] / self.scale(x), LEAST_EPSILON)
-        beyond = max(epsilon / MOST_EPSILON, 1.0)  # as in `norm`
+        name, (x,), scale = self.channels_last(node), node.inputs, self.scale(node)
+        epsilon, beyond = in_bounds(node.attrs["eps"] / self.scale(x))
         step = self.scale(x) / scale
-        weight = node.tensors.get("weight", torch.ones(node.shape[1])).detach().double().numpy()
-        bias = node.tensors.get("bias", torch.zeros(node.shape[1])).detach().double().numpy()
+        weight, bias = weight_and_bias(node, node.shape[1])
         return self.emit(
-            node.op, node.name, [name], self.axes[name], node, epsilon=epsilon / beyond,
+            node.op, node.name, [name], self.axes[name], node, epsilon=epsilon,
             multiplier=(weight * step / beyond).astype(np.float32),
             shift=(bias / scale).astype(np.float32),
             residual=node.attrs.get("residual", 0.0) * step, x_zero_point=self.zero_point(x),
@@ -446,17 +445,14 @@ class _Lowering:
 
     def norm(self, node: Node, name: str, **arguments: Any) -> str:
         (x,), scale = node.inputs, self.scale(node)
-        epsilon = max(node.attrs["eps"] / self.scale(x) ** 2, LEAST_EPSILON)
-        beyond = max(epsilon / MOST_EPSILON, 1.0)  # of values that vanish: a constant factor
-        n = x.shape[self.axes[name][-1]]
-        weight = node.tensors.get("weight", torch.ones(n)).detach().double().flatten().numpy()
+        epsilon, beyond = in_bounds(node.attrs["eps"] / self.scale(x) ** 2)
+        weight, bias = weight_and_bias(node, x.shape[self.axes[name][-1]])
         arguments["multiplier"] = (weight / scale / beyond**0.5).astype(np.float32)
         if node.op != "rms_norm":
-            bias = node.tensors.get("bias", torch.zeros(n)).detach().double().flatten().numpy()
             arguments["shift"] = (bias / scale).astype(np.float32)
         return self.emit(
             node.op, node.name, [name], self.axes[name], node, **arguments,
-            epsilon=epsilon / beyond,
+            epsilon=epsilon,
             **self.requantized(node),
         )  # fmt: skip
 
@@ -594,3 +590,17 @@ def _together(
             k = sum(d in rest for d in before)
             order = rest[:k] + wide + rest[k:]
     return tuple(order)
+
+
+def in_bounds(epsilon: float) -> tuple[float, float]:
+    """(epsilon, beyond) of a norm: one that a program takes, and by how much it is less. Next to it
+    values that vanish are: the norm is a constant factor then."""
+    beyond = max(epsilon / MOST_EPSILON, 1.0)
+    return max(epsilon, LEAST_EPSILON) / beyond, beyond
+
+
+def weight_and_bias(node: Node, n: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Those of a norm of n channels, 1 and 0 if it has none."""
+    weight = node.tensors.get("weight", torch.ones(n))
+    bias = node.tensors.get("bias", torch.zeros(n))
+    return tuple(t.detach().double().flatten().numpy() for t in (weight, bias))  # type: ignore[return-value]

@@ -212,7 +212,7 @@ def group_norm_row(
     if size == 0:
         return
     sums, parts, channels = _sums_row(call, x)
-    columns = [np.array(np.broadcast_to(v, (channels,)), np.float32) for v in (multiplier, shift)]
+    columns = _columns(channels, multiplier, shift)
     factors = [call.dense((images, *[1] * (len(x.shape) - 2), channels), "f32") for _ in columns]
     count = size // images // groups
     n = float(count)
@@ -248,9 +248,7 @@ def global_response_norm_row(
     if size == 0:
         return
     sums, parts, channels = _sums_row(call, x)
-    weight, bias = (
-        np.array(np.broadcast_to(v, (channels,)), np.float32) for v in (multiplier, shift)
-    )
+    weight, bias = _columns(channels, multiplier, shift)
     factors = call.dense((images, *[1] * (len(x.shape) - 2), channels), "f32")
     sizes = call.dense((images, 2 * channels), "f32")  # float64
     call.row(
@@ -286,3 +284,8 @@ def _sums_row(call: Call, x: View) -> tuple[View, int, int]:
         {SUMS: sums.place, X: x.place}, prod(x.shape) * SUMS_NANOSECONDS,
     )  # fmt: skip
     return sums, parts, channels
+
+
+def _columns(channels: int, *values: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    """Scalars or (C,) as float32 of each channel, in memory of their own."""
+    return [np.array(np.broadcast_to(v, (channels,)), np.float32) for v in values]
