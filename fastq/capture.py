@@ -42,6 +42,7 @@ from fastq.followed import Ambiguous
 from fastq.generalize import equal, generalize
 from fastq.graph import Graph, Node
 from fastq.read import CannotCapture, Folded, Indirect, Reader
+from fastq.read.expansions import sink_expansions
 from fastq.sizes import Shapes
 from fastq.trace import duplicate, quiet, twin
 
@@ -348,6 +349,7 @@ class _Exported:
             return self._read(live, unrolls)
 
     def _read(self, live: Collection[str], unrolls: bool) -> tuple[Graph, Folded]:
+        sink_expansions(self.program)
         reader = Reader(self.model, self.program, live, unrolls)
         return reader.graph(), reader.folded
 

@@ -314,6 +314,39 @@ def test_a_parameter_for_each_of_the_batch() -> None:
         check(call(forward, a=lambda: nn.Linear(6, 4))(), torch.randn(4, 3, 6))
 
 
+# of a parameter with as many rows as the batch has, each the same: a constant
+EXPANSIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "scaled": lambda t, n: 30 * t.expand(n, 2, 6),
+    "two": lambda t, n: torch.tanh(t.expand(n, -1, -1)) + t[0].expand(n, 2, 6) * t[0, 0],
+    "repeated": lambda t, n: F.dropout(t.repeat(n, 1, 1) / 2, training=False).clone(),
+    "fewer axes": lambda t, n: t[0, 0].expand(n, 1, 6).to(t.dtype).neg(),
+    "permuted": lambda t, n: (t.transpose(0, 1).expand(-1, n, -1) + 1).permute(1, 0, 2),
+    "a new axis": lambda t, n: t[0, 0].repeat(n, 1).unsqueeze(1).relu(),
+    "of two axes": lambda t, n: t[:, :1].expand(n, 2, 6) - t.expand(n, 2, 6),
+}
+
+
+@pytest.mark.parametrize("name", EXPANSIONS)
+def test_what_is_computed_of_an_expanded_parameter_is_a_constant(name: str) -> None:
+    grown = EXPANSIONS[name]
+
+    def forward(net: Call, x: Tensor) -> Tensor:
+        return torch.cat([grown(net.a.weight[None, :2], len(x)), x], 1)
+
+    captured = check(call(forward, a=lambda: nn.Linear(6, 4))(), torch.randn(4, 3, 6))
+    assert [node.op for node in captured.graph] == ["input", "constant", "concat"]
+
+
+def test_an_expanded_parameter_that_meets_one_of_its_own_size_or_the_input() -> None:
+    """The one is a constant anyway; of the other nothing is."""
+
+    def forward(net: Call, x: Tensor) -> tuple[Tensor, ...]:
+        t = net.a.weight[:1].expand(4, 6)
+        return x + (t * net.a.weight)[:3], 2 * net.a.weight[0].expand_as(x) * x, t.add(1)
+
+    check(call(forward, a=lambda: nn.Linear(6, 4))(), torch.randn(4, 3, 6))
+
+
 BATCHES: dict[str, tuple[Callable[[Call, Tensor], Any], str]] = {
     "a branch": (lambda net, x: net.a(x) if len(x) < 6 else F.relu(net.a(x)), "size of the input"),
     "a loop": (lambda net, x: sum(net.a(x)[i] for i in range(len(x))), "size of the input"),

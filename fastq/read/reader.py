@@ -30,7 +30,7 @@ from fastq.read.exported import (
     used_of,
 )
 
-_POINTWISE = frozenset([
+POINTWISE = frozenset([
     "relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "hardswish", "hardsigmoid",
     "silu", "gelu", "sigmoid", "tanh", "elu", "leaky_relu", "mish", "softplus", "selu", "celu",
     "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "abs", "neg", "square", "pow", "reciprocal",
@@ -330,7 +330,7 @@ class Reader:
         if target.namespace == POINTWISE_NAMESPACE:
             return self.pointwise(node, target, a)
         result = READERS[name](self, node, a) if name in READERS else None
-        if result is None and name in _POINTWISE:
+        if result is None and name in POINTWISE:
             return self.pointwise(node, target, a)
         return result
 
