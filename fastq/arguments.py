@@ -272,7 +272,9 @@ def _check_epilogue(name: str, epilogue: Any) -> None:
                 raise ValueError(f"{name}: Dequant.x_scale {x_scale.shape}; wanted a scalar")
             factors = [scale.astype(np.float64) * x_scale]
         case Requant(multiplier):
-            factors = [multiplier.astype(np.float64), np.array(abs(epilogue.add_multiplier or 0.0))]
+            factors = [multiplier.astype(np.float64)]
+            if epilogue.add_multiplier is not None:
+                factors.append(np.abs(epilogue.add_multiplier.astype(np.float64)))
         case _:
             return
     largest = max(float(np.max(factor, initial=0.0)) for factor in factors)

@@ -32,7 +32,7 @@ CLASSES: dict[str, Any] = {
     c.__name__: c for c in (Requant, Dequant, LinearWeight, Conv2dWeight, Size)
 }
 DERIVED = ("panels",)  # fields that are a cache
-VERSION = 10  # of the files
+VERSION = 11  # of the files
 Parts = dict[str, tuple[str, list[int], Any]]  # a tensor's name -> dtype as torch's, shape, bytes
 DTYPES = (np.uint8, np.int8, np.int16, np.int32, np.float32)
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fastq import ops
 from fastq.capture import Captured
-from fastq.graph import CONVOLUTION_LAYER, MOVES, VOLUMES, Node, evaluate
+from fastq.graph import CONVOLUTION_LAYER, MOVES, VOLUMES, Graph, Node, evaluate
 from fastq.layerwise import ratio
 from fastq.layout import Stage
 from fastq.lower import normalized, weight_of
@@ -23,10 +23,12 @@ from fastq.observer import HistogramObserver
 from fastq.prepare import Prepared, grid_ends
 from fastq.qparams import QParams
 from fastq.recipe import read_recipe
+from fastq.remedies.side_by_side import axis_after, channel_axis
 from fastq.sizes import Shapes
 from fastq.weights import per_output
 
 BINS = 64
+_Channels = tuple[Tensor, Tensor]  # factor and shift of each channel, as they broadcast
 # A remedy scaled the channels of a value if without their factors less than 20 dB are left, with
 # them 6 dB more, and there are enough values in a channel for that not to be chance.
 SCALED_SNR, SCALED_GAIN, SCALED_COUNT = 20.0, 6.0, 16
@@ -62,7 +64,7 @@ class StepReport:
     snr       10 log10 of the energy of the float network's value over that of the difference, all
               steps before being quantized too; inf for equal values, None where the float network
               has no such value.
-    rescaled  a remedy scaled the channels of this value, and `snr` is that of the scaled ones.
+    rescaled  a remedy scaled the channels of this value; `snr` is that of what they stand for.
     time      microseconds at the smallest batch size.
     weights   of a product, in steps of each output channel's scale.    values  that it gives.
     """
@@ -101,13 +103,13 @@ class Tally:
 
 @dataclass
 class _Value:
-    """What is known of one value of the network; `factor` of its channels, if a remedy has one."""
+    """What is known of one value of the network; channels: if a remedy changed them, how."""
 
     tally: Tally = field(default_factory=Tally)
     observer: HistogramObserver = field(default_factory=HistogramObserver)
     clipped: int = 0
     count: int = 0
-    factor: Tensor | None = None
+    channels: _Channels | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ class Comparison:
         self.lowered = [self.recipe.lowered(region) for region in self.recipe.regions]
         self.node_of = {name: node.name for low in self.lowered for node, name in low.names.items()}
         self.values: dict[str, _Value] = {}
+        self.moved = _moved_channels(captured.graph, self.recipe.graph)
 
     def add(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Compare all values for these arguments; the quantized network's result."""
@@ -188,13 +191,18 @@ class Comparison:
     def _compare(self, node: Node, real: Tensor, made: _Made) -> None:
         other = made.real()
         if node.name not in self.values:
-            factor = None if node.op == "grid" else _channel_factor(real, other)
-            self.values[node.name] = _Value(factor=factor)
+            channels = self.moved.get(node.name)
+            if channels is None and node.op != "grid":
+                factor = _channel_factor(real, other)
+                channels = None if factor is None else (factor, torch.zeros(()))
+            self.values[node.name] = _Value(channels=channels)
         value = self.values[node.name]
-        if value.factor is not None:
-            real = real * value.factor
         if node.op == "grid":
             value.tally.add(_off_grid(node, real), _off_grid(node, other))
+        elif value.channels is not None:
+            factor, shift = value.channels
+            value.tally.add(real, (other - shift) / factor)
+            real = real * factor + shift
         else:
             value.tally.add(real, other)
         if made.qparams is not None and node.op not in MOVES:
@@ -215,7 +223,7 @@ class Comparison:
             op=op,
             why=why,
             snr=value.tally.snr if value else None,
-            rescaled=value is not None and value.factor is not None,
+            rescaled=value is not None and value.channels is not None,
             time=time,
             weights=self._weights(node) if node in self.recipe.layers() else None,
             values=self._values(node, value) if node and value and value.count else None,
@@ -257,6 +265,33 @@ def _off_grid(grid: Node, value: Tensor) -> Tensor:
     """What was put on a grid for each channel, in the units of the input."""
     shape = [1, -1] + [1] * (value.dim() - 2)
     return (value - grid.tensors["shift"].reshape(shape)) / grid.tensors["factor"].reshape(shape)
+
+
+def _moved_channels(given: Graph, made: Graph) -> dict[str, _Channels]:
+    """The values of equalized norms, and what moves them, by their nodes' names."""
+    float_nodes, users = {node.name: node for node in given}, made.users()
+    found: dict[str, _Channels] = {}
+    for node in made:
+        if "equalized" not in node.attrs:
+            continue
+        names = ("factor", "shift") if node.op == "affine" else ("weight", "bias")
+        (new, new_shift), (old, old_shift) = (
+            [
+                torch.as_tensor(n.tensors.get(name, default))
+                for name, default in zip(names, (1.0, 0.0), strict=True)
+            ]
+            for n in (node, float_nodes[node.name])
+        )
+        factor = torch.where(old == 0, 1.0, new / old)
+        shift = new_shift - old_shift * factor
+        pending = [(node, channel_axis(node, len(node.shape)))]
+        while pending:
+            value, axis = pending.pop()
+            sides = [-1 if d == axis else 1 for d in range(len(value.shape))]
+            found[value.name] = factor.reshape(sides), shift.reshape(sides)
+            moves = ((user, axis_after(value, user, axis)) for user in users[value])
+            pending += [(user, after) for user, after in moves if after is not None]
+    return found
 
 
 def _channel_factor(real: Tensor, made: Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@
     mul by a constant of one axis -> affine
     pointwise, pointwise         -> pointwise                      (x * sigmoid(x) too)
     torch's operators of the elements of one value -> pointwise    (where(x > 0, x, 0.1 * x))
-    conv2d | linear, add         -> conv2d | linear with a second input
+    conv2d | linear, add         -> conv2d | linear with a second input (with permutes, too)
     ... , clamp                  -> ... with attrs["clamp"]        (ReLU, ReLU6; with permutes, too)
 
 A fused node computes what its parts did; only float rounding differs.
@@ -371,31 +371,40 @@ def _append(calls: list[Any], more: list[Any], refs: list[int]) -> None:
 
 
 def _add(graph: Graph) -> None:
-    """The later of two products takes the sum: the earlier one's result is there by then."""
+    """The later of two products takes the sum: the earlier one's result is there by then. Where
+    permutes follow the product, what is added is permuted back."""
     batch = _of_the_batch(graph)
     for node in list(graph.nodes):
         if node.op != "add" or node.attrs.get("alpha", 1) != 1:
             continue
-        users = graph.users()
-        x, y = node.inputs
-        candidates = [
-            layer
-            for layer, other in ((x, y), (y, x))
-            if layer.op in ("conv2d", "linear")
-            and len(layer.inputs) == 1
-            and layer is not other
-            and layer.shape == other.shape
-            and (layer in batch) == (other in batch)  # else one may be broadcast
-            and other.op != "constant"
-            and _only_user(graph, users, layer) is node
-        ]
+        candidates = []
+        for value, other in (node.inputs, node.inputs[::-1]):
+            layer, dims = _maker(graph, value, node)
+            if (
+                layer is not None
+                and layer.op in ("conv2d", "linear")
+                and len(layer.inputs) == 1
+                and value.shape == other.shape
+                and (value in batch) == (other in batch)  # else one may be broadcast
+                and other.op != "constant"
+            ):
+                candidates.append((layer, dims, value, other))
         if not candidates:
             continue
-        layer = max(candidates, key=graph.nodes.index)
-        layer.inputs.append(y if layer is x else x)
-        graph.nodes.remove(layer)
-        graph.nodes[graph.nodes.index(node)] = layer
-        graph.replace(node, layer)
+        layer, dims, value, other = max(candidates, key=lambda found: graph.nodes.index(found[0]))
+        chain = [value]
+        while chain[-1] is not layer:
+            chain += chain[-1].inputs
+        if len(chain) > 1:
+            back = tuple(dims.index(axis) for axis in range(len(dims)))
+            other = Node(f"{other.name}_in_{node.name}", "permute", [other], {"dims": back},
+                         layer=node.layer, kind=node.kind, shape=layer.shape)  # fmt: skip
+            chain.append(other)
+        layer.inputs.append(other)
+        graph.nodes = [n for n in graph.nodes if n not in chain]
+        place = graph.nodes.index(node)
+        graph.nodes[place : place + 1] = chain[::-1]
+        graph.replace(node, value)
 
 
 def _of_the_batch(graph: Graph) -> set[Node]:

@@ -305,18 +305,27 @@ def _conv2d(node: Node, x: Tensor, *add: Tensor) -> Tensor:
         x, node.tensors["weight"], node.tensors.get("bias"), a["stride"], padding, a["dilation"],
         a["groups"],
     )  # fmt: skip
-    return _sum(y, *add)
+    return _sum(node, y, *add)
 
 
 def _linear(node: Node, x: Tensor, *add: Tensor) -> Tensor:
-    return _sum(F.linear(x, node.tensors["weight"], node.tensors.get("bias")), *add)
+    return _sum(node, F.linear(x, node.tensors["weight"], node.tensors.get("bias")), *add)
 
 
-def _sum(product: Tensor, *add: Tensor) -> Tensor:
+def _sum(node: Node, product: Tensor, *add: Tensor) -> Tensor:
     """The product, which is new memory, and what is added to it."""
     for x in add:
+        x = added(node, x)
         product = product.add_(x) if product.dtype == x.dtype else product + x
     return product
+
+
+def added(node: Node, x: Tensor) -> Tensor:
+    """What a product adds, of its second input: a remedy may have scaled the channels of that."""
+    factor = node.tensors.get("add_factor")
+    if factor is None:
+        return x
+    return x * (factor.to(x.dtype) if node.op == "linear" else along_channels(factor, x))
 
 
 def _conv3d(node: Node, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ Build = Callable[[tuple[str, ...], tuple[str, ...]], nn.Module]
 
 # What each rung adds to the best so far; what gains nothing is left out again.
 RUNGS = (
-    ("cross_layer_equalization", "activation_equalization"),
+    ("cross_layer_equalization",),
     ("gptq",),
     ("adaround",),
 )

@@ -245,10 +245,12 @@ class _Lowering:
         self.scales[node] = scale
         step = np.float64(x_scale) * scale.astype(np.float64)
         y_scale = self.scale(node)
-        clamp = self.requantized(node)
+        clamp: dict[str, Any] = self.requantized(node)
         add: dict[str, Any] = {}
         if len(node.inputs) == 2:
-            add["add_multiplier"] = self.scale(node.inputs[1]) / y_scale
+            factor = node.tensors.get("add_factor")
+            each = 1.0 if factor is None else factor.detach().double().numpy()
+            add["add_multiplier"] = each * self.scale(node.inputs[1]) / y_scale
             add["add_zero_point"] = self.zero_point(node.inputs[1])
         wanted = None
         if real is not None:  # beyond MAX_BIAS where float32 has no scale that is coarse enough

@@ -26,6 +26,8 @@ def parameters_of(graph: Graph) -> nn.Module:
             part = _submodule(root, node.name)  # the module has several weights of its own
             same = set()
         for key, tensor in node.tensors.items():
+            if key == "add_factor":  # as a grid's
+                continue
             if key not in same:
                 part.register_parameter(key, nn.Parameter(tensor))
             node.tensors[key] = part.get_parameter(key).detach()  # one of a layer called twice

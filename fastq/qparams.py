@@ -375,7 +375,7 @@ class Requant:
     bias        int32 (N,) or None: rint(bias / (x_scale * weight_scale)).
     qmin, qmax  the clamp, within the range of dtype, which is the default. ReLU is
                 qmin = zero_point.
-    add_multiplier  a float in float32, finite: add_scale / y_scale; or None: nothing is added.
+    add_multiplier  float32, scalar or (N,), finite: add_scale / y_scale; or None: nothing is added.
     add_zero_point  int of what is added, within [0, 255].
     dtype       of the output: uint8, or int16, which is symmetric.
     """
@@ -385,7 +385,7 @@ class Requant:
     bias: Int32 | None = None
     qmin: int = None  # type: ignore[assignment]  # the constructor makes it an int
     qmax: int = None  # type: ignore[assignment]
-    add_multiplier: float | None = None
+    add_multiplier: Float32 | None = None
     add_zero_point: int = 0
     dtype: np.dtype[Any] = np.dtype(np.uint8)
 
@@ -398,13 +398,8 @@ class Requant:
                 raise ValueError(f"Requant: {name} {zero_point.shape}; wanted one integer")
             object.__setattr__(self, name, int(zero_point))
         if self.add_multiplier is not None:
-            with np.errstate(over="ignore"):
-                factor = float(np.float32(self.add_multiplier))
-            if not np.isfinite(factor):
-                raise ValueError(
-                    f"Requant: add_multiplier={self.add_multiplier!r}; wanted a finite float32"
-                )
-            object.__setattr__(self, "add_multiplier", factor)
+            factors = _check_finite("Requant: add_multiplier", self.add_multiplier)
+            object.__setattr__(self, "add_multiplier", factors)
         dtype = value_dtype("Requant", self.dtype)
         object.__setattr__(self, "dtype", dtype)
         for name in ("qmin", "qmax"):
@@ -444,6 +439,19 @@ class Dequant:
 
 
 Epilogue = Requant | Dequant | None
+
+
+def _check_finite(name: str, values: Any) -> Float32:
+    """A read-only float32 copy of finite numbers, one or (N,)."""
+    given = as_array(name, values)
+    if given.dtype.kind not in "fiu" or given.ndim > 1:
+        raise ValueError(f"{name} {given.shape} {given.dtype}; wanted numbers, one or (N,)")
+    with np.errstate(over="ignore"):
+        array = np.array(given, np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: got {_span(given)}; wanted finite values in float32")
+    array.flags.writeable = False
+    return array
 
 
 def _check_bias(where: str, bias: Any, dtype: Any) -> Any:

@@ -55,9 +55,10 @@ def quantize_model(
         whose first element is one of these, and the input: most data sets give
         (images, labels). One batch is held at a time, and the remedies' sample.
     remedies  names of what shall win accuracy back. Unless told otherwise "input_equalization" (a
-        grid for each channel of the input), "balanced_rounding" (SQuant) and "bias_correction";
-        there are also "cross_layer_equalization", "activation_equalization", "gptq" (least
-        squares), "adaround" (learned rounding) and "batch_norm" (new statistics), see README.md.
+        grid for each channel of the input), "activation_equalization" (even features after norms),
+        "balanced_rounding" (SQuant) and "bias_correction"; there are also
+        "cross_layer_equalization", "gptq" (least squares), "adaround" (learned rounding) and
+        "batch_norm" (new statistics), see README.md.
         They work on the first batches: 32 images for ResNet-50.
     evaluate, max_drop  a function that scores a model, more being better, and how much less than
         the float model's score may be had: more remedies are tried one after the other, then

@@ -902,9 +902,9 @@ def _finish(
             acc = acc + epilogue.bias
         with np.errstate(over="ignore"):
             y = acc.astype(F32) * _along(epilogue.multiplier, acc.ndim, -1)
-        if add is not None:
+        if add is not None and epilogue.add_multiplier is not None:
             steps = add.astype(np.int32) - epilogue.add_zero_point
-            y = y + steps.astype(F32) * F32(epilogue.add_multiplier)
+            y = y + steps.astype(F32) * epilogue.add_multiplier
         q = _rounded(y, epilogue.zero_point, epilogue.qmin, epilogue.qmax)
         return q.astype(epilogue.dtype)
     with np.errstate(over="ignore", invalid="ignore"):

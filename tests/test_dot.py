@@ -100,7 +100,7 @@ def test_what_is_added_and_what_has_gaps(isa: str, rng: Any, taken: list[bool]) 
         weight = Conv2dWeight(s8(rng, n, 64, 3, 3), padding=1)
         multiplier = (rng.random(n) * 1e-3).astype(np.float32)
         for dtype in (np.uint8, np.int16):
-            rule = Requant(multiplier, 0, add_multiplier=0.7, add_zero_point=0, dtype=dtype)
+            rule = Requant(multiplier, 0, add_multiplier=rng.random(n), dtype=dtype)
             wide = u8(rng, 1, 20, 19, 100)
             for image in (wide[..., :64], np.ascontiguousarray(wide[..., 36:])):
                 more = u8(rng, 1, 20, 19, n)

@@ -95,6 +95,7 @@ def test_every_epilogue(tier: str, rng: Any, m: int, n: int, k: int) -> None:
         (Dequant(scale, rng.random(m).astype(np.float32)), {"x_zero_point": rows}),
         (Requant(scale, 100, qmin=90, qmax=200), {"x_zero_point": 3}),
         (Requant(scale, 0, add_multiplier=0.5, add_zero_point=200), {"add": add}),
+        (Requant(scale, 9, add_multiplier=rng.random(n) - 0.5, add_zero_point=7), {"add": add}),
         (Requant(np.full(n, 3e4, np.float32), 128), {"x_zero_point": 128}),  # saturates both ways
     ):
         got = ops.linear(x, weight, epilogue, **given)

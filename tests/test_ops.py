@@ -627,6 +627,11 @@ BAD_CALLS: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         r"linear: Requant.multiplier \(2,\) for 4 outputs; wanted \(4,\) or a scalar",
     ),
+    "add_scale_count": (
+        lambda: ops.linear(X, W, Requant(1.0, add_multiplier=[1.0, 2.0]), add=X),
+        ValueError,
+        r"linear: Requant.add_multiplier \(2,\) for 4 outputs; wanted \(4,\) or a scalar",
+    ),
     "conv_scale_count": (
         lambda: ops.conv2d(IMAGE, FILTER, Dequant([1.0, 2.0])),
         ValueError,

@@ -526,6 +526,150 @@ def test_an_equalized_network_is_the_same_function(make: Callable[[], nn.Module]
         torch.testing.assert_close(y, model(x), atol=1e-4, rtol=1e-4)
 
 
+class PostNorm(nn.Module):
+    """Norms come last, as in BERT, and have features of many sizes, and means of their own."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__()
+        given = {"batch_first": True, "activation": "gelu"} | given
+        layer = nn.TransformerEncoderLayer(32, 4, 64, **given)
+        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.last = nn.Linear(32, 10)
+        for norm in (m for m in self.modules() if isinstance(m, nn.LayerNorm)):
+            norm.weight = nn.Parameter(torch.randn(32).exp())
+            norm.bias = nn.Parameter(2 * torch.randn(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.body(x)[:, 0])
+
+
+class Norms(nn.Module):
+    """Norms of images and rows, and a batch norm that stands alone: which may be shifted, and
+    which only scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alone, self.padded = nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3, padding=1)
+        self.group, self.point = nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1)
+        self.clamped, self.grouped = nn.GroupNorm(8, 8), nn.Conv2d(8, 16, 2, stride=2, groups=2)
+        self.rows, self.root = nn.LayerNorm(16), nn.RMSNorm(16)
+        self.one, self.two, self.last = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+        for norm in (self.alone, self.group, self.clamped, self.rows, self.root):
+            norm.weight = nn.Parameter(torch.randn(len(norm.weight)).exp())
+            if hasattr(norm, "bias"):
+                norm.bias = nn.Parameter(torch.randn(len(norm.bias)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.padded(nn.functional.max_pool2d(self.alone(x), 2))
+        x = self.group(x)
+        x = self.clamped(x + self.point(x)).relu()
+        x = self.rows(self.grouped(x).flatten(2).transpose(1, 2))
+        x = self.root(x + self.one(x.transpose(0, 1)).transpose(0, 1))
+        return self.last(self.two(x[:, 1:]))
+
+
+POST_NORM = [{}, {"batch_first": False}, {"norm_first": True}, {"bias": False}]
+
+
+@pytest.mark.parametrize("given", POST_NORM)
+def test_norms_that_sums_read_are_equalized(given: dict[str, Any]) -> None:
+    """The function stays; each norm but those that something else reads is on even channels."""
+    model = PostNorm(**given).eval()
+    prepared = prepared_for(model, torch.randn(20, 6, 32))
+    x = torch.randn(64, 6, 32)
+    REMEDIES["activation_equalization"].apply(prepared, [[x[:40]], [x[40:]]], False)
+    with torch.no_grad():
+        (y,) = prepared.graph.run([x])
+        torch.testing.assert_close(y, model(x), atol=1e-4, rtol=1e-4)
+    norms = [node for node in prepared.graph if node.op == "layer_norm"]
+    assert len(norms) == 4 and all(node.attrs.get("equalized") for node in norms)
+    adding = [node for node in prepared.graph if "add_factor" in node.tensors]
+    assert len(adding) == (0 if given.get("norm_first") else 3)  # the first layer adds the input
+    assert not any(node.op == "add" for node in prepared.graph)
+
+
+def test_which_norms_are_shifted() -> None:
+    model = Norms().eval()
+    x = images(32)
+    prepared = prepared_for(model, x)
+    before = {node.layer: dict(node.tensors) for node in prepared.graph if node.tensors}
+    REMEDIES["activation_equalization"].apply(prepared, [[x]], False)
+    with torch.no_grad():
+        torch.testing.assert_close(prepared.graph.run([x])[0], model(x), atol=1e-4, rtol=1e-4)
+    nodes = {node.layer: node for node in prepared.graph if node.attrs.get("equalized")}
+    assert set(nodes) == {"alone", "group", "clamped", "rows", "root"}
+    for name, shifted in (("alone", False), ("group", True), ("clamped", False), ("rows", True)):
+        weight, bias = ("factor", "shift") if name == "alone" else ("weight", "bias")
+        old, new = before[name], nodes[name].tensors
+        scaled = old[bias] * new[weight] / old[weight]
+        assert torch.allclose(scaled, new[bias], rtol=1e-4, atol=1e-5) is not shifted, name
+
+
+class Others(nn.Module):
+    """A norm that something else reads, too."""
+
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.linear, self.read = nn.LayerNorm(16), nn.Linear(16, 16), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.linear(x).mean(1) + self.read(x)
+
+
+@pytest.mark.parametrize("read", [
+    lambda x: x.mean(1), lambda x: (x @ x.transpose(1, 2)).mean(1)[:, :1], lambda x: x.tanh()[:, 0],
+    lambda x: x.flatten(1)[:, :16], lambda x: nn.functional.pad(x, (1, 0))[:, 0, 1:],
+])  # fmt: skip
+def test_norms_that_others_read_are_left_alone(read: Callable[[Tensor], Tensor]) -> None:
+    model, x = Others(read).eval(), torch.randn(64, 6, 16)
+    prepared = prepared_for(model, x)
+    REMEDIES["activation_equalization"].apply(prepared, [[x]], False)
+    assert not any("equalized" in node.attrs for node in prepared.graph)
+
+
+def test_a_few_rows_say_nothing_of_features() -> None:
+    model = Embedding().eval()
+    x = torch.randn(3, 10, 32)
+    prepared = prepared_for(model, x)
+    REMEDIES["activation_equalization"].apply(prepared, [[x]], False)
+    assert not any("equalized" in node.attrs for node in prepared.graph)
+
+
+def test_a_post_norm_transformer_gains(tmp_path: Path) -> None:
+    """By default; saved, loaded and run without torch it has the same bits, and so after training
+    from it. The report has its values in the float network's units."""
+    torch.manual_seed(0)
+    model, data = PostNorm().eval(), torch.randn(256, 6, 32)
+    test = torch.randn(64, 6, 32)
+    rest = ("input_equalization", "balanced_rounding", "bias_correction")
+    with torch.no_grad():
+        real = model(test)
+        int8 = fastq.quantize_model(model, data, progress=False)
+        plain = fastq.quantize_model(model, data, remedies=rest, progress=False)
+        assert decibels(real, int8(test)) > 5 + decibels(real, plain(test))
+    fastq.save(int8, tmp_path / "model.safetensors")
+    assert torch.equal(fastq.load(tmp_path / "model.safetensors")(test), int8(test))
+    (y,) = fastq.load_program(tmp_path / "model.safetensors")(test.numpy())
+    assert torch.equal(torch.from_numpy(y), int8(test))
+    steps = fastq.report(model, int8, [test], progress=False).steps
+    assert all(step.snr > 25 for step in steps if step.snr is not None)
+    assert [step.rescaled for step in steps if step.op == "layer_norm"] == [True] * 4
+    training = fastq.prepare_qat(int8)
+    assert not any("factor" in name for name, _ in training.named_parameters())
+    training(data[:32]).square().mean().backward()
+    assert torch.equal(fastq.convert(training.eval())(test), training(test))
+
+
+@pytest.mark.parametrize("remedy", ["gptq", "adaround", "batch_norm", "bias_correction"])
+def test_remedies_after_it_know_what_is_added(remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "ADAROUND_STEPS", 50)
+    torch.manual_seed(0)
+    data = [torch.randn(64, 6, 32) for _ in range(4)]
+    names = ["activation_equalization", remedy]
+    assert gained(PostNorm(), data, torch.randn(64, 6, 32), names) > 4
+
+
 def test_equalization_leaves_what_a_residual_addition_reads() -> None:
     _, layers, before = equalized(Residual(), images())
     assert torch.equal(layers["first"].tensors["weight"], before["first"])

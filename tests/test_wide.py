@@ -41,9 +41,10 @@ def requant(rng: Any, n: int, k: int, dtype: Any, added: Any) -> Requant:
     """One whose result fills its range, and is clamped at both ends."""
     steps = 1 if dtype == np.uint8 else 200
     multiplier = rng.uniform(0.5, 2, n).astype(np.float32) * np.float32(steps / (70 * k**0.5))
+    factors = rng.uniform(-1, 1, n) * steps / (1 if added == np.uint8 else 200)
     return Requant(
         multiplier, 0 if dtype == np.int16 else 100, rng.integers(-900, 900, n).astype(np.int32),
-        add_multiplier=None if added is None else 0.7 * steps / (1 if added == np.uint8 else 200),
+        add_multiplier=None if added is None else factors,
         add_zero_point=77 if added == np.uint8 else 0, dtype=dtype,
     )  # fmt: skip
 

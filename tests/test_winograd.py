@@ -74,7 +74,7 @@ def test_conv2d_that_adds(tier: str, rng: Any) -> None:
         n = whole_panels(tier, n)
         x, weight = u8(rng, b, h, w, c), Conv2dWeight(s8(rng, n, c, 3, 3), padding=1)
         multiplier = (rng.random(n) * 1e-3).astype(np.float32)
-        last = Requant(multiplier, 100, add_multiplier=0.7, add_zero_point=31)
+        last = Requant(multiplier, 100, add_multiplier=rng.random(n), add_zero_point=31)
         add = u8(rng, b, h, w, n)
         got = ops.conv2d(x, weight, last, add=add)
         assert_same(got, reference.conv2d(x, weight, last, add=add))

@@ -74,11 +74,13 @@ class Layer:
         n = len(weight)
         if epilogue is not None:
             scale = epilogue.scale if isinstance(epilogue, Dequant) else epilogue.multiplier
-            bias = epilogue.bias
-            if scale.shape not in ((), (n,)) or (bias is not None and bias.shape != (n,)):
+            more = getattr(epilogue, "add_multiplier", None)
+            factors = [scale.shape] if more is None else [scale.shape, more.shape]
+            bias = None if epilogue.bias is None else epilogue.bias.shape
+            if not {*factors} <= {(), (n,)} or bias not in (None, (n,)):
                 raise ValueError(
-                    f"epilogue: scale {scale.shape} and bias {None if bias is None else bias.shape}"
-                    f" for {n} outputs; wanted ({n},) each, or a scalar scale, or no bias"
+                    f"epilogue: factors {factors} and bias {bias} for {n} outputs; wanted ({n},) "
+                    "each, or scalar factors, or no bias"
                 )
         self.bounded = True
         if isinstance(epilogue, Requant):
@@ -101,7 +103,9 @@ class Layer:
                 "a larger weight scale for this output makes its bias smaller"
             )
         values = np.maximum(np.abs(highest), np.abs(lowest)) * epilogue.multiplier.astype(float)
-        return values.max(initial=0.0) + 2.0**16 * abs(epilogue.add_multiplier or 0.0)
+        if epilogue.add_multiplier is not None:
+            values = values + 2.0**16 * np.abs(epilogue.add_multiplier.astype(float))
+        return float(values.max(initial=0.0))
 
     def pad_operands(self, packed: Packed, groups: int) -> None:
         """Keeps the packed weight, and the per-column operands padded to whole panels."""
@@ -111,7 +115,8 @@ class Layer:
             self.fold = packed.nr // n
         scale: Any = np.float32(1)
         bias: NDArray[Any] = np.zeros(n, np.int32)
-        clamp, zero_point, add = (0.0, 0.0), 0, (0.0, 0)
+        clamp, zero_point, add_zero_point = (0.0, 0.0), 0, 0
+        factor: Any = np.float32(0)  # of what is added
         match self.epilogue:
             case Requant() as end:
                 scale, zero_point = end.multiplier, end.zero_point
@@ -119,7 +124,9 @@ class Layer:
                 folded = (0 if end.bias is None else end.bias) - taken_off * self.col_sums
                 bias = folded.astype(np.int32)  # modulo 2**32: its sum with acc is in range
                 clamp = (end.qmin - zero_point, end.qmax - zero_point)
-                add = (end.add_multiplier or 0.0, end.add_zero_point)
+                add_zero_point = end.add_zero_point
+                if end.add_multiplier is not None:
+                    factor = end.add_multiplier
             case Dequant() as end:
                 scale = end.scale
                 # without a bias -0.0 is added: y + -0.0 is y, and -0.0 for y = -0.0
@@ -132,11 +139,11 @@ class Layer:
         self.operands: dict[int, Place] = {
             block.COL_SUMS: columns(self.col_sums.astype(np.int32)),
             block.SCALE: columns(np.broadcast_to(scale, (n,)).astype(np.float32)),
+            block.ADD_SCALE: columns(np.broadcast_to(factor, (n,)).astype(np.float32)),
             block.BIAS: columns(bias),
             block.CLAMP: np.array(clamp, np.float32),
             block.OUT_ZERO_POINT: np.array([zero_point], np.int32),
-            block.ADD_SCALE: np.array(add[:1], np.float32),
-            block.ADD_ZERO_POINT: np.array(add[1:], np.int32),
+            block.ADD_ZERO_POINT: np.array([add_zero_point], np.int32),
         }
 
     def ending(self, out: View | Rows, add: View | Rows | None) -> str:

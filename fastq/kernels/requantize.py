@@ -5,7 +5,8 @@
     u8    int32(rint(clamp(float32(acc + bias) * scale [+ r], lo, hi))) + out_zero_point
     u8x2  the same, stored as int16
     s16   the same, and beyond uint8: all of int16
-    r     float32(add - add_zero_point) * add_scale, where something of the output's shape is added
+    r     float32(add - add_zero_point) * add_scale, where something of the output's shape is added;
+          as scale is, add_scale is another for each column
 
 These three may have a factor for each row: row_scale * scale instead of scale. "rows" says so; of
 f32 it says that each group has rows of its own.
@@ -123,7 +124,7 @@ class EpilogueEmitter:
             )
             self.zero_point = splat(b, b.trunc(zero_point, i16), 2 * simd.lanes)
         if self.added:
-            self.add_scale = self._scalar(block.ADD_SCALE, f32)
+            self.add_scale = self._per_column(block.ADD_SCALE, self.floats)
             zero = b.sitofp(load(b, i32, field(block.ADD_ZERO_POINT, ptr)), f32)
             if self.together > 1:  # what `_added` has in it
                 zero = b.fadd(zero, f32(2.0**23 + (2.0**15 if self.added == "s16" else 0)))
@@ -175,7 +176,8 @@ class EpilogueEmitter:
             group = [b.fmul(b.sitofp(acc, self.floats), scale) for acc, scale in pairs]
             if add is not None:
                 kind = vec(ELEMENT[self.added], together * simd.lanes)
-                r = self._added(load(b, kind, add, column * ITEM_BYTES[self.added]))
+                factors = self.add_scale[j : j + together]
+                r = self._added(load(b, kind, add, column * ITEM_BYTES[self.added]), factors)
                 group = [b.fadd(value, more) for value, more in zip(group, r, strict=True)]
             q = self._rounded(group)
             q = q if q.type == stored else b.trunc(q, stored)
@@ -204,7 +206,7 @@ class EpilogueEmitter:
         lanes = np.arange(4 * self.simd.lanes).reshape(2, -1, 8)
         return [int(lane) for lane in lanes.swapaxes(0, 1).reshape(-1)]
 
-    def _added(self, r: Any) -> list[Any]:
+    def _added(self, r: Any, factors: Sequence[Any]) -> list[Any]:
         """r of the formula, as the accumulators lie: unpacked in the order that packing undoes.
 
         An integer i < 2^16 below the bits 0x4B00 is the float32 2^23 + i, exactly; those of int16
@@ -227,7 +229,8 @@ class EpilogueEmitter:
                 parts = [b.xor(x, const(x.type, -(2**15))) for x in parts]
             exponent = const(parts[0].type, 0x4B00)
             reals = [b.bitcast(x, self.floats) for p in parts for x in unpack(b, p, exponent)]
-        return [b.fmul(b.fsub(x, self.add_zero_point), self.add_scale) for x in reals]
+        pairs = zip(reals, factors, strict=True)
+        return [b.fmul(b.fsub(x, self.add_zero_point), factor) for x, factor in pairs]
 
     def _store_unrounded(self, accs: list[Any], target: Any, row: Any) -> None:
         b, simd = self.b, self.simd

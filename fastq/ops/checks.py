@@ -231,13 +231,15 @@ def check_weight(name: str, weight: Any, kind: Any, epilogue: Any) -> None:
             f"{name}: epilogue is a {type(epilogue).__name__}; wanted None, Requant or Dequant"
         )
     n = weight.n
-    what = "multiplier" if isinstance(epilogue, Requant) else "scale"
-    factors, bias = getattr(epilogue, what), epilogue.bias
-    if factors.ndim and factors.shape != (n,):
-        raise ValueError(
-            f"{name}: {type(epilogue).__name__}.{what} {factors.shape} for {n} outputs; wanted "
-            f"({n},) or a scalar"
-        )
+    requantizes = isinstance(epilogue, Requant)
+    for what in ("multiplier", "add_multiplier") if requantizes else ("scale",):
+        factors = getattr(epilogue, what)
+        if factors is not None and factors.ndim and factors.shape != (n,):
+            raise ValueError(
+                f"{name}: {type(epilogue).__name__}.{what} {factors.shape} for {n} outputs; wanted "
+                f"({n},) or a scalar"
+            )
+    bias = epilogue.bias
     if bias is not None and bias.shape != (n,):
         raise ValueError(
             f"{name}: {type(epilogue).__name__}.bias {bias.shape} for {n} outputs; wanted ({n},) "

@@ -3,7 +3,7 @@ float network, before its values are observed, to an equal one that is easier to
 second kind the integer weights, the biases and the grid of the inputs, afterwards.
 
     cross_layer_equalization   channels of products that are clamped, averaged or pooled at most
-    activation_equalization    channels of layer norms, and of batch norms that stand alone
+    activation_equalization    channels of norms, and of batch norms that stand alone
     input_equalization         channels of the network's inputs: each has a grid of its own
     balanced_rounding          rounds weights so that their errors cancel: kernels, outputs
     gptq                       rounds weights one after the other, by least squares
@@ -39,7 +39,7 @@ from fastq.remedies.side_by_side import Batch, take_sample
 
 Remedies = str | Iterable[str]
 
-DEFAULT = ("input_equalization", "balanced_rounding", "bias_correction")
+DEFAULT = ("activation_equalization", "input_equalization", "balanced_rounding", "bias_correction")
 
 EQUALIZATIONS = ("input_equalization", "cross_layer_equalization", "activation_equalization")
 ROUNDINGS = ("balanced_rounding", "gptq", "adaround")  # the last that is named decides

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastq.graph import Node, evaluate
+from fastq.graph import Node, added, evaluate
 from fastq.prepare import Prepared, grid_ends
 from fastq.progress import bar
 from fastq.regions import WEIGHTED
@@ -93,7 +93,7 @@ def batch_norm(prepared: Prepared, sample: Sequence[Batch], progress: bool = Fal
         for node, sides in bar(walk(prepared, sample), "re-estimate", progress, count):
             got, wanted, simulated = [], [], simulation(prepared, node)
             for side in sides:
-                add = side.inputs[1] if len(side.inputs) == 2 else 0.0
+                add = added(node, side.inputs[1]) if len(side.inputs) == 2 else 0.0
                 y = evaluate(simulated, side.inputs)
                 got.append(by_channel(node, y - add).double())
                 wanted.append(by_channel(node, side.wanted - add).double())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,14 +18,13 @@ from fastq.regions import FIXED, WEIGHTED
 from fastq.remedies.side_by_side import (
     Batch,
     along,
+    axis_after,
     by_channel,
     channel_axis,
 )
 
 ENOUGH_VALUES = 2**10  # of a channel: the ends of fewer say little of those to come
-# operations after which each channel is still itself, times the same factor
-_CHANNELS_PASS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d",
-                  "upsample_nearest2d", "upsample_bilinear2d", "pad", "reshape")  # fmt: skip
+ENOUGH_ROWS = 2**6  # the same of the mean and the spread
 _LARGEST_FACTOR = 1e4
 
 
@@ -98,16 +97,14 @@ def _take_grid(reader: Node, grid: Node, low: Tensor, unit: Tensor) -> None:
     """Let a product of x take grid = (x - low) / unit."""
     weight = reader.tensors["weight"].double()
     reader.inputs[0] = grid
+    _add_bias(reader, _of_constant(reader, weight, low))
     if reader.op == "conv2d":
-        constant = low.reshape(1, -1, 1, 1).expand(1, -1, *weight.shape[2:])
-        shift = F.conv2d(constant, weight, groups=reader.attrs["groups"]).flatten()
         reader.attrs = {**reader.attrs, "padding": ((0, 0), (0, 0))}
-        weight = _grouped(reader, weight) * unit.reshape(reader.attrs["groups"], 1, -1, 1, 1)
+        made = _grouped(reader, weight) * unit.reshape(reader.attrs["groups"], 1, -1, 1, 1)
+        weight = made.reshape(weight.shape)
     else:
-        shift, weight = weight @ low, weight * unit
-    bias = reader.tensors.get("bias", torch.zeros(())).double() + shift
-    weight = weight.reshape(reader.tensors["weight"].shape)
-    reader.tensors = {**reader.tensors, "weight": weight.float(), "bias": bias.float()}
+        weight = weight * unit
+    reader.tensors = {**reader.tensors, "weight": weight.float()}
 
 
 def cross_layer_equalization(
@@ -116,7 +113,7 @@ def cross_layer_equalization(
     """Divide the channels of a convolution's or linear layer's output, and multiply the weights of
     the layers that read them, so that all channels use the range that they share.
 
-    The channels may pass pooling, padding and flattening, and clamps: below at 0 (ReLU) as
+    The channels may pass pooling, padding and moves, and clamps: below at 0 (ReLU) as
     they are; above (ReLU6), a channel that reached the bound on the data is left alone, and none
     is made to reach it, so the network is the same as long as the channels keep to the range
     that they had. Outputs that a residual addition reads or made are left alone.
@@ -125,69 +122,113 @@ def cross_layer_equalization(
     Weight Equalization and Bias Correction, 2019, arXiv:1906.04721. Weights have a scale for each
     output here, so the channel's range over the data stands for its row of weights.
     """
-    _equalize(prepared, sample, ("conv2d", "linear"), progress)
+    readers = {
+        node: found
+        for node in prepared.graph.nodes
+        if node.op in ("conv2d", "linear") and len(node.inputs) == 1
+        if (found := _readers(prepared.graph, node)) and not found.sums
+    }
+    for node, seen in _seen(prepared, readers, sample, progress).items():
+        factor = _factors(node, seen.peak, readers[node].products, 0.5)
+        _rescale(node, readers[node], factor)
 
 
 def activation_equalization(
     prepared: Prepared, sample: Sequence[Batch], progress: bool = False
 ) -> None:
-    """`cross_layer_equalization` of the outputs of a layer norm, or of a batch norm that stands
-    alone, whose only readers are convolutions and linear layers: the scales go into the norm's own
-    factors.
+    """Shift and scale the channels of the outputs of norms, and of batch norms that stand alone, so
+    that all use the range that they share; the norm's own parameters take it, and those of the
+    products that read them make up for it. Products that add them, as the layers of a transformer
+    do whose norms come last, have a factor for each channel of what they add.
 
-    Source: G. Xiao et al., SmoothQuant: Accurate and Efficient Post-Training Quantization for
-    Large Language Models, 2022, arXiv:2211.10438, with its migration strength of 0.5.
+    Left alone are norms that anything else reads; where one is clamped, or padded later, its
+    channels are scaled, and not shifted.
+
+    Sources: G. Xiao et al., SmoothQuant: Accurate and Efficient Post-Training Quantization for
+    Large Language Models, 2022, arXiv:2211.10438, with a migration strength of 0.75; X. Wei et al.,
+    Outlier Suppression+: Accurate quantization of large language models by equivalent and optimal
+    shifting and scaling, 2023, arXiv:2304.09145.
     """
-    _equalize(prepared, sample, (*NORMS, "affine"), progress)
-
-
-def _equalize(
-    prepared: Prepared, sample: Sequence[Batch], makers: Sequence[str], progress: bool
-) -> None:
-    graph = prepared.graph
-    pairs = {
-        node: readers
-        for node in graph.nodes
-        if node.op in makers and len(node.inputs) == 1 and (readers := _readers(graph, node))
+    readers = {
+        node: found
+        for node in prepared.graph.nodes
+        if node.op in (*NORMS, "affine") and (found := _readers(prepared.graph, node))
     }
-    peaks: dict[Node, Tensor] = {}
+    for node, seen in _seen(prepared, readers, sample, progress).items():
+        if seen.count < ENOUGH_ROWS:
+            continue
+        middle, size = torch.zeros_like(seen.peak), seen.peak
+        if node.op != "rms_norm" and readers[node].take_shifts and "clamp" not in node.attrs:
+            middle = seen.mean()
+        if node.attrs.get("clamp", (0, math.inf))[1] == math.inf:
+            size = seen.spread(middle)
+        factor = _factors(node, size, readers[node].products, 0.75)
+        _rescale(node, readers[node], factor, middle)
+        node.attrs = {**node.attrs, "equalized": True}
+
+
+class _Channels:
+    """What was seen of each channel of a value: how large it is.
+
+    count  values of a channel.   peak  the largest magnitudes, float32 (C,).
+    sums   those of the first four powers, float64 (4, C).
+    """
+
+    def __init__(self) -> None:
+        self.count, self.peak, self.sums = 0, torch.zeros(()), torch.zeros((), dtype=torch.float64)
+
+    def update(self, values: Tensor) -> None:
+        """values (C, n)."""
+        self.count += values.shape[1]
+        if self.count:
+            self.peak = torch.maximum(self.peak, values.abs().amax(1))
+            wide = values.double()
+            square = wide.square()
+            powers = (wide, square, square * wide, square.square())
+            self.sums = self.sums + torch.stack([power.sum(1) for power in powers])
+
+    def mean(self) -> Tensor:
+        return (self.sums[0] / self.count).float()
+
+    def spread(self, middle: Tensor) -> Tensor:
+        """The fourth root of the mean fourth power of value - middle: outliers count, and a few
+        samples tell it, which they do not of the largest value."""
+        m, (one, two, three, four) = middle.double(), self.sums / self.count
+        mean = four - 4 * m * three + 6 * m**2 * two - 4 * m**3 * one + m**4
+        return mean.clamp(min=0).pow(0.25).float()
+
+
+def _seen(
+    prepared: Prepared, nodes: Collection[Node], sample: Sequence[Batch], progress: bool
+) -> dict[Node, _Channels]:
+    """The channels of these nodes' values; what was seen of the graph's is dropped."""
+    found = {node: _Channels() for node in nodes}
 
     def watch(node: Node, value: Any) -> None:
-        if node in pairs:
+        if node in found:
             finite = value.nan_to_num(0.0, 0.0, 0.0)  # as an observer takes it
-            seen = by_channel(node, finite).abs().amax(1)
-            peaks[node] = torch.maximum(peaks.get(node, seen), seen)
+            found[node].update(by_channel(node, finite))
 
-    with torch.no_grad():
-        for arguments in bar(sample, "equalize", progress):
-            graph.run(arguments, watch)
-    for node, readers in pairs.items():
-        factor = _factors(peaks[node], readers, node.attrs.get("clamp", (-math.inf, math.inf))[1])
-        # each layer changes what the next one is scaled by: peaks stay valid, weights are read anew
-        for name in ("weight", "bias", "factor", "shift"):
-            if name in node.tensors or (node.op in NORMS and name == "weight"):
-                old = node.tensors.get(name, torch.ones(()))
-                node.tensors = {**node.tensors, name: old / along(factor, old, 0)}
-        for reader in readers:
-            old = reader.tensors["weight"]
-            if reader.op == "conv2d" and reader.attrs["groups"] > 1:
-                new = _grouped(reader, old) * factor.reshape(reader.attrs["groups"], 1, -1, 1, 1)
-                new = new.reshape(old.shape)
-            else:
-                new = old * along(factor, old, 0 if reader.op == "conv_transpose2d" else 1)
-            reader.tensors = {**reader.tensors, "weight": new}
-    prepared.forget()
+    if found:
+        with torch.no_grad():
+            for arguments in bar(sample, "equalize", progress):
+                prepared.graph.run(arguments, watch)
+        prepared.forget()
+    return {node: seen for node, seen in found.items() if seen.count}
 
 
-def _factors(peak: Tensor, readers: Sequence[Node], bound: float) -> Tensor:
-    """What each channel is divided by (C,): peak is its largest magnitude, bound its clamp."""
+def _factors(node: Node, peak: Tensor, readers: Sequence[Node], strength: float) -> Tensor:
+    """What each channel of a node's value is divided by, (C,). peak is its largest magnitude, or,
+    without a bound, any measure of its size; strength is the share of the unevenness that the
+    weights of the readers take, 0 to 1."""
+    bound = node.attrs.get("clamp", (-math.inf, math.inf))[1]
     weight = torch.stack([_channel_weights(reader) for reader in readers]).amax(0)
     alive = (peak > 0) & (weight > 0)
     peak, weight = torch.where(alive, peak, 1.0), torch.where(alive, weight, 1.0)
     if all(reader.attrs.get("groups", 1) == len(peak) for reader in readers):
         factor = peak  # depthwise: a scale of its own for each channel's weights
     else:
-        factor = (peak / weight).sqrt()
+        factor = peak**strength / weight ** (1 - strength)
     if alive.any():  # the largest channel stays as large as it was
         factor = factor * (peak / factor)[alive].amax() / peak[alive].amax()
     if math.isfinite(bound):
@@ -197,42 +238,94 @@ def _factors(peak: Tensor, readers: Sequence[Node], bound: float) -> Tensor:
     return torch.where(alive, factor, 1.0)
 
 
-def _readers(graph: Graph, node: Node) -> list[Node]:
-    """The products that take the channels of a node, or [] if anyone else does."""
+def _rescale(node: Node, readers: Readers, factor: Tensor, middle: Tensor | None = None) -> None:
+    """Let a node give (value - middle) / factor, channel by channel, and its readers take it.
+
+    Each layer changes what the next one is scaled by: ranges stay valid, weights are read anew.
+    """
+    shift = torch.zeros_like(factor) if middle is None else middle
+    scale, offset = ("factor", "shift") if node.op == "affine" else ("weight", "bias")
+    old = node.tensors.get(scale, torch.ones(()))
+    node.tensors = {**node.tensors, scale: old / along(factor, old, 0)}
+    if offset in node.tensors or bool(shift.any()):
+        moved = node.tensors.get(offset, torch.zeros(())) - shift
+        node.tensors = {**node.tensors, offset: moved / factor}
+    for reader in readers.products:
+        old = reader.tensors["weight"]
+        if reader.op == "conv2d" and reader.attrs["groups"] > 1:
+            new = _grouped(reader, old) * factor.reshape(reader.attrs["groups"], 1, -1, 1, 1)
+            new = new.reshape(old.shape)
+        else:
+            new = old * along(factor, old, 0 if reader.op == "conv_transpose2d" else 1)
+        reader.tensors = {**reader.tensors, "weight": new}
+        if bool(shift.any()):
+            _add_bias(reader, _of_constant(reader, old.double(), shift.double()))
+    for reader in readers.sums:
+        reader.tensors = {**reader.tensors, "add_factor": factor}
+        if bool(shift.any()):
+            _add_bias(reader, shift)
+
+
+def _add_bias(reader: Node, more: Tensor) -> None:
+    bias = reader.tensors.get("bias", torch.zeros(())).double() + more
+    reader.tensors = {**reader.tensors, "bias": bias.float()}
+
+
+def _of_constant(reader: Node, weight: Tensor, values: Tensor) -> Tensor:
+    """What a product with this weight, float64, gives for one value for each channel, (N,)."""
+    if reader.op == "linear":
+        return weight @ values
+    constant = values.reshape(1, -1, 1, 1).expand(1, -1, *weight.shape[2:])
+    return F.conv2d(constant, weight, groups=reader.attrs["groups"]).flatten()
+
+
+class Readers(NamedTuple):
+    """All who take the channels of a node's value.
+
+    products     multiply them.
+    sums         products that add them to theirs.
+    take_shifts  whether a channel may be shifted: none is padded on the way, or transposed.
+    """
+
+    products: list[Node]
+    sums: list[Node]
+    take_shifts: bool
+
+
+def _readers(graph: Graph, node: Node) -> Readers | None:
+    """Those who read a node; None if they take anything but its channels, or no product does."""
     low, _ = node.attrs.get("clamp", (-math.inf, math.inf))
-    if low not in (0, -math.inf) or node in graph.output_nodes():
-        return []
-    users, found = graph.users(), []
-    pending = [node]
+    if low not in (0, -math.inf):
+        return None
+    users, ends, shifts = graph.users(), set(graph.output_nodes()), True
+    products, sums = list[Node](), list[Node]()
+    pending = [(node, channel_axis(node, len(node.shape)))]
     while pending:
-        value = pending.pop()
-        for user in users[value]:
-            if user.op in WEIGHTED and user.inputs[0] is value and value not in user.inputs[1:]:
-                if channel_axis(user, len(value.shape)) != channel_axis(node, len(value.shape)):
-                    return []
-                found.append(user)
-            elif (
-                user.op in _CHANNELS_PASS
-                and "clamp" not in user.attrs
-                and user not in graph.output_nodes()
-                and (user.op != "reshape" or _flattens(value, user))
-                and (user.op != "pad" or not _pads_channels(node, user))
-            ):
-                pending.append(user)
-            else:
-                return []
-    return found
+        value, axis = pending.pop()
+        if value in ends:
+            return None
+        for user in dict.fromkeys(users[value]):
+            if user.op in WEIGHTED and axis == channel_axis(user, len(value.shape)):
+                first, *more = user.inputs
+                if value in more:
+                    if "add_factor" in user.tensors:
+                        return None
+                    sums.append(user)
+                if first is value:
+                    products.append(user)
+                    shifts &= user.op != "conv_transpose2d" and not _pads(user)
+                continue
+            after = axis_after(value, user, axis)
+            if after is None or "clamp" in user.attrs:
+                return None
+            shifts &= user.op not in ("pad", "avg_pool2d")
+            pending.append((user, after))
+    return Readers(products, sums, shifts) if products else None
 
 
-def _pads_channels(node: Node, pad: Node) -> bool:
-    """Whether a pad changes the axis of the node's channels."""
-    from_last = len(pad.shape) - 1 - channel_axis(node, len(pad.shape))
-    return any(pad.attrs["pad"][2 * from_last : 2 * from_last + 2])
-
-
-def _flattens(value: Node, reshape: Node) -> bool:
-    """(B, C, 1, 1) into (B, C)."""
-    return len(value.shape) == 4 and value.shape[2:] == (1, 1) and len(reshape.shape) == 2
+def _pads(reader: Node) -> bool:
+    """Whether a product multiplies zeros around an image."""
+    return reader.op == "conv2d" and any(map(any, reader.attrs["padding"]))
 
 
 def _grouped(node: Node, weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastq.graph import Node
+from fastq.graph import Node, added
 from fastq.lower import weight_of
 from fastq.prepare import Prepared
 from fastq.progress import bar
@@ -101,7 +101,7 @@ def _rows(node: Node, sides: list[Side]) -> Rows:
     most = min(MAX_ROWS, max(ROWS_BYTES // (4 * groups * k), 64))
     share = -(-most // len(sides))
     generator = torch.Generator().manual_seed(0)
-    xs, wanted, added = [], [], []
+    xs, wanted, more = [], [], []
     for side in sides:
         x, y = side.inputs[0], side.wanted
         count = y.numel() // (y.shape[-1] if node.op == "linear" else y.shape[1])
@@ -112,10 +112,10 @@ def _rows(node: Node, sides: list[Side]) -> Rows:
             xs.append(_patches(node, x, y, picked).reshape(len(picked), groups, k))
         product = _pixels(node, y, picked)
         if len(side.inputs) == 2:
-            added.append(_pixels(node, side.inputs[1], picked))
-            product = product - added[-1]
+            more.append(_pixels(node, added(node, side.inputs[1]), picked))
+            product = product - more[-1]
         wanted.append(product)
-    return Rows(torch.cat(xs), torch.cat(wanted), torch.cat(added) if added else None)
+    return Rows(torch.cat(xs), torch.cat(wanted), torch.cat(more) if more else None)
 
 
 def _pixels(node: Node, value: Tensor, picked: Tensor) -> Tensor:

@@ -24,6 +24,9 @@ from fastq.prepare import Prepared, fake_quantize, grid_ends
 
 Batch = Sequence[Any]
 
+# operations on images after which each channel is still itself, times the same factor
+_POOLS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d",
+          "upsample_nearest2d", "upsample_bilinear2d")  # fmt: skip
 SAMPLE_BYTES = 2**26  # of the network's largest value: 32 images for ResNet-50
 
 
@@ -165,6 +168,29 @@ def by_channel(node: Node, value: Tensor) -> Tensor:
 def channel_axis(node: Node, rank: int) -> int:
     """Which axis of a node's value, of so many, is that of its channels."""
     return 1 if node.op in ("conv2d", "conv_transpose2d", *BY_CHANNEL) else rank - 1
+
+
+def axis_after(value: Node, user: Node, axis: int) -> int | None:
+    """Where an axis of a value is in what is made of it; None if that has something else there."""
+    match user.op:
+        case "permute":
+            return int(user.attrs["dims"].index(axis))
+        case "slice":
+            return axis if user.attrs["dim"] != axis else None
+        case "pad":
+            from_last = len(user.shape) - 1 - axis
+            return None if any(user.attrs["pad"][2 * from_last : 2 * from_last + 2]) else axis
+        case "reshape":
+            if len(value.shape) == 4 and value.shape[2:] == (1, 1) and len(user.shape) == 2:
+                return 1 if axis == 1 else None  # (B, C, 1, 1) into (B, C)
+            place = 0
+            for axes, sizes in user.attrs["groups"]:
+                if axes == (axis,) and len(sizes) == 1:
+                    return place
+                place += len(sizes)
+            return None
+        case _:
+            return axis if user.op in _POOLS and axis == 1 else None
 
 
 def along(factor: Tensor, tensor: Tensor, axis: int) -> Tensor:
