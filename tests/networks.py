@@ -542,6 +542,22 @@ class Tokens(nn.Module):
         return self.head(x.mean(1))
 
 
+class TurnedSums(nn.Module):
+    """Products that are permuted, once or twice, before something is added to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.wide = nn.Linear(16, 16), nn.Conv2d(16, 16, 3, padding=1)
+        self.second, self.last = nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1) + self.first(x).transpose(0, 1)
+        image = x.permute(1, 2, 0).unsqueeze(-1)
+        x = (self.wide(image).permute(0, 2, 1, 3) + image.tanh().permute(0, 2, 1, 3)).squeeze(-1)
+        x = self.second(x.relu()).permute(2, 0, 1).permute(1, 2, 0) + x
+        return self.last(x)
+
+
 class ClassTokens(Tokens):
     """Two learned tokens come before the patches, positions are added, and a mask hides nothing."""
 
@@ -1343,6 +1359,7 @@ CASES: dict[str, Case] = {
     "einsum of images": Case(
         between(lambda x: torch.einsum("bchw,bcvw->bcvh", x, x.sigmoid()), 5), images(3)
     ),
+    "sums behind permutes": Case(TurnedSums, sequences(16)),
     "roll": Case(
         between(lambda x: x.roll((-2, 1, 0), (2, -1, 1)).roll(3, 3), 5),
         images(3),

@@ -396,6 +396,14 @@ def test_programs_can_be_read():
     assert "add" not in [step.op for step in q.program.steps]  # sums are part of the products
 
 
+def test_sums_behind_permutes_are_part_of_the_products() -> None:
+    q = CASES["sums behind permutes"].quantized()
+    assert "add" not in [step.op for step in q.program.steps]
+    assert [len(step.inputs) for step in q.program.steps if step.op in ("linear", "conv2d")] == [
+        2, 2, 2, 1,
+    ]  # fmt: skip
+
+
 AXES: dict[str, Callable[[Call, Tensor], object]] = {
     "a linear layer, and a convolution around it": lambda net, x: net.conv(
         net.a(net.first(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
