@@ -5,7 +5,7 @@ back. It needs no torch; torch's own kinds of values have names here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -225,8 +225,32 @@ def _check(layout: Layout, check: Callable[[Stage], None]) -> None:
                 raise ValueError(f"{stage.outputs}: another number of inputs or outputs")
         else:
             check(stage)
+            _check_refs(stage)
         if stage.op != "program" and (stage.program != -1 or len(stage.outputs) != 1):
             raise ValueError(f"{stage.outputs}: a float operator has one output")
     ends = [out for out in layout.outputs if isinstance(out, str)]
     if missing := [name for name in ends if name not in known]:
         raise ValueError(f"no stage makes the outputs {missing}")
+
+
+def _check_refs(stage: Stage) -> None:
+    """ValueError unless each input that a float operator names is there; in a chain of calls, the
+    results of those before it are inputs, too."""
+    attrs = dict(stage.attrs)
+    calls = attrs.pop("calls", ())
+    operators = [(attrs.get("target", stage.op), attrs), *((call[0], call) for call in calls)]
+    for i, (name, arguments) in enumerate(operators):
+        count = len(stage.inputs) + max(i - 1, 0)
+        if beyond := [index for index in _indices(arguments) if index >= count]:
+            raise ValueError(
+                f"{stage.outputs}: {name} takes input {beyond[0]}, but has {count}, counted from 0"
+            )
+
+
+def _indices(value: Any) -> Iterator[int]:
+    """Those of each `Ref` in it, in tuples, lists and dicts too."""
+    if isinstance(value, Ref):
+        yield value.index
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _indices(part)

@@ -21,8 +21,9 @@ from torch.utils import _pytree as pytree
 
 import fastq
 from fastq.encode import VERSION
+from fastq.layout import Ref, encode_value
 from fastq.nn import QConv2d, QLinear
-from fastq.nn.model import _read_spec, spec_text
+from fastq.nn.model import NAMED, _read_spec, spec_text
 from fastq.serialize import load, save
 from fastq.summaries import summary
 from fastq.swap import quantize_layers
@@ -546,6 +547,58 @@ def test_a_network_with_any_part_exchanged(
         rng = random.Random(f"{name} {seed}")
         rewrite(path, lambda header, tensors, rng=rng: spoil(rng, header, tensors))
         load_and_run(path)
+
+
+SORT, ADD = "aten.sort.default", "aten.add.Tensor"
+
+
+@pytest.mark.parametrize(
+    ("op", "attrs", "refused"),
+    [
+        ("aten", {"target": SORT, "args": (Ref(0),), "kwargs": {}}, ""),
+        (
+            "aten",
+            {"target": SORT, "args": (Ref(1),), "kwargs": {}},
+            rf"{SORT} takes input 1, but has 1",
+        ),
+        (
+            "aten",
+            {"target": ADD, "args": (Ref(0), [Ref(0), Ref(7)]), "kwargs": {}},
+            rf"{ADD} takes input 7, but has 1",
+        ),
+        (
+            "aten",
+            {"target": ADD, "args": (Ref(0), 1), "kwargs": {"alpha": Ref(2)}},
+            rf"{ADD} takes input 2, but has 1",
+        ),
+        (  # a call takes the results of those before it, too
+            "pointwise",
+            {"calls": [(ADD, (Ref(0), 1), {}), (ADD, (Ref(0), Ref(1)), {})]},
+            "",
+        ),
+        (
+            "pointwise",
+            {"calls": [(ADD, (Ref(0), 1), {}), (ADD, (Ref(0), Ref(2)), {})]},
+            rf"{ADD} takes input 2, but has 2",
+        ),
+    ],
+)
+def test_a_float_operator_takes_inputs_that_are_there(
+    op: str, attrs: dict[str, Any], refused: str, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    def change(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        stage = next(s for s in header["network"]["stages"] if s["attrs"].get("target"))
+        stage["op"], stage["attrs"] = op, {k: encode_value(v, NAMED) for k, v in attrs.items()}
+
+    path = tmp_path / "q"
+    path.write_bytes(whole["two"])
+    rewrite(path, change)
+    for read in (load, fastq.load_program):
+        if refused:
+            with pytest.raises(ValueError, match=refused):
+                read(path)
+        else:
+            read(path)
 
 
 @pytest.mark.parametrize("name", ["one", "two"])
