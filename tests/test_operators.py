@@ -41,6 +41,24 @@ BAGGED = torch.tensor([2, 0, 1, 1, 2, 0])
 SHARES = torch.rand(6, generator=G)
 COMPLEX = torch.complex(X, X.flip(1))
 FAR = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.5])
+TIED = torch.tensor([[3, 1, 3, 1, 2], [2, 2, 0, 0, 0]])
+LINE, VOLUME = IMAGE[:, :, 0], torch.randn(2, 4, 4, 5, 6, generator=G)
+CHANNELS = torch.randn(2, 6, 6, 5, generator=G)
+EMPTY = torch.empty(0, 3, 5, 6)
+MATRICES = torch.randn(2, 2, 3, generator=G)
+# by the number of axes that windows move along
+WINDOWED = {1: LINE, 2: IMAGE, 3: VOLUME}
+HOLES = {  # equal values, and NaN
+    n: [torch.where(x > 1, torch.nan, x.round()), torch.full_like(x, -torch.inf)]
+    for n, x in WINDOWED.items()
+}
+FILTERS = {n: torch.randn(4, x.shape[1], *(3, 2, 3)[:n], generator=G) for n, x in WINDOWED.items()}
+BACK = {n: torch.randn(x.shape[1], 4, *(3, 2, 3)[:n], generator=G) for n, x in WINDOWED.items()}
+FOUR = torch.randn(4, generator=G)
+NUMBERS = {n: {"stride": [2, 1, 3][:n], "padding": [1, 0, 2][:n], "dilation": [1, 2, 1][:n]}
+           for n in WINDOWED}  # fmt: skip
+RESIZED = {n: [([9, 3, 7][:n], None), (None, [1.7, 0.6, 2.3][:n])] for n in WINDOWED}
+HALF = {1: [2], 2: [2, 3], 3: [2, 2, 3]}  # of the lines, images and volumes
 # of activations that have more arguments
 MORE: dict[str, list[tuple[Any, ...]]] = {
     "softplus.default": [(X, 2.0, 1.0)],
@@ -193,10 +211,34 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "scatter.value": [(X, 1, PLACES, 7.5), (X, -2, PLACES, 1), (WHOLE, 0, PLACES, 3)],
     "scatter.src": [(X, 1, PLACES[:, :1], CUBE[0]), (CUBE, -1, PLACES[None], -CUBE)],
     "scatter_add.default": [(X, 1, PLACES, CUBE[0]), (X, -2, PLACES, X), (WHOLE, 1, PLACES, WHOLE)],
+    "scatter.reduce": [(X, 1, PLACES, CUBE[0], {"reduce": how}) for how in ("add", "multiply")],
+    "scatter.value_reduce": [(WHOLE, 0, PLACES, 3, {"reduce": how}) for how in ("add", "multiply")],
+    "scatter_reduce.two": [
+        (x, dim, PLACES, source, how, {"include_self": own})
+        for x, dim, source in ((X, 1, CUBE[0]), (X, -2, TIES[:, :4]), (WHOLE, 1, WHOLE - 3))
+        for how in ("sum", "prod", "mean", "amax", "amin") for own in (True, False)],
+    "index_reduce.default": [
+        (x, dim, PLACES.flatten(), source, how, {"include_self": own})
+        for x, dim, source in ((X, 0, X[[0, 1, 2, 0]]), (CUBE, -2, CUBE[:, [0, 0, 2, 1]]),
+                               (WHOLE, 1, WHOLE - 3))
+        for how in ("prod", "mean", "amax", "amin") for own in (True, False)],
+    "max_unpool2d.default": [
+        (*torch.ops.aten.max_pool2d_with_indices(x, [2, 2], [1, 2]), [5, 6])
+        for x in (IMAGE, IMAGE[0])],
+    "max_unpool3d.default": [
+        (*torch.ops.aten.max_pool3d_with_indices(VOLUME, [2] * 3), [4, 6, 6], [2] * 3, [0] * 3)],
     "one_hot.default": [(PLACES,), (PLACES, 5)],
     "bucketize.Tensor": [(X, torch.tensor([-0.5, 0.0, 1.0])),
                          *((WHOLE, torch.tensor([-3, 0, 4]), {"right": right, "out_int32": right})
                            for right in (False, True))],
+    "bucketize.Scalar": [(0.1, torch.tensor([0.1, 0.2]), {"right": True}),
+                         (2, TIED[0].sort()[0]), (2.5, TIED[0].sort()[0], {"out_int32": True})],
+    "searchsorted.Tensor": [
+        (X.sort()[0], TIES[[0, 1, 1]]), (Y.sort()[0], CUBE, {"right": True}),
+        (Y.sort()[0], TIES, {"side": "left", "out_int32": True}),
+        (X, X, {"sorter": X.argsort(), "side": "right"}), (TIED.sort()[0], WHOLE[:2]),
+        (X[:0], X[:0]), (Y.sort()[0], X[0, 0])],
+    "searchsorted.Scalar": [(torch.tensor([0.1, 0.2]), 0.1), (TIED[0].sort()[0], 2.5)],
     "index_select.default": [(CUBE, 1, torch.tensor([2, 0, 2]))],
     "gather.default": [(X, 1, PLACES), (WHOLE, 0, PLACES)],
     "cat.default": [([X, X], 1), ([X, WHOLE],), ([torch.empty(0), X],)],
@@ -231,6 +273,15 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "topk.default": [(X, 2), (X, 2, 0), (X, 3, -1, False), (WHOLE, 2, -2, False), (CUBE, 4),
                      (X, 1, 1, True, False), (X, 1, {"largest": False, "sorted": False}),
                      (TIES[:, 2:], 2)],
+    "median.default": [(X,), (Y,), (WHOLE,), (TIES,), (TIED,), (X[:0],), (ONE,)],
+    "median.dim": [(X, 1), (CUBE, -2, True), (TIES, 1), (TIES, 0, True), (X[:0], 1), (WHOLE, 0)],
+    "nanmedian.default": [(X,), (TIES,), (FAR[:1],), (WHOLE,)],
+    "nanmedian.dim": [(X, 1), (CUBE, 0, True), (TIES[:1, 1:], -1), (TIES[:, 3:4], 0),
+                      (FAR[:1], 0)],
+    "kthvalue.default": [(X, 2), (CUBE, 1, 0, True), (TIES[:, 1:4], 3), (WHOLE, 3, 0), (X[:0], 2)],
+    "mode.default": [(TIED,), (TIED, 0, True), (TIED.float(), 1), (X,), (FLAGS, 0), (X[:0],)],
+    **{f"{name}.default": [(X, 1), (TIES, -1), (TIES.flip(1), 1), (TIED, 1), (FLAGS, 0), (X[:0], 1)]
+       for name in ("cummax", "cummin")},
     "cumprod.default": [(X, 1), (WHOLE, -2), (FLAGS, 1)],
     "logsumexp.default": [(X, [1]), (100 * CUBE, [0, -1], True), (FAR[1:], [0]),
                           (torch.full((2, 3), -torch.inf), [1])],
@@ -253,13 +304,21 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "pairwise_distance.default": [(X, Y), (X, -X, 1.0, 0.1, True), (X, X)],
     "cdist.default": [(X, CUBE[0]), (CUBE, -CUBE[:, :2]), (X, -X, 1.0), (X, X + 1, torch.inf)],
     "rms_norm.default": [(X, [4]), (CUBE, [3, 4], X, 0.1)],
-    "group_norm.default": [(IMAGE, 3), (CUBE, 1, Y[:3], Y[1:]), (IMAGE, 1, None, None, 0.1)],
+    "group_norm.default": [(IMAGE, 3), (EMPTY, 3), (CUBE, 1, Y[:3], Y[1:]),
+                           (IMAGE, 1, None, None, 0.1)],
     "upsample_bicubic2d.vec": [(IMAGE, size, corners, None)
                                for size in ([10, 13], [3, 4], [1, 6]) for corners in (True, False)]
                               + [(IMAGE, None, corners, [1.7, 2.3]) for corners in (True, False)],
     "upsample_bicubic2d.default": [(IMAGE, [8, 9], False), (IMAGE, [8, 13], False, 1.7, 2.3)],
     "grid_sampler.default": [(IMAGE, GRID, kind, edges, corners) for kind in (0, 1, 2)
                              for edges in (0, 1, 2) for corners in (True, False)],
+    "batch_norm.default": [
+        (IMAGE, Y[:3], Y[1:], X[0, :3], POSITIVE[0, :3], False, 0.1, 0.1, False),
+        (X, None, None, Y, POSITIVE[0], False, 0.1, 1e-5, False)],
+    "instance_norm.default": [
+        (IMAGE, None, None, None, None, True, 0.1, 1e-5, False),
+        (LINE, Y[:3], Y[1:], None, None, True, 0.1, 0.1, False),
+        (IMAGE, Y[:3], Y[1:], X[0, :3], POSITIVE[0, :3], False, 0.1, 0.1, False)],
     "bilinear.default": [(X, CUBE[0, :, :2], torch.arange(40.0).reshape(5, 4, 2)),
                          (CUBE, CUBE, CUBE[0, :, :, None] * Y, Y[:3])],
     "einsum.default": [("bi,bj->bij", [X, CUBE[0]]), ("...ij, jk", [CUBE, X.T]),
@@ -414,6 +473,9 @@ def test_places_that_are_not_there_are_refused() -> None:
         ("index_put.default", (table, [beyond], table[:2])),
         ("index_add.default", (table, 0, np.array([-1, 0]), table[:2])),
         ("one_hot.default", (beyond, 3)),
+        ("scatter_reduce.two", (table, 0, np.array([[3]]), table, "amax")),
+        ("max_unpool2d.default", (table[None], np.full((1, 3, 4), 16), [4, 4])),
+        ("index_reduce.default", (table, 0, np.array([-1, 0]), table[:2], "mean")),
         ("embedding_bag.default", (table, beyond, np.array([0]))),
     ]  # fmt: skip
     for name, args in calls:
@@ -422,6 +484,9 @@ def test_places_that_are_not_there_are_refused() -> None:
     volume, grid = np.zeros((1, 1, 2, 2, 2), np.float32), np.zeros((1, 2, 2, 2, 3), np.float32)
     with pytest.raises(ValueError, match="grid_sampler of"):
         operators.FUNCTIONS["aten.grid_sampler.default"](volume, grid, 0, 0, False)
+    args = None, None, X.numpy()[0, :2], X.numpy()[1, :2], True, 0.1, 1e-5
+    with pytest.raises(ValueError, match="batch_norm in training"):
+        operators.FUNCTIONS["aten.batch_norm.default"](X.numpy(), *args)
     with pytest.raises(TypeError, match="wanted integers"):
         operators.FUNCTIONS["aten.embedding.default"](table, table)
 
@@ -451,11 +516,11 @@ def test_inputs_tensors_and_sizes_are_filled_in() -> None:
 
 
 def test_what_is_not_here_is_refused() -> None:
-    stage = Stage("aten", ("a",), ("y",), {"target": "aten.median.dim"}, why="no integer form")
-    with pytest.raises(ValueError, match=r"y takes aten.median.dim.*torch's \(no integer form\)"):
+    stage = Stage("aten", ("a",), ("y",), {"target": "aten.erfinv.default"}, why="no integer form")
+    with pytest.raises(ValueError, match=r"y takes aten.erfinv.*torch's \(no integer form\)"):
         operators.check_operator(stage)
-    with pytest.raises(ValueError, match="y takes conv3d"):
-        operators.check_operator(Stage("conv3d", ("a",), ("y",), {}))
+    with pytest.raises(ValueError, match="y takes recurrent"):
+        operators.check_operator(Stage("recurrent", ("a",), ("y",), {}))
     calls = [("aten.erfinv.default", (Ref(0),), {})]
     with pytest.raises(ValueError, match=r"y takes aten\.erfinv"):
         operators.check_operator(Stage("pointwise", ("a",), ("y",), {"calls": calls}))

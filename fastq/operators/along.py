@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastq.operators.dtypes import INTEGER, Array, summed
+from fastq.operators.dtypes import INTEGER, Array, promoted, summed
 from fastq.operators.shapes import sliced
 
 
@@ -92,9 +92,74 @@ def _topk(
     return sliced(values, dim, 0, k), sliced(order, dim, 0, k)
 
 
-def _bucketize(x: Any, ends: Array, out_int32: bool = False, right: bool = False) -> Array:
-    found = np.searchsorted(ends, x, "right" if right else "left")
-    return found.astype(np.int32 if out_int32 else INTEGER)
+def _kthvalue(x: Array, k: Any, dim: int = -1, keepdim: bool = False) -> tuple[Array, Array]:
+    """The k-th smallest, from 1 on, and its place; k may be an array, of each line. NaN is the
+    largest. Of equal values' places the one by a stable sort, where torch may take others."""
+    values, order = _sort(x, dim)
+    shape = [1 if axis == dim % x.ndim else n for axis, n in enumerate(x.shape)]
+    at = np.broadcast_to(np.asarray(k) - 1, shape)
+    found = [np.take_along_axis(y, at, dim) for y in (values, order)]
+    value, place = found if keepdim else (y.squeeze(dim) for y in found)
+    return value, place
+
+
+def _median(*, ignore_nan: bool) -> Callable[..., Any]:
+    """The operator of median or nanmedian: of two in the middle the lower. NaN if there is one, but
+    for nanmedian."""
+
+    def run(x: Array, dim: int | None = None, keepdim: bool = False) -> Any:
+        if dim is None:
+            return run(x.reshape(-1), 0)[0] if x.size else np.array(np.nan).astype(x.dtype)
+        n, nans = x.shape[dim], np.isnan(x).sum(dim, keepdims=True)
+        if ignore_nan:
+            k = np.maximum(n - nans + 1, 2) // 2
+        else:
+            k = np.where(nans > 0, n - nans + 1, (n + 1) // 2)
+        return _kthvalue(x, k, dim, keepdim)
+
+    return run
+
+
+def _mode(x: Array, dim: int = -1, keepdim: bool = False) -> tuple[Array, Array]:
+    """The value that is there most often, the smallest of these, and its last place. Not of NaN,
+    which torch does not order here."""
+    values = np.sort(x, dim)
+    number = _numbers(x, dim)
+    begins = np.insert(np.diff(values, axis=dim) != 0, 0, True, dim)
+    length = number - np.maximum.accumulate(np.where(begins, number, 0), dim)
+    k = length.argmax(dim, keepdims=True) + 1
+    return _kthvalue(x, k, dim, keepdim)
+
+
+def _numbers(x: Array, dim: int) -> Array:
+    """0, 1, ... along an axis, to be broadcast."""
+    return np.arange(x.shape[dim]).reshape(-1, *[1] * (x.ndim - 1 - dim % x.ndim))
+
+
+def _and_last(function: Any) -> Callable[..., tuple[Array, Array]]:
+    """The operator of cummax or cummin, beside the last place of each; NaN stays."""
+
+    def run(x: Array, dim: int) -> tuple[Array, Array]:
+        y = function.accumulate(x, dim)
+        found = np.where((x == y) | np.isnan(x), _numbers(x, dim), 0)
+        return y, np.maximum.accumulate(found, dim)
+
+    return run
+
+
+def _searchsorted(
+    ends: Array, x: Any, out_int32: bool = False, right: bool = False, side: str | None = None,
+    sorter: Any = None,
+) -> Array:  # fmt: skip
+    """Where values would stand among the ends: those of their own line, if these have lines.
+    The sorter is the order of the ends."""
+    ends, x = promoted(ends, x)
+    ends = ends if sorter is None else np.take_along_axis(ends, sorter, -1)
+    side = side or ("right" if right else "left")
+    found = np.empty(x.shape, np.int32 if out_int32 else INTEGER)
+    for line in np.ndindex(ends.shape[:-1]):
+        found[line] = np.searchsorted(ends[line], x[line], side)  # type: ignore[call-overload]
+    return found
 
 
 def softmax(x: Array, dim: int, dtype: Any = None) -> Array:
@@ -139,7 +204,14 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "sort.default sort.stable": _sort,
     "argsort.default argsort.stable": _argsort,
     "topk.default": _topk,
-    "bucketize.Tensor": _bucketize,
+    "kthvalue.default": _kthvalue,
+    "median.default median.dim": _median(ignore_nan=False),
+    "nanmedian.default nanmedian.dim": _median(ignore_nan=True),
+    "mode.default": _mode,
+    "cummax.default": _and_last(np.maximum),
+    "cummin.default": _and_last(np.minimum),
+    "searchsorted.Tensor searchsorted.Scalar": _searchsorted,
+    "bucketize.Tensor bucketize.Scalar": lambda x, ends, **rest: _searchsorted(ends, x, **rest),
     "softmax.int": softmax,
     "log_softmax.int": _log_softmax,
     "logsumexp.default": _logsumexp,

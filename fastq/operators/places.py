@@ -4,6 +4,7 @@ tables, and bags of these. A place that is not there is an IndexError."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -52,10 +53,56 @@ def _index_add(x: Array, dim: int, index: Array, source: Array, alpha: Any = 1) 
     return _stored(x, places, source * source.dtype.type(alpha), True)
 
 
-def _scatter(x: Array, dim: int, index: Array, src: Any, add: bool = False) -> Array:
+def _reduced(
+    x: Array, places: tuple[Any, ...], value: Any, reduce: str, include_self: bool = True
+) -> Array:
+    """A copy of x where these are one with what is there, or with each other alone."""
+    y, (function, start) = x.copy(), REDUCTIONS[reduce]
+    if not include_self:
+        y[places] = value if start is None else start
+    function.at(y, places, value)
+    if reduce != "mean":
+        return y
+    count = np.full(x.shape, int(include_self))
+    np.add.at(count, places, 1)
+    count = np.maximum(count, 1).astype(x.dtype)
+    return y / count if x.dtype.kind == "f" else y // count
+
+
+# what makes one of two values, and what it begins with; None: with any of them
+REDUCTIONS: dict[str, tuple[Any, int | None]] = {
+    **dict.fromkeys(("sum", "add", "mean"), (np.add, 0)),
+    **dict.fromkeys(("prod", "multiply"), (np.multiply, 1)),
+    "amax": (np.maximum, None),
+    "amin": (np.minimum, None),
+}
+
+
+def _index_reduce(
+    x: Array, dim: int, index: Array, source: Array, reduce: str, include_self: bool = True
+) -> Array:
+    _check_places(index, x.shape[dim])
+    places = (*[slice(None)] * (dim % x.ndim), index)
+    return _reduced(x, places, source, reduce, include_self)
+
+
+def _scatter(
+    x: Array, dim: int, index: Array, src: Any, reduce: str | None = None, include_self: bool = True
+) -> Array:
+    places = _along_axis(x, dim, index)
     if isinstance(src, np.ndarray) and src.ndim:
         src = src[tuple(map(slice, index.shape))]
-    return _stored(x, _along_axis(x, dim, index), src, add)
+    if reduce is None:
+        return _stored(x, places, src)
+    return _reduced(x, places, src, reduce, include_self)
+
+
+def _max_unpool(x: Array, index: Array, size: Sequence[int], *rest: Any) -> Array:
+    """Images of this size, 0 but where a pooling found x: at the index, in each image's pixels."""
+    batch = x.shape[: -len(size)]
+    flat = (*batch, prod(x.shape[-len(size) :]))
+    y = np.zeros((*batch, prod(size)), x.dtype)
+    return _scatter(y, -1, index.reshape(flat), x.reshape(flat)).reshape(*batch, *size)
 
 
 def _take_along(x: Array, indices: Array, dim: int | None = None) -> Array:
@@ -125,7 +172,10 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "gather.default": lambda x, dim, index, **rest: x[_along_axis(x, dim, index)],
     "take_along_dim.default": _take_along,
     "scatter.value scatter.src": _scatter,
-    "scatter_add.default": lambda x, dim, index, src: _scatter(x, dim, index, src, add=True),
+    "scatter_add.default": lambda x, dim, index, src: _scatter(x, dim, index, src, "sum"),
+    "scatter.reduce scatter.value_reduce scatter_reduce.two": _scatter,
+    "index_reduce.default": _index_reduce,
+    "max_unpool2d.default max_unpool3d.default": _max_unpool,
     "one_hot.default": _one_hot,
     "embedding.default": lambda weight, tokens, *rest: _rows(weight, tokens),
     "embedding_bag.default embedding_bag.padding_idx": _embedding_bag,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -50,9 +51,30 @@ def group_norm(
     x: Array, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *rest: Any
 ) -> Array:
     """Over groups of channels, axis 1, and all that is in them."""
-    parts = x.reshape(len(x), groups, -1)
+    parts = x.reshape(len(x), groups, prod(x.shape[1:]) // groups)
     y = layer_norm(parts, parts.shape[2:], eps=eps).reshape(x.shape)
     return affine(y, weight, bias)
+
+
+def _batch_norm(
+    x: Array, weight: Any, bias: Any, mean: Array, var: Array, training: bool, momentum: float,
+    eps: float, *rest: Any,
+) -> Array:  # fmt: skip
+    """By the statistics that it was trained with: a saved network does not train."""
+    if training:
+        raise ValueError("batch_norm in training; fastq.load runs it with torch")
+    y = (x - of_channels(mean, x)) / of_channels(np.sqrt(var + var.dtype.type(eps)), x)
+    return affine(y, weight, bias)
+
+
+def _instance_norm(
+    x: Array, weight: Any, bias: Any, mean: Any, var: Any, use_input_stats: bool, momentum: float,
+    eps: float, *rest: Any,
+) -> Array:  # fmt: skip
+    """Of each channel of each image, unless statistics are given for all."""
+    if use_input_stats:
+        return group_norm(x, x.shape[1], weight, bias, eps)
+    return _batch_norm(x, weight, bias, mean, var, False, momentum, eps)
 
 
 def affine(x: Array, factor: Any, shift: Any) -> Array:
@@ -96,6 +118,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "layer_norm.default": layer_norm,
     "rms_norm.default": rms_norm,
     "group_norm.default": group_norm,
+    "batch_norm.default": _batch_norm,
+    "instance_norm.default": _instance_norm,
     "linalg_vector_norm.default": _norm,
     "cosine_similarity.default": _cosine,
     "pairwise_distance.default": _distance,
