@@ -312,6 +312,29 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "upsample_bicubic2d.default": [(IMAGE, [8, 9], False), (IMAGE, [8, 13], False, 1.7, 2.3)],
     "grid_sampler.default": [(IMAGE, GRID, kind, edges, corners) for kind in (0, 1, 2)
                              for edges in (0, 1, 2) for corners in (True, False)],
+    **{f"upsample_{kind}.vec": [(WINDOWED[n], size, corners, factors)
+                                for size, factors in RESIZED[n] for corners in (True, False)]
+                               + [(WINDOWED[n], None, False, [1.1] * n)]
+       for n, kind in ((1, "linear1d"), (2, "bilinear2d"), (3, "trilinear3d"))},
+    **{f"upsample_{kind}.default": [(WINDOWED[n], HALF[n], True),
+                                    (WINDOWED[n], HALF[n], False, *[0.5] * n)]
+       for n, kind in ((1, "linear1d"), (2, "bilinear2d"), (3, "trilinear3d"))},
+    **{f"{kind}{n}d.vec": [(WINDOWED[n], *given) for given in (*RESIZED[n], (None, [1.1] * n))]
+       for n in WINDOWED for kind in ("upsample_nearest", "_upsample_nearest_exact")},
+    **{f"{kind}{n}d.default": [(WINDOWED[n], HALF[n]), (WINDOWED[n], HALF[n], *[0.5] * n)]
+       for n in WINDOWED for kind in ("upsample_nearest", "_upsample_nearest_exact")},
+    **{f"_upsample_{kind}2d_aa.vec": [
+        *((image, size, corners, None) for image in (IMAGE, EMPTY)
+          for size in ([2, 3], [10, 2], [1, 4], [7, 9]) for corners in (True, False)),
+        (IMAGE, None, False, [0.4, 0.7]), (IMAGE, None, False, [0.3, 1.1]),
+        (torch.where(IMAGE > 2, torch.nan, IMAGE), [3, 2], False, None)]
+       for kind in ("bilinear", "bicubic")},
+    **{f"_upsample_{kind}2d_aa.default": [(IMAGE, [2, 4], False), (IMAGE, [2, 3], False, 0.5, 0.5)]
+       for kind in ("bilinear", "bicubic")},
+    "affine_grid_generator.default": [
+        *((MATRICES, [2, 3, *size], corners) for size in ([3, 4], [1, 5])
+          for corners in (True, False)),
+        (VOLUME[:, 0, :3, :4, 0], [2, 1, 2, 1, 3], False)],
     "batch_norm.default": [
         (IMAGE, Y[:3], Y[1:], X[0, :3], POSITIVE[0, :3], False, 0.1, 0.1, False),
         (X, None, None, Y, POSITIVE[0], False, 0.1, 1e-5, False)],
@@ -442,6 +465,7 @@ def test_it_is_torchs(name: str) -> None:
                 {"size": (1, 6)},
                 {"scale_factor": (2.0, 3.0)},
                 {"scale_factor": (1.7, 0.6)},
+                {"scale_factor": (1.1, 1.1)},
             )
             for kind, corners in (("nearest", None), ("bilinear", False), ("bilinear", True))
         ),
