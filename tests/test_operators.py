@@ -342,6 +342,45 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
         (IMAGE, None, None, None, None, True, 0.1, 1e-5, False),
         (LINE, Y[:3], Y[1:], None, None, True, 0.1, 0.1, False),
         (IMAGE, Y[:3], Y[1:], X[0, :3], POSITIVE[0, :3], False, 0.1, 0.1, False)],
+    **{f"conv{n}d.default": [
+        (x, FILTERS[n]), (x[0], FILTERS[n], FOUR), (x, FILTERS[n], FOUR, NUMBERS[n]),
+        (x[:0], FILTERS[n])] for n, x in WINDOWED.items()},
+    **{f"conv{n}d.padding": [
+        (x, FILTERS[n], None, {"padding": "same", "dilation": [2, 1, 1][:n]}),
+        (x, FILTERS[n], FOUR, [2] * n, "valid")] for n, x in WINDOWED.items()},
+    **{f"conv_transpose{n}d.{'default' if n == 1 else 'input'}": [
+        (x, BACK[n]), (x[0], BACK[n], FOUR), (x[:0], BACK[n]),
+        (x, BACK[n], FOUR, {**NUMBERS[n], "output_padding": [1, 0, 2][:n]})]
+       for n, x in WINDOWED.items()},
+    "convolution.default": [
+        (CHANNELS, CHANNELS[:2, :3, :3, :2], None, [1, 1], [1, 0], [1, 1], False, [0, 0], 2),
+        (CHANNELS, CHANNELS[0, :, None, :3, :3], Y[[0, 1, 2, 3, 0, 1]], [2, 1], [0, 1], [1, 2],
+         False, [0, 0], 6),
+        (CHANNELS, CHANNELS[0, :, :4, :3, None], X.flatten(), [2, 1], [1, 0], [1, 1], True, [1, 0],
+         3)],
+    **{f"max_pool{n}d{also}.default": [
+        (x, [2]), (x[0], [2] * n, [1] * n, [1] * n), (x[:0], [2] * n),
+        (x, [2, 3, 1][:n], [3, 2, 2][:n], [1, 1, 0][:n], [1] * n, True),
+        (x, [2] * n, [2] * n, [1] * n, [2] * n),
+        *((holes, [3] * n, [2] * n, [1] * n) for holes in HOLES[n])]
+       for n, x in WINDOWED.items() for also in ("", "_with_indices")},
+    **{f"avg_pool{n}d.default": [
+        (x, [2]), (x[0], [2] * n, [1] * n, [1] * n, False, False), (x[:0], [2] * n),
+        *((x, [2, 3, 1][:n], [3, 2, 2][:n], [1, 1, 0][:n], True, counts)
+          for counts in (True, False)),
+        ((100 * x).to(I64), [3] * n, [1] * n, [0] * n),
+        *[(x, [2] * n, [2] * n, [1] * n, False, False, 3)] * (n > 1)]
+       for n, x in WINDOWED.items()},
+    **{f"adaptive_{kind}_pool{n}d.default": [
+        (x, HALF[n]), (x[0], [3, 4, 9][:n]), (x[:0], HALF[n]),
+        *((holes, HALF[n]) for holes in HOLES[n])]
+       for n, x in WINDOWED.items() for kind in ("avg", "max")},
+    "im2col.default": [
+        (IMAGE, [2, 3], [1, 1], [0, 0], [1, 1]), (IMAGE[0], [3, 2], [1, 2], [1, 0], [2, 1]),
+        (IMAGE[:0], [2, 2], [1, 1], [1, 1], [2, 2])],
+    "col2im.default": [
+        (CHANNELS.flatten(2), [5, 7], [2, 3], [1, 1], [1, 0], [1, 1]),
+        (CHANNELS[0].flatten(1), [12, 11], [3, 2], [1, 2], [1, 0], [2, 2])],
     "bilinear.default": [(X, CUBE[0, :, :2], torch.arange(40.0).reshape(5, 4, 2)),
                          (CUBE, CUBE, CUBE[0, :, :, None] * Y, Y[:3])],
     "einsum.default": [("bi,bj->bij", [X, CUBE[0]]), ("...ij, jk", [CUBE, X.T]),
@@ -471,6 +510,39 @@ def test_it_is_torchs(name: str) -> None:
         ),
         ("prelu", {}, (CUBE,), {"weight": Y[:3]}),
         ("prelu", {}, (CUBE,), {"weight": Y[:1]}),
+        *(
+            (
+                f"conv{n}d",
+                {**NUMBERS[n], "padding": ((1, 2), (0, 0), (0, 1))[:n], "groups": 1},
+                (WINDOWED[n],),
+                {"weight": FILTERS[n], **bias},
+            )
+            for n in (2, 3)
+            for bias in ({}, {"bias": FOUR})
+        ),
+        *(
+            (
+                f"conv_transpose{n}d",
+                {**NUMBERS[n], "output_padding": (1, 0, 2)[:n], "groups": 1},
+                (WINDOWED[n],),
+                {"weight": BACK[n], **bias},
+            )
+            for n in (2, 3)
+            for bias in ({}, {"bias": FOUR})
+        ),
+        *(
+            (f"{kind}_pool2d", {"pool": {**pool, **more}}, (IMAGE,), {})
+            for pool in (
+                {"kernel_size": (2, 3)},
+                {"kernel_size": 3, "stride": (2, 1), "padding": (1, 0), "ceil_mode": True},
+            )
+            for kind, more in (("max", {"dilation": (1, 1)}), ("avg", {"count_include_pad": False}))
+        ),
+        *(
+            (f"adaptive_{kind}_pool2d", {"output_size": size}, (IMAGE,), {})
+            for kind in ("avg", "max")
+            for size in ((2, 4), (None, 1), 3)
+        ),
     ],
 )
 def test_an_operation_of_a_graph_is_the_graphs(
@@ -508,9 +580,12 @@ def test_places_that_are_not_there_are_refused() -> None:
     volume, grid = np.zeros((1, 1, 2, 2, 2), np.float32), np.zeros((1, 2, 2, 2, 3), np.float32)
     with pytest.raises(ValueError, match="grid_sampler of"):
         operators.FUNCTIONS["aten.grid_sampler.default"](volume, grid, 0, 0, False)
+    image = np.zeros((1, 2, 3), np.float32)
+    with pytest.raises(ValueError, match="windows of 4 along an axis of 3, padded by 0"):
+        operators.FUNCTIONS["aten.max_pool1d.default"](image, [4])
     args = None, None, X.numpy()[0, :2], X.numpy()[1, :2], True, 0.1, 1e-5
     with pytest.raises(ValueError, match="batch_norm in training"):
-        operators.FUNCTIONS["aten.batch_norm.default"](X.numpy(), *args)
+        operators.FUNCTIONS["aten.batch_norm.default"](image, *args)
     with pytest.raises(TypeError, match="wanted integers"):
         operators.FUNCTIONS["aten.embedding.default"](table, table)
 

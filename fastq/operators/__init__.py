@@ -25,6 +25,7 @@ from fastq.operators import (
     products,
     resampling,
     shapes,
+    windows,
 )
 from fastq.operators.arithmetic import clamp
 from fastq.operators.dtypes import NAMED, Array
@@ -33,7 +34,9 @@ from fastq.sizes import Shapes, sized
 
 __all__ = ["FUNCTIONS", "NAMED", "OPERATIONS", "ROOMS", "check_operator", "evaluate"]
 
-ROOMS = dtypes, arithmetic, activations, shapes, places, along, products, resampling
+ROOMS = (
+    dtypes, arithmetic, activations, shapes, places, along, products, windows, resampling
+)  # fmt: skip
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "getitem": lambda values, index: values[index],
     **places.OURS,

@@ -23,7 +23,7 @@ def _scaled(function: Callable[..., Any]) -> Callable[..., Array]:
 add, _sub = _scaled(np.add), _scaled(np.subtract)
 
 
-def _div(x: Any, y: Any, rounding_mode: str | None = None) -> Array:
+def div(x: Any, y: Any, rounding_mode: str | None = None) -> Array:
     """The quotient may be rounded down or towards zero, in its own dtype then."""
     x, y = promoted(x, y)
     if rounding_mode is None:
@@ -45,8 +45,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "sub.Tensor sub.Scalar subtract.Tensor": _sub,
     "rsub.Scalar rsub.Tensor": lambda x, y, alpha=1: _sub(y, x, alpha),
     "mul.Tensor mul.Scalar multiply.Tensor": pointwise(np.multiply),
-    "div.Tensor div.Scalar true_divide.Tensor div.Tensor_mode div.Scalar_mode": _div,
-    "floor_divide.default floor_divide.Scalar": lambda x, y: _div(x, y, "floor"),
+    "div.Tensor div.Scalar true_divide.Tensor div.Tensor_mode div.Scalar_mode": div,
+    "floor_divide.default floor_divide.Scalar": lambda x, y: div(x, y, "floor"),
     "fmod.Scalar fmod.Tensor": pointwise(np.fmod),
     "remainder.Scalar remainder.Tensor": pointwise(np.remainder),
     "pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar": pointwise(np.power),

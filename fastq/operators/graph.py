@@ -15,7 +15,26 @@ from fastq.operators.dtypes import Array, promoted
 from fastq.operators.products import affine, group_norm, layer_norm, linear, of_channels, rms_norm
 from fastq.operators.resampling import resampled
 from fastq.operators.shapes import cat, pad, sliced
+from fastq.operators.windows import (
+    adaptive_avg_pool,
+    adaptive_max_pool,
+    avg_pool,
+    conv_transpose,
+    convolution,
+    max_pool,
+)
 from fastq.sizes import padding_to, reshaped, sides_of
+
+
+def _conv(attrs: Mapping[str, Any], x: Array, weight: Array, bias: Any = None) -> Array:
+    return convolution(
+        x, weight, bias, attrs["stride"], attrs["padding"], attrs["dilation"], attrs["groups"]
+    )
+
+
+def _conv_transpose(attrs: Mapping[str, Any], x: Array, weight: Array, bias: Any = None) -> Array:
+    names = "stride", "padding", "output_padding", "groups", "dilation"
+    return conv_transpose(x, weight, bias, *(attrs[name] for name in names))
 
 
 def _softmax(attrs: Mapping[str, Any], x: Array, *masks: Array) -> Array:
@@ -75,6 +94,12 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "mul": lambda attrs, x, y: np.multiply(*promoted(x, y)),
     "matmul": lambda attrs, x, y: np.matmul(x, y) * np.float32(attrs.get("factor", 1.0)),
     "linear": lambda attrs, x, weight, bias=None: linear(x, weight, bias),
+    **dict.fromkeys(("conv2d", "conv3d"), _conv),
+    **dict.fromkeys(("conv_transpose2d", "conv_transpose3d"), _conv_transpose),
+    "max_pool2d": lambda attrs, x: max_pool(2, x, **attrs["pool"]),
+    "avg_pool2d": lambda attrs, x: avg_pool(2, x, **attrs["pool"]),
+    "adaptive_avg_pool2d": lambda attrs, x: adaptive_avg_pool(2, x, attrs["output_size"]),
+    "adaptive_max_pool2d": lambda attrs, x: adaptive_max_pool(2, x, attrs["output_size"]),
     "softmax": _softmax,
     "prelu": lambda attrs, x, weight: leaky(x, of_channels(weight, x)),
     "layer_norm": _layer_norm,
