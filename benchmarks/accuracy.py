@@ -29,7 +29,11 @@ from fastq.remedies import DEFAULT, REMEDIES, observe_and_apply, remedy_names
 
 Run = Callable[..., Tensor]
 IMAGES = 200  # for calibration
-DEFAULT_METHODS = ("none", "+".join(DEFAULT), "gptq+bias_correction")
+DEFAULT_METHODS = (
+    "none",
+    "+".join(DEFAULT),
+    "+".join(DEFAULT).replace("balanced_rounding", "gptq"),
+)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ MODEL_COLUMNS = {
         "onnxruntime float32", "openvino float", "torch float32", "torch channels_last",
     ),
 }  # fmt: skip
+BY_DEFAULT = f"fastq {'+'.join(DEFAULT)}"
 TITLES = {"goal": "GEMM", "module": "QLinear, float in and out, dynamic,"}
 
 
@@ -141,7 +142,7 @@ def accuracy_table(rows: list[Result]) -> str:
     ]
     for row in rows:
         same = "-" if math.isnan(row.agreement) else f"{row.agreement:.2f} %"
-        name = f"**{row.method}**" if row.method.startswith("fastq") else row.method
+        name = row.method.replace(BY_DEFAULT, "**fastq**")
         lines.append(
             f"| {row.network} | {name} | {row.metric} | {row.score:.2f} | {row.float32:.2f} "
             f"| {same} | {row.snr:.1f} dB |"
@@ -169,8 +170,7 @@ def main(csv_path: Path, into: Path | None, brief: bool) -> None:
     header = csv_path.read_text().partition("\n")[0].split(",")
     if "method" in header:
         results = read_csv(csv_path, Result)
-        by_default = f"fastq {'+'.join(DEFAULT)}"
-        new = accuracy_table([r for r in results if not brief or r.method == by_default])
+        new = accuracy_table([r for r in results if not brief or r.method == BY_DEFAULT])
     elif "network" in header:
         models = read_csv(csv_path, ModelRow)
         new = models_table([row for row in models if not brief or row.threads == 1])
