@@ -23,7 +23,7 @@ from fastq.observer import HistogramObserver
 from fastq.prepare import Prepared, grid_ends
 from fastq.qparams import QParams
 from fastq.recipe import read_recipe
-from fastq.remedies.side_by_side import axis_after, channel_axis
+from fastq.remedies.side_by_side import axis_after, channel_axis, channel_values
 from fastq.sizes import Shapes
 from fastq.weights import per_output
 
@@ -276,10 +276,7 @@ def _moved_channels(given: Graph, made: Graph) -> dict[str, _Channels]:
             continue
         names = ("factor", "shift") if node.op == "affine" else ("weight", "bias")
         (new, new_shift), (old, old_shift) = (
-            [
-                torch.as_tensor(n.tensors.get(name, default))
-                for name, default in zip(names, (1.0, 0.0), strict=True)
-            ]
+            [channel_values(n, *given) for given in zip(names, (1.0, 0.0), strict=True)]
             for n in (node, float_nodes[node.name])
         )
         factor = torch.where(old == 0, 1.0, new / old)

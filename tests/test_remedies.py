@@ -552,8 +552,9 @@ class Norms(nn.Module):
         self.alone, self.padded = nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3, padding=1)
         self.group, self.point = nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1)
         self.clamped, self.grouped = nn.GroupNorm(8, 8), nn.Conv2d(8, 16, 2, stride=2, groups=2)
-        self.rows, self.root = nn.LayerNorm(16), nn.RMSNorm(16)
+        self.rows, self.root, self.line = nn.LayerNorm(16), nn.RMSNorm(16), nn.Conv1d(16, 16, 1)
         self.one, self.two, self.last = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+        self.spelled = nn.Parameter(torch.randn(1, 1, 16).exp())
         for norm in (self.alone, self.group, self.clamped, self.rows, self.root):
             norm.weight = nn.Parameter(torch.randn(len(norm.weight)).exp())
             if hasattr(norm, "bias"):
@@ -565,7 +566,11 @@ class Norms(nn.Module):
         x = self.clamped(x + self.point(x)).relu()
         x = self.rows(self.grouped(x).flatten(2).transpose(1, 2))
         x = self.root(x + self.one(x.transpose(0, 1)).transpose(0, 1))
-        return self.last(self.two(x[:, 1:]))
+        x = self.two(x[:, 1:]) + self.line(x[:, 1:].transpose(1, 2)).transpose(1, 2)
+        x = x - x.mean(-1, keepdim=True)
+        x = x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+        x = x * self.spelled + self.spelled.flip(-1)
+        return self.last(nn.functional.pad(x, (0, 0, 1, 0)))
 
 
 POST_NORM = [{}, {"batch_first": False}, {"norm_first": True}, {"bias": False}]
@@ -597,7 +602,7 @@ def test_which_norms_are_shifted() -> None:
     with torch.no_grad():
         torch.testing.assert_close(prepared.graph.run([x])[0], model(x), atol=1e-4, rtol=1e-4)
     nodes = {node.layer: node for node in prepared.graph if node.attrs.get("equalized")}
-    assert set(nodes) == {"alone", "group", "clamped", "rows", "root"}
+    assert set(nodes) == {"alone", "group", "clamped", "rows", "root", ""}
     for name, shifted in (("alone", False), ("group", True), ("clamped", False), ("rows", True)):
         weight, bias = ("factor", "shift") if name == "alone" else ("weight", "bias")
         old, new = before[name], nodes[name].tensors
@@ -620,6 +625,7 @@ class Others(nn.Module):
 @pytest.mark.parametrize("read", [
     lambda x: x.mean(1), lambda x: (x @ x.transpose(1, 2)).mean(1)[:, :1], lambda x: x.tanh()[:, 0],
     lambda x: x.flatten(1)[:, :16], lambda x: nn.functional.pad(x, (1, 0))[:, 0, 1:],
+    lambda x: nn.Linear(16, 16)(nn.functional.pad(x, (0, 0, 1, 0), value=2.0))[:, 0],
 ])  # fmt: skip
 def test_norms_that_others_read_are_left_alone(read: Callable[[Tensor], Tensor]) -> None:
     model, x = Others(read).eval(), torch.randn(64, 6, 16)

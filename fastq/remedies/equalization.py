@@ -21,6 +21,7 @@ from fastq.remedies.side_by_side import (
     axis_after,
     by_channel,
     channel_axis,
+    channel_values,
 )
 
 ENOUGH_VALUES = 2**10  # of a channel: the ends of fewer say little of those to come
@@ -245,10 +246,13 @@ def _rescale(node: Node, readers: Readers, factor: Tensor, middle: Tensor | None
     """
     shift = torch.zeros_like(factor) if middle is None else middle
     scale, offset = ("factor", "shift") if node.op == "affine" else ("weight", "bias")
-    old = node.tensors.get(scale, torch.ones(()))
-    node.tensors = {**node.tensors, scale: old / along(factor, old, 0)}
+    if node.op in WEIGHTED:
+        old = node.tensors[scale]
+        node.tensors = {**node.tensors, scale: old / along(factor, old, 0)}
+    else:
+        node.tensors = {**node.tensors, scale: channel_values(node, scale, 1.0) / factor}
     if offset in node.tensors or bool(shift.any()):
-        moved = node.tensors.get(offset, torch.zeros(())) - shift
+        moved = channel_values(node, offset, 0.0) - shift
         node.tensors = {**node.tensors, offset: moved / factor}
     for reader in readers.products:
         old = reader.tensors["weight"]
@@ -316,7 +320,8 @@ def _readers(graph: Graph, node: Node) -> Readers | None:
                     shifts &= user.op != "conv_transpose2d" and not _pads(user)
                 continue
             after = axis_after(value, user, axis)
-            if after is None or "clamp" in user.attrs:
+            filled = user.attrs.get("value") if user.op == "pad" else None
+            if after is None or "clamp" in user.attrs or filled not in (None, 0, -math.inf):
                 return None
             shifts &= user.op not in ("pad", "avg_pool2d")
             pending.append((user, after))

@@ -170,6 +170,11 @@ def channel_axis(node: Node, rank: int) -> int:
     return 1 if node.op in ("conv2d", "conv_transpose2d", *BY_CHANNEL) else rank - 1
 
 
+def channel_values(node: Node, name: str, default: float) -> Tensor:
+    """A tensor that a norm, or a bias, has of its channels, (C,), or of all of them, (1,)."""
+    return torch.as_tensor(node.tensors.get(name, default)).flatten()
+
+
 def axis_after(value: Node, user: Node, axis: int) -> int | None:
     """Where an axis of a value is in what is made of it; None if that has something else there."""
     match user.op:
@@ -181,12 +186,12 @@ def axis_after(value: Node, user: Node, axis: int) -> int | None:
             from_last = len(user.shape) - 1 - axis
             return None if any(user.attrs["pad"][2 * from_last : 2 * from_last + 2]) else axis
         case "reshape":
-            if len(value.shape) == 4 and value.shape[2:] == (1, 1) and len(user.shape) == 2:
-                return 1 if axis == 1 else None  # (B, C, 1, 1) into (B, C)
             place = 0
             for axes, sizes in user.attrs["groups"]:
-                if axes == (axis,) and len(sizes) == 1:
-                    return place
+                if axis in axes:  # alone but for axes of size 1
+                    others = [value.shape[other] for other in axes if other != axis]
+                    kept = [i for i, size in enumerate(sizes) if size != 1]
+                    return place + kept[0] if {1}.issuperset(others) and len(kept) == 1 else None
                 place += len(sizes)
             return None
         case _:
