@@ -337,6 +337,20 @@ def test_what_is_computed_of_an_expanded_parameter_is_a_constant(name: str) -> N
     assert [node.op for node in captured.graph] == ["input", "constant", "concat"]
 
 
+@pytest.mark.parametrize("name", ["clone", "times", "added"])
+def test_an_expanded_parameter_that_is_written_later(name: str) -> None:
+    def forward(net: Call, x: Tensor) -> Tensor:
+        t = net.a.weight[None, :2].expand(len(x), -1, -1)
+        t = t.clone() if name == "clone" else 2 * t
+        if name == "added":
+            t[:, :1] += x[:, 1:2]
+        else:
+            t[:, 0] = x[:, 0]
+        return torch.cat([t, x], 1)
+
+    check(call(forward, a=lambda: nn.Linear(6, 4))(), torch.randn(4, 3, 6))
+
+
 def test_an_expanded_parameter_that_meets_one_of_its_own_size_or_the_input() -> None:
     """The one is a constant anyway; of the other nothing is."""
 

@@ -500,7 +500,7 @@ def test_cross_layer_equalization_gains_on_uneven_channels() -> None:
 
 def test_activation_equalization_gains_on_a_layer_norm_with_outliers() -> None:
     def tokens() -> Tensor:
-        return torch.randn(4, 10, 32)
+        return torch.randn(8, 10, 32)
 
     data, test = batches(tokens), torch.randn(16, 10, 32)
     assert gained(Embedding(), data, test, "activation_equalization") > 6
@@ -634,12 +634,37 @@ def test_norms_that_others_read_are_left_alone(read: Callable[[Tensor], Tensor])
     assert not any("equalized" in node.attrs for node in prepared.graph)
 
 
-def test_a_few_rows_say_nothing_of_features() -> None:
-    model = Embedding().eval()
-    x = torch.randn(3, 10, 32)
+@pytest.mark.parametrize("images, of_pixels, of_means", [(4, False, False), (8, True, False),
+                                                         (256, True, True)])  # fmt: skip
+def test_a_few_rows_say_nothing_of_features(images: int, of_pixels: bool, of_means: bool) -> None:
+    """Nor do a few means of many."""
+    body = [nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.LayerNorm(8)]
+    model = nn.Sequential(*body, Mean(), nn.Linear(8, 4)).eval()
+    x = torch.randn(images, 7, 7, 8)
     prepared = prepared_for(model, x)
     REMEDIES["activation_equalization"].apply(prepared, [[x]], False)
+    norms = {node.layer: "equalized" in node.attrs for node in prepared.graph}
+    assert (norms["0"], norms["3"]) == (of_pixels, of_means)
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), 1).flatten(1)
+
+
+def test_what_is_clamped_above_is_left_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.ReLU6(), nn.Conv2d(8, 4, 1))
+    prepared = prepared_for(model.eval(), images(32))
+    REMEDIES["activation_equalization"].apply(prepared, [[images(32)]], False)
+    assert any("clamp" in node.attrs for node in prepared.graph if node.op == "group_norm")
     assert not any("equalized" in node.attrs for node in prepared.graph)
+
+
+@pytest.mark.parametrize("bits, least", [(8, 4), (6, 1), (4, 0), (2, 0)])
+def test_fewer_bits_leave_weights_less_to_make_up_for(bits: int, least: float) -> None:
+    torch.manual_seed(0)
+    data, test = [torch.randn(64, 6, 32) for _ in range(4)], torch.randn(256, 6, 32)
+    assert gained(PostNorm(), data, test, "activation_equalization", weight_bits=bits) > least
 
 
 def test_a_post_norm_transformer_gains(tmp_path: Path) -> None:
@@ -658,7 +683,8 @@ def test_a_post_norm_transformer_gains(tmp_path: Path) -> None:
     assert torch.equal(fastq.load(tmp_path / "model.safetensors")(test), int8(test))
     (y,) = fastq.load_program(tmp_path / "model.safetensors")(test.numpy())
     assert torch.equal(torch.from_numpy(y), int8(test))
-    steps = fastq.report(model, int8, [test], progress=False).steps
+    report = tmp_path / "report.html"
+    steps = fastq.report(model, int8, [test], path=report, progress=False).steps
     assert all(step.snr > 25 for step in steps if step.snr is not None)
     assert [step.rescaled for step in steps if step.op == "layer_norm"] == [True] * 4
     training = fastq.prepare_qat(int8)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fastq.read.exported import arguments_of, is_off, name_of, ranked_shape, shape_of
+from fastq.read.exported import arguments_of, is_off, memory_of, name_of, ranked_shape, shape_of
 from fastq.read.reader import GROWING, POINTWISE, SAME
 
 _MOVES = ("permute", "transpose", "unsqueeze")
@@ -21,6 +21,7 @@ def sink_expansions(program: Any) -> None:
     given = {**signature.inputs_to_parameters, **signature.inputs_to_buffers,
              **signature.inputs_to_lifted_tensor_constants}  # fmt: skip
     fixed: set[fx.Node] = set()  # of parameters and numbers alone, but for their expansions
+    written = {memory_of(node.args[0]) for node in graph.nodes if _is_mutable(node)}
     for node in list(graph.nodes):
         if node.op == "placeholder":
             alone = node.name in given
@@ -29,7 +30,7 @@ def sink_expansions(program: Any) -> None:
         if not alone:
             continue
         fixed.add(node)
-        if _sinks(node):
+        if _sinks(node) and memory_of(node) not in written:
             fixed.update(_sink(graph, node))
 
 
@@ -41,13 +42,19 @@ def _sinks(node: fx.Node) -> bool:
         return False
     if name in SAME and not is_off(arguments_of(node, node.target)):
         return False
-    if node.target._schema.is_mutable or any(user.op == "output" for user in node.users):  # type: ignore[union-attr]
+    if any(user.op == "output" for user in node.users):
         return False
     values = node.all_input_nodes
     before = [_source_shape(value) if _grows(value) else shape_of(value) for value in values]
     return any(map(_grows, values)) and torch.broadcast_shapes(*before) != torch.broadcast_shapes(
         *map(shape_of, values)
     )
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    """Whether it writes its first argument."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _grows(node: fx.Node) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastq.graph import Graph, Node
+from fastq.graph import MOVES, Graph, Node
 from fastq.prepare import Prepared, grid_ends
 from fastq.program import NORMS
 from fastq.progress import bar
@@ -25,7 +25,7 @@ from fastq.remedies.side_by_side import (
 )
 
 ENOUGH_VALUES = 2**10  # of a channel: the ends of fewer say little of those to come
-ENOUGH_ROWS = 2**6  # the same of the mean and the spread
+ENOUGH_ROWS = 2**8  # the same of the mean and the spread
 _LARGEST_FACTOR = 1e4
 
 
@@ -142,41 +142,46 @@ def activation_equalization(
     products that read them make up for it. Products that add them, as the layers of a transformer
     do whose norms come last, have a factor for each channel of what they add.
 
-    Left alone are norms that anything else reads; where one is clamped, or padded later, its
-    channels are scaled, and not shifted.
+    Left alone are norms that anything else reads, that are clamped above, as by ReLU6, and those of
+    which too little was seen; where one is clamped below, or padded later, its channels are scaled,
+    and not shifted.
 
     Sources: G. Xiao et al., SmoothQuant: Accurate and Efficient Post-Training Quantization for
-    Large Language Models, 2022, arXiv:2211.10438, with a migration strength of 0.75; X. Wei et al.,
+    Large Language Models, 2022, arXiv:2211.10438, with a migration strength of 0.75 for weights of
+    8 bits, and less for fewer; X. Wei et al.,
     Outlier Suppression+: Accurate quantization of large language models by equivalent and optimal
     shifting and scaling, 2023, arXiv:2304.09145.
     """
     readers = {
         node: found
         for node in prepared.graph.nodes
-        if node.op in (*NORMS, "affine") and (found := _readers(prepared.graph, node))
+        if node.op in (*NORMS, "affine") and _bound(node) == math.inf
+        if (found := _readers(prepared.graph, node))
     }
     for node, seen in _seen(prepared, readers, sample, progress).items():
-        if seen.count < ENOUGH_ROWS:
+        if seen.rows < ENOUGH_ROWS:
             continue
-        middle, size = torch.zeros_like(seen.peak), seen.peak
-        if node.op != "rms_norm" and readers[node].take_shifts and "clamp" not in node.attrs:
+        found, middle = readers[node], torch.zeros_like(seen.peak)
+        if node.op != "rms_norm" and found.take_shifts and "clamp" not in node.attrs:
             middle = seen.mean()
-        if node.attrs.get("clamp", (0, math.inf))[1] == math.inf:
-            size = seen.spread(middle)
-        factor = _factors(node, size, readers[node].products, 0.75)
-        _rescale(node, readers[node], factor, middle)
+        bits = min(prepared.config(reader).weight_bits for reader in found.products)
+        strength = max(0.15 * (bits - 3), 0)  # coarser weights have no room for what is uneven
+        factor = _factors(node, seen.spread(middle), found.products, strength)
+        _rescale(node, found, factor, middle)
         node.attrs = {**node.attrs, "equalized": True}
 
 
 class _Channels:
     """What was seen of each channel of a value: how large it is.
 
-    count  values of a channel.   peak  the largest magnitudes, float32 (C,).
+    count  values of a channel.   rows  those of what has a range of its own, at least.
+    peak   the largest magnitudes, float32 (C,).
     sums   those of the first four powers, float64 (4, C).
     """
 
     def __init__(self) -> None:
-        self.count, self.peak, self.sums = 0, torch.zeros(()), torch.zeros((), dtype=torch.float64)
+        self.count, self.rows, self.peak = 0, 0, torch.zeros(())
+        self.sums = torch.zeros((), dtype=torch.float64)
 
     def update(self, values: Tensor) -> None:
         """values (C, n)."""
@@ -200,29 +205,40 @@ class _Channels:
 
 
 def _seen(
-    prepared: Prepared, nodes: Collection[Node], sample: Sequence[Batch], progress: bool
+    prepared: Prepared, nodes: Mapping[Node, Readers], sample: Sequence[Batch], progress: bool
 ) -> dict[Node, _Channels]:
     """The channels of these nodes' values; what was seen of the graph's is dropped."""
     found = {node: _Channels() for node in nodes}
+    sizes = {value: 0 for readers in nodes.values() for value in readers.ranged}
 
     def watch(node: Node, value: Any) -> None:
         if node in found:
             finite = value.nan_to_num(0.0, 0.0, 0.0)  # as an observer takes it
             found[node].update(by_channel(node, finite))
+        if node in sizes:
+            sizes[node] += value.numel()
 
     if found:
         with torch.no_grad():
             for arguments in bar(sample, "equalize", progress):
                 prepared.graph.run(arguments, watch)
         prepared.forget()
+    for node, seen in found.items():
+        least = min(sizes[value] for value in nodes[node].ranged)
+        seen.rows = least // max(seen.peak.numel(), 1)
     return {node: seen for node, seen in found.items() if seen.count}
+
+
+def _bound(node: Node) -> float:
+    """What a node's value is clamped to, above."""
+    return float(node.attrs.get("clamp", (-math.inf, math.inf))[1])
 
 
 def _factors(node: Node, peak: Tensor, readers: Sequence[Node], strength: float) -> Tensor:
     """What each channel of a node's value is divided by, (C,). peak is its largest magnitude, or,
     without a bound, any measure of its size; strength is the share of the unevenness that the
     weights of the readers take, 0 to 1."""
-    bound = node.attrs.get("clamp", (-math.inf, math.inf))[1]
+    bound = _bound(node)
     weight = torch.stack([_channel_weights(reader) for reader in readers]).amax(0)
     alive = (peak > 0) & (weight > 0)
     peak, weight = torch.where(alive, peak, 1.0), torch.where(alive, weight, 1.0)
@@ -288,11 +304,13 @@ class Readers(NamedTuple):
 
     products     multiply them.
     sums         products that add them to theirs.
+    ranged       values on the way that have a range of their own: the node's, and means of it.
     take_shifts  whether a channel may be shifted: none is padded on the way, or transposed.
     """
 
     products: list[Node]
     sums: list[Node]
+    ranged: list[Node]
     take_shifts: bool
 
 
@@ -302,7 +320,7 @@ def _readers(graph: Graph, node: Node) -> Readers | None:
     if low not in (0, -math.inf):
         return None
     users, ends, shifts = graph.users(), set(graph.output_nodes()), True
-    products, sums = list[Node](), list[Node]()
+    products, sums, ranged = list[Node](), list[Node](), [node]
     pending = [(node, channel_axis(node, len(node.shape)))]
     while pending:
         value, axis = pending.pop()
@@ -323,9 +341,11 @@ def _readers(graph: Graph, node: Node) -> Readers | None:
             filled = user.attrs.get("value") if user.op == "pad" else None
             if after is None or "clamp" in user.attrs or filled not in (None, 0, -math.inf):
                 return None
+            if user.op not in MOVES:
+                ranged.append(user)
             shifts &= user.op not in ("pad", "avg_pool2d")
             pending.append((user, after))
-    return Readers(products, sums, shifts) if products else None
+    return Readers(products, sums, ranged, shifts) if products else None
 
 
 def _pads(reader: Node) -> bool:
