@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from fastq import QParams, choose_qparams, ops, quantize_model, reference
+from fastq import QParams, choose_qparams, ops, quantize_layers, quantize_model, reference
 from fastq.nn import (
     QGRU,
     QLSTM,
@@ -882,6 +883,27 @@ def test_compile(backend, qparams, handed_over):
         assert torch.equal(compiled(x.clone().requires_grad_()), y)
     model[5].bias.add_(1)
     assert torch.equal(compiled(x), model(x)) and not torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("make, shape", [
+    (lambda: QLinear.from_float(nn.Linear(6, 4)), (3, 6)),
+    (lambda: QConv2d.from_float(nn.Conv2d(3, 4, 3)), (2, 3, 6, 6)),
+    (lambda: QLSTM.from_float(nn.LSTM(6, 4)), (3, 2, 6)),
+    (lambda: quantize_layers(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))),
+     (3, 6)),
+])  # fmt: skip
+def test_a_compiled_layer_goes_on_after_a_call_that_it_refused(make, shape):
+    torch.compiler.reset()
+    layer, x = make().eval(), torch.randn(shape)
+    compiled = torch.compile(layer, backend="eager")
+    for refused in (x.double(), x.clone().requires_grad_()):
+        with pytest.raises((TypeError, RuntimeError), match=r"float32|inference"):
+            compiled(refused)
+        with torch.no_grad():
+            wanted, got = layer(x), compiled(x)
+        for a, b in zip(tree_leaves(wanted), tree_leaves(got), strict=True):
+            assert torch.equal(a, b)
+    torch.compiler.reset()
 
 
 def test_compile_unbatched_and_leading_shapes():

@@ -94,6 +94,12 @@ class QLinear(QLayer):
 
 def linear(x: Tensor, shape: torch.Size, operands: Operands) -> Tensor:
     """x (*, K), float32, times the operands' weight (N, K)."""
+    if is_compiling():  # Dynamo gave up on who calls, after an error, and is here instead
+        return torch.compiler.disable(_product)(x, shape, operands)
+    return _product(x, shape, operands)
+
+
+def _product(x: Tensor, shape: torch.Size, operands: Operands) -> Tensor:
     n, features = operands.weight.data.shape
     if shape[-1] != features:
         raise ValueError(
