@@ -1308,6 +1308,28 @@ def test_a_state_of_another_quantization_is_refused() -> None:
     assert torch.equal(same(x), int8(x))
 
 
+def test_torch_compile_runs_the_programs_as_they_are() -> None:
+    """Alone and in a model: Dynamo takes nothing of a network apart, whatever its batch."""
+    _, q, x = small()
+    graphs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, examples: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    alone = torch.compile(q, backend=backend)
+    inside = torch.compile(nn.Sequential(nn.Identity(), q, nn.Softmax(1)), backend=backend)
+    for batch in (4, 1, 3, 0, 2):
+        assert torch.equal(alone(x[:batch]), q(x[:batch]))
+        assert torch.equal(inside(x[:batch]), q(x[:batch]).softmax(1))
+    assert len(graphs) <= 3  # softmax, for batches of 4, of 1 and of any
+    with pytest.raises(TypeError, match="wanted float32"):
+        alone(x.double())
+    assert torch.equal(alone(x), q(x))
+    torch.compiler.reset()
+
+
 def test_tracing_and_exporting_are_refused() -> None:
     model, x = flat_network()
     int8 = quantized(model, (x,))
