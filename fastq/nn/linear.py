@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, float32, from_numpy, nn
 from torch._C import _get_tracing_state
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from fastq.nn.layer import (
     QLayer,
@@ -94,12 +94,8 @@ class QLinear(QLayer):
 
 def linear(x: Tensor, shape: torch.Size, operands: Operands) -> Tensor:
     """x (*, K), float32, times the operands' weight (N, K)."""
-    if is_compiling():  # Dynamo gave up on who calls, after an error, and is here instead
-        return torch.compiler.disable(_product)(x, shape, operands)
-    return _product(x, shape, operands)
-
-
-def _product(x: Tensor, shape: torch.Size, operands: Operands) -> Tensor:
+    if is_dynamo_compiling():  # it gave up on who calls, after an error, and is here instead
+        return torch.compiler.disable(linear)(x, shape, operands)
     n, features = operands.weight.data.shape
     if shape[-1] != features:
         raise ValueError(
