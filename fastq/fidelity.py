@@ -276,7 +276,7 @@ def _moved_channels(given: Graph, made: Graph) -> dict[str, _Channels]:
             continue
         names = ("factor", "shift") if node.op == "affine" else ("weight", "bias")
         (new, new_shift), (old, old_shift) = (
-            [channel_values(n, *given) for given in zip(names, (1.0, 0.0), strict=True)]
+            [channel_values(n, *default) for default in zip(names, (1.0, 0.0), strict=True)]
             for n in (node, float_nodes[node.name])
         )
         factor = torch.where(old == 0, 1.0, new / old)

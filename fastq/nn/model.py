@@ -139,12 +139,9 @@ class QuantizedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the float network returned for these arguments, in int8's precision."""
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
             # Dynamo would look for torch in the kernels and in what plans them
-            return torch.compiler.disable(self._run)(*args, **kwargs)
-        return self._run(*args, **kwargs)
-
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+            return torch.compiler.disable(self.forward)(*args, **kwargs)
         if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
             raise TypeError(
                 f"{type(self).__name__} has no form in TorchScript, ONNX or torch.export: "

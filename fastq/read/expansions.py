@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fastq.read.exported import arguments_of, is_off, memory_of, name_of, ranked_shape, shape_of
 from fastq.read.reader import GROWING, POINTWISE, SAME
@@ -21,7 +22,7 @@ def sink_expansions(program: Any) -> None:
     given = {**signature.inputs_to_parameters, **signature.inputs_to_buffers,
              **signature.inputs_to_lifted_tensor_constants}  # fmt: skip
     fixed: set[fx.Node] = set()  # of parameters and numbers alone, but for their expansions
-    written = {memory_of(node.args[0]) for node in graph.nodes if _is_mutable(node)}
+    written = {memory_of(value) for node in graph.nodes for value in _written(node)}
     for node in list(graph.nodes):
         if node.op == "placeholder":
             alone = node.name in given
@@ -51,10 +52,15 @@ def _sinks(node: fx.Node) -> bool:
     )
 
 
-def _is_mutable(node: fx.Node) -> bool:
-    """Whether it writes its first argument."""
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The values whose memory an operator writes."""
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+    if schema is None or not schema.is_mutable:
+        return []
+    given = arguments_of(node, node.target)
+    marked = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    leaves = pytree.tree_leaves([given.get(name) for name in marked])
+    return [value for value in leaves if isinstance(value, fx.Node)]
 
 
 def _grows(node: fx.Node) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -129,9 +129,9 @@ def cross_layer_equalization(
         if node.op in ("conv2d", "linear") and len(node.inputs) == 1
         if (found := _readers(prepared.graph, node)) and not found.sums
     }
-    for node, seen in _seen(prepared, readers, sample, progress).items():
+    for node, seen in _seen(prepared, readers, _Peak, sample, progress).items():
         factor = _factors(node, seen.peak, readers[node].products, 0.5)
-        _rescale(node, readers[node], factor)
+        _rescale(node, readers[node], factor, torch.zeros_like(factor))
 
 
 def activation_equalization(
@@ -158,10 +158,10 @@ def activation_equalization(
         if node.op in (*NORMS, "affine") and _bound(node) == math.inf
         if (found := _readers(prepared.graph, node))
     }
-    for node, seen in _seen(prepared, readers, sample, progress).items():
+    for node, seen in _seen(prepared, readers, _Moments, sample, progress).items():
         if seen.rows < ENOUGH_ROWS:
             continue
-        found, middle = readers[node], torch.zeros_like(seen.peak)
+        found, middle = readers[node], torch.zeros_like(seen.mean())
         if node.op != "rms_norm" and found.take_shifts and "clamp" not in node.attrs:
             middle = seen.mean()
         bits = min(prepared.config(reader).weight_bits for reader in found.products)
@@ -171,27 +171,48 @@ def activation_equalization(
         node.attrs = {**node.attrs, "equalized": True}
 
 
-class _Channels:
-    """What was seen of each channel of a value: how large it is.
+class _Seen:
+    """What was seen of each channel of a value.
 
-    count  values of a channel.   rows  those of what has a range of its own, at least.
-    peak   the largest magnitudes, float32 (C,).
-    sums   those of the first four powers, float64 (4, C).
+    channels  how many.   count  values of each.   rows  those of what has a range of its own, at
+              least.
     """
 
     def __init__(self) -> None:
-        self.count, self.rows, self.peak = 0, 0, torch.zeros(())
-        self.sums = torch.zeros((), dtype=torch.float64)
+        self.channels = self.count = self.rows = 0
 
     def update(self, values: Tensor) -> None:
         """values (C, n)."""
+        self.channels = len(values)
         self.count += values.shape[1]
-        if self.count:
+
+
+class _Peak(_Seen):
+    """The largest magnitudes: peak, float32 (C,)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = torch.zeros(())
+
+    def update(self, values: Tensor) -> None:
+        super().update(values)
+        if values.shape[1]:
             self.peak = torch.maximum(self.peak, values.abs().amax(1))
-            wide = values.double()
-            square = wide.square()
-            powers = (wide, square, square * wide, square.square())
-            self.sums = self.sums + torch.stack([power.sum(1) for power in powers])
+
+
+class _Moments(_Seen):
+    """The sums of the first four powers: sums, float64 (4, C)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums = torch.zeros((), dtype=torch.float64)
+
+    def update(self, values: Tensor) -> None:
+        super().update(values)
+        wide = values.double()
+        square = wide.square()
+        powers = (wide, square, square * wide, square.square())
+        self.sums = self.sums + torch.stack([power.sum(1) for power in powers])
 
     def mean(self) -> Tensor:
         return (self.sums[0] / self.count).float()
@@ -204,11 +225,15 @@ class _Channels:
         return mean.clamp(min=0).pow(0.25).float()
 
 
+S = TypeVar("S", bound=_Seen)
+
+
 def _seen(
-    prepared: Prepared, nodes: Mapping[Node, Readers], sample: Sequence[Batch], progress: bool
-) -> dict[Node, _Channels]:
-    """The channels of these nodes' values; what was seen of the graph's is dropped."""
-    found = {node: _Channels() for node in nodes}
+    prepared: Prepared, nodes: Mapping[Node, Readers], what: type[S], sample: Sequence[Batch],
+    progress: bool,
+) -> dict[Node, S]:  # fmt: skip
+    """`what` of the channels of these nodes' values; what was seen of the graph's is dropped."""
+    found = {node: what() for node in nodes}
     sizes = {value: 0 for readers in nodes.values() for value in readers.ranged}
 
     def watch(node: Node, value: Any) -> None:
@@ -225,7 +250,7 @@ def _seen(
         prepared.forget()
     for node, seen in found.items():
         least = min(sizes[value] for value in nodes[node].ranged)
-        seen.rows = least // max(seen.peak.numel(), 1)
+        seen.rows = least // max(seen.channels, 1)
     return {node: seen for node, seen in found.items() if seen.count}
 
 
@@ -255,20 +280,20 @@ def _factors(node: Node, peak: Tensor, readers: Sequence[Node], strength: float)
     return torch.where(alive, factor, 1.0)
 
 
-def _rescale(node: Node, readers: Readers, factor: Tensor, middle: Tensor | None = None) -> None:
+def _rescale(node: Node, readers: Readers, factor: Tensor, middle: Tensor) -> None:
     """Let a node give (value - middle) / factor, channel by channel, and its readers take it.
 
     Each layer changes what the next one is scaled by: ranges stay valid, weights are read anew.
     """
-    shift = torch.zeros_like(factor) if middle is None else middle
+    shifts = bool(middle.any())
     scale, offset = ("factor", "shift") if node.op == "affine" else ("weight", "bias")
     if node.op in WEIGHTED:
         old = node.tensors[scale]
         node.tensors = {**node.tensors, scale: old / along(factor, old, 0)}
     else:
         node.tensors = {**node.tensors, scale: channel_values(node, scale, 1.0) / factor}
-    if offset in node.tensors or bool(shift.any()):
-        moved = channel_values(node, offset, 0.0) - shift
+    if offset in node.tensors or shifts:
+        moved = channel_values(node, offset, 0.0) - middle
         node.tensors = {**node.tensors, offset: moved / factor}
     for reader in readers.products:
         old = reader.tensors["weight"]
@@ -278,12 +303,12 @@ def _rescale(node: Node, readers: Readers, factor: Tensor, middle: Tensor | None
         else:
             new = old * along(factor, old, 0 if reader.op == "conv_transpose2d" else 1)
         reader.tensors = {**reader.tensors, "weight": new}
-        if bool(shift.any()):
-            _add_bias(reader, _of_constant(reader, old.double(), shift.double()))
+        if shifts:
+            _add_bias(reader, _of_constant(reader, old.double(), middle.double()))
     for reader in readers.sums:
         reader.tensors = {**reader.tensors, "add_factor": factor}
-        if bool(shift.any()):
-            _add_bias(reader, shift)
+        if shifts:
+            _add_bias(reader, middle)
 
 
 def _add_bias(reader: Node, more: Tensor) -> None:
