@@ -123,5 +123,6 @@ def test_the_limits_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(peak, "SECONDS", 1e-4)
     compute, memory = peak.limits(10**6, 1 << 14, 1)
-    assert 0 < memory < compute < 1
+    assert 0 < compute < math.inf and 0 < memory < math.inf
+    assert peak.limits(2 * 10**6, 1 << 14, 1) == (2 * compute, memory)
     assert peak.limit_seconds(10**6, 1 << 14, 1) == max(compute, memory)
