@@ -2,7 +2,6 @@
 
 import csv
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -58,19 +57,20 @@ def test_a_suite_in_one_line() -> None:
     assert str(a).startswith("a: 2.00x the best peer of each shape, geometric mean; 1 of 3")
 
 
-def test_a_slow_call_is_timed_once() -> None:
-    calls = {"slow": 0, "fast": 0}
+def test_a_slow_call_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = 0.0, {"slow": 0, "fast": 0}
 
-    def slow() -> None:
-        calls["slow"] += 1
-        time.sleep(0.02)
+    def call(name: str, seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        calls[name] += 1
 
-    def fast() -> None:
-        calls["fast"] += 1
-
-    samples = measure.interleave({"slow": slow, "fast": fast}, 1e-3)
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    runs = {"slow": lambda: call("slow", 0.02), "fast": lambda: call("fast", 1e-6)}
+    samples = measure.interleave(runs, 1e-3)
     assert calls["slow"] == len(samples["slow"]) == 1
-    assert calls["fast"] > len(samples["fast"]) >= measure.ROUNDS
+    assert len(samples["fast"]) == pytest.approx(1000, abs=measure.ROUNDS)
+    assert calls["fast"] == pytest.approx(1200, abs=3 * measure.ROUNDS)
 
 
 @pytest.mark.usefixtures("quick")
