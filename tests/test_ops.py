@@ -410,6 +410,21 @@ def test_on_the_right_side_of_every_tie(rng: Any) -> None:
             assert_same(ops.quantize(values, **named), reference.quantize(values, **named))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16])
+def test_one_value_beyond_reach(rng: Any, dtype: Any) -> None:
+    """Vectors are limited where an element needs it: each place of two vectors, the others near."""
+    named = {"scale": 0.25, "zero_point": 3, "dtype": dtype}
+    steps = [-(2.0**31), -(2.0**15), 1 - 2.0**15, 2.0**15, 2.0**31]
+    for odd in [np.nan, np.inf, -np.inf, 3e38, *(0.25 * np.float32(steps))]:
+        x = np.tile(special(rng, (133,))[5:], (128, 1))
+        np.fill_diagonal(x, odd)
+        want = reference.quantize(x, **named)
+        assert_same(np.stack([ops.quantize(row, **named) for row in x]), want)
+        channels = np.stack([x, x, x]).transpose(1, 2, 0)[None]  # planes
+        got = ops.grid(channels, [4.0] * 3, [3.0] * 3)
+        assert_same(got, reference.grid(channels, [4.0] * 3, [3.0] * 3))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scales_at_the_ends_of_float32(rng: Any, dtype: Any) -> None:
     """A loop for scales from 2**-60 to 2**60, and another one."""

@@ -26,8 +26,8 @@ from fastq.kernels.lines import (
     emit_aligned_line,
     emit_divisor,
     emit_limited,
+    emit_quantized,
     emit_quotient,
-    emit_rounded,
 )
 from fastq.kernels.native import native
 from fastq.kernels.scalar import (
@@ -116,13 +116,16 @@ def elementwise_line(
                 value = b.fmul(b.sitofp(value, floats_of), splat(b, step, width))
                 put(value, i, 4, aligned)
                 return
-            if operation == "divide":
-                value = emit_quotient(b, value, divisor)
-            else:
-                value = b.sitofp(value, floats_of) if source == "s32" else value
+            value = b.sitofp(value, floats_of) if source == "s32" else value
+
+            def real(limited: bool) -> Any:
+                if operation == "divide":
+                    return emit_quotient(b, value, divisor, limited)
                 product = b.fmul(value, splat(b, step, width))
-                value = emit_limited(b, product, const(product.type, most))
-            q = emit_rounded(b, value, lo, hi, zero_point, target, bounded=True)
+                return emit_limited(b, product, const(product.type, most)) if limited else product
+
+            whole = operation == "divide"  # `quantize` has no clamp of its own
+            q = emit_quantized(b, real, lo, hi, zero_point, target, whole)
             if target == "s8":
                 q = b.xor(q, const(q.type, -128))
             put(q, i, ITEM_BYTES[target], aligned)

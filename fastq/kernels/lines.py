@@ -26,6 +26,7 @@ from fastq.kernels.simd import (
     CACHE_LINE,
     Dot,
     add_saturated,
+    any_lane,
     between,
     clamp,
     const,
@@ -207,11 +208,11 @@ def emit_rounded(
     ints, shorts = vec(i32, width), vec(i16, width)
     if not bounded or kind == "s16":
         value = clamp(b, value, splat(b, lo, width), splat(b, hi, width))
-    steps = simd.call(b, f"llvm.lrint.v{width}i32.v{width}f32", ints, [value])
+    steps = _nearest(b, value)
     if kind == "s16":
         return b.trunc(b.add(steps, splat(b, zero_point, width)), shorts)
-    if element == i8 and width == widest() and "avx2" in target_features():
-        q = _packed(b, steps, zero_point)
+    if _packs(kind, width):
+        q = _packed(b, _shorts(b, steps), zero_point)
     else:
         steps = between(b, steps, const(ints, -(2**15)), const(ints, 2**15 - 1))
         zero = splat(b, b.trunc(zero_point, i16), width)
@@ -219,25 +220,75 @@ def emit_rounded(
         if element != i16 or not bounded:  # LLVM knows this as one instruction with the truncation
             q = between(b, q, const(shorts, 0), const(shorts, 255))
         q = emit_converted(b, q, element)
-    if not bounded:
-        return q
-    qmin, qmax = (b.trunc(b.add(b.fptosi(end, i32), zero_point), element) for end in (lo, hi))
-    return between(b, q, splat(b, qmin, width), splat(b, qmax, width), signed=element == i16)
+    return _clamped(b, q, lo, hi, zero_point) if bounded else q
 
 
-def _packed(b: Any, steps: Any, zero_point: Any) -> Any:
-    """uint8(steps + zero_point), saturated, of `widest` int32: four registers.
+def emit_quantized(
+    b: Any, real: Callable[[bool], Any], lo: Any, hi: Any, zero_point: Any, kind: str, whole: bool
+) -> Any:
+    """emit_rounded of real(True), which is limited, NaN made 0: real(False) is not.
 
-    Three packs and one permutation; truncations would take two instructions for each register.
+    whole: lo and hi are the ends of the kind. Seldom a value is NaN or beyond the limit. On x86
+    such a one is the least integer: where no element is, the limit is left out, half of the work.
     """
-    packer, count = Dot(8 * widest(), native=True), steps.type.count
+    value = real(False)
+    if not _packs(kind, value.type.count):
+        return emit_rounded(b, real(True), lo, hi, zero_point, kind, bounded=True)
+    pairs = _shorts(b, _nearest(b, value))
+    least = b.select(b.icmp_signed("<", *pairs), *pairs)
+    quick = b.block
+    with b.if_then(any_lane(b, b.icmp_signed("==", least, const(least.type, -(2**15)))), False):
+        limited = _shorts(b, _nearest(b, real(True)))
+        slow = b.block
+    for n, ways in enumerate(zip(pairs, limited, strict=True)):
+        pairs[n] = b.phi(ways[0].type)
+        for way, block in zip(ways, (quick, slow), strict=True):
+            pairs[n].add_incoming(way, block)
+    q = _packed(b, pairs, zero_point)
+    return q if whole else _clamped(b, q, lo, hi, zero_point)
+
+
+def _clamped(b: Any, q: Any, lo: Any, hi: Any, zero_point: Any) -> Any:
+    """Integers within lo and hi, of which the zero point was taken."""
+    kind = q.type
+    qmin, qmax = (
+        splat(b, b.trunc(b.add(b.fptosi(end, i32), zero_point), kind.element), kind.count)
+        for end in (lo, hi)
+    )
+    return between(b, q, qmin, qmax, signed=kind.element == i16)
+
+
+def _nearest(b: Any, value: Any) -> Any:
+    """int32 of a float32 vector, ties to even."""
+    width = value.type.count
+    return simd.call(b, f"llvm.lrint.v{width}i32.v{width}f32", vec(i32, width), [value])
+
+
+def _packs(kind: str, width: int) -> bool:
+    """Whether this many int32 become integers of a kind by `_shorts` and `_packed`."""
+    return ELEMENT[kind] == i8 and width == widest() and "avx2" in target_features()
+
+
+def _shorts(b: Any, steps: Any) -> list[Any]:
+    """The int16 of `widest` int32, saturated: four registers become two, as `_packed` takes them.
+
+    With it three packs and one permutation; truncations would take two instructions for each
+    register.
+    """
+    packer = Dot(8 * widest(), native=True)
     lanes = packer.lanes
-    zero = splat(b, b.trunc(zero_point, i16), 2 * lanes)
-    parts = [shuffle(b, steps, steps, range(i, i + lanes)) for i in range(0, count, lanes)]
-    pairs = [add_saturated(b, packer.pack(b, *parts[i : i + 2]), zero) for i in (0, 2)]
+    parts = [
+        shuffle(b, steps, steps, range(i, i + lanes)) for i in range(0, steps.type.count, lanes)
+    ]
+    return [packer.pack(b, *parts[i : i + 2]) for i in (0, 2)]
+
+
+def _packed(b: Any, pairs: list[Any], zero_point: Any) -> Any:
+    """uint8(shorts + zero_point), saturated."""
+    zero = splat(b, b.trunc(zero_point, i16), pairs[0].type.count)
+    packed = Dot(8 * widest(), native=True).pack(b, *(add_saturated(b, p, zero) for p in pairs))
     # within 128 bits: 4 of each part
-    order = np.arange(count).reshape(-1, 4, 4).swapaxes(0, 1).reshape(-1)
-    packed = packer.pack(b, *pairs)
+    order = np.arange(widest()).reshape(-1, 4, 4).swapaxes(0, 1).reshape(-1)
     return shuffle(b, packed, packed, [int(i) for i in order])
 
 
@@ -267,26 +318,28 @@ def emit_divisor(b: Any, scale: Any, kind: str, normal: bool = False) -> tuple[A
     return power, *parts(b.fmul(scale, power))
 
 
-def emit_quotient(b: Any, x: Any, divisor: tuple[Any, ...]) -> Any:
+def emit_quotient(b: Any, x: Any, divisor: tuple[Any, ...], limited: bool = True) -> Any:
     """x / scale of a float32 vector, for rounding: the integer is that of the float32 quotient.
 
-    Clamped to LARGE or more; NaN gives 0. A division would take longer than all the rest. The
-    product with a reciprocal of 48 bits is on the right side of every k + 0.5: all mantissas of a
-    scale were tried, for |k| <= 260 and x within 3 ulp of (k + 0.5) * scale. What is far below is
-    not clamped on x86: all that it makes of it, and of NaN, is its least integer.
+    `limited`: clamped to LARGE or more; NaN gives 0. A division would take longer than all the
+    rest. The product with a reciprocal of 48 bits is on the right side of every k + 0.5: all
+    mantissas of a scale were tried, for |k| <= 260 and x within 3 ulp of (k + 0.5) * scale. What is
+    far below is not clamped on x86: all that it makes of it, and of NaN, is its least integer.
     """
     parts = [splat(b, part, x.type.count) for part in divisor]
     if len(parts) == 1:
-        return emit_limited(b, b.fdiv(x, parts[0]), const(x.type, WIDE_LARGE))
+        quotient = b.fdiv(x, parts[0])
+        return emit_limited(b, quotient, const(x.type, WIDE_LARGE)) if limited else quotient
     *power, most, reciprocal, rest = parts
     for factor in power:
         x = b.fmul(x, factor)
-    number = b.fcmp_ordered("ord", x, x)
-    x = b.select(b.fcmp_ordered("<", x, most), x, most)
-    if "neon" in target_features():  # the sum of two infinities would be 0 there
-        least = b.fneg(most)
-        x = b.select(b.fcmp_ordered(">", x, least), x, least)
-    x = b.select(number, x, const(x.type, 0.0))
+    if limited:
+        number = b.fcmp_ordered("ord", x, x)
+        x = b.select(b.fcmp_ordered("<", x, most), x, most)
+        if "neon" in target_features():  # the sum of two infinities would be 0 there
+            least = b.fneg(most)
+            x = b.select(b.fcmp_ordered(">", x, least), x, least)
+        x = b.select(number, x, const(x.type, 0.0))
     return fma(b, x, reciprocal, b.fmul(x, rest))
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ from fastq.kernels.lines import (
     emit_converted,
     emit_divisor,
     emit_line,
+    emit_quantized,
     emit_quotient,
     emit_rounded,
     join_lines,
@@ -69,7 +71,7 @@ from fastq.kernels.simd import (
 from fastq.kernels.tiles import BYTES_PER_NANOSECOND
 
 OUT, X, Y, Z, FLOATS = range(LINES_FIELDS, LINES_FIELDS + 4 * OPERAND_FIELDS + 1, OPERAND_FIELDS)
-REQUANTIZED = ("add", "multiply", "affine", "normalize", "scale", "quantize")
+REQUANTIZED = ("add", "multiply", "affine", "normalize", "scale")
 INTS, TABLE, FIELDS = FLOATS + 1, FLOATS + 2, FLOATS + 3
 
 
@@ -136,7 +138,8 @@ def emit_pointwise(
             case "scale":
                 value = b.fmul(real(whole(1)), same(factors[0]))
             case "quantize":
-                value = emit_quotient(b, operand(1), divisor)
+                quotient = partial(emit_quotient, b, operand(1), divisor)
+                value = emit_quantized(b, quotient, lo, hi, zp, kinds[0], whole=False)
             case "dequantize":
                 store(b, b.fmul(difference(1), same(factors[0])), places[0], b.mul(i, i64(4)))
                 return

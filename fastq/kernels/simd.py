@@ -186,6 +186,12 @@ def add_saturated(b: Any, x: Any, y: Any) -> Any:
     return call(b, name, x.type, [x, y])
 
 
+def any_lane(b: Any, mask: Any) -> Any:
+    """Whether one of the bits of a vector is set."""
+    bits = ir.IntType(mask.type.count)
+    return b.icmp_unsigned("!=", b.bitcast(mask, bits), bits(0))
+
+
 class Dot:
     """What the kinds of dot products share: vectors of int32 accumulators, and packing them.
 

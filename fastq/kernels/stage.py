@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from numba import njit, types
@@ -36,8 +37,8 @@ from fastq.kernels.lines import (
     emit_limited,
     emit_line,
     emit_loop,
+    emit_quantized,
     emit_quotient,
-    emit_rounded,
     emit_triples,
     widest,
 )
@@ -223,20 +224,23 @@ def _planes(
             divisor, zero_point = emit_divisor(b, load(b, f32, scales), target), load(b, i32, zeros)
         lo, hi = (b.sitofp(b.sub(i32(end), zero_point), f32) for end in (0, 255))
 
-        def on_grid(x: Any, channel: Any) -> Any:
+        def on_grid(x: Any, channel: Any, limited: bool) -> Any:
             factor, shift = (
                 splat(b, load(b, f32, place, b.mul(channel, i64(4))), x.type.count)
                 for place in (scales, zeros)
             )
-            number = b.fcmp_ordered("ord", x, x)
-            x = b.select(number, x, const(x.type, 0.0))
-            return emit_limited(b, b.fadd(b.fmul(x, factor), shift))
+            if limited:
+                number = b.fcmp_ordered("ord", x, x)
+                x = b.select(number, x, const(x.type, 0.0))
+            value = b.fadd(b.fmul(x, factor), shift)
+            return emit_limited(b, value) if limited else value
 
         def quantized(channel: Any, i: Any, count: int) -> Any:
             plane = address(b, x, b.mul(channel, x_c))
             value = load(b, vec(f32, count), plane, b.mul(i, i64(4)))
-            value = emit_quotient(b, value, divisor) if divisor else on_grid(value, channel)
-            return emit_rounded(b, value, lo, hi, zero_point, target, bounded=True)
+            quotient = partial(emit_quotient, b, value, divisor)
+            real = quotient if divisor else partial(on_grid, value, channel)
+            return emit_quantized(b, real, lo, hi, zero_point, target, whole=True)
 
         def pixels(i: Any, channel: Any, group: int, count: int) -> None:
             """`count` pixels of `group` channels."""
