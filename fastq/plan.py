@@ -104,20 +104,20 @@ class BoundProgram:
         inputs = tuple(x if x.flags.aligned else x.copy() for x in inputs)
         key, made = self.take(*inputs)
         outputs = [np.empty(shape, np.float32) for shape in made.outputs]
-        made.call.run(*map(address_of, (*inputs, *outputs)))
+        made.call.run(*[address_of(array) for array in (*inputs, *outputs)])
         self.give(key, made)
-        axes = (axes for _, axes in self.program.outputs)
-        return [y.transpose(order) for y, order in zip(outputs, axes, strict=True)]
+        return [
+            y.transpose(axes) for y, (_, axes) in zip(outputs, self.program.outputs, strict=True)
+        ]
 
     def take(self, *inputs: Array) -> tuple[Any, Plan]:
         """An idle plan for these inputs, or a new one; and its key, to give it back."""
-        shapes, strides = [x.shape for x in inputs], [x.strides for x in inputs]
-        tier = isa.current()
-        key = (tier, get_num_threads(), *shapes, *strides)
-        found: Plan = self._plans.take(key) or plan(
-            self.program, shapes, strides, tier, self._packed
-        )
-        return key, found
+        key = (isa.current(), get_num_threads(), *[(x.shape, x.strides) for x in inputs])
+        made = self._plans.take(key)
+        if made is None:
+            shapes, strides = [x.shape for x in inputs], [x.strides for x in inputs]
+            made = plan(self.program, shapes, strides, isa.current(), self._packed)
+        return key, made
 
     def give(self, key: Any, made: Plan) -> None:
         """Another call may take the plan again."""

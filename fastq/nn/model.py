@@ -61,6 +61,11 @@ class QuantizedModel(nn.Module):
         if any(spec.num_leaves != len(names) for spec, names in sides):
             raise ValueError(f"specs {self.layout.specs} for {sides[0][1]} and {sides[1][1]}")
         self._single = self.in_spec == ONE_TENSOR and self.out_spec.is_leaf()
+        stages, inputs = self.layout.stages, self.layout.inputs
+        # one program from the one argument to the one result
+        self._alone = self._single and [(s.program, s.inputs, s.outputs) for s in stages] == [
+            (0, inputs, self.layout.outputs)
+        ]
         # programs check what they take
         floats = {
             name for stage in self.layout.stages if stage.program < 0 for name in stage.inputs
@@ -149,6 +154,11 @@ class QuantizedModel(nn.Module):
                 "layers of fastq.quantize_layers can be exported"
             )
         bound = self._bound()
+        if self._alone and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            # shorter: where kernels have filled the caches, each object that is looked at counts
+            what, program = f"{type(self).__name__}: {self.layout.inputs[0]}", bound[0]
+            (y,) = program(as_input(what, args[0], program.program.extents[0]))
+            return torch.from_numpy(y)
 
         def compute(stage: Stage, inputs: list[Any], shapes: Shapes) -> list[Any]:
             if stage.program < 0:
@@ -301,8 +311,10 @@ def as_input(name: str, x: Any, extent: Sequence[int | None]) -> Any:
     """The array that a program takes; TypeError or ValueError for what it does not."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; wanted a float32 tensor")
-    x = accept(name, x, extent_text(extent), x.dim() == len(extent))
-    if x.device.type != "cpu":
+    fits = x.dim() == len(extent)
+    if not fits or x.dtype is not torch.float32 or x.requires_grad:
+        x = accept(name, x, extent_text(extent), fits)
+    if not x.is_cpu:
         raise ValueError(f"{name} is on {x.device}, wanted the CPU")
     return array_of(name, x)
 
