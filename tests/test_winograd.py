@@ -147,7 +147,7 @@ def test_dot_products_of_pairs_are_one_instruction(
 
         def emit(b: Any, block: Any, place: list[Any], tile: Any = tile) -> None:
             field = fields_of(b, b.inttoptr(block, ptr))
-            winograd.emit_multiply(b, tile, field, place)
+            winograd.emit_multiply(b, tile, field, [*place, *place[:2]])
 
         text = assembly.assembly_for(emit, "x86_64-unknown-linux-gnu", cpu)
         (loop,) = assembly.k_loops(text, isa)

@@ -5,7 +5,7 @@
     d   6 x 6 activations of a channel     36 products in place of 144 for
     g   3 x 3 weights                      y, 4 x 4 outputs
 
-G has fractions of 4, 6 and 24. Here its rows are multiplied by 4, 6, 6, 24, 24, 1, and A's columns
+G has fractions of 4, 6 and 24. Here its rows are multiplied by 24, 6, 6, 24, 24, 6, and A's columns
 by 24 over these, so that all is in integers, and y comes out 24 * 24 = 9 * 64 times too large:
 
     B d B'    of uint8 values: within 68 * 255, an int16
@@ -15,6 +15,10 @@ by 24 over these, so that all is in integers, and y comes out 24 * 24 = 9 * 64 t
 
 The products are of int16, two a dot product. Where the direct sum has no more, a quarter of the
 multiplications remains; where it takes four bytes at once (VNNI), half of the instructions.
+
+A tile of which the image has two outputs or less, down or across, is short there: F(2, 3), which
+has no positions 3 and 4. It is the same B and A: of activations 0, 1, 2, 1, 2, 3 these two are 0,
+and its outputs are the first and the last of four.
 
 A task works through units, one after the other, each a block of MB tiles of 4 x 4 outputs against
 a panel of NR filters. All that it needs between is in its own scratch:
@@ -32,12 +36,12 @@ Positions lie in the order of PAIRS: of two lines G has the same sums.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from typing import Any
 
 import numpy as np
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -48,7 +52,7 @@ from fastq.kernels.gemm import Tile, emit_k_loop
 from fastq.kernels.lines import emit_loop
 from fastq.kernels.native import native
 from fastq.kernels.requantize import EpilogueEmitter, spelled
-from fastq.kernels.scalar import stack_bytes
+from fastq.kernels.scalar import pointer, stack_bytes
 from fastq.kernels.signature import sources_digest
 from fastq.kernels.simd import (
     KR,
@@ -75,6 +79,11 @@ POSITIONS = IN * IN
 PAIRS = (0, 5), (1, 2), (3, 4)
 ORDER = [IN * line + x for pair in PAIRS for line in pair for x in range(IN)]
 AT_ONCE = 2 * IN  # positions
+SHORT = 2  # outputs of a short tile
+LEFT_OUT = PAIRS[2]  # lines and pixels of positions that it does not have
+SHORT_IN = 0, 1, 2, 1, 2, 3  # which activations are its six
+BEYOND = 2**31  # no output
+SHORT_OUT = 0, BEYOND, BEYOND, 1  # where its four outputs are
 PAD = 128  # bytes between what is written side by side: else all would lie in one set of a cache
 TAPS = 9
 BLOCK_BYTES = 512 * 1024  # of transformed activations: half of the second cache
@@ -85,9 +94,9 @@ INVERSE_OF_9 = pow(9, -1, 2**32)
 (
     LINE, PIXEL, HEIGHT, WIDTH, C,
     OUT_LINE, OUT_PIXEL, OUT_HEIGHT, OUT_WIDTH, ADD_LINE, ADD_PIXEL,
-    DOWN, ACROSS, TILES, MB, PANELS, TASKS, SCRATCH, SLOT, FILTERS, SUMS, POSITION, FILTER, SUM,
-    FIELDS,
-) = range(f.FIELDS, f.FIELDS + 25)  # fmt: skip
+    TALL, WIDE, LOW, WHOLE, SIDE, TILES, MB, PANELS, TASKS, SCRATCH, SLOT, FILTERS, SUMS,
+    POSITION, FILTER, SUM, FIELDS,
+) = range(f.FIELDS, f.FIELDS + 28)  # fmt: skip
 
 
 def is_exact(weight: NDArray[np.int8]) -> bool:
@@ -113,12 +122,22 @@ def tiles(isa: str) -> list[Tile]:
 
 
 class Split:
-    """How the tiles of B images of H x W outputs are shared out: blocks of MB tiles."""
+    """How the tiles of B images of H x W outputs are shared out: blocks of MB tiles.
+
+    tall, wide  how many of an image are not short, down and across.
+    ends        where each kind ends: short down alone, not short, short across alone, the rest. So
+                all that have a position follow each other, in each block.
+    """
 
     def __init__(self, isa: str, nr: int, c: int, out_shape: tuple[int, ...]) -> None:
         batch, height, width, n = out_shape
-        self.down, self.across = -(-height // OUT), -(-width // OUT)
-        self.tiles = batch * self.down * self.across
+        self.tall, self.wide = ((size + OUT - SHORT - 1) // OUT for size in (height, width))
+        low, side = (
+            int(OUT * whole < size) for whole, size in ((self.tall, height), (self.wide, width))
+        )
+        kinds = low * self.wide, self.tall * self.wide, self.tall * side, low * side
+        self.ends = tuple(np.cumsum([batch * kind for kind in kinds]).tolist())
+        self.tiles = self.ends[-1]
         most = max(BLOCK_BYTES // (POSITIONS * c * 2), LEAST_TILES)
         self.blocks = max(-(-self.tiles // most), 1)
         count = -(-self.tiles // self.blocks)
@@ -128,11 +147,13 @@ class Split:
         self.pixels = batch * height * width
         # time in multiply-adds of the direct sum for each channel and filter, fitted on AVX2 and
         # AVX512-VNNI: the products, and the transforms as if they were products
-        products = self.blocks * (34 * self.mb + 160) + self.tiles * (350 / n + 650 / c)
+        share = (1 - low / (self.tall + low) / 3) * (1 - side / (self.wide + side) / 3)
+        products = self.blocks * (34 * share * self.mb + 160) + self.tiles * (350 / n + 650 / c)
         self.cost = products * (emitter(isa).side_by_side // 2)  # these sum two at once
         self.position = c * 2 * self.mb + PAD  # bytes of activations, and so on
         self.activations = POSITIONS * self.position  # of a task's scratch, and so on
-        self.filter, self.sum = c * 2 * nr + PAD, 4 * self.mb * nr + PAD
+        self.filter = c * 2 * nr + PAD
+        self.sum = 4 * (self.mb + self.tile.mr) * nr + PAD  # a tile of products may begin anywhere
         self.filters, self.sums = AT_ONCE * self.filter, POSITIONS * self.sum
 
     @property
@@ -170,9 +191,9 @@ def winograd_row(
         OUT_PIXEL: out.strides[2],
         OUT_HEIGHT: out.shape[1],
         OUT_WIDTH: out.shape[2],
-        DOWN: split.down,
-        ACROSS: split.across,
-        TILES: split.tiles,
+        TALL: split.tall,
+        WIDE: split.wide,
+        **dict(zip((LOW, WHOLE, SIDE, TILES), split.ends, strict=True)),
         MB: split.mb,
         PANELS: split.panels,
         TASKS: tasks,
@@ -222,32 +243,29 @@ def _filter_line(b: Any, g: list[Any]) -> list[Any]:
     """G, its rows made integer, times three weights."""
     near, far = b.add(g[0], g[2]), b.add(g[0], b.mul(g[2], const(g[0].type, 4)))
     twice = b.add(g[1], g[1])
-    minus = b.neg(near)
+    minus, six = b.neg(near), const(g[0].type, 6)
     return [
-        g[0],
+        b.mul(g[0], six),
         b.sub(minus, g[1]),
         b.add(minus, g[1]),
         b.add(far, twice),
         b.sub(far, twice),
-        g[2],
+        b.mul(g[2], six),
     ]
 
 
 def _output_line(b: Any, m: list[Any]) -> list[Any]:
     """24 A, with the rows of G undone, times six sums."""
 
-    def times(x: Any, factor: int) -> Any:
-        return b.mul(x, const(x.type, factor))
-
     p, q, r, s = (
         b.add(m[1], m[2]), b.sub(m[1], m[2]), b.add(m[3], m[4]), b.sub(m[3], m[4]),
     )  # fmt: skip
-    p, q = times(p, 4), times(q, 4)
+    four, s = const(p.type, 4), b.add(s, s)
     return [
-        b.add(b.add(times(m[0], 6), p), r),
-        b.add(q, times(s, 2)),
-        b.add(p, times(r, 4)),
-        b.add(b.add(q, times(s, 8)), times(m[5], 24)),
+        b.add(b.add(m[0], b.mul(p, four)), r),
+        b.add(b.mul(q, four), s),
+        b.mul(b.add(p, r), four),
+        b.mul(b.add(b.add(q, s), m[5]), four),
     ]
 
 
@@ -257,6 +275,12 @@ def _both_ways(
     """`line` along the columns of a square, then along the rows, which follow each other."""
     columns = [line(b, list(column)) for column in zip(*square, strict=True)]
     return [value for row in zip(*columns, strict=True) for value in line(b, list(row))]
+
+
+def _either(b: Any, tile: Any, whole: Any, full: Sequence[int], short: Sequence[int]) -> list[Any]:
+    """The numbers of a short tile, one beyond `whole` others, or of a full one."""
+    beyond = b.icmp_signed(">=", tile, whole)
+    return [b.select(beyond, i64(s), i64(n)) for n, s in zip(full, short, strict=True)]
 
 
 def _emit_read(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
@@ -269,14 +293,13 @@ def _emit_read(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
     kind = simd.of_pairs.operand
     start = address(b, field(f.A, ptr), b.mul(image, field(f.A_IMAGE)))
 
-    def offsets(first: Any, size: Any, stride: Any) -> list[Any]:
-        last = b.sub(size, i64(1))
-        index = [b.add(b.mul(first, i64(OUT)), i64(i)) for i in range(IN)]
-        inside = [least(b, i, last) for i in index]
-        return [b.mul(i, stride) for i in inside]
+    def offsets(tile: Any, whole: Any, size: Any, stride: Any) -> list[Any]:
+        first, last = b.mul(tile, i64(OUT)), b.sub(size, i64(1))
+        index = [b.add(first, i) for i in _either(b, tile, whole, range(IN), SHORT_IN)]
+        return [b.mul(least(b, i, last), stride) for i in index]
 
-    lines = [address(b, start, at) for at in offsets(down, field(HEIGHT), field(LINE))]
-    pixels = offsets(across, field(WIDTH), field(PIXEL))
+    lines = [address(b, start, at) for at in offsets(down, field(TALL), field(HEIGHT), field(LINE))]
+    pixels = offsets(across, field(WIDE), field(WIDTH), field(PIXEL))
     channels = field(C)
     out = b.inttoptr(target, ptr)
 
@@ -300,11 +323,14 @@ def _emit_read(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
 
 
 def emit_multiply(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
-    """The products of `count` tiles at `block` and the filters of a pair of lines, to `target`."""
-    pair, block, filters, count, target = place
+    """The products of tiles begin..end at `block` and the filters of a pair of lines, to `target`.
+
+    Those from `narrow` on are short across.
+    """
+    pair, block, filters, begin, end, narrow, target = place
     channels, position = field(C), field(POSITION)
     tile_bytes, filter_bytes, sums_bytes = b.mul(channels, i64(2)), field(FILTER), field(SUM)
-    first, last = b.mul(pair, i64(AT_ONCE)), b.sub(count, i64(1))
+    first = b.mul(pair, i64(AT_ONCE))
     activations = address(b, b.inttoptr(block, ptr), b.mul(first, position))
     sums = address(b, b.inttoptr(target, ptr), b.mul(first, sums_bytes))
     simd = emitter(tile.isa)
@@ -314,6 +340,10 @@ def emit_multiply(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
         here = address(b, activations, b.mul(q, position))
         panel = address(b, b.inttoptr(filters, ptr), b.mul(q, filter_bytes))
         out = address(b, sums, b.mul(q, sums_bytes))
+        pixel = b.urem(q, i64(IN))
+        left_out = b.or_(*(b.icmp_signed("==", pixel, i64(x)) for x in LEFT_OUT))
+        stop = b.select(left_out, least(b, narrow, end), end)
+        last = b.sub(stop, i64(1))
 
         def tiles(m: Any) -> None:
             rows = []
@@ -330,7 +360,7 @@ def emit_multiply(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
                 for j, value in enumerate(row):
                     store(b, value, out, b.add(at, i64(4 * (i * tile.nr + j * simd.lanes))))
 
-        emit_loop(b, i64(0), b.add(count, i64(tile.mr - 1)), tile.mr, (), tiles)
+        emit_loop(b, begin, b.add(stop, i64(tile.mr - 1)), tile.mr, (), tiles)
 
     # a position's filters stay in the first cache while the tiles pass
     emit_loop(b, i64(0), i64(AT_ONCE), 1, (), products)
@@ -377,7 +407,7 @@ def _two_of_four(b: Any, fours: Any, part: int) -> Any:
 
 def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any]) -> None:
     """y of the tile at (image, down, across), the i-th of those at `source`, and its epilogue."""
-    image, down, across, panel, source, i, beyond = place
+    image, down, across, panel, source, i, beyond, zeros = place
     parts = spelled(epilogue)
     kind, added, *_ = parts
     simd, out_bytes = emitter(tile.isa), ITEM_BYTES[kind]
@@ -394,12 +424,12 @@ def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any
         if otherwise is None:
             otherwise = start
         found: list[list[Any]] = []
-        for k in range(OUT):
-            y = b.add(b.mul(down, i64(OUT)), i64(k))
+        for k in _either(b, down, field(TALL), range(OUT), SHORT_OUT):
+            y = b.add(b.mul(down, i64(OUT)), k)
             inside_y = b.icmp_signed("<", y, field(OUT_HEIGHT))
             found.append([])
-            for j in range(OUT):
-                x = b.add(b.mul(across, i64(OUT)), i64(j))
+            for j in _either(b, across, field(WIDE), range(OUT), SHORT_OUT):
+                x = b.add(b.mul(across, i64(OUT)), j)
                 inside = b.and_(inside_y, b.icmp_signed("<", x, field(OUT_WIDTH)))
                 offset = b.add(b.mul(y, field(line)), b.mul(x, field(line + 1)))
                 found[-1].append(b.select(inside, address(b, start, offset), otherwise))
@@ -413,11 +443,23 @@ def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any
         at = b.mul(v, i64(4))
         return [address(b, sums, b.add(at, b.mul(position, i64(i)))) for i in range(count)]
 
+    low, side = (
+        b.icmp_signed(">=", tile, field(whole)) for tile, whole in ((down, TALL), (across, WIDE))
+    )
+    nothing = b.inttoptr(zeros, ptr)
+
+    def there(position: int, place: Any, v: Any) -> Any:
+        """Where a sum lies, or zeros in place of those that a short tile does not have."""
+        for short, at in ((low, position // IN), (side, position % IN)):
+            if at in LEFT_OUT:
+                place = b.select(short, address(b, nothing, b.mul(v, i64(4))), place)
+        return place
+
     def outputs(v: Any) -> None:
         """4 x 4 vectors of the columns from v on, in the place of the first of their 6 x 6 sums:
         all that the epilogue packs together would be more than there are registers."""
         here = places(v, POSITIONS)
-        m = {position: load(b, simd.acc, here[i]) for i, position in enumerate(ORDER)}
+        m = {p: load(b, simd.acc, there(p, here[i], v)) for i, p in enumerate(ORDER)}
         square = [[m[IN * y + x] for x in range(IN)] for y in range(IN)]
         for value, place in zip(_both_ways(b, _output_line, square), here, strict=False):
             store(b, b.ashr(b.mul(value, inverse), six), place)
@@ -465,6 +507,21 @@ def _do(typingctx: Any, config: Any, stage: Any, args: Any, place: Any) -> Any:
     return types.void(config, stage, args, place), codegen
 
 
+@njit
+def _place(args, tile):  # type: ignore[no-untyped-def]
+    """A tile's image, and where it is in it, down and across."""
+    tall, wide = args[TALL], args[WIDE]
+    if tile < args[LOW]:
+        return tile // wide, tall, tile % wide
+    if tile < args[WHOLE]:
+        at = tile - args[LOW]
+        return at // (tall * wide), at // wide % tall, at % wide
+    if tile < args[SIDE]:
+        at = tile - args[WHOLE]
+        return at // tall, at % tall, wide
+    return tile - args[SIDE], tall, wide
+
+
 @functools.cache
 def winograd_kernel(tile: Tile, epilogue: str) -> Any:
     """The kernel of a tile, one of the products' own; epilogues are theirs."""
@@ -475,9 +532,9 @@ def winograd_kernel(tile: Tile, epilogue: str) -> Any:
     def kernel(args, begin, end):  # type: ignore[no-untyped-def]
         tiles, mb, channels, panels = args[TILES], args[MB], args[C], args[PANELS]
         units = (tiles + mb - 1) // mb * panels
-        across = args[ACROSS]
-        an_image = args[DOWN] * across
-        beyond = stack_bytes(beyond_bytes)
+        beyond, zeros = stack_bytes(beyond_bytes), stack_bytes(beyond_bytes)
+        for i in range(beyond_bytes // 4):
+            pointer(zeros, "s32")[i] = 0
         for task in range(begin, end):
             activations = args[SCRATCH] + task * args[SLOT]
             filters = activations + args[FILTERS]
@@ -489,17 +546,19 @@ def winograd_kernel(tile: Tile, epilogue: str) -> Any:
                 if block != first:
                     block = first
                     for i in range(count):
-                        at = (first + i) % an_image
-                        place = (first + i) // an_image, at // across, at % across
                         target = activations + i * 2 * channels
-                        _do(config, "read", args, (*place, target))
+                        _do(config, "read", args, (*_place(args, first + i), target))
                 panel = unit % panels
+                tall, narrow = args[LOW] - first, args[WHOLE] - first
                 for pair in range(pairs):
+                    start, stop = 0, count
+                    if pair == pairs - 1:  # LEFT_OUT
+                        start, stop = max(tall, 0), min(args[SIDE] - first, count)
                     _do(config, "filters", args, (pair, panel, filters))
-                    _do(config, "multiply", args, (pair, activations, filters, count, sums))
+                    multiplied = pair, activations, filters, start, stop, narrow, sums
+                    _do(config, "multiply", args, multiplied)
                 for i in range(count):
-                    at = (first + i) % an_image
-                    place = (first + i) // an_image, at // across, at % across
-                    _do(config, "write", args, (*place, panel, sums, i, beyond))
+                    place = _place(args, first + i)
+                    _do(config, "write", args, (*place, panel, sums, i, beyond, zeros))
 
     return kernel
