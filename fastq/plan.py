@@ -90,6 +90,9 @@ class BoundProgram:
         self.program = program
         self._packed = PackedWeights()
         self._plans = Idle()
+        self._axes = [
+            None if axes == tuple(range(len(axes))) else axes for _, axes in program.outputs
+        ]
 
     def __call__(self, *inputs: Array) -> list[Array]:
         """The outputs of `program.reference`, by the kernels: the same bits.
@@ -101,14 +104,14 @@ class BoundProgram:
             if not isinstance(x, np.ndarray) or x.dtype != np.float32:
                 given = x.dtype if isinstance(x, np.ndarray) else type(x).__name__
                 raise TypeError(f"program: an input is {given}; wanted a float32 array")
-        inputs = tuple(x if x.flags.aligned else x.copy() for x in inputs)
+            if not x.flags.aligned:
+                return self(*[x.copy() for x in inputs])
         key, made = self.take(*inputs)
         outputs = [np.empty(shape, np.float32) for shape in made.outputs]
         made.call.run(*[address_of(array) for array in (*inputs, *outputs)])
         self.give(key, made)
-        return [
-            y.transpose(axes) for y, (_, axes) in zip(outputs, self.program.outputs, strict=True)
-        ]
+        arranged = zip(outputs, self._axes, strict=True)
+        return [y if axes is None else y.transpose(axes) for y, axes in arranged]
 
     def take(self, *inputs: Array) -> tuple[Any, Plan]:
         """An idle plan for these inputs, or a new one; and its key, to give it back."""

@@ -62,10 +62,11 @@ class QuantizedModel(nn.Module):
             raise ValueError(f"specs {self.layout.specs} for {sides[0][1]} and {sides[1][1]}")
         self._single = self.in_spec == ONE_TENSOR and self.out_spec.is_leaf()
         stages, inputs = self.layout.stages, self.layout.inputs
-        # one program from the one argument to the one result
-        self._alone = self._single and [(s.program, s.inputs, s.outputs) for s in stages] == [
+        # its only input, where it is one program from that to the one result
+        alone = [(s.program, s.inputs, s.outputs) for s in stages] == [
             (0, inputs, self.layout.outputs)
         ]
+        self._alone = f"{type(self).__name__}: {inputs[0]}" if self._single and alone else ""
         # programs check what they take
         floats = {
             name for stage in self.layout.stages if stage.program < 0 for name in stage.inputs
@@ -156,8 +157,7 @@ class QuantizedModel(nn.Module):
         bound = self._bound()
         if self._alone and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             # shorter: where kernels have filled the caches, each object that is looked at counts
-            what, program = f"{type(self).__name__}: {self.layout.inputs[0]}", bound[0]
-            (y,) = program(as_input(what, args[0], program.program.extents[0]))
+            (y,) = bound[0](as_input(self._alone, args[0], bound[0].program.extents[0]))
             return torch.from_numpy(y)
 
         def compute(stage: Stage, inputs: list[Any], shapes: Shapes) -> list[Any]:
