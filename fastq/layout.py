@@ -5,7 +5,7 @@ back. It needs no torch; torch's own kinds of values have names here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -110,10 +110,13 @@ def encode_layout(layout: Layout, named: Named) -> dict[str, Any]:
     }
 
 
-def decode_layout(given: Any, named: Named, check: Callable[[Stage], None]) -> Layout:
+def decode_layout(
+    given: Any, named: Named, check: Callable[[Stage], None], tensors: Container[str]
+) -> Layout:
     """The layout again; ValueError for what `encode_layout` does not write.
 
-    check(stage) raises ValueError for a float operator that may not run.
+    check(stage) raises ValueError for a float operator that may not run. tensors: names of those
+    that are there.
     """
     try:
         stages = tuple(
@@ -142,7 +145,7 @@ def decode_layout(given: Any, named: Named, check: Callable[[Stage], None]) -> L
             tuple(given["names"]),
             given["recipe"],
         )
-        _check(layout, check)
+        _check(layout, check, tensors)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"a layout is not in order: {type(error).__name__}: {error}") from error
     return layout
@@ -193,7 +196,7 @@ def decode_value(given: Any, named: Named) -> Any:
     raise ValueError(f"{given!r:.80} is no value of an operator")
 
 
-def _check(layout: Layout, check: Callable[[Stage], None]) -> None:
+def _check(layout: Layout, check: Callable[[Stage], None], tensors: Container[str]) -> None:
     """ValueError unless each stage takes what is there, and check(stage) lets it run."""
     known = {name for name in layout.inputs if name is not None}
     texts = [*layout.specs, *layout.names, *known]
@@ -225,32 +228,37 @@ def _check(layout: Layout, check: Callable[[Stage], None]) -> None:
                 raise ValueError(f"{stage.outputs}: another number of inputs or outputs")
         else:
             check(stage)
-            _check_refs(stage)
-        if stage.op != "program" and (stage.program != -1 or len(stage.outputs) != 1):
-            raise ValueError(f"{stage.outputs}: a float operator has one output")
+            if stage.program != -1 or len(stage.outputs) != 1:
+                raise ValueError(f"{stage.outputs}: a float operator has one output")
+            _check_arguments(stage, tensors)
     ends = [out for out in layout.outputs if isinstance(out, str)]
     if missing := [name for name in ends if name not in known]:
         raise ValueError(f"no stage makes the outputs {missing}")
 
 
-def _check_refs(stage: Stage) -> None:
-    """ValueError unless each input that a float operator names is there; in a chain of calls, the
-    results of those before it are inputs, too."""
+def _check_arguments(stage: Stage, tensors: Container[str]) -> None:
+    """ValueError unless each input and tensor that a float operator names is there; in a chain of
+    calls, the results of those before it are inputs, too."""
     attrs = dict(stage.attrs)
     calls = attrs.pop("calls", ())
     operators = [(attrs.get("target", stage.op), attrs), *((call[0], call) for call in calls)]
     for i, (name, arguments) in enumerate(operators):
         count = len(stage.inputs) + max(i - 1, 0)
-        if beyond := [index for index in _indices(arguments) if index >= count]:
-            raise ValueError(
-                f"{stage.outputs}: {name} takes input {beyond[0]}, but has {count}, counted from 0"
-            )
+        for leaf in _leaves(arguments):
+            if isinstance(leaf, Ref) and leaf.index >= count:
+                raise ValueError(
+                    f"{stage.outputs}: {name} takes input {leaf.index}, but has {count}, counted "
+                    "from 0"
+                )
+            named = isinstance(leaf, str) and leaf.startswith("%")
+            if named and f"{stage.outputs[0]}.{leaf[1:]}" not in tensors:
+                raise ValueError(f"{stage.outputs}: {name} takes tensor {leaf[1:]!r}; it has none")
 
 
-def _indices(value: Any) -> Iterator[int]:
-    """Those of each `Ref` in it, in tuples, lists and dicts too."""
-    if isinstance(value, Ref):
-        yield value.index
-    elif isinstance(value, dict | list | tuple):
+def _leaves(value: Any) -> Iterator[Any]:
+    """What is no tuple, list or dict, in all of these."""
+    if isinstance(value, dict | list | tuple):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _indices(part)
+            yield from _leaves(part)
+    else:
+        yield value

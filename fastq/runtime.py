@@ -118,7 +118,7 @@ def load_program(path: str | os.PathLike[str]) -> SavedNetwork:
     try:
         if not isinstance(network, dict):
             raise ValueError("it has int8 layers in a float model")
-        layout = decode_layout(network, operators.NAMED, operators.check_operator)
+        layout = decode_layout(network, operators.NAMED, operators.check_operator, arrays)
         return SavedNetwork(layout, arrays)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(

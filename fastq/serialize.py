@@ -200,7 +200,8 @@ def _write_file(
 
 def _load_network(where: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> QuantizedModel:
     try:
-        result = QuantizedModel(decode_layout(header["network"], NAMED, check_operator), tensors)
+        layout = decode_layout(header["network"], NAMED, check_operator, tensors)
+        result = QuantizedModel(layout, tensors)
     except ValueError as error:
         raise ValueError(f"{where} holds no network in order: {error}") from error
     keep_summary(result, _summary(where, header))

@@ -581,9 +581,14 @@ SORT, ADD = "aten.sort.default", "aten.add.Tensor"
             {"calls": [(ADD, (Ref(0), 1), {}), (ADD, (Ref(0), Ref(2)), {})]},
             rf"{ADD} takes input 2, but has 2",
         ),
+        (
+            "aten",
+            {"target": ADD, "args": (Ref(0), "%weight"), "kwargs": {}},
+            rf"{ADD} takes tensor 'weight'; it has none",
+        ),
     ],
 )
-def test_a_float_operator_takes_inputs_that_are_there(
+def test_a_float_operator_takes_what_is_there(
     op: str, attrs: dict[str, Any], refused: str, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     def change(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
