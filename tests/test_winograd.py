@@ -41,11 +41,12 @@ def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield request.param
 
 
-# B, H, W, C, N, padding: images of less than a tile, tiles cut off on every side, several blocks
+# B, H, W, C, N, padding: images of less than a tile, tiles cut off or short on every side, blocks
 SHAPES = [
     (1, 1, 1, 32, 16, 1), (1, 3, 3, 32, 16, 0), (1, 4, 4, 32, 32, 1), (2, 5, 9, 32, 16, 1),
     (3, 13, 6, 36, 48, 0), (1, 8, 8, 112, 16, 1), (1, 40, 24, 64, 16, 1), (9, 7, 7, 48, 16, 1),
-    (1, 6, 6, 44, 64, ((2, 0), (1, 3))), (1, 20, 9, 32, 128, 1),
+    (1, 6, 6, 44, 64, ((2, 0), (1, 3))), (1, 20, 9, 32, 128, 1), (5, 14, 14, 112, 16, 1),
+    (3, 2, 70, 112, 16, 1), (60, 10, 1, 32, 16, 1),
 ]  # fmt: skip
 
 
@@ -155,3 +156,16 @@ def test_dot_products_of_pairs_are_one_instruction(
         assert sum(one in line for line in loop.lines) == loop.dots and two not in text
         assert loop.dots == 2 * tile.mr * tile.nr // emitter(isa).cols
         assert not loop.spills, "\n".join(loop.lines)
+
+
+def test_each_thread_has_a_unit() -> None:
+    """Blocks are as large as they may be, and smaller where threads would have nothing to do."""
+    blocks = {}
+    for threads in (1, 2, 8, 64):
+        split = winograd.Split("avx512_vnni", 64, 64, (1, 56, 56, 64), threads)
+        blocks[threads] = split.blocks
+        assert -(-split.tiles // split.mb) >= min(threads, 8) and split.mb * split.blocks >= 196
+    assert blocks[1] == 1 and blocks[2] == 2 and blocks[8] == 8
+    alone, many = (winograd.Split("avx512_vnni", 64, 256, (1, 14, 14, 256), n) for n in (1, 8))
+    assert alone.pays and alone.blocks == 1
+    assert not many.pays or many.blocks > 1

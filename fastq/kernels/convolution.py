@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fastq.kernels import layout, matrix, winograd
 from fastq.kernels.call import Call, View
 from fastq.kernels.depthwise import choose_fold, pack_depthwise, taps_of
+from fastq.kernels.executor import get_num_threads
 from fastq.kernels.pack import step_starts
 from fastq.kernels.products import (
     ALIGNED,
@@ -131,7 +132,8 @@ class PackedConv2d(Layer):
         if self.append_dots(call, views, given):
             return
         if self.by_winograd:
-            split = winograd.Split(self.isa, self.packed.nr, self.channels, out.shape)
+            threads = get_num_threads()
+            split = winograd.Split(self.isa, self.packed.nr, self.channels, out.shape, threads)
             if split.pays:
                 columns, add = self.operands | given.scales, added[0] if added else None
                 panels, epilogue = self.packed.panels, self.ending(out, add)

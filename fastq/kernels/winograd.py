@@ -46,7 +46,6 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from fastq.kernels import block as f
-from fastq.kernels import executor
 from fastq.kernels.call import ITEM_BYTES, Call, Place, Slots, View
 from fastq.kernels.gemm import Tile, emit_k_loop
 from fastq.kernels.lines import emit_loop
@@ -86,8 +85,8 @@ BEYOND = 2**31  # no output
 SHORT_OUT = 0, BEYOND, BEYOND, 1  # where its four outputs are
 PAD = 128  # bytes between what is written side by side: else all would lie in one set of a cache
 TAPS = 9
-BLOCK_BYTES = 512 * 1024  # of transformed activations: half of the second cache
-LEAST_TILES = 48  # of a block, for which a panel's filters are transformed anew
+BLOCK_BYTES = 1024 * 1024  # of transformed activations, at most
+LEAST_TILES = 48  # of a block so limited, for which a panel's filters are transformed anew
 INVERSE_OF_9 = pow(9, -1, 2**32)
 
 # beyond the fields of the products: strides in bytes, sizes of the padded image and of the output
@@ -124,12 +123,14 @@ def tiles(isa: str) -> list[Tile]:
 class Split:
     """How the tiles of B images of H x W outputs are shared out: blocks of MB tiles.
 
+    cost, span  what it takes, and the thread that has most to do, in multiply-adds of the direct
+                sum for each channel and filter.    direct  what that sum takes.
     tall, wide  how many of an image are not short, down and across.
     ends        where each kind ends: short down alone, not short, short across alone, the rest. So
                 all that have a position follow each other, in each block.
     """
 
-    def __init__(self, isa: str, nr: int, c: int, out_shape: tuple[int, ...]) -> None:
+    def __init__(self, isa: str, nr: int, c: int, out_shape: tuple[int, ...], threads: int) -> None:
         batch, height, width, n = out_shape
         self.tall, self.wide = ((size + OUT - SHORT - 1) // OUT for size in (height, width))
         low, side = (
@@ -138,18 +139,32 @@ class Split:
         kinds = low * self.wide, self.tall * self.wide, self.tall * side, low * side
         self.ends = tuple(np.cumsum([batch * kind for kind in kinds]).tolist())
         self.tiles = self.ends[-1]
-        most = max(BLOCK_BYTES // (POSITIONS * c * 2), LEAST_TILES)
-        self.blocks = max(-(-self.tiles // most), 1)
-        count = -(-self.tiles // self.blocks)
-        self.tile = choose_tile(isa, nr, count, c // KR, one_panel=True)
-        self.mb = max(-(-count // self.tile.mr), 1) * self.tile.mr
-        self.panels = n // nr
-        self.pixels = batch * height * width
-        # time in multiply-adds of the direct sum for each channel and filter, fitted on AVX2 and
-        # AVX512-VNNI: the products, and the transforms as if they were products
+        self.panels, self.threads = n // nr, threads
         share = (1 - low / (self.tall + low) / 3) * (1 - side / (self.wide + side) / 3)
-        products = self.blocks * (34 * share * self.mb + 160) + self.tiles * (350 / n + 650 / c)
-        self.cost = products * (emitter(isa).side_by_side // 2)  # these sum two at once
+        at_once = emitter(isa).side_by_side // 2  # products that the direct sum has for each here
+
+        def block(blocks: int) -> tuple[Tile, int]:
+            """The products' tile, and MB."""
+            count = -(-self.tiles // blocks)
+            tile = choose_tile(isa, nr, count, c // KR, one_panel=True)
+            return tile, max(-(-count // tile.mr), 1) * tile.mr
+
+        def cost(blocks: int, threads: int) -> float:
+            """Of the thread with most units. Fitted on AVX2 and AVX512-VNNI: the products, and the
+            transforms as if they were products."""
+            count, (_, mb) = self.tiles / blocks, block(blocks)
+            units = -(-blocks * self.panels // threads)
+            unit = 34 * share * mb + 650 / c * count + 160
+            read = -(-units // self.panels) * count * 350 / n
+            return at_once * (units * unit / self.panels + read)
+
+        most = max(BLOCK_BYTES // (POSITIONS * c * 2), LEAST_TILES)
+        least = max(-(-self.tiles // most), 1)
+        ways = range(least, least + threads)  # more than one, so that each thread has a unit
+        self.blocks = min(ways, key=lambda blocks: cost(blocks, threads))
+        self.tile, self.mb = block(self.blocks)
+        self.cost, self.span = cost(self.blocks, 1), cost(self.blocks, threads)
+        self.direct = 10 * batch * height * width / threads
         self.position = c * 2 * self.mb + PAD  # bytes of activations, and so on
         self.activations = POSITIONS * self.position  # of a task's scratch, and so on
         self.filter = c * 2 * nr + PAD
@@ -159,7 +174,7 @@ class Split:
     @property
     def pays(self) -> bool:
         """Whether it is faster than the direct sum."""
-        return self.cost < 10 * self.pixels
+        return self.span < self.direct
 
 
 def winograd_row(
@@ -177,7 +192,7 @@ def winograd_row(
     operands are the epilogue's, as the products have them.
     """
     c = x.shape[3]
-    tasks = min(executor.get_num_threads(), split.blocks * split.panels)
+    tasks = min(split.threads, split.blocks * split.panels)
     values = {
         f.A_IMAGE: x.strides[0],
         LINE: x.strides[1],
