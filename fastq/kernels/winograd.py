@@ -86,7 +86,7 @@ SHORT_OUT = 0, BEYOND, BEYOND, 1  # where its four outputs are
 PAD = 128  # bytes between what is written side by side: else all would lie in one set of a cache
 TAPS = 9
 BLOCK_BYTES = 512 * 1024  # of transformed activations: half of the second cache
-LEAST_TILES = 48  # of a block, for which a panel's filters are transformed anew
+LEAST_TILES = 48  # of a block, unless threads want more: filters are transformed anew for each
 INVERSE_OF_9 = pow(9, -1, 2**32)
 
 # beyond the fields of the products: strides in bytes, sizes of the padded image and of the output
