@@ -252,7 +252,9 @@ def _check_arguments(stage: Stage, tensors: Container[str]) -> None:
                 )
             named = isinstance(leaf, str) and leaf.startswith("%")
             if named and f"{stage.outputs[0]}.{leaf[1:]}" not in tensors:
-                raise ValueError(f"{stage.outputs}: {name} takes tensor {leaf[1:]!r}; it has none")
+                raise ValueError(
+                    f"{stage.outputs}: {name} takes tensor {leaf[1:]!r}, which the file has not"
+                )
 
 
 def _leaves(value: Any) -> Iterator[Any]:

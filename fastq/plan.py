@@ -100,12 +100,14 @@ class BoundProgram:
         inputs  float32, any strides, of such shapes as `program.extents` says. NaN counts as 0,
                 infinities saturate. Raises TypeError and ValueError for other inputs.
         """
+        aligned = True
         for x in inputs:
             if not isinstance(x, np.ndarray) or x.dtype != np.float32:
                 given = x.dtype if isinstance(x, np.ndarray) else type(x).__name__
                 raise TypeError(f"program: an input is {given}; wanted a float32 array")
-            if not x.flags.aligned:
-                return self(*[x.copy() for x in inputs])
+            aligned = aligned and x.flags.aligned
+        if not aligned:
+            inputs = tuple(x.copy() for x in inputs)
         key, made = self.take(*inputs)
         outputs = [np.empty(shape, np.float32) for shape in made.outputs]
         made.call.run(*[address_of(array) for array in (*inputs, *outputs)])
@@ -115,11 +117,12 @@ class BoundProgram:
 
     def take(self, *inputs: Array) -> tuple[Any, Plan]:
         """An idle plan for these inputs, or a new one; and its key, to give it back."""
-        key = (isa.current(), get_num_threads(), *[(x.shape, x.strides) for x in inputs])
+        tier = isa.current()
+        key = (tier, get_num_threads(), *[(x.shape, x.strides) for x in inputs])
         made = self._plans.take(key)
         if made is None:
             shapes, strides = [x.shape for x in inputs], [x.strides for x in inputs]
-            made = plan(self.program, shapes, strides, isa.current(), self._packed)
+            made = plan(self.program, shapes, strides, tier, self._packed)
         return key, made
 
     def give(self, key: Any, made: Plan) -> None:

@@ -531,6 +531,11 @@ def test_inputs_are_checked() -> None:
     for odd in (x.astype(np.float64), x.astype(">f4"), x.tolist(), None):
         with pytest.raises(TypeError, match="wanted a float32 array"):
             run(odd, z)
+    apart = np.ndarray(x.shape, x.dtype, bytearray(x.nbytes + 1), 1)
+    apart[:] = [[1, 2, 3], [4, 5, 6]]
+    assert not apart.flags.aligned and np.array_equal(run(apart, z)[0], run(apart.copy(), z)[0])
+    with pytest.raises(TypeError, match="wanted a float32 array"):
+        run(apart, None)
     fixed = dataclasses.replace(run.program, extents=((2, None), (4,)))
     with pytest.raises(ValueError, match=r"wanted \(2, any\), \(4\)"):
         BoundProgram(fixed)(x[:1], z)

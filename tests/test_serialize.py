@@ -584,7 +584,7 @@ SORT, ADD = "aten.sort.default", "aten.add.Tensor"
         (
             "aten",
             {"target": ADD, "args": (Ref(0), "%weight"), "kwargs": {}},
-            rf"{ADD} takes tensor 'weight'; it has none",
+            rf"{ADD} takes tensor 'weight', which the file has not",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -164,8 +165,10 @@ def test_each_thread_has_a_unit() -> None:
     for threads in (1, 2, 8, 64):
         split = winograd.Split("avx512_vnni", 64, 64, (1, 56, 56, 64), threads)
         blocks[threads] = split.blocks
-        assert -(-split.tiles // split.mb) >= min(threads, 8) and split.mb * split.blocks >= 196
     assert blocks[1] == blocks[2] == 2 and blocks[8] == 8
+    for threads, size, n in product((1, 3, 8), (1, 7, 14, 30, 56), (64, 192)):
+        split = winograd.Split("avx512_vnni", 64, 64, (1, size, size, n), threads)
+        assert split.blocks == -(-split.tiles // split.mb)
     alone, many = (winograd.Split("avx512_vnni", 64, 256, (1, 14, 14, 256), n) for n in (1, 8))
     assert alone.pays and alone.blocks == 1
     assert not many.pays or many.blocks > 1

@@ -124,7 +124,7 @@ def elementwise_line(
                 product = b.fmul(value, splat(b, step, width))
                 return emit_limited(b, product, const(product.type, most)) if limited else product
 
-            whole = operation == "divide"  # `quantize` has no clamp of its own
+            whole = operation == "divide"  # to multiply may be to requantize, which has a clamp
             q = emit_quantized(b, real, lo, hi, zero_point, target, whole)
             if target == "s8":
                 q = b.xor(q, const(q.type, -128))

@@ -226,10 +226,11 @@ def emit_rounded(
 def emit_quantized(
     b: Any, real: Callable[[bool], Any], lo: Any, hi: Any, zero_point: Any, kind: str, whole: bool
 ) -> Any:
-    """emit_rounded of real(True), which is limited, NaN made 0: real(False) is not.
+    """emit_rounded of real(True), which is limited, NaN made 0; real(False) is neither.
 
-    whole: lo and hi are the ends of the kind. Seldom a value is NaN or beyond the limit. On x86
-    such a one is the least integer: where no element is, the limit is left out, half of the work.
+    whole: lo and hi are the ends of the kind. On x86 NaN, and what int32 cannot hold, become its
+    least integer, packed -32768; all else saturates as it should. So a vector is computed without
+    limits, a third of the work, and with them only if -32768 is in it: then it takes longer.
     """
     value = real(False)
     if not _packs(kind, value.type.count):
@@ -249,7 +250,7 @@ def emit_quantized(
 
 
 def _clamped(b: Any, q: Any, lo: Any, hi: Any, zero_point: Any) -> Any:
-    """Integers within lo and hi, of which the zero point was taken."""
+    """q within lo + zero_point and hi + zero_point."""
     kind = q.type
     qmin, qmax = (
         splat(b, b.trunc(b.add(b.fptosi(end, i32), zero_point), kind.element), kind.count)
@@ -270,9 +271,10 @@ def _packs(kind: str, width: int) -> bool:
 
 
 def _shorts(b: Any, steps: Any) -> list[Any]:
-    """The int16 of `widest` int32, saturated: four registers become two, as `_packed` takes them.
+    """The int16 of `widest` int32, saturated: two registers of four, in the order that packs leave
+    and `_packed` undoes.
 
-    With it three packs and one permutation; truncations would take two instructions for each
+    Together three packs and one permutation; truncations would take two instructions for each
     register.
     """
     packer = Dot(8 * widest(), native=True)
@@ -284,7 +286,7 @@ def _shorts(b: Any, steps: Any) -> list[Any]:
 
 
 def _packed(b: Any, pairs: list[Any], zero_point: Any) -> Any:
-    """uint8(shorts + zero_point), saturated."""
+    """uint8(shorts + zero_point), saturated, of what `_shorts` gives, in the elements' order."""
     zero = splat(b, b.trunc(zero_point, i16), pairs[0].type.count)
     packed = Dot(8 * widest(), native=True).pack(b, *(add_saturated(b, p, zero) for p in pairs))
     # within 128 bits: 4 of each part
@@ -321,10 +323,11 @@ def emit_divisor(b: Any, scale: Any, kind: str, normal: bool = False) -> tuple[A
 def emit_quotient(b: Any, x: Any, divisor: tuple[Any, ...], limited: bool = True) -> Any:
     """x / scale of a float32 vector, for rounding: the integer is that of the float32 quotient.
 
-    `limited`: clamped to LARGE or more; NaN gives 0. A division would take longer than all the
-    rest. The product with a reciprocal of 48 bits is on the right side of every k + 0.5: all
-    mantissas of a scale were tried, for |k| <= 260 and x within 3 ulp of (k + 0.5) * scale. What is
-    far below is not clamped on x86: all that it makes of it, and of NaN, is its least integer.
+    `limited`: clamped to LARGE or more; NaN gives 0. Else NaN stays, and what is large may become
+    infinite or NaN. A division would take longer than all the rest. The product with a reciprocal
+    of 48 bits is on the right side of every k + 0.5: all mantissas of a scale were tried, for
+    |k| <= 260 and x within 3 ulp of (k + 0.5) * scale. What is far below is not clamped on x86: all
+    that it makes of it, and of NaN, is its least integer.
     """
     parts = [splat(b, part, x.type.count) for part in divisor]
     if len(parts) == 1:

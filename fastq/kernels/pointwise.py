@@ -71,7 +71,7 @@ from fastq.kernels.simd import (
 from fastq.kernels.tiles import BYTES_PER_NANOSECOND
 
 OUT, X, Y, Z, FLOATS = range(LINES_FIELDS, LINES_FIELDS + 4 * OPERAND_FIELDS + 1, OPERAND_FIELDS)
-REQUANTIZED = ("add", "multiply", "affine", "normalize", "scale")
+REQUANTIZED = ("add", "multiply", "affine", "normalize", "scale")  # and "quantize", in its own way
 INTS, TABLE, FIELDS = FLOATS + 1, FLOATS + 2, FLOATS + 3
 
 

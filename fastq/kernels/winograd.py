@@ -86,7 +86,8 @@ SHORT_OUT = 0, BEYOND, BEYOND, 1  # where its four outputs are
 PAD = 128  # bytes between what is written side by side: else all would lie in one set of a cache
 TAPS = 9
 BLOCK_BYTES = 512 * 1024  # of transformed activations: half of the second cache
-LEAST_TILES = 48  # of a block, unless threads want more: filters are transformed anew for each
+# of a block, for each of which filters are transformed anew; less, to give each thread one
+LEAST_TILES = 48
 INVERSE_OF_9 = pow(9, -1, 2**32)
 
 # beyond the fields of the products: strides in bytes, sizes of the padded image and of the output
@@ -123,8 +124,8 @@ def tiles(isa: str) -> list[Tile]:
 class Split:
     """How the tiles of B images of H x W outputs are shared out: blocks of MB tiles.
 
-    cost, span  what it takes, and the thread that has most to do, in multiply-adds of the direct
-                sum for each channel and filter.    direct  what that sum takes.
+    cost, span  what all of it takes, and what the thread with most units takes, in multiply-adds of
+                the direct sum for each channel and filter.    direct  what that sum takes.
     tall, wide  how many of an image are not short, down and across.
     ends        where each kind ends: short down alone, not short, short across alone, the rest. So
                 all that have a position follow each other, in each block.
@@ -143,27 +144,28 @@ class Split:
         share = (1 - low / (self.tall + low) / 3) * (1 - side / (self.wide + side) / 3)
         at_once = emitter(isa).side_by_side // 2  # products that the direct sum has for each here
 
-        def block(blocks: int) -> tuple[Tile, int]:
-            """The products' tile, and MB."""
+        def parted(blocks: int) -> tuple[Tile, int, int]:
+            """The products' tile, MB, and how many blocks there are: no more than so many."""
             count = -(-self.tiles // blocks)
             tile = choose_tile(isa, nr, count, c // KR, one_panel=True)
-            return tile, max(-(-count // tile.mr), 1) * tile.mr
+            mb = max(-(-count // tile.mr), 1) * tile.mr
+            return tile, mb, max(-(-self.tiles // mb), 1)
 
-        def cost(blocks: int, threads: int) -> float:
-            """Of the thread with most units. Fitted on AVX2 and AVX512-VNNI: the products, and the
-            transforms as if they were products."""
-            count, (_, mb) = self.tiles / blocks, block(blocks)
-            units = -(-blocks * self.panels // threads)
+        def cost(wanted: int, threads: int) -> float:
+            """Of the thread with most units, of so many threads. Fitted on AVX2 and AVX512-VNNI:
+            the products, and the transforms as if they were products."""
+            _, mb, blocks = parted(wanted)
+            units, count = -(-blocks * self.panels // threads), self.tiles / blocks
             unit = 34 * share * mb + 650 / c * count + 160
             read = -(-units // self.panels) * count * 350 / n
             return at_once * (units * unit / self.panels + read)
 
         most = max(BLOCK_BYTES // (POSITIONS * c * 2), LEAST_TILES)
         least = max(-(-self.tiles // most), 1)
-        ways = range(least, least + threads)  # more than one, so that each thread has a unit
-        self.blocks = min(ways, key=lambda blocks: cost(blocks, threads))
-        self.tile, self.mb = block(self.blocks)
-        self.cost, self.span = cost(self.blocks, 1), cost(self.blocks, threads)
+        # more blocks than must be, where threads would have nothing to do
+        best = min(range(least, least + threads), key=lambda blocks: cost(blocks, threads))
+        self.tile, self.mb, self.blocks = parted(best)
+        self.cost, self.span = cost(best, 1), cost(best, threads)
         self.direct = 10 * batch * height * width / threads
         self.position = c * 2 * self.mb + PAD  # bytes of activations, and so on
         self.activations = POSITIONS * self.position  # of a task's scratch, and so on
@@ -293,7 +295,7 @@ def _both_ways(
 
 
 def _either(b: Any, tile: Any, whole: Any, full: Sequence[int], short: Sequence[int]) -> list[Any]:
-    """The numbers of a short tile, one beyond `whole` others, or of a full one."""
+    """`short` for a tile beyond `whole`, the number of full ones; else `full`."""
     beyond = b.icmp_signed(">=", tile, whole)
     return [b.select(beyond, i64(s), i64(n)) for n, s in zip(full, short, strict=True)]
 
@@ -564,11 +566,11 @@ def winograd_kernel(tile: Tile, epilogue: str) -> Any:
                         target = activations + i * 2 * channels
                         _do(config, "read", args, (*_place(args, first + i), target))
                 panel = unit % panels
-                tall, narrow = args[LOW] - first, args[WHOLE] - first
+                full, narrow = args[LOW] - first, args[WHOLE] - first
                 for pair in range(pairs):
                     start, stop = 0, count
-                    if pair == pairs - 1:  # LEFT_OUT
-                        start, stop = max(tall, 0), min(args[SIDE] - first, count)
+                    if pair == pairs - 1:  # not of tiles short down, which come first and last
+                        start, stop = max(full, 0), min(args[SIDE] - first, count)
                     _do(config, "filters", args, (pair, panel, filters))
                     multiplied = pair, activations, filters, start, stop, narrow, sums
                     _do(config, "multiply", args, multiplied)

@@ -156,7 +156,7 @@ class QuantizedModel(nn.Module):
             )
         bound = self._bound()
         if self._alone and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            # shorter: where kernels have filled the caches, each object that is looked at counts
+            # shorter than `walk`: where kernels have filled the caches each object is a miss
             (y,) = bound[0](as_input(self._alone, args[0], bound[0].program.extents[0]))
             return torch.from_numpy(y)
 
@@ -312,6 +312,7 @@ def as_input(name: str, x: Any, extent: Sequence[int | None]) -> Any:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; wanted a float32 tensor")
     fits = x.dim() == len(extent)
+    # as in `accept`, for which the text is made
     if not fits or x.dtype is not torch.float32 or x.requires_grad:
         x = accept(name, x, extent_text(extent), fits)
     if not x.is_cpu:
