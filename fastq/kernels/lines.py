@@ -36,6 +36,7 @@ from fastq.kernels.simd import (
     i16,
     i32,
     i64,
+    least,
     shuffle,
     splat,
     vec,
@@ -236,9 +237,9 @@ def emit_quantized(
     if not _packs(kind, value.type.count):
         return emit_rounded(b, real(True), lo, hi, zero_point, kind, bounded=True)
     pairs = _shorts(b, _nearest(b, value))
-    least = b.select(b.icmp_signed("<", *pairs), *pairs)
+    lowest = least(b, *pairs)
     quick = b.block
-    with b.if_then(any_lane(b, b.icmp_signed("==", least, const(least.type, -(2**15)))), False):
+    with b.if_then(any_lane(b, b.icmp_signed("==", lowest, const(lowest.type, -(2**15)))), False):
         limited = _shorts(b, _nearest(b, real(True)))
         slow = b.block
     for n, ways in enumerate(zip(pairs, limited, strict=True)):
@@ -340,8 +341,8 @@ def emit_quotient(b: Any, x: Any, divisor: tuple[Any, ...], limited: bool = True
         number = b.fcmp_ordered("ord", x, x)
         x = b.select(b.fcmp_ordered("<", x, most), x, most)
         if "neon" in target_features():  # the sum of two infinities would be 0 there
-            least = b.fneg(most)
-            x = b.select(b.fcmp_ordered(">", x, least), x, least)
+            lowest = b.fneg(most)
+            x = b.select(b.fcmp_ordered(">", x, lowest), x, lowest)
         x = b.select(number, x, const(x.type, 0.0))
     return fma(b, x, reciprocal, b.fmul(x, rest))
 

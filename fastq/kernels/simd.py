@@ -156,7 +156,7 @@ def branch_back(b: Any, condition: Any, loop: Any, done: Any) -> None:
 
 
 def least(b: Any, x: Any, y: Any) -> Any:
-    """The smaller of two signed integers."""
+    """The smaller of two signed integers, or of each two of vectors."""
     return b.select(b.icmp_signed("<", x, y), x, y)
 
 

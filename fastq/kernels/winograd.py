@@ -294,10 +294,14 @@ def _both_ways(
     return [value for row in zip(*columns, strict=True) for value in line(b, list(row))]
 
 
-def _either(b: Any, tile: Any, whole: Any, full: Sequence[int], short: Sequence[int]) -> list[Any]:
-    """`short` for a tile beyond `whole`, the number of full ones; else `full`."""
-    beyond = b.icmp_signed(">=", tile, whole)
-    return [b.select(beyond, i64(s), i64(n)) for n, s in zip(full, short, strict=True)]
+def _is_short(b: Any, tile: Any, full: Any) -> Any:
+    """Whether a tile is beyond the full ones, down or across."""
+    return b.icmp_signed(">=", tile, full)
+
+
+def _either(b: Any, is_short: Any, full: Sequence[int], short: Sequence[int]) -> list[Any]:
+    """The numbers of a tile that is short, or full."""
+    return [b.select(is_short, i64(s), i64(n)) for n, s in zip(full, short, strict=True)]
 
 
 def _emit_read(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
@@ -310,9 +314,10 @@ def _emit_read(b: Any, tile: Tile, field: Field, place: list[Any]) -> None:
     kind = simd.of_pairs.operand
     start = address(b, field(f.A, ptr), b.mul(image, field(f.A_IMAGE)))
 
-    def offsets(tile: Any, whole: Any, size: Any, stride: Any) -> list[Any]:
+    def offsets(tile: Any, full: Any, size: Any, stride: Any) -> list[Any]:
         first, last = b.mul(tile, i64(OUT)), b.sub(size, i64(1))
-        index = [b.add(first, i) for i in _either(b, tile, whole, range(IN), SHORT_IN)]
+        order = _either(b, _is_short(b, tile, full), range(IN), SHORT_IN)
+        index = [b.add(first, i) for i in order]
         return [b.mul(least(b, i, last), stride) for i in index]
 
     lines = [address(b, start, at) for at in offsets(down, field(TALL), field(HEIGHT), field(LINE))]
@@ -433,6 +438,7 @@ def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any
     position = field(SUM)
     inverse, six = const(simd.acc, INVERSE_OF_9), const(simd.acc, 6)
     column = b.mul(panel, i64(tile.nr))
+    low, side = _is_short(b, down, field(TALL)), _is_short(b, across, field(WIDE))
 
     def pixels(base: int, item: int, line: int, otherwise: Any) -> list[list[Any]]:
         """Addresses of the 4 x 4 pixels; `otherwise` of those beyond the image."""
@@ -441,11 +447,11 @@ def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any
         if otherwise is None:
             otherwise = start
         found: list[list[Any]] = []
-        for k in _either(b, down, field(TALL), range(OUT), SHORT_OUT):
+        for k in _either(b, low, range(OUT), SHORT_OUT):
             y = b.add(b.mul(down, i64(OUT)), k)
             inside_y = b.icmp_signed("<", y, field(OUT_HEIGHT))
             found.append([])
-            for j in _either(b, across, field(WIDE), range(OUT), SHORT_OUT):
+            for j in _either(b, side, range(OUT), SHORT_OUT):
                 x = b.add(b.mul(across, i64(OUT)), j)
                 inside = b.and_(inside_y, b.icmp_signed("<", x, field(OUT_WIDTH)))
                 offset = b.add(b.mul(y, field(line)), b.mul(x, field(line + 1)))
@@ -460,9 +466,6 @@ def _emit_write(b: Any, tile: Tile, epilogue: str, field: Field, place: list[Any
         at = b.mul(v, i64(4))
         return [address(b, sums, b.add(at, b.mul(position, i64(i)))) for i in range(count)]
 
-    low, side = (
-        b.icmp_signed(">=", tile, field(whole)) for tile, whole in ((down, TALL), (across, WIDE))
-    )
     nothing = b.inttoptr(zeros, ptr)
 
     def there(position: int, place: Any, v: Any) -> Any:
